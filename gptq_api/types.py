@@ -1,0 +1,136 @@
+"""Everything that crosses the socket between the API process and the engine process, and nothing else.
+
+Frames are msgspec msgpack of these structs, tagged by type; token ids travel as packed little-endian int32 so that
+a prompt of 20,000 tokens costs microseconds on either side. No pickle anywhere.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterable
+from typing import Literal
+
+import msgspec
+
+FinishReason = Literal["stop", "length", "error"]
+"""`error`: this sequence failed inside the engine (non-finite logits, for one); it is never sent to a client as such."""
+
+
+def pack_ids(ids: Iterable[int]) -> bytes:
+    """Token ids -> packed int32, little-endian on every platform we run on."""
+    return array("i", ids).tobytes()
+
+
+def unpack_ids(data: bytes) -> list[int]:
+    """Packed int32 -> token ids."""
+    return array("i", data).tolist()
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
+    """How one sequence is sampled. Already validated by the API process; the engine only asserts.
+
+    The distribution of a position is made in this order: logit_bias, repetition / presence / frequency penalty,
+    temperature, min_p, top_k, top_p. `temperature == 0` is greedy and ignores the filters.
+    """
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    """0 or less: off."""
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int = 0
+    """Always set: the API process draws one where the client gave none. Sampling is a function of
+    (seed, position, logits), so the text does not depend on who else is in the batch."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Ends the sequence with reason "stop"; holds the checkpoint's EOS ids unless ignore_eos. The stop token itself
+    is reported as the last token."""
+    min_tokens: int = 0
+    """Stop tokens cannot be sampled before this many tokens were generated."""
+    logit_bias: dict[int, float] = {}
+    top_logprobs: int | None = None
+    """None: no logprobs; n >= 0: the sampled token's logprob and the n best."""
+
+
+class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
+    """Log-probabilities (natural log) of one position, from the raw logits before penalties and temperature."""
+
+    logprob: float
+    """of the sampled token"""
+    top: list[tuple[int, float]]
+    """the n most likely (token id, logprob), best first"""
+
+
+class Add(msgspec.Struct, frozen=True, tag="add"):
+    """API -> engine: run this prompt."""
+
+    sequence_id: int
+    prompt: bytes
+    """`pack_ids` of the prompt, at least one token"""
+    params: SamplingParams
+    cache_salt: bytes = b""
+    """Prefix-cache blocks are shared only between equal salts."""
+
+
+class Abort(msgspec.Struct, frozen=True, tag="abort"):
+    """API -> engine: forget this sequence at the next step. Unknown ids are ignored."""
+
+    sequence_id: int
+
+
+class Ready(msgspec.Struct, frozen=True, tag="ready", kw_only=True):
+    """Engine -> API, once, after the model is loaded and warm."""
+
+    max_model_len: int
+    vocab_size: int
+    block_size: int
+    num_blocks: int
+    max_num_seqs: int
+    device: str
+    dtype: str
+    eos_token_ids: tuple[int, ...]
+    description: str
+    """One line for the log: the model, its quantisation, the kernels in use, memory."""
+
+
+class Failed(msgspec.Struct, frozen=True, tag="failed"):
+    """Engine -> API instead of Ready: one sentence for the user (file, tensor, remedy)."""
+
+    message: str
+
+
+class EngineStats(msgspec.Struct, frozen=True, array_like=True):
+    """Gauges and running totals, as of one step."""
+
+    num_running: int
+    num_waiting: int
+    num_free_blocks: int
+    num_blocks: int
+    num_preemptions: int
+    num_prefix_queries: int
+    """prompt tokens that were looked up in the prefix cache, in total"""
+    num_prefix_hits: int
+    """prompt tokens that were found there, in total"""
+    num_batched_tokens: int
+    """tokens computed by this step"""
+
+
+class StepOutput(msgspec.Struct, frozen=True, tag="step", kw_only=True):
+    """Engine -> API, one per step, columnar: entry i of each column is about sequence_ids[i]."""
+
+    sequence_ids: bytes
+    """`pack_ids`; only sequences that got a token in this step"""
+    tokens: bytes
+    """`pack_ids`; the token each of them got"""
+    finished: dict[int, FinishReason]
+    cached_tokens: dict[int, int]
+    """sequence id -> prompt tokens served from the prefix cache; sent with the first token of a sequence"""
+    logprobs: dict[int, TokenLogprobs]
+    stats: EngineStats
+
+
+ToEngine = Add | Abort
+FromEngine = Ready | Failed | StepOutput
