@@ -7,13 +7,14 @@ and GPTQ_API_* variables are refused by name.
 
 from __future__ import annotations
 
+import difflib
 import os
-import sys
-from collections.abc import Mapping, Sequence
+import tomllib
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, cast, get_args
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import AliasChoices, Field, ValidationError, field_validator, model_validator
 from pydantic_settings import (
     BaseSettings,
     CliSettingsSource,
@@ -31,7 +32,7 @@ class ConfigError(ValueError):
 
 
 class Settings(BaseSettings):
-    """What `serve` knows. Frozen: built once at the root, plain arguments below it."""
+    """The server for 4-bit GPTQ LLaMA checkpoints. Every option is also a GPTQ_API_* variable and a TOML key."""
 
     model_config = SettingsConfigDict(
         env_prefix=ENV_PREFIX,
@@ -59,7 +60,7 @@ class Settings(BaseSettings):
     gptq_act_order: bool | None = None
     """Expected act-order. Read from the tensors anyway; a contradiction is an error."""
     chat_template: Path | None = None
-    """Jinja file used instead of the checkpoint's chat template, or the name of a built-in one (vicuna_v1.1, llama-2 ...)."""
+    """Jinja file used instead of the checkpoint's chat template, or a built-in one by name (vicuna_v1.1)."""
     max_model_len: int | None = Field(None, ge=1)
     """Longest prompt plus answer, tokens. Default: what the checkpoint was trained for."""
 
@@ -117,6 +118,11 @@ class Settings(BaseSettings):
     config: Path | None = None
     """TOML file with any of these settings."""
 
+    @field_validator("gptq_wbits", mode="before")
+    @classmethod
+    def _wbits(cls, value: object) -> object:
+        return int(value) if isinstance(value, str) and value.isdecimal() else value
+
     @field_validator("gptq_groupsize")
     @classmethod
     def _groupsize(cls, value: int | None) -> int | None:
@@ -141,23 +147,9 @@ class Settings(BaseSettings):
             )
         return self
 
-    @classmethod
-    def settings_customise_sources(
-        cls,
-        settings_cls: type[BaseSettings],
-        init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,
-        file_secret_settings: PydanticBaseSettingsSource,
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
-        toml = _toml_file
-        if toml is None:
-            return init_settings, env_settings
-        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls, toml)
-
 
 class ChatSettings(Settings):
-    """What `chat` knows besides."""
+    """Chat with a GPTQ checkpoint in the terminal."""
 
     url: str | None = None
     """Talk to a running server (its /v1 address) instead of loading the model."""
@@ -174,37 +166,118 @@ class ChatSettings(Settings):
 
 
 class InspectSettings(Settings):
-    """What `inspect` knows besides."""
+    """Print what a checkpoint is, without loading its weights."""
 
-    json_output: bool = Field(False, alias="json")
+    json_output: bool = Field(False, validation_alias=AliasChoices("json", "json_output"))
     """Print JSON."""
 
 
-_toml_file: Path | None = None
 S = TypeVar("S", bound=Settings)
 
 
-def load_settings(cls: type[S], args: Sequence[str], *, prog: str = "gptq-api", env: Mapping[str, str] | None = None) -> S:
+def load_settings(cls: type[S], args: Sequence[str] = (), *, prog: str = "gptq-api") -> S:
     """Command line, environment and TOML file -> one frozen settings object.
 
     The first positional argument is `--model-path`. Raises ConfigError; `--help` prints and raises SystemExit(0).
     """
-    global _toml_file
-    env = os.environ if env is None else env
-    known = {name.upper() for name in cls.model_fields} | {name.upper() for name in ChatSettings.model_fields}
-    for name in env:
-        if name.startswith(ENV_PREFIX) and name.removeprefix(ENV_PREFIX).upper() not in known:
-            raise ConfigError(f"environment variable {name} is not a setting{_did_you_mean(name, env_names(cls))}")
-    flags = _positional_model_path(list(args))
-    _toml_file = _config_file(flags, env)
+    known = {name.upper() for kind in (Settings, ChatSettings, InspectSettings) for name in kind.model_fields}
+    for name in sorted(os.environ):
+        if name.upper().startswith(ENV_PREFIX) and name.upper().removeprefix(ENV_PREFIX) not in known:
+            hint = _did_you_mean(name.upper().removeprefix(ENV_PREFIX), known, lambda close: ENV_PREFIX + close)
+            raise ConfigError(f"environment variable {name} is not a setting{hint}")
+    flags = _flags(cls, args)
+    toml_file = _config_file(flags)
+
+    class Sourced(cls):  # type: ignore[valid-type, misc]
+        __doc__ = cls.__doc__
+
+        @classmethod
+        def settings_customise_sources(
+            cls,
+            settings_cls: type[BaseSettings],
+            init_settings: PydanticBaseSettingsSource,
+            env_settings: PydanticBaseSettingsSource,
+            dotenv_settings: PydanticBaseSettingsSource,
+            file_secret_settings: PydanticBaseSettingsSource,
+        ) -> tuple[PydanticBaseSettingsSource, ...]:
+            if toml_file is None:
+                return init_settings, env_settings
+            return init_settings, env_settings, TomlConfigSettingsSource(settings_cls, toml_file)
+
     try:
-        cli = CliSettingsSource[Any](
-            cls, cli_prog_name=prog, cli_parse_args=flags, cli_exit_on_error=False, formatter_class=_HelpFormatter
-        )
-        return cls(_cli_settings_source=cli)  # type: ignore[call-arg]
+        cli: CliSettingsSource[Any] = CliSettingsSource(Sourced, cli_prog_name=prog, cli_exit_on_error=False)
+        merged = Sourced(_cli_settings_source=cli(args=flags))
     except ValidationError as error:
-        raise ConfigError(_first_error(error, cls)) from None
+        raise ConfigError(_first_error(error, flags, toml_file)) from None
     except SettingsError as error:
-        raise ConfigError(_plain(str(error), cls)) from None
-    finally:
-        _toml_file = None
+        raise ConfigError(str(error).splitlines()[0].removeprefix("error parsing CLI: ")) from None
+    values = {name: getattr(merged, name) for name in cls.model_fields}
+    return cast(S, cls.model_construct(_fields_set=merged.model_fields_set, **values))
+
+
+def flag(name: str) -> str:
+    """`max_num_seqs` -> `--max-num-seqs`."""
+    return "--" + {"json_output": "json"}.get(name, name).replace("_", "-")
+
+
+def _flags(cls: type[Settings], args: Sequence[str]) -> list[str]:
+    """Arguments with a leading positional one spelled out as --model-path. Refuses unknown flags by name."""
+    flags = list(args)
+    if flags and not flags[0].startswith("-"):
+        flags = ["--model-path", *flags]
+    known = {flag(name) for name in cls.model_fields} | {"--help"}
+    known |= {"--no-" + flag(name)[2:] for name, field in cls.model_fields.items() if _is_bool(field.annotation)}
+    for item in flags:
+        name = item.split("=", 1)[0]
+        if name.startswith("--") and name not in known:
+            raise ConfigError(f"{name} is not an option{_did_you_mean(name, known, str)}")
+    return flags
+
+
+def _is_bool(annotation: Any) -> bool:
+    return annotation is bool or bool in get_args(annotation)
+
+
+def _config_file(flags: Sequence[str]) -> Path | None:
+    """The TOML file has to be known before the settings are: look for it in the two places that can name it."""
+    named: str | None = os.environ.get(ENV_PREFIX + "CONFIG")
+    for i, item in enumerate(flags):
+        if item == "--config" and i + 1 < len(flags):
+            named = flags[i + 1]
+        elif item.startswith("--config="):
+            named = item.removeprefix("--config=")
+    if named is None:
+        return None
+    path = Path(named)
+    try:
+        tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"config file {path} cannot be read: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config file {path} is not valid TOML: {error}") from None
+    return path
+
+
+def _first_error(error: ValidationError, flags: Sequence[str], toml_file: Path | None) -> str:
+    """One sentence: which setting, where it came from, what is wrong."""
+    first = error.errors(include_url=False, include_context=False)[0]
+    message = first["msg"].removeprefix("Value error, ")
+    if not first["loc"]:
+        return message
+    name = str(first["loc"][0])
+    name = "json_output" if name == "json" else name
+    if any(item.split("=", 1)[0] == flag(name) for item in flags):
+        source = flag(name)
+    elif any(key.upper() == ENV_PREFIX + name.upper() for key in os.environ):
+        source = f"environment variable {ENV_PREFIX}{name.upper()}"
+    else:
+        source = f"key {name} in {toml_file}"
+    if first["type"] == "extra_forbidden":
+        return f"{source} is not a setting{_did_you_mean(name, set(Settings.model_fields), str)}"
+    value = first["input"] if isinstance(first["input"], str | int | float | bool) else type(first["input"]).__name__
+    return f"{source}: {message} (got {str(value)[:80]!r})"
+
+
+def _did_you_mean(name: str, known: set[str], spell: Callable[[str], str]) -> str:
+    close = difflib.get_close_matches(name, sorted(known), n=1)
+    return f"; did you mean {spell(close[0])}?" if close else ""

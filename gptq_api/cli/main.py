@@ -1,0 +1,54 @@
+"""`gptq-api COMMAND [MODEL] [OPTIONS]`."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable, Sequence
+
+from gptq_api import __version__
+from gptq_api.config import ChatSettings, ConfigError, InspectSettings, Settings, load_settings
+
+COMMANDS: dict[str, tuple[type[Settings], str]] = {
+    "serve": (Settings, "answer the OpenAI API from a GPTQ checkpoint"),
+    "chat": (ChatSettings, "chat with a GPTQ checkpoint in the terminal"),
+    "inspect": (InspectSettings, "say what a checkpoint is, without loading its weights"),
+}
+"""One module gptq_api.cli.NAME with run(settings) -> exit status for each."""
+
+
+def usage() -> str:
+    lines = [f"  {name:8} {help_text}" for name, (_, help_text) in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: gptq-api COMMAND [MODEL] [OPTIONS]",
+            "",
+            "MODEL is a GPTQ checkpoint folder; without one, the demo model in the package.",
+            "",
+            *lines,
+            "",
+            "gptq-api COMMAND --help lists the options.",
+        ]
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command. Exit status: 0 well, 1 it failed (a sentence on stderr), 2 it was asked for wrongly."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    if not args or args[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0 if args else 2
+    if args[0] in ("-V", "--version", "version"):
+        print(f"gptq-api {__version__}")
+        return 0
+    name = args[0]
+    if name not in COMMANDS:
+        print(f"gptq-api: {name} is not a command\n\n{usage()}", file=sys.stderr)
+        return 2
+    try:
+        settings = load_settings(COMMANDS[name][0], args[1:], prog=f"gptq-api {name}")
+    except ConfigError as error:
+        print(f"gptq-api {name}: {error}", file=sys.stderr)
+        return 2
+    run: Callable[[Settings], int] = importlib.import_module(f"gptq_api.cli.{name}").run
+    return run(settings)

@@ -1,0 +1,261 @@
+"""The asyncio side of the engine, and the request queue: submit, read tokens, leave.
+
+    with client.submit(prompt_ids, params) as generation:
+        async for delta in generation:
+            ...
+
+Leaving the block, for whatever reason, is the abort. Knows nothing about text; never imports torch.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import socket
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from gptq_api.config import Settings
+from gptq_api.engine import wire
+from gptq_api.types import (
+    Abort,
+    Add,
+    EngineStats,
+    Failed,
+    FinishReason,
+    FromEngine,
+    Ready,
+    SamplingParams,
+    StepOutput,
+    TokenLogprobs,
+    pack_ids,
+    unpack_ids,
+)
+
+
+class EngineFailed(RuntimeError):
+    """The engine could not start; the text is one sentence for the user."""
+
+
+class EngineDead(RuntimeError):
+    """The engine process is gone."""
+
+
+class EngineFull(RuntimeError):
+    """As many sequences are admitted as the settings allow."""
+
+    def __init__(self, num_admitted: int, retry_after_s: float) -> None:
+        super().__init__(f"{num_admitted} requests are running or waiting; try again in {retry_after_s:.0f} s")
+        self.retry_after_s = retry_after_s
+
+
+@dataclass(slots=True)
+class Delta:
+    """What arrived since the last one: one token on a quick reader, several on a slow one."""
+
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    """one per token where SamplingParams.top_logprobs asked for them, otherwise empty"""
+
+
+class Generation:
+    """One sequence's mailbox. Filling it never blocks; a slow reader gets its tokens merged."""
+
+    __slots__ = ("_delta", "_error", "_news", "finish_reason", "num_cached_tokens", "num_tokens")
+
+    def __init__(self) -> None:
+        self.finish_reason: FinishReason | None = None
+        self.num_cached_tokens = 0
+        """prompt tokens that came from the prefix cache; known with the first token"""
+        self.num_tokens = 0
+        """tokens received so far"""
+        self._delta = Delta()
+        self._error: Exception | None = None
+        self._news = asyncio.Event()
+
+    def put(self, token: int, logprobs: TokenLogprobs | None) -> None:
+        self._delta.tokens.append(token)
+        if logprobs is not None:
+            self._delta.logprobs.append(logprobs)
+        self.num_tokens += 1
+        self._news.set()
+
+    def finish(self, reason: FinishReason) -> None:
+        self.finish_reason = reason
+        self._news.set()
+
+    def fail(self, error: Exception) -> None:
+        self._error = error
+        self._news.set()
+
+    async def __aiter__(self) -> AsyncIterator[Delta]:
+        """Deltas until the sequence is finished; raises EngineDead when the engine dies first."""
+        while True:
+            await self._news.wait()
+            self._news.clear()
+            delta, self._delta = self._delta, Delta()
+            if delta.tokens:
+                yield delta
+            if self._error is not None:
+                raise self._error
+            if self.finish_reason is not None and not self._delta.tokens:
+                return
+
+
+_NO_STATS = EngineStats(0, 0, 0, 0, 0, 0, 0, 0)
+
+
+class EngineClient:
+    """Owns the engine process."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.alive = False
+        self.stats = _NO_STATS
+        self.num_steps = 0
+        self.on_step: Callable[[StepOutput], None] | None = None
+        """called with every step's output, for metrics"""
+        self._stopping = False
+        self._generations: dict[int, Generation] = {}
+        self._ids = itertools.count(1)
+        self._finish_times: deque[float] = deque(maxlen=64)
+
+    @property
+    def num_generations(self) -> int:
+        """Sequences admitted now, running and waiting."""
+        return len(self._generations)
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    async def start(self) -> Ready:
+        """Start the process and wait until the model is loaded. Raises EngineFailed."""
+        loop = asyncio.get_running_loop()
+        ours, theirs = socket.socketpair()
+        with theirs:
+            command = [sys.executable, "-m", "gptq_api.engine.process", str(theirs.fileno())]
+            self._process = await asyncio.to_thread(_spawn, command, theirs.fileno())
+        self._dead = asyncio.Event()
+        self._ready: asyncio.Future[Ready] = loop.create_future()
+        self._transport, _ = await loop.create_connection(lambda: _Connection(self), sock=ours)
+        self._transport.write(wire.frame(self.settings.model_dump_json(include=set(Settings.model_fields)).encode()))
+        try:
+            self.ready = await self._ready
+        except BaseException:
+            await self.stop()
+            raise
+        self.alive = True
+        return self.ready
+
+    async def stop(self) -> None:
+        """Close the socket, which ends the engine, and wait for it. Generations still open fail with EngineDead."""
+        self._stopping = True
+        self._lose("the server is shutting down")
+        self._transport.close()
+        try:
+            await asyncio.to_thread(self._process.wait, 10)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            await asyncio.to_thread(self._process.wait)
+
+    async def wait_dead(self) -> None:
+        """Returns when the engine is gone without having been asked to."""
+        await self._dead.wait()
+
+    @contextmanager
+    def submit(self, prompt_ids: list[int], params: SamplingParams, cache_salt: bytes = b"") -> Iterator[Generation]:
+        """Queue one sequence. Raises EngineDead, EngineFull; ValueError if it is longer than the context."""
+        if not self.alive:
+            raise EngineDead("the engine process is not running")
+        if not prompt_ids or len(prompt_ids) + params.max_tokens > self.ready.max_model_len:
+            raise ValueError(
+                f"prompt of {len(prompt_ids)} and answer of {params.max_tokens} tokens do not fit into "
+                f"{self.ready.max_model_len}"
+            )
+        if len(self._generations) >= self.settings.max_queued_requests:
+            raise EngineFull(len(self._generations), self._retry_after_s())
+        sequence_id, generation = next(self._ids), Generation()
+        self._generations[sequence_id] = generation
+        try:
+            self._transport.write(wire.encode(Add(sequence_id, pack_ids(prompt_ids), params, cache_salt)))
+            yield generation
+        finally:  # finished, stop string, client gone, error: one door
+            del self._generations[sequence_id]
+            self._finish_times.append(time.monotonic())
+            if generation.finish_reason is None and self.alive:
+                self._transport.write(wire.encode(Abort(sequence_id)))
+
+    def _retry_after_s(self) -> float:
+        """When a place should be free: from the rate at which generations ended lately; 1 to 60 s."""
+        if len(self._finish_times) < 2:
+            return 1.0
+        span = time.monotonic() - self._finish_times[0]
+        return min(max(span / len(self._finish_times), 1.0), 60.0)
+
+    def _receive(self, message: FromEngine) -> None:
+        match message:
+            case StepOutput():
+                self._deliver(message)
+            case Ready():
+                if not self._ready.done():
+                    self._ready.set_result(message)
+            case Failed(text):
+                if not self._ready.done():
+                    self._ready.set_exception(EngineFailed(text))
+
+    def _deliver(self, step: StepOutput) -> None:
+        self.stats = step.stats
+        self.num_steps += 1
+        generations = self._generations
+        for sequence_id, num_cached in step.cached_tokens.items():
+            if generation := generations.get(sequence_id):
+                generation.num_cached_tokens = num_cached
+        for sequence_id, token in zip(unpack_ids(step.sequence_ids), unpack_ids(step.tokens), strict=True):
+            if generation := generations.get(sequence_id):  # it may have left already
+                generation.put(token, step.logprobs.get(sequence_id))
+        for sequence_id, reason in step.finished.items():
+            if generation := generations.get(sequence_id):
+                generation.finish(reason)
+        if self.on_step is not None:
+            self.on_step(step)
+
+    def _disconnected(self) -> None:
+        if not self._stopping:
+            loading = not self._ready.done()
+            self._lose(
+                "the engine process died" + (" while loading the model; its last words are above" if loading else "")
+            )
+            self._dead.set()
+
+    def _lose(self, why: str) -> None:
+        """The engine is out of reach: every reader is told."""
+        self.alive = False
+        for generation in self._generations.values():
+            if generation.finish_reason is None:
+                generation.fail(EngineDead(why))
+        if not self._ready.done():
+            self._ready.set_exception(EngineFailed(why))
+
+
+def _spawn(command: list[str], fd: int) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(command, pass_fds=[fd], stdin=subprocess.DEVNULL)
+
+
+class _Connection(asyncio.Protocol):
+    """Bytes from the engine -> messages."""
+
+    def __init__(self, client: EngineClient) -> None:
+        self._client, self._frames = client, wire.FrameBuffer()
+
+    def data_received(self, data: bytes) -> None:
+        for payload in self._frames.feed(data):
+            self._client._receive(wire.decode_from_engine(payload))
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._client._disconnected()

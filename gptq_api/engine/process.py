@@ -1,0 +1,103 @@
+"""The engine process: a reader thread empties the socket, the main thread steps the model.
+
+Started by engine/client.py as `python -m gptq_api.engine.process FD`; the first frame is the settings as JSON. End of
+file on the socket is the shutdown message, and the only one: it comes however the API process ends, `kill -9` included.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import queue
+import signal
+import socket
+import sys
+import threading
+import time
+
+import msgspec
+
+from gptq_api.config import Settings
+from gptq_api.engine import wire
+from gptq_api.types import Abort, Add, Failed, Ready, ToEngine
+
+GRACE_S = 1.5
+"""How long a step (or a load) may still take after the API process is gone."""
+
+Inbox = queue.SimpleQueue[ToEngine | None]
+
+
+def main(fd: int) -> int:
+    """Serve one API process until it closes the socket. Returns the exit status."""
+    # ^C and a signal to the whole group belong to the API process; we leave when the socket closes.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sock = socket.socket(fileno=fd)
+    first = wire.read_payload(sock)
+    if first is None:
+        return 0
+    settings = Settings(**msgspec.json.decode(first))
+    inbox: Inbox = queue.SimpleQueue()
+    threading.Thread(target=_read, args=(sock, inbox), name="inbox", daemon=True).start()
+    try:
+        return _serve(sock, inbox, settings)
+    except (BrokenPipeError, ConnectionResetError):
+        return 0
+
+
+def _read(sock: socket.socket, inbox: Inbox) -> None:
+    """Always draining, so that the API process never waits for a step to end."""
+    try:
+        while (payload := wire.read_payload(sock)) is not None:
+            inbox.put(wire.decode_to_engine(payload))
+    except OSError:
+        pass
+    inbox.put(None)
+    time.sleep(GRACE_S)
+    os._exit(0)  # the main thread is deep in a long step or still loading, for nobody
+
+
+def _serve(sock: socket.socket, inbox: Inbox, settings: Settings) -> int:
+    from gptq_api.engine.core import Engine
+    from gptq_api.gptq.checkpoint import CheckpointError
+    from gptq_api.model.loader import load_runner
+    from gptq_api.scheduler.blocks import BlockManager
+    from gptq_api.scheduler.scheduler import Scheduler
+
+    try:
+        runner = load_runner(settings)
+    except (CheckpointError, MemoryError, OSError) as error:
+        sock.sendall(wire.encode(Failed(str(error) or f"{type(error).__name__} while loading the model")))
+        return 1
+    budget = settings.max_num_batched_tokens or (512 if runner.device == "cpu" else 2048)
+    blocks = BlockManager(runner.num_blocks, runner.block_size)
+    scheduler = Scheduler(blocks, settings.max_num_seqs, budget, settings.enable_prefix_caching)
+    engine = Engine(runner, scheduler)
+    gc.collect()
+    gc.freeze()  # the weights never die: keep the collector off them
+    ready = Ready(
+        max_model_len=min(runner.max_model_len, runner.num_blocks * runner.block_size),
+        vocab_size=runner.vocab_size,
+        block_size=runner.block_size,
+        num_blocks=runner.num_blocks,
+        max_num_seqs=settings.max_num_seqs,
+        device=runner.device,
+        dtype=runner.dtype,
+        eos_token_ids=runner.eos_token_ids,
+        description=runner.description,
+    )
+    sock.sendall(wire.encode(ready))
+    while True:
+        while not engine.has_work() or not inbox.empty():
+            match inbox.get():
+                case Add() as message:
+                    engine.add(message)
+                case Abort(sequence_id):
+                    engine.abort(sequence_id)
+                case None:
+                    return 0
+        sock.sendall(wire.encode(engine.step()))  # one message per step, whatever the batch size
+
+
+if __name__ == "__main__":
+    sys.exit(main(int(sys.argv[1])))
