@@ -73,8 +73,9 @@ class Scheduler:
         taken: dict[Sequence, int] = {}
         budget = self.max_num_batched_tokens
         preempted: set[Sequence] = set()
-        # Running before waiting, and among the running a token owed before a chunk of a prompt.
-        for seq in sorted(self.running, key=lambda seq: seq.num_pending_tokens > 1):
+        # Running before waiting: a token owed beats a token promised. A prompt in chunks takes whatever budget it
+        # finds, so nobody is admitted behind it until it is done, and those who decode all stand before it.
+        for seq in self.running.copy():
             if budget == 0:
                 break
             if seq in preempted:

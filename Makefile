@@ -1,0 +1,38 @@
+# Two commands: `make serve` sets up and serves the demo model, `make test` sets up and runs the tests.
+
+PYTHON ?= python3
+VENV ?= .venv
+# The CUDA kernels are compiled where there is a GPU to run them on; `make serve GPTQ_API_CUDA=on` insists.
+GPTQ_API_CUDA ?= $(shell nvidia-smi >/dev/null 2>&1 && echo auto || echo off)
+export GPTQ_API_CUDA
+ARGS ?=
+
+.PHONY: serve chat test lint clean
+
+serve: $(VENV)/.installed
+	$(VENV)/bin/gptq-api serve $(ARGS)
+
+chat: $(VENV)/.installed
+	$(VENV)/bin/gptq-api chat $(ARGS)
+
+test: $(VENV)/.installed-dev
+	$(VENV)/bin/python -m pytest $(ARGS)
+
+lint: $(VENV)/.installed-dev
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable .
+	touch $@
+
+$(VENV)/.installed-dev: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@ $(VENV)/.installed
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,88 @@
+"""The arrows of the architecture, checked on the source."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1] / "gptq_api"
+FLOOR = {"config", "types", "sequence"}
+MAY_IMPORT = {
+    "cli": {"api", "text", "engine", "gptq", "model", "demo"},
+    "api": {"text", "engine", "demo"},
+    "text": {"demo"},
+    "engine": {"scheduler", "model", "gptq"},
+    "scheduler": set(),
+    "model": {"layers", "gptq", "kernels", "demo"},
+    "layers": {"kernels", "gptq"},
+    "kernels": {"gptq"},
+    "gptq": set(),
+    "demo": set(),
+}
+WITHOUT_TORCH = ("api", "text", "scheduler")
+FILES = sorted(ROOT.rglob("*.py"))
+assert FILES
+
+
+def imported(path: Path) -> set[str]:
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names.add(node.module or "")
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def package_of(path: Path) -> str:
+    parts = path.relative_to(ROOT).parts
+    return parts[0] if len(parts) > 1 else parts[0].removesuffix(".py")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_follow_the_arrows(path: Path) -> None:
+    package = package_of(path)
+    for name in imported(path):
+        if name == "gptq_api" or not name.startswith("gptq_api."):
+            continue
+        target = name.split(".")[1]
+        if target == package or target in FLOOR or target.startswith("__"):
+            continue
+        if package in FLOOR:
+            raise AssertionError(f"{path.name} is floor and imports {name}")
+        if package in ("__init__", "__main__"):
+            assert target == "cli", f"{path.name} imports {name}"
+            continue
+        assert target in MAY_IMPORT[package], f"{package} imports {name}: that arrow does not exist"
+
+
+@pytest.mark.parametrize("package", WITHOUT_TORCH)
+def test_no_torch_and_no_pickle_by_name(package: str) -> None:
+    for path in (ROOT / package).rglob("*.py"):
+        roots = {name.split(".")[0] for name in imported(path)}
+        assert not roots & {"torch", "pickle", "marshal", "shelve"}, path
+
+
+def test_the_api_process_loads_neither_torch_nor_transformers() -> None:
+    code = (
+        "import sys, gptq_api.api.server, gptq_api.cli.main, gptq_api.cli.serve, gptq_api.cli.chat\n"
+        "print([m for m in ('torch', 'transformers') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_only_the_checkpoint_reader_unpickles_and_only_safely() -> None:
+    for path in FILES:
+        source = path.read_text(encoding="utf-8")
+        assert "import pickle" not in source, path
+        for line in source.splitlines():
+            if "torch.load(" in line and not line.lstrip().startswith("#"):
+                assert path.parent.name == "gptq", path
+                assert "weights_only=True" in source, path
