@@ -15,7 +15,7 @@ from gptq_api.text.tokenizer_config import TokenizerConfig, TokenizerError
 
 _SPACE = "▁"
 _NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
-"""ModelProto{normalizer_spec(3){add_dummy_prefix(3): false}}: protobuf merges an appended message into the one before."""
+"""ModelProto{normalizer_spec(3){add_dummy_prefix(3): false}}: protobuf merges an appended message into the first."""
 
 
 class SpmVocabulary:

@@ -79,6 +79,11 @@ class Tokenizer:
                 ids.extend(self._plain(part, continues=i > 0))
         return ids
 
+    @property
+    def special_contents(self) -> list[str]:
+        """What the control tokens are called in the vocabulary."""
+        return list(self._special_ids)
+
     def split_special(self, text: str) -> list[str | int]:
         """Text -> plain texts and the ids of the control tokens between them."""
         parts: list[str | int] = []
