@@ -1,0 +1,559 @@
+// 4-bit GEMM for M >= 16 on sm_90a.
+//
+// A block owns tiles of 128 output rows x TN tokens. Warps 0-7 are two warpgroups, 64 rows each: a warp reads the int4 fragments of its
+// strip from shared memory, dequantises and scales them in registers while the tensor cores work on the step before, and issues wgmma with
+// them as A; the tokens are B, read from shared memory. Warp 8 feeds a ring of slots (128 k each): one bulk copy per strip for the weights,
+// two tensor-map loads for the tokens, halved and multicast where two blocks of a cluster work on neighbouring rows and the same tokens.
+//
+// Work is divided evenly whatever the shape: tiles that do not fill a whole wave of blocks are cut along k ("stream-k") into equal ranges of
+// chunks. The block that holds a tile's first chunk owns the tile; the others leave fp32 partial sums in the workspace, and the owner adds
+// them in order of k, so results are the same bits every time. An owner waits only for blocks with lower indices, which start first: two
+// such kernels sharing a GPU cannot wait for each other in a circle.
+#include "gemm_wgmma.h"
+
+#include <algorithm>
+#include <mutex>
+
+#include "layout.h"
+#include "wgmma_sm90.h"
+
+namespace gptq {
+namespace {
+
+constexpr int kConsumerGroups = 2;
+constexpr int kThreads = (kConsumerGroups + 1) * 128;
+constexpr int kMaxBlocks = 512;           // of one launch; bounds the flags in the workspace
+constexpr int kMaxSplitBlocks = 264;      // that may leave partial sums
+constexpr size_t kFlagBytes = kMaxBlocks * kConsumerGroups * sizeof(int);
+constexpr size_t kPartialBytes = size_t{132 + 32} * 128 * 256 * sizeof(float);
+constexpr int kRaster = 8;                // token tiles that run side by side, so that they share weights in L2
+
+struct Params {
+  const uint8_t* weight;
+  uint16_t* y;
+  const uint16_t* bias;
+  const uint16_t* residual;
+  float* partials;
+  int* flags;
+  int m, n, strips, chunks, chunk_bytes;
+  int64_t ldy, ldr;
+  int m_tiles, n_tiles;          // n_tiles: in units of a cluster
+  int tiles, split_tiles;        // the first split_tiles are cut along k over all clusters
+  int clusters, stages, groups;
+  bool zeros, silu;
+};
+
+struct Segment {
+  int tile, first, last;  // chunks [first, last) of the tile
+};
+
+__device__ __forceinline__ int split_begin(const Params& p, int i) {
+  return static_cast<int>(static_cast<int64_t>(p.split_tiles) * p.chunks * i / p.clusters);
+}
+
+// The segments of one cluster, the same for its producer and its consumers.
+struct Walk {
+  int unit, end, tile;
+  __device__ Walk(const Params& p, int cluster) {
+    const int i = p.clusters - 1 - cluster;  // reversed: owners wait for lower cluster indices
+    unit = split_begin(p, i);
+    end = split_begin(p, i + 1);
+    tile = p.split_tiles + cluster;
+  }
+  __device__ __forceinline__ bool next(const Params& p, Segment& s) {
+    if (unit < end) {
+      s.tile = unit / p.chunks;
+      s.first = unit - s.tile * p.chunks;
+      s.last = min(p.chunks, s.first + end - unit);
+      unit += s.last - s.first;
+      return true;
+    }
+    if (tile >= p.tiles) return false;
+    s = {tile, 0, p.chunks};
+    tile += p.clusters;
+    return true;
+  }
+};
+
+__device__ __forceinline__ void tile_position(const Params& p, int tile, int& m_tile, int& n_tile) {
+  const int per_band = kRaster * p.n_tiles, band = tile / per_band, in_band = tile - band * per_band;
+  const int rows = min(kRaster, p.m_tiles - band * kRaster);
+  n_tile = in_band / rows;
+  m_tile = band * kRaster + in_band - n_tile * rows;
+}
+
+// Scales and zero points of rows g and g+8 for one group.
+template <bool BF>
+struct RowPair {
+  ZeroPair zero;
+  uint32_t scale[2], rest[2];  // bf16: the fp16 scale is scale + rest to 16 bits
+
+  __device__ __forceinline__ void load(const uint8_t* chunk, int group, int groups, bool zeros, int g) {
+    const uint32_t s = *reinterpret_cast<const uint32_t*>(chunk + kWeightBytes + 32 * group + 4 * g);
+    if constexpr (BF) {
+      const float2 f = scale_pair(s);
+      const float both[2] = {f.x, f.y};
+#pragma unroll
+      for (int i = 0; i < 2; i++) {
+        const uint32_t hi = to_16bit<true>(both[i]), lo = to_16bit<true>(both[i] - from_16bit<true>(hi));
+        scale[i] = hi * 0x10001u;
+        rest[i] = lo * 0x10001u;
+      }
+    } else {
+      scale[0] = __byte_perm(s, s, 0x1010);
+      scale[1] = __byte_perm(s, s, 0x3232);
+    }
+    zero = zeros ? load_zeros<BF>(*reinterpret_cast<const uint16_t*>(chunk + kWeightBytes + 32 * groups + 16 * group + 2 * g))
+                 : symmetric_zeros<BF>();
+  }
+  __device__ __forceinline__ void weights(uint32_t q, uint32_t (&a)[4]) const {
+    dequant<BF>(q, a, zero);
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      if constexpr (BF) {
+        uint32_t low;
+        asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(low) : "r"(a[i]), "r"(rest[i & 1]));
+        asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(a[i]) : "r"(a[i]), "r"(scale[i & 1]), "r"(low));
+      } else {
+        asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(a[i]) : "r"(a[i]), "r"(scale[i & 1]));
+      }
+    }
+  }
+};
+
+template <bool BF>
+__device__ __forceinline__ uint32_t pack(float a, float b) {
+  return static_cast<uint32_t>(to_16bit<BF>(a)) | (static_cast<uint32_t>(to_16bit<BF>(b)) << 16);
+}
+__device__ __forceinline__ float silu(float v) { return v / (1.f + __expf(-v)); }
+
+template <bool BF>
+__device__ __forceinline__ uint4 add8(uint4 a, uint4 b) {
+  const uint32_t x[4] = {a.x, a.y, a.z, a.w}, y[4] = {b.x, b.y, b.z, b.w};
+  uint32_t r[4];
+#pragma unroll
+  for (int i = 0; i < 4; i++)
+    r[i] = pack<BF>(from_16bit<BF>(x[i] & 0xffff) + from_16bit<BF>(y[i] & 0xffff), from_16bit<BF>(x[i] >> 16) + from_16bit<BF>(y[i] >> 16));
+  return {r[0], r[1], r[2], r[3]};
+}
+
+// ONE: one scale group per chunk, or fewer. TN tokens and 64*FR rows per consumer warpgroup, CL blocks per cluster.
+template <bool BF_, bool ONE_, int TN_, int FR_, int CL_>
+struct Shape {
+  static constexpr bool BF = BF_, ONE = ONE_;
+  static constexpr int TN = TN_, FR = FR_, CL = CL_;
+  static constexpr int kStrips = 4 * FR * kConsumerGroups, kRows = 16 * kStrips;
+  static constexpr int kTokenBytes = TN * kChunkK * 2;                    // of one slot
+  static constexpr int kPass = TN == 256 && !ONE ? 16 : TN < 32 ? TN : 32;  // tokens the epilogue turns at a time
+  static constexpr int kPassBytes = kPass * 128;                          // per warpgroup
+  static constexpr int kStep = FR == 1 ? 4 : 2;                           // k16 steps between two commits
+  static constexpr int kMinBlocks = TN * FR <= 64 ? 2 : 1;
+  // Of the 64,512 or 30,720 registers that kThreads start with at one or two blocks per multiprocessor.
+  static constexpr int kProducerRegisters = kMinBlocks == 1 ? 40 : 32, kConsumerRegisters = kMinBlocks == 1 ? 232 : 104;
+  static int slot_bytes(int chunk_bytes) { return kTokenBytes + kStrips * chunk_bytes; }
+  static int fixed_bytes(int stages) { return kConsumerGroups * kPassBytes + 16 * stages; }
+};
+
+template <class S>
+__global__ void __launch_bounds__(kThreads, S::kMinBlocks) gemm_wgmma_kernel(const __grid_constant__ CUtensorMap tokens, const Params p) {
+#ifdef __CUDA_ARCH__
+  constexpr int TN = S::TN, FR = S::FR, CL = S::CL;
+  extern __shared__ __align__(1024) uint8_t smem[];
+  uint8_t* const slots_x = smem;
+  uint8_t* const slots_w = smem + p.stages * S::kTokenBytes;
+  const int slot_w_bytes = S::kStrips * p.chunk_bytes;
+  uint8_t* const turn = slots_w + p.stages * slot_w_bytes;
+  const uint32_t full = smem_addr(turn + kConsumerGroups * S::kPassBytes), empty = full + 8 * p.stages;
+
+  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+  const uint32_t rank = CL == 1 ? 0 : cluster_rank();
+  const int cluster = blockIdx.x / CL;
+
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < p.stages; i++) {
+      mbar_init(full + 8 * i, 1);
+      mbar_init(empty + 8 * i, 4 * kConsumerGroups * CL);
+    }
+    mbar_init_fence();
+  }
+  if constexpr (CL == 1)
+    __syncthreads();
+  else
+    cluster_sync();
+
+  if (warp >= 4 * kConsumerGroups) {
+    // ---- producer -------------------------------------------------------------------------------------------------------------------
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(S::kProducerRegisters));
+    if (warp == 4 * kConsumerGroups) {
+    if (lane == 0) tensor_prefetch(&tokens);
+    const int tx = S::kTokenBytes + slot_w_bytes;
+    auto load_weights = [&](int tile, int chunk, int slot) {
+      int m_tile, n_tile;
+      tile_position(p, tile, m_tile, n_tile);
+      if (lane == 0) mbar_expect(full + 8 * slot, tx);
+      __syncwarp();
+      if (lane < S::kStrips) {
+        const int strip = min((n_tile * CL + static_cast<int>(rank)) * S::kStrips + lane, p.strips - 1);
+        bulk_load(smem_addr(slots_w + slot * slot_w_bytes + lane * p.chunk_bytes),
+                  p.weight + (static_cast<int64_t>(strip) * p.chunks + chunk) * p.chunk_bytes, p.chunk_bytes, full + 8 * slot);
+      }
+    };
+    auto load_tokens = [&](int tile, int chunk, int slot) {
+      int m_tile, n_tile;
+      tile_position(p, tile, m_tile, n_tile);
+      if (lane < 2) {
+        const uint32_t dst = smem_addr(slots_x + slot * S::kTokenBytes) + lane * TN * 128;
+        if constexpr (CL == 1)
+          tensor_load(dst, &tokens, chunk * kChunkK + 64 * lane, m_tile * TN, full + 8 * slot);
+        else
+          tensor_load_multicast(dst + rank * (TN / CL) * 128, &tokens, chunk * kChunkK + 64 * lane, m_tile * TN + rank * (TN / CL), full + 8 * slot,
+                                (1 << CL) - 1);
+      }
+    };
+    // The first lap over the ring needs no free slot, and its weights need nothing of the kernel before this one.
+    Walk ahead(p, cluster), behind(p, cluster);
+    Segment s, b;
+    int slot = 0;
+    bool more = ahead.next(p, s);
+    for (int i = 0; i < p.stages && more; i++) {
+      load_weights(s.tile, s.first, i);
+      if (++s.first == s.last) more = ahead.next(p, s);
+    }
+    grid_wait();
+    bool late = behind.next(p, b);
+    for (int i = 0; i < p.stages && late; i++) {
+      load_tokens(b.tile, b.first, i);
+      if (++b.first == b.last) late = behind.next(p, b);
+    }
+    uint32_t parity = 0;
+    while (more) {
+      mbar_wait(empty + 8 * slot, parity);
+      load_weights(s.tile, s.first, slot);
+      load_tokens(s.tile, s.first, slot);
+      if (++slot == p.stages) slot = 0, parity ^= 1;
+      if (++s.first == s.last) more = ahead.next(p, s);
+    }
+    grid_launch_dependents();
+    }
+  } else {
+    // ---- consumers ------------------------------------------------------------------------------------------------------------------
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(S::kConsumerRegisters));
+    const int group = warp >> 2, quarter = warp & 3, g = lane >> 2, thread = threadIdx.x & 127;
+    constexpr int kStep = S::kStep, kSteps = 8 / kStep;
+    float d[FR][TN / 2];
+    uint32_t a[2][FR][kStep][4];
+    RowPair<S::BF> rows[FR];
+
+    auto dequantise = [&](uint32_t(&to)[FR][kStep][4], const uint8_t* slot, int step) {
+#pragma unroll
+      for (int f = 0; f < FR; f++) {
+        const uint8_t* chunk = slot + ((group * FR + f) * 4 + quarter) * p.chunk_bytes;
+        uint32_t q[kStep];
+        const uint8_t* words = chunk + (step * kStep / 4) * kBlockBytes + lane * 16 + (step * kStep % 4) * 4;
+        if constexpr (kStep == 4)
+          *reinterpret_cast<uint4*>(q) = *reinterpret_cast<const uint4*>(words);
+        else
+          *reinterpret_cast<uint2*>(q) = *reinterpret_cast<const uint2*>(words);
+        if (S::ONE && step == 0) rows[f].load(chunk, 0, 1, p.zeros, g);
+#pragma unroll
+        for (int j = 0; j < kStep; j++) {
+          if (!S::ONE && j % 2 == 0) rows[f].load(chunk, ((step * kStep + j) / 2 * p.groups) >> 2, p.groups, p.zeros, g);
+          rows[f].weights(q[j], to[f][j]);
+        }
+      }
+    };
+    auto multiply = [&](uint32_t(&from)[FR][kStep][4], uint32_t xs, int step, int accumulate) {
+      const uint64_t desc = wgmma_desc(xs + (step * kStep / 4) * TN * 128) + step * kStep % 4 * 2;
+      wgmma_fence();
+#pragma unroll
+      for (int j = 0; j < kStep; j++)
+#pragma unroll
+        for (int f = 0; f < FR; f++) Wgmma<S::BF, TN>::mma(d[f], from[f][j], desc + 2 * j, j == 0 ? accumulate : 1);
+      wgmma_commit();
+    };
+    auto release = [&](int slot) {
+      __syncwarp();
+      if (CL == 1) {
+        if (lane == 0) mbar_arrive(empty + 8 * slot);
+      } else if (lane < CL) {
+        mbar_arrive_remote(empty + 8 * slot, lane);
+      }
+    };
+
+    grid_wait();
+    Walk walk(p, cluster);
+    Segment s;
+    int slot = 0;
+    uint32_t parity = 0;
+    while (walk.next(p, s)) {
+      mbar_wait(full + 8 * slot, parity);
+      dequantise(a[0], slots_w + slot * slot_w_bytes, 0);
+      int previous = 0;
+      for (int c = s.first; c < s.last; c++) {
+        const uint32_t xs = smem_addr(slots_x + slot * S::kTokenBytes);
+        const int here = slot;
+#pragma unroll
+        for (int step = 0; step < kSteps; step++) {
+          multiply(a[step & 1], xs, step, step == 0 ? c > s.first : 1);
+          if (step + 1 < kSteps) {
+            wgmma_wait<1>();
+            if (step == 0 && c > s.first) release(previous);
+            dequantise(a[(step + 1) & 1], slots_w + here * slot_w_bytes, step + 1);
+          }
+        }
+        if (++slot == p.stages) slot = 0, parity ^= 1;
+        previous = here;
+        if (c + 1 < s.last) {
+          mbar_wait(full + 8 * slot, parity);
+          wgmma_wait<1>();
+          dequantise(a[0], slots_w + slot * slot_w_bytes, 0);
+        }
+      }
+      wgmma_wait<0>();
+      release(previous);
+#pragma unroll
+      for (int f = 0; f < FR; f++)
+#pragma unroll
+        for (int i = 0; i < TN / 2; i++) asm volatile("" : "+f"(d[f][i])::"memory");
+
+      // ---- partial sums of a tile that was cut along k ----------------------------------------------------------------------------
+      const int mine = p.clusters - 1 - cluster;
+      auto partial = [&](int i, int f) {
+        return reinterpret_cast<float4*>(p.partials) + (static_cast<int64_t>((i * CL + rank) * kConsumerGroups + group) * FR + f) * (TN / 8) * 128 + thread;
+      };
+      if (s.first > 0) {
+#pragma unroll
+        for (int f = 0; f < FR; f++) {
+          float4* to = partial(mine, f);
+#pragma unroll
+          for (int i = 0; i < TN / 8; i++) __stcg(to + i * 128, make_float4(d[f][4 * i], d[f][4 * i + 1], d[f][4 * i + 2], d[f][4 * i + 3]));
+        }
+        __threadfence();
+        named_barrier(1 + group, 128);
+        if (thread == 0) flag_set(p.flags + (mine * CL + rank) * kConsumerGroups + group);
+        continue;
+      }
+      if (s.last < p.chunks) {
+        const int tile_end = (s.tile + 1) * p.chunks;
+        for (int i = mine + 1, begin = split_begin(p, i); begin < tile_end; i++) {
+          const int end = split_begin(p, i + 1);
+          if (begin == end) continue;
+          begin = end;
+          int* flag = p.flags + (i * CL + rank) * kConsumerGroups + group;
+          if (thread == 0)
+            while (!flag_is_set(flag)) __nanosleep(20);
+          named_barrier(1 + group, 128);
+#pragma unroll
+          for (int f = 0; f < FR; f++) {
+            const float4* from = partial(i, f);
+#pragma unroll
+            for (int k = 0; k < TN / 8; k++) {
+              const float4 v = __ldcg(from + k * 128);
+              d[f][4 * k] += v.x, d[f][4 * k + 1] += v.y, d[f][4 * k + 2] += v.z, d[f][4 * k + 3] += v.w;
+            }
+          }
+          if (thread == 0) *flag = 0;  // ready for the next launch on this stream
+        }
+      }
+
+      // ---- epilogue: turn the tile token by token through shared memory, so that rows leave in whole lines ---------------------------
+      int m_tile, n_tile;
+      tile_position(p, s.tile, m_tile, n_tile);
+      uint8_t* const box = turn + group * S::kPassBytes;
+      const uint32_t box_addr = smem_addr(box);
+#pragma unroll
+      for (int f = 0; f < FR; f++) {
+        const int row = ((n_tile * CL + static_cast<int>(rank)) * kConsumerGroups + group) * 64 * FR + 64 * f;
+        float bias0 = 0.f, bias8 = 0.f;
+        if (p.bias != nullptr && row + 16 * quarter < p.n) {
+          bias0 = from_16bit<S::BF>(p.bias[row + 16 * quarter + g]);
+          bias8 = from_16bit<S::BF>(p.bias[row + 16 * quarter + g + 8]);
+        }
+#pragma unroll
+        for (int pass = 0; pass < TN / S::kPass; pass++) {
+          const int token0 = m_tile * TN + pass * S::kPass;
+          if (token0 >= p.m) break;
+          named_barrier(1 + group, 128);
+#pragma unroll
+          for (int half = 0; half < S::kPass / 16; half++) {
+            const float* v = d[f] + (pass * S::kPass / 8 + half * 2) * 4;
+            if (p.silu) {
+              const int token = half * 16 + (lane & 15);
+              uint32_t r[2];
+#pragma unroll
+              for (int j = 0; j < 2; j++)
+                r[j] = pack<S::BF>(silu(v[4 * j] + bias0) * (v[4 * j + 2] + bias8), silu(v[4 * j + 1] + bias0) * (v[4 * j + 3] + bias8));
+              stmatrix_x2_trans(box_addr + token * 128 + ((quarter ^ (token & 7)) << 4), r[0], r[1]);
+            } else {
+              const int token = half * 16 + (lane >> 4) * 8 + (lane & 7), unit = quarter * 2 + ((lane >> 3) & 1);
+              stmatrix_x4_trans(box_addr + token * 128 + ((unit ^ (token & 7)) << 4), pack<S::BF>(v[0] + bias0, v[1] + bias0),
+                                pack<S::BF>(v[2] + bias8, v[3] + bias8), pack<S::BF>(v[4] + bias0, v[5] + bias0), pack<S::BF>(v[6] + bias8, v[7] + bias8));
+            }
+          }
+          named_barrier(1 + group, 128);
+          const int units_log2 = p.silu ? 2 : 3, columns = p.silu ? p.n / 2 : p.n, column0 = p.silu ? row / 2 : row;
+#pragma unroll
+          for (int i = 0; i < S::kPass * 8 / 128; i++) {
+            const int index = i * 128 + thread, token = index >> units_log2, unit = index & ((1 << units_log2) - 1);
+            const int column = column0 + unit * 8;
+            if (token >= S::kPass || token0 + token >= p.m || column >= columns) continue;
+            uint4 v = *reinterpret_cast<const uint4*>(box + token * 128 + ((unit ^ (token & 7)) << 4));
+            if (p.residual != nullptr) v = add8<S::BF>(v, *reinterpret_cast<const uint4*>(p.residual + (token0 + token) * p.ldr + column));
+            *reinterpret_cast<uint4*>(p.y + (token0 + token) * p.ldy + column) = v;
+          }
+        }
+      }
+    }
+  }
+  if constexpr (CL > 1) cluster_sync();  // a neighbour may still signal this block's barriers
+#endif
+}
+
+// ---- launch ---------------------------------------------------------------------------------------------------------------------------
+
+using Encode = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*, const cuuint64_t*, const cuuint32_t*,
+                            const cuuint32_t*, CUtensorMapInterleave, CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
+
+// The driver's function, asked for at run time: the library loads where there is no driver.
+Encode tensor_map_encoder() {
+  static const Encode encode = [] {
+    void* entry = nullptr;
+    cudaDriverEntryPointQueryResult found;
+    const cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &found);
+    return error == cudaSuccess && found == cudaDriverEntryPointSuccess ? reinterpret_cast<Encode>(entry) : nullptr;
+  }();
+  return encode;
+}
+
+bool token_map(CUtensorMap& map, const WgmmaGemm& call, int box_tokens) {
+  const Encode encode = tensor_map_encoder();
+  if (encode == nullptr) return false;
+  const cuuint64_t size[2] = {static_cast<cuuint64_t>(call.k), static_cast<cuuint64_t>(call.m)}, stride[1] = {static_cast<cuuint64_t>(call.ldx) * 2};
+  const cuuint32_t box[2] = {64, static_cast<cuuint32_t>(box_tokens)}, step[2] = {1, 1};
+  return encode(&map, call.bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2, const_cast<void*>(call.x), size, stride, box,
+                step, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+}
+
+struct Device {
+  int multiprocessors, shared_bytes;  // shared memory one block may have
+};
+cudaError_t current_device(Device& out) {
+  static std::mutex lock;
+  static Device known[64];
+  int id = 0;
+  cudaError_t error = cudaGetDevice(&id);
+  if (error != cudaSuccess) return error;
+  if (id >= 64) return cudaErrorInvalidDevice;
+  const std::lock_guard<std::mutex> hold(lock);
+  if (known[id].multiprocessors == 0) {
+    int multiprocessors = 0;
+    if ((error = cudaDeviceGetAttribute(&known[id].shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, id)) != cudaSuccess) return error;
+    if ((error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, id)) != cudaSuccess) return error;
+    known[id].multiprocessors = multiprocessors;
+  }
+  out = known[id];
+  return cudaSuccess;
+}
+
+template <class S>
+cudaError_t launch(const WgmmaGemm& call, Params p, int blocks_per_sm, cudaStream_t stream) {
+  Device device;
+  cudaError_t error = current_device(device);
+  if (error != cudaSuccess) return error;
+  CUtensorMap map;
+  if (!token_map(map, call, S::TN / S::CL)) return cudaErrorInvalidValue;
+
+  const int shared_limit = (device.shared_bytes + 1024) / blocks_per_sm - 1024;
+  p.stages = (shared_limit - S::fixed_bytes(0)) / (S::slot_bytes(p.chunk_bytes) + 16);
+  p.m_tiles = (p.m + S::TN - 1) / S::TN;
+  p.n_tiles = (p.strips + S::kStrips * S::CL - 1) / (S::kStrips * S::CL);
+  p.tiles = p.m_tiles * p.n_tiles;
+  p.clusters = std::min({device.multiprocessors / S::CL * blocks_per_sm, p.tiles * p.chunks, kMaxSplitBlocks / S::CL});
+  const int over = p.tiles % p.clusters;
+  p.split_tiles = p.tiles < p.clusters || over == 0 ? over : over + p.clusters;
+  if (p.stages < 2 || sizeof(float) * p.clusters * S::CL * S::kRows * S::TN > kPartialBytes) return cudaErrorInvalidValue;
+  const int shared = S::fixed_bytes(p.stages) + p.stages * S::slot_bytes(p.chunk_bytes);
+
+  const auto kernel = gemm_wgmma_kernel<S>;
+  static std::once_flag prepared[64];
+  int id = 0;
+  if ((error = cudaGetDevice(&id)) != cudaSuccess) return error;
+  std::call_once(prepared[id], [&] { error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared_bytes); });
+  if (error != cudaSuccess) return error;
+
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(p.clusters * S::CL);
+  config.blockDim = dim3(kThreads);
+  config.dynamicSmemBytes = shared;
+  config.stream = stream;
+  cudaLaunchAttribute attributes[2];
+  attributes[0].id = cudaLaunchAttributeClusterDimension;
+  attributes[0].val.clusterDim = {S::CL, 1, 1};
+  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[1].val.programmaticStreamSerializationAllowed = 1;
+  config.attrs = attributes;
+  config.numAttrs = call.dependent_launch ? 2 : 1;
+  return cudaLaunchKernelEx(&config, kernel, map, p);
+}
+
+template <bool BF, bool ONE>
+cudaError_t choose(const WgmmaGemm& call, const Params& p, cudaStream_t stream) {
+  int tokens = call.tokens, cluster = call.cluster, blocks = call.blocks_per_sm;
+  if (tokens == 0) tokens = p.m <= 16 ? 16 : p.m <= 32 ? 32 : p.m <= 64 ? 64 : p.m <= 128 ? 128 : 256;
+  if (cluster == 0) cluster = tokens >= 64 ? 2 : 1;
+  if (blocks == 0) blocks = 1;
+  switch (tokens * 100 + cluster * 10 + (blocks > 1)) {
+#define GPTQ_CASE(TN, FR, CL) \
+  case TN * 100 + CL * 10: return launch<Shape<BF, ONE, TN, FR, CL>>(call, p, 1, stream)
+#define GPTQ_CASE2(TN, FR, CL) \
+  case TN * 100 + CL * 10 + 1: return launch<Shape<BF, ONE, TN, FR, CL>>(call, p, 2, stream); \
+  case TN * 100 + CL * 10: return launch<Shape<BF, ONE, TN, FR, CL>>(call, p, 1, stream)
+    GPTQ_CASE2(16, 1, 1);
+    GPTQ_CASE2(32, 1, 1);
+    GPTQ_CASE2(64, 1, 2);
+    GPTQ_CASE(128, 1, 2);
+    GPTQ_CASE(256, 1, 2);
+#ifdef GPTQ_WGMMA_PROBE
+    GPTQ_CASE2(64, 1, 1);
+    GPTQ_CASE(128, 1, 1);
+    GPTQ_CASE(256, 1, 1);
+#endif
+#undef GPTQ_CASE
+#undef GPTQ_CASE2
+  }
+  return cudaErrorInvalidValue;
+}
+
+}  // namespace
+
+size_t gemm_wgmma_workspace_bytes() { return kFlagBytes + kPartialBytes; }
+
+cudaError_t gemm_wgmma(const WgmmaGemm& call, cudaStream_t stream) {
+  const auto aligned = [](const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; };
+  if (call.m <= 0 || call.n <= 0 || call.k <= 0 || call.n % 16 || call.k % 8 || call.ldx % 8 || call.ldy % 8 || call.ldr % 8) return cudaErrorInvalidValue;
+  if (!aligned(call.weight) || !aligned(call.x) || !aligned(call.y) || !aligned(call.residual) || !aligned(call.workspace)) return cudaErrorInvalidValue;
+  if ((call.groups != 1 && call.groups != 2 && call.groups != 4) || (call.silu_pairs && call.residual != nullptr)) return cudaErrorInvalidValue;
+  Params p = {};
+  p.weight = static_cast<const uint8_t*>(call.weight);
+  p.y = static_cast<uint16_t*>(call.y);
+  p.bias = static_cast<const uint16_t*>(call.bias);
+  p.residual = static_cast<const uint16_t*>(call.residual);
+  p.flags = static_cast<int*>(call.workspace);
+  p.partials = reinterpret_cast<float*>(static_cast<uint8_t*>(call.workspace) + kFlagBytes);
+  p.m = call.m;
+  p.n = call.n;
+  p.strips = call.n / kStripRows;
+  p.chunks = (call.k + kChunkK - 1) / kChunkK;
+  p.chunk_bytes = chunk_bytes(call.groups, call.zeros);
+  p.ldy = call.ldy;
+  p.ldr = call.ldr;
+  p.groups = call.groups;
+  p.zeros = call.zeros;
+  p.silu = call.silu_pairs;
+  const bool one = call.groups == 1;
+  if (call.bf16) return one ? choose<true, true>(call, p, stream) : choose<true, false>(call, p, stream);
+  return one ? choose<false, true>(call, p, stream) : choose<false, false>(call, p, stream);
+}
+
+}  // namespace gptq

@@ -1,0 +1,35 @@
+// y = epilogue(x @ W^T) for M from 16 up on sm_90a: weights stay 4-bit in memory and become the A operand of wgmma in registers.
+//
+// To bind: fill a WgmmaGemm and call gemm_wgmma(). It launches on `stream`, allocates nothing, may be captured, and returns what the CUDA
+// runtime returned (cudaErrorInvalidValue where the arguments break a rule below).
+#pragma once
+#include <cuda_runtime.h>
+
+#include <cstddef>
+#include <cstdint>
+
+namespace gptq {
+
+struct WgmmaGemm {
+  const void* weight;    // packed stream (layout.h), n/16 strips x ceil(k/128) chunks, 16-byte aligned
+  const void* x;         // [m, k], row stride ldx; 16-byte aligned, ldx % 8 == 0; k in the packed order (permuted by the caller for act-order)
+  void* y;               // [m, n], or [m, n/2] with silu_pairs; row stride ldy; 16-byte aligned, ldy % 8 == 0
+  const void* bias;      // [n] in packed row order (16*strip + row of the strip), or null
+  const void* residual;  // [m, n], row stride ldr % 8 == 0, added after rounding; may be y itself; null with silu_pairs; or null
+  void* workspace;       // gemm_wgmma_workspace_bytes(), zeroed once when allocated; left zeroed where it must be. One per stream: calls that
+                         // may overlap in time must not share it.
+  int m, n, k;           // n % 16 == 0, k % 8 == 0
+  int ldx, ldy, ldr;     // in elements
+  int groups;            // scale groups per 128 k: 1 (group 128 and above, or one group), 2, 4
+  bool zeros;            // the stream carries zero points
+  bool bf16;             // type of x, y, bias, residual; otherwise fp16
+  bool silu_pairs;       // rows g and g+8 of a strip are gate and up of one output: y = silu(gate) * up
+  bool dependent_launch; // launch with programmatic dependent launch
+  // Tuning; 0 lets the function choose. tokens: 16, 32, 64, 128, 256 tokens per tile.
+  int tokens, cluster, blocks_per_sm;
+};
+
+size_t gemm_wgmma_workspace_bytes();
+cudaError_t gemm_wgmma(const WgmmaGemm& call, cudaStream_t stream);
+
+}  // namespace gptq
