@@ -1,0 +1,37 @@
+"""The ASGI application: routes, error handlers and one middleware."""
+
+from __future__ import annotations
+
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+
+from gptq_api import __version__
+from gptq_api.api.errors import on_exception, on_http_exception, on_validation_error
+from gptq_api.api.routes import chat, completions, models, ops, tokens
+from gptq_api.api.service import Service
+
+ROUTERS = (ops.public, ops.router, models.router, chat.router, completions.router, tokens.router)
+
+
+def build_app(service: Service) -> FastAPI:
+    """Routes and handlers. The interactive pages are left out (they load scripts from elsewhere); /openapi.json needs
+    a key like everything but the probes."""
+    app = FastAPI(
+        title="gptq-api",
+        version=__version__,
+        docs_url=None,
+        redoc_url=None,
+        openapi_url=None,
+        redirect_slashes=False,
+        telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},
+        exception_handlers={
+            HTTPException: on_http_exception,
+            RequestValidationError: on_validation_error,
+            Exception: on_exception,
+        },
+    )
+    app.state.service = service
+    for router in ROUTERS:
+        app.include_router(router)
+    return app

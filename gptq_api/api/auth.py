@@ -1,0 +1,46 @@
+"""API keys: any of them, as a bearer token or in x-api-key, compared in constant time."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+from collections.abc import Iterable
+
+from starlette.datastructures import Headers
+
+from gptq_api.api.errors import ApiError
+
+
+class Authenticator:
+    """Knows the SHA-256 of the accepted keys, never the keys."""
+
+    def __init__(self, keys: Iterable[str]) -> None:
+        self._digests = [hashlib.sha256(key.encode()).digest() for key in keys]
+
+    def check(self, headers: Headers) -> bytes:
+        """The caller's id for cache salting: 8 bytes derived from the key; empty where no key is configured.
+
+        Raises ApiError 401. All keys are compared, whatever the first comparison said.
+        """
+        if not self._digests:
+            return b""
+        digest = hashlib.sha256(_presented(headers).encode("utf-8", "surrogatepass")).digest()
+        matches = [hmac.compare_digest(digest, known) for known in self._digests]
+        if not any(matches):
+            raise ApiError(
+                401,
+                "Incorrect API key provided: send one of this server's keys as 'Authorization: Bearer KEY'.",
+                code="invalid_api_key",
+                headers={"www-authenticate": "Bearer"},
+            )
+        return hashlib.sha256(digest).digest()[:8]
+
+
+def _presented(headers: Headers) -> str:
+    bearer, plain = headers.getlist("authorization"), headers.getlist("x-api-key")
+    if len(bearer) + len(plain) != 1:  # two keys: no guessing which one is meant
+        return ""
+    if plain:
+        return plain[0]
+    scheme, _, token = bearer[0].partition(" ")
+    return token.strip() if scheme.lower() == "bearer" else ""

@@ -1,0 +1,155 @@
+"""Every error a client sees: `{"error": {"message", "type", "param", "code"}}`, bounded, never echoing input at length.
+
+Status codes and the context sentence follow what the OpenAI SDK, LangChain and LiteLLM act upon; 422 is never used
+because clients hide the reason behind it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from http import HTTPStatus
+from typing import Any
+
+import msgspec
+from fastapi import Request, Response
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+
+MAX_MESSAGE = 1000
+
+_TYPES = {400: "invalid_request_error", 401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+
+
+class ApiError(HTTPException):
+    """Ends a request with an OpenAI error object. `extra` joins it (n_prompt_tokens ...)."""
+
+    def __init__(
+        self,
+        status_code: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+        extra: Mapping[str, int] | None = None,
+    ) -> None:
+        super().__init__(status_code, message, headers)
+        self.error: dict[str, Any] = error_object(status_code, message, param, code)
+        self.error.update(extra or {})
+
+
+def error_object(status: int, message: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
+    kind = _TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
+    return {"message": message[:MAX_MESSAGE], "type": kind, "param": param, "code": code}
+
+
+def error_body(error: Mapping[str, Any]) -> bytes:
+    return msgspec.json.encode({"error": error})
+
+
+def bad_request(message: str, param: str | None, code: str | None = "invalid_value") -> ApiError:
+    return ApiError(400, message, param=param, code=code)
+
+
+def not_supported(param: str, what: str = "is not supported by this server") -> ApiError:
+    """A field we know and do not honour: refused by name, never ignored."""
+    return ApiError(400, f"'{param}' {what}; leave it out.", param=param, code="unsupported_parameter")
+
+
+def too_many(retry_after_s: float, message: str) -> ApiError:
+    headers = {"retry-after": str(math.ceil(retry_after_s)), "retry-after-ms": str(math.ceil(retry_after_s * 1000))}
+    return ApiError(429, message, code="server_full", headers=headers)
+
+
+def unavailable(message: str, code: str, retry_after_s: int = 5) -> ApiError:
+    return ApiError(503, message, code=code, headers={"retry-after": str(retry_after_s)})
+
+
+def context_exceeded(
+    max_model_len: int, num_prompt: int, num_answer: int, *, param: str, at_least: bool = False
+) -> ApiError:
+    """OpenAI's own sentence: LangChain and LiteLLM recognise the overflow by it."""
+    what = "messages" if param == "messages" else "prompt"
+    message = (
+        f"This model's maximum context length is {max_model_len} tokens. However, you requested "
+        f"{'at least ' if at_least else ''}{num_prompt + num_answer} tokens ({num_prompt} in the {what}, "
+        f"{num_answer} in the completion). Please reduce the length of the {what} or completion."
+    )
+    extra = {"n_prompt_tokens": num_prompt, "n_ctx": max_model_len}
+    return ApiError(400, message, param=param, code="context_length_exceeded", extra=extra)
+
+
+def error_response(status: int, error: Mapping[str, Any], headers: Mapping[str, str] | None = None) -> Response:
+    return Response(error_body(error), status, headers, "application/json")
+
+
+async def on_http_exception(request: Request, error: Exception) -> Response:
+    """ApiError, and the router's own 404 and 405 (which keeps its Allow header)."""
+    assert isinstance(error, HTTPException)
+    if isinstance(error, ApiError):
+        return error_response(error.status_code, error.error, error.headers)
+    path = request.scope["path"][:200]
+    if error.status_code == 404:
+        body = error_object(404, f"Unknown request URL: {request.method} {path}.", code="unknown_url")
+    elif error.status_code == 405:
+        allowed = (error.headers or {}).get("Allow", "")
+        body = error_object(
+            405, f"{request.method} is not allowed for {path}; use {allowed}.", code="method_not_allowed"
+        )
+    else:
+        body = error_object(error.status_code, HTTPStatus(error.status_code).phrase)
+    return error_response(error.status_code, body, error.headers)
+
+
+async def on_validation_error(request: Request, error: Exception) -> Response:
+    """The first thing that is wrong with the body, with its name and the remedy."""
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    param = _param(first["loc"])
+    if first["type"] == "missing":
+        body = error_object(400, f"Missing required parameter: '{param}'.", param, "missing_required_parameter")
+    else:
+        name = f"'{param}'" if param else "the request body"
+        got = _shown(first.get("input"))
+        body = error_object(400, f"Invalid value for {name}: {_reason(first)}{got}.", param, _code(first["type"]))
+    return error_response(400, body)
+
+
+async def on_exception(request: Request, error: Exception) -> Response:
+    """A bug of ours. The details are in the log only."""
+    return error_response(500, error_object(500, "The server had an error while processing the request."))
+
+
+def _param(loc: tuple[int | str, ...]) -> str | None:
+    parts = [part for part in loc[1:] if isinstance(part, int) or not part.startswith(("function-", "constrained-"))]
+    text = ""
+    for part in parts:
+        text += f"[{part}]" if isinstance(part, int) else f".{part[:64]}" if text else part[:64]
+    return text or None
+
+
+def _code(kind: str) -> str:
+    return "invalid_type" if kind.endswith(("_type", "_attributes_type")) else "invalid_value"
+
+
+def _reason(first: Mapping[str, Any]) -> str:
+    text = str(first["msg"]).removeprefix("Value error, ")
+    text = text.replace("Input should be", "it must be").replace(
+        "a valid dictionary or object to extract fields from", "an object"
+    )
+    return (text[0].lower() + text[1:])[:300]
+
+
+def _shown(value: object) -> str:
+    """What was sent, where that is short and plain; never a text of the user's."""
+    if isinstance(value, bool):
+        return f", got {str(value).lower()}"
+    if isinstance(value, float) or (isinstance(value, int) and abs(value) < 10**30):
+        return f", got {value}"
+    if value is None:
+        return ", got null"
+    if isinstance(value, int):
+        return ", got a number of more than 30 digits"
+    names: dict[type, str] = {str: "a string", list: "an array", dict: "an object"}
+    return f", got {names[type(value)]}" if type(value) in names else ""

@@ -1,0 +1,116 @@
+"""Log-probabilities in OpenAI's two spellings."""
+
+from __future__ import annotations
+
+import codecs
+from collections import deque
+from dataclasses import dataclass
+from typing import Any
+
+from gptq_api.text.tokenizer import Tokenizer
+from gptq_api.types import TokenLogprobs
+
+LOWEST = -9999.0
+"""OpenAI's number for a probability of zero; JSON has no -inf"""
+
+
+@dataclass(slots=True, frozen=True)
+class TokenEntry:
+    """One shown token."""
+
+    token_id: int
+    text_offset: int
+    """where its text begins in the choice's text, characters"""
+    logprobs: TokenLogprobs
+
+
+def chat_logprobs(tokenizer: Tokenizer, entries: list[TokenEntry], num_top: int) -> dict[str, Any]:
+    content = [
+        {
+            **_spelled(tokenizer, entry.token_id, entry.logprobs.logprob),
+            "top_logprobs": [_spelled(tokenizer, *pair) for pair in entry.logprobs.top[:num_top]],
+        }
+        for entry in entries
+    ]
+    return {"content": content, "refusal": None}
+
+
+def completion_logprobs(tokenizer: Tokenizer, entries: list[TokenEntry], num_top: int) -> dict[str, Any]:
+    """`top_logprobs` holds the sampled token besides the `num_top` best, with the very same number."""
+    tops = []
+    for entry in entries:
+        top = {token_text(tokenizer, token): _finite(value) for token, value in entry.logprobs.top[:num_top]}
+        top[token_text(tokenizer, entry.token_id)] = _finite(entry.logprobs.logprob)
+        tops.append(top)
+    return {
+        "tokens": [token_text(tokenizer, entry.token_id) for entry in entries],
+        "token_logprobs": [_finite(entry.logprobs.logprob) for entry in entries],
+        "top_logprobs": tops if num_top else None,
+        "text_offset": [entry.text_offset for entry in entries],
+    }
+
+
+def token_text(tokenizer: Tokenizer, token_id: int) -> str:
+    """A token's own text; `bytes:\\xf0\\x9f` where it is a part of a character, so that no two look alike."""
+    if token_id in tokenizer.special_token_ids:
+        return tokenizer.id_to_token(token_id)
+    data = tokenizer.token_bytes(token_id)
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+
+
+def _spelled(tokenizer: Tokenizer, token_id: int, logprob: float) -> dict[str, Any]:
+    data = tokenizer.token_bytes(token_id)
+    return {"token": token_text(tokenizer, token_id), "logprob": _finite(logprob), "bytes": list(data)}
+
+
+def _finite(logprob: float) -> float:
+    return logprob if logprob > LOWEST else LOWEST  # also where it is NaN
+
+
+class Ledger:
+    """Which tokens' log-probabilities may be told: those whose text is shown. Counts characters as TextStream does."""
+
+    def __init__(self, tokenizer: Tokenizer, *, skip_special: bool, continues: bool) -> None:
+        self._tokenizer = tokenizer
+        self._skip_special = skip_special
+        self._drop_space = tokenizer.strips_leading_space and not continues
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._num_chars = 0
+        self._num_shown = 0
+        self._waiting: deque[tuple[int, TokenEntry]] = deque()
+        self._sum = 0.0
+        self._num = 0
+
+    def add(self, token_id: int, logprobs: TokenLogprobs) -> None:
+        entry = TokenEntry(token_id, self._num_chars, logprobs)
+        data = self._tokenizer.piece(token_id, skip_special=self._skip_special)
+        if self._drop_space and data:
+            self._drop_space = False
+            data = data.removeprefix(b" ")
+        self._num_chars += len(self._decoder.decode(data))
+        torn = bool(self._decoder.getstate()[0])  # then the token's last character is still to come
+        self._waiting.append((self._num_chars + torn, entry))
+        self._sum += max(logprobs.logprob, -1e30)
+        self._num += 1
+
+    @property
+    def mean(self) -> float:
+        """Log-probability per token so far; what best_of ranks by."""
+        return self._sum / self._num if self._num else 0.0
+
+    def shown(self, num_chars: int, last: bool, stopped: bool) -> list[TokenEntry]:
+        """Entries that may be told after `num_chars` more characters were shown."""
+        self._num_shown += num_chars
+        entries = []
+        while self._waiting:
+            end, entry = self._waiting[0]
+            hidden = stopped and entry.text_offset >= self._num_shown  # of the stop string only
+            if not last and end > self._num_shown:
+                break
+            self._waiting.popleft()
+            if not hidden:
+                entries.append(entry)
+        return entries

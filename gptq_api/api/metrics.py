@@ -1,0 +1,106 @@
+"""Prometheus metrics under vLLM's names, because dashboards, autoscalers and gateways read those.
+
+Only what is true here is there. Gauges and the engine's totals are read when they are scraped; nothing polls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from gptq_api.engine.client import EngineClient
+from gptq_api.types import StepOutput
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+_TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000)
+_REASONS = ("stop", "length", "error")
+_CAUSES = ("disconnect", "slow_reader", "shutdown")
+
+
+class Metrics:
+    """One registry per server; label `model_name` only, so the number of series is fixed."""
+
+    def __init__(self, model_name: str, engine: EngineClient) -> None:
+        self.registry = CollectorRegistry()
+        self.registry.register(_EngineCollector(model_name, engine))
+
+        def histogram(name: str, help_text: str, buckets: tuple[float, ...]) -> Histogram:
+            metric = Histogram(f"vllm:{name}", help_text, ["model_name"], buckets=buckets, registry=self.registry)
+            return metric.labels(model_name)
+
+        def counter(name: str, help_text: str, label: str, values: tuple[str, ...]) -> dict[str, Counter]:
+            metric = Counter(name, help_text, ["model_name", label], registry=self.registry)
+            return {value: metric.labels(model_name, value) for value in values}  # all series exist from the start
+
+        def total(name: str, help_text: str) -> Counter:
+            return Counter(f"vllm:{name}", help_text, ["model_name"], registry=self.registry).labels(model_name)
+
+        self.prompt_tokens = total("prompt_tokens", "Prompt tokens of admitted sequences.")
+        self.prompt_tokens_cached = total("prompt_tokens_cached", "Prompt tokens served from the prefix cache.")
+        self.generation_tokens = total("generation_tokens", "Tokens generated.")
+        self.success = counter("vllm:request_success", "Finished sequences.", "finished_reason", _REASONS)
+        self.rejected = counter(
+            "vllm:admission_rejections", "Requests that were not admitted.", "reason", ("server_full", "unavailable")
+        )
+        self.cancelled = counter("gptq_api:requests_cancelled", "Requests ended from outside.", "cause", _CAUSES)
+        self.iteration_tokens = histogram("iteration_tokens_total", "Tokens computed per engine step.", _TOKENS)
+        self.request_prompt_tokens = histogram("request_prompt_tokens", "Prompt tokens per request.", _TOKENS)
+        self.request_generation_tokens = histogram(
+            "request_generation_tokens", "Generated tokens per sequence.", _TOKENS
+        )
+        self.request_n = histogram("request_params_n", "The n of requests.", (1, 2, 5, 10, 20, 50, 128))
+        self.request_max_tokens = histogram("request_params_max_tokens", "The max_tokens of requests.", _TOKENS)
+        self.ttft = histogram("time_to_first_token_seconds", "Request received to first token.", _SECONDS)
+        self.inter_token = histogram("inter_token_latency_seconds", "Between two tokens of a sequence.", _SECONDS)
+        self.per_token = histogram(
+            "request_time_per_output_token_seconds", "Mean time per token after the first, per sequence.", _SECONDS
+        )
+        self.e2e = histogram("e2e_request_latency_seconds", "Request received to answer complete.", _SECONDS)
+
+    def on_step(self, step: StepOutput) -> None:
+        self.iteration_tokens.observe(step.stats.num_batched_tokens)
+
+    def render(self) -> bytes:
+        return generate_latest(self.registry)
+
+
+class _EngineCollector(Collector):
+    """What the engine said with its last step."""
+
+    def __init__(self, model_name: str, engine: EngineClient) -> None:
+        self._model_name, self._engine = model_name, engine
+
+    def collect(self) -> Iterator[Metric]:
+        engine, stats = self._engine, self._engine.stats
+        # The engine reports with its steps, and an idle engine steps no more: whoever is admitted now counts.
+        waiting = min(stats.num_waiting, engine.num_generations)
+        used = 1 - stats.num_free_blocks / stats.num_blocks if stats.num_blocks and engine.num_generations else 0.0
+        gauges = {
+            "num_requests_running": ("Sequences being computed.", engine.num_generations - waiting),
+            "num_requests_waiting": ("Sequences waiting for a place.", waiting),
+            "kv_cache_usage_perc": ("Share of the KV cache in use, 0 to 1.", used),
+        }
+        for name, (text, value) in gauges.items():
+            gauge = GaugeMetricFamily(f"vllm:{name}", text, labels=["model_name"])
+            gauge.add_metric([self._model_name], value)
+            yield gauge
+        counters = {
+            "num_preemptions": ("Sequences thrown out of the KV cache and computed again.", stats.num_preemptions),
+            "prefix_cache_queries": ("Prompt tokens looked up in the prefix cache.", stats.num_prefix_queries),
+            "prefix_cache_hits": ("Prompt tokens found in the prefix cache.", stats.num_prefix_hits),
+        }
+        for name, (text, value) in counters.items():
+            counter = CounterMetricFamily(f"vllm:{name}", text, labels=["model_name"])
+            counter.add_metric([self._model_name], value)
+            yield counter
+        if engine.alive:
+            info = GaugeMetricFamily(
+                "vllm:cache_config_info", "The KV cache.", labels=["model_name", "block_size", "num_gpu_blocks"]
+            )
+            info.add_metric([self._model_name, str(engine.ready.block_size), str(engine.ready.num_blocks)], 1)
+            yield info

@@ -1,0 +1,177 @@
+"""A validated request body -> prompts as token ids and the sampling parameters of each choice, or a 400."""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+from dataclasses import dataclass
+
+import msgspec
+
+from gptq_api.api.errors import bad_request, context_exceeded
+from gptq_api.api.schema import ChatCompletionRequest, ChatMessage, CompletionRequest, SamplingFields
+from gptq_api.api.service import Service
+from gptq_api.text.chat_template import ChatTemplateError
+from gptq_api.types import SamplingParams
+
+SMALLEST_TOP_P = 1e-6
+"""top_p 0 is legal and means the likeliest token; any nucleus holds that one"""
+
+
+@dataclass(slots=True, frozen=True)
+class Prompt:
+    """One prompt and how each of its samples is drawn."""
+
+    token_ids: list[int]
+    params: list[SamplingParams]
+    """one per sample; max_tokens may be 0, then there is nothing to run"""
+
+
+async def chat_prompt(service: Service, body: ChatCompletionRequest) -> Prompt:
+    """Raises ApiError 400."""
+    generation_prompt = body.add_generation_prompt is not False and not body.continue_final_message
+    ids = await render(service, body.messages, generation_prompt, bool(body.continue_final_message))
+    num_top = (body.top_logprobs or 0) if body.logprobs else None
+    stop_ids = service.template.stop_token_ids
+    return _prompt(service, body, ids, body.num_choices, num_top, tuple(stop_ids), "messages")
+
+
+async def render(
+    service: Service, messages: list[ChatMessage], add_generation_prompt: bool, continue_final_message: bool
+) -> list[int]:
+    """Messages -> token ids. Raises ApiError 400 where they are too long or the template refuses them."""
+    check_fits(service, [message.content or "" for message in messages], "messages")
+    rendered = [message.rendered() for message in messages]
+    try:
+        return await service.in_text_thread(
+            lambda: service.template.render(
+                rendered, add_generation_prompt=add_generation_prompt, continue_final_message=continue_final_message
+            )
+        )
+    except ChatTemplateError as error:
+        raise bad_request(f"The chat template refused the messages: {str(error)[:300]}", "messages") from None
+
+
+async def completion_prompts(service: Service, body: CompletionRequest) -> list[Prompt]:
+    """Raises ApiError 400."""
+    num_samples = max(body.num_choices, body.best_of or 1)
+    if len(body.prompt) * num_samples > service.settings.max_queued_requests:
+        raise bad_request(
+            f"{len(body.prompt)} prompts of {num_samples} samples are more sequences than the "
+            f"{service.settings.max_queued_requests} this server takes at a time.",
+            "n" if num_samples > 1 else "prompt",
+        )
+    texts = [prompt for prompt in body.prompt if isinstance(prompt, str)]
+    check_fits(service, texts, "prompt", each=True)
+    add_bos = body.add_special_tokens is not False
+    encode = service.tokenizer.encode
+    # the whole prompt is the caller's, control tokens included
+    encoded = iter(
+        await service.in_text_thread(lambda: [encode(text, add_bos=add_bos, parse_special=True) for text in texts])
+    )
+    num_top = body.logprobs
+    if num_top is None and body.best_of is not None and body.best_of > body.num_choices:
+        num_top = 0  # ranked by them
+    prompts = []
+    for item in body.prompt:
+        ids = next(encoded) if isinstance(item, str) else item
+        check_ids(service, ids, "prompt")
+        prompts.append(_prompt(service, body, ids, num_samples, num_top, (), "prompt"))
+    return prompts
+
+
+def check_ids(service: Service, ids: list[int], param: str) -> None:
+    """Raises ApiError 400 for ids the model has no row for, and for no ids at all."""
+    vocab_size = service.engine.ready.vocab_size
+    if not ids:
+        raise bad_request(f"Invalid value for '{param}': it must hold at least one token.", param)
+    if (worst := max(ids)) >= vocab_size:
+        raise bad_request(f"Invalid value for '{param}': token id {worst} is not below {vocab_size}.", param)
+
+
+def check_fits(service: Service, texts: list[str], param: str, each: bool = False) -> None:
+    """Refuse what cannot fit by its length alone, before any time goes into encoding it."""
+    sizes = [len(text.encode()) for text in texts]
+    size = max(sizes, default=0) if each else sum(sizes)
+    least = size // max(service.max_token_bytes, 1)
+    if least > service.max_tokens:
+        raise context_exceeded(service.max_tokens, least, 0, param=param, at_least=True)
+
+
+def _prompt(
+    service: Service,
+    body: SamplingFields,
+    ids: list[int],
+    num_samples: int,
+    num_top: int | None,
+    stop_ids: tuple[int, ...],
+    param: str,
+) -> Prompt:
+    if num_samples > service.settings.max_queued_requests:
+        raise bad_request(
+            f"Invalid value for 'n': this server takes {service.settings.max_queued_requests} sequences at a time.", "n"
+        )
+    room = service.max_tokens - len(ids)
+    limit, limit_param = body.answer_limit
+    if room < (0 if limit == 0 else 1):
+        raise context_exceeded(service.max_tokens, len(ids), limit or 1, param=param)
+    if limit is not None and limit > room:
+        raise context_exceeded(service.max_tokens, len(ids), limit, param=limit_param)
+    max_tokens = room if limit is None else limit
+    min_tokens = body.min_tokens or 0
+    if min_tokens > max_tokens:
+        raise bad_request(
+            f"Invalid value for 'min_tokens': it must not be more than max_tokens ({max_tokens}), got {min_tokens}.",
+            "min_tokens",
+        )
+    first = SamplingParams(
+        max_tokens=max_tokens,
+        temperature=_or(body.temperature, 1.0),
+        top_p=max(_or(body.top_p, 1.0), SMALLEST_TOP_P),
+        top_k=min(max(body.top_k or 0, 0), service.engine.ready.vocab_size),
+        min_p=_or(body.min_p, 0.0),
+        presence_penalty=_or(body.presence_penalty, 0.0),
+        frequency_penalty=_or(body.frequency_penalty, 0.0),
+        repetition_penalty=_or(body.repetition_penalty, 1.0),
+        seed=_seed(body.seed),
+        stop_token_ids=_stop_token_ids(service, body, stop_ids),
+        min_tokens=min_tokens,
+        logit_bias=_logit_bias(service, body),
+        top_logprobs=num_top,
+    )
+    # the first sample is what n = 1 would have given
+    rest = [msgspec.structs.replace(first, seed=_derived(first.seed, i)) for i in range(1, num_samples)]
+    return Prompt(ids, [first, *rest])
+
+
+def _or(value: float | None, default: float) -> float:
+    return default if value is None else float(value)
+
+
+def _seed(seed: int | None) -> int:
+    """Any 64-bit seed -> 63 bits, so that whatever reads it may be signed."""
+    return secrets.randbits(63) if seed is None else seed & (2**63 - 1)
+
+
+def _derived(seed: int, sample: int) -> int:
+    digest = hashlib.blake2b(f"{seed}/{sample}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def _stop_token_ids(service: Service, body: SamplingFields, template_ids: tuple[int, ...]) -> tuple[int, ...]:
+    ready = service.engine.ready
+    asked = body.stop_token_ids or []
+    if asked and max(asked) >= ready.vocab_size:
+        raise bad_request(
+            f"Invalid value for 'stop_token_ids': {max(asked)} is not below {ready.vocab_size}.", "stop_token_ids"
+        )
+    ends = () if body.ignore_eos else (*ready.eos_token_ids, *template_ids)
+    return tuple(sorted({*asked, *ends}))
+
+
+def _logit_bias(service: Service, body: SamplingFields) -> dict[int, float]:
+    bias = {int(key): float(value) for key, value in (body.logit_bias or {}).items()}
+    vocab_size = service.engine.ready.vocab_size
+    if bias and (worst := max(bias)) >= vocab_size:
+        raise bad_request(f"Invalid value for 'logit_bias': token id {worst} is not below {vocab_size}.", "logit_bias")
+    return bias

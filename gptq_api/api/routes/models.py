@@ -1,0 +1,36 @@
+"""GET /v1/models and /v1/models/{id}."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from fastapi import Path, Response
+
+from gptq_api.api.route import guarded_router
+from gptq_api.api.service import Service, ServiceDep
+from gptq_api.api.shapes import json_bytes
+
+router = guarded_router()
+
+
+def _card(service: Service) -> dict[str, Any]:
+    return {
+        "id": service.model_name,
+        "object": "model",
+        "created": service.created,
+        "owned_by": "gptq-api",
+        "max_model_len": service.max_tokens,
+    }
+
+
+@router.get("/v1/models")
+async def list_models(service: ServiceDep) -> Response:
+    """The one model that is served."""
+    return Response(json_bytes({"object": "list", "data": [_card(service)]}), media_type="application/json")
+
+
+@router.get("/v1/models/{model:path}")
+async def retrieve_model(model: Annotated[str, Path(max_length=512)], service: ServiceDep) -> Response:
+    """What is known about it."""
+    service.check_model(model)
+    return Response(json_bytes(_card(service)), media_type="application/json")

@@ -1,0 +1,214 @@
+"""`run(settings)`: start, open the port, serve, drain, leave with the right exit status.
+
+loading ──ready──> serving ──signal──> draining ──all done──> 0
+   │ engine failed    │ engine died        │ drain_timeout_s: the rest get an error event ──> 0
+   └──> 1             └──> 70              └ second signal: the same, at once ──> 128 + signal
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import socket
+import sys
+import time
+
+import structlog
+import uvicorn
+from starlette.types import ASGIApp
+
+from gptq_api import __version__
+from gptq_api.api.app import build_app
+from gptq_api.api.listen import PortError, bind
+from gptq_api.api.logs import configure
+from gptq_api.api.middleware import RequestMiddleware
+from gptq_api.api.protocol import MAX_HEADER_BYTES, edge_protocol
+from gptq_api.api.service import Service
+from gptq_api.config import Settings
+from gptq_api.engine.client import EngineClient, EngineFailed
+from gptq_api.text.chat_template import ChatTemplate, ChatTemplateError, load_chat_template
+from gptq_api.text.folder import FolderError, checkpoint_folder
+from gptq_api.text.tokenizer import Tokenizer, TokenizerError, load_tokenizer
+
+log = structlog.get_logger()
+
+EXIT_FAILED, EXIT_ENGINE_DEAD = 1, 70
+FAREWELL_S = 1.0
+"""How long clients have to read their error event, and probes to see a 503, before the process goes"""
+STOP_S = 0.5
+"""How long the engine has to leave when we are in a hurry"""
+
+
+def run(settings: Settings) -> int:
+    """Serve until told to stop. Exit status: 0 drained, 1 could not start, 70 the engine died."""
+    configure(settings.log_level, settings.log_json)
+    try:
+        return asyncio.run(_run(settings))
+    except (PortError, EngineFailed, FolderError, TokenizerError, ChatTemplateError) as error:
+        print(f"gptq-api serve: {error}", file=sys.stderr)
+        return EXIT_FAILED
+
+
+async def _run(settings: Settings) -> int:
+    started = time.monotonic()
+    signals = _Signals()
+    sockets = bind(settings.host, settings.port)  # taken now, so that a port in use is no surprise after the loading
+    engine = EngineClient(settings)
+    loading = asyncio.ensure_future(_load(settings, engine))
+    stopped = asyncio.ensure_future(signals.first())
+    await asyncio.wait({loading, stopped}, return_when=asyncio.FIRST_COMPLETED)
+    if not loading.done():
+        loading.cancel()
+        await asyncio.wait({loading}, timeout=STOP_S)
+        return 0
+    stopped.cancel()
+    service = loading.result()
+    try:
+        seconds = f"{time.monotonic() - started:.1f} s"
+        log.info(engine.ready.description)
+        log.info(service.template.source)
+        return await _serve(service, sockets, signals, seconds)
+    finally:
+        service.close()
+        await _stop_engine(engine, in_a_hurry=signals.num_received > 1)
+
+
+async def _load(settings: Settings, engine: EngineClient) -> Service:
+    """The tokenizer here and the weights there, at the same time."""
+    folder = checkpoint_folder(settings.model_path)
+    name = settings.served_model_name or ("demo" if settings.model_path == "demo" else folder.resolve().name)
+    log.info(f"loading {name}", version=__version__)
+
+    def load_text() -> tuple[Tokenizer, ChatTemplate]:
+        tokenizer = load_tokenizer(folder)
+        return tokenizer, load_chat_template(folder, tokenizer, override=settings.chat_template, model_name=name)
+
+    starting = asyncio.ensure_future(engine.start())
+    try:
+        tokenizer, template = await asyncio.to_thread(load_text)
+        await starting
+    except BaseException:
+        starting.cancel()
+        await asyncio.gather(starting, return_exceptions=True)
+        if engine.alive:
+            await _stop_engine(engine, in_a_hurry=True)
+        raise
+    return Service(settings, engine, tokenizer, template, name)
+
+
+async def _serve(service: Service, sockets: list[socket.socket], signals: _Signals, load_time: str) -> int:
+    requests = RequestMiddleware(build_app(service))
+    server = Server(requests, service.settings)
+    await server.open(sockets)
+    host, port = service.settings.host, sockets[0].getsockname()[1]
+    shown = f"[{host}]" if ":" in host else host
+    log.info(f"serving {service.model_name} at http://{shown}:{port}/v1", ready_after=load_time)
+    stopped, dead = asyncio.ensure_future(signals.first()), asyncio.ensure_future(service.engine.wait_dead())
+    await asyncio.wait({stopped, dead}, return_when=asyncio.FIRST_COMPLETED)
+    if not dead.done():
+        await _drain(service, requests, signals, dead)
+    status = 0
+    if dead.done():
+        log.error("the engine process died; every open request has been told")
+        # streams are ending by themselves; for this long, probes see why
+        await _within(FAREWELL_S, signals.second())
+        status = EXIT_ENGINE_DEAD
+    elif signals.num_received > 1:
+        status = 128 + signals.last
+    stopped.cancel()
+    dead.cancel()
+    await _within(0.3, server.close())
+    log.info("stopped", exit_status=status)
+    return status
+
+
+async def _drain(service: Service, requests: RequestMiddleware, signals: _Signals, dead: asyncio.Future[None]) -> None:
+    """New requests are refused, running ones finish; what is left at the deadline is told so and cut."""
+    service.draining = True
+    seconds = service.settings.drain_timeout_s
+    log.info(f"shutting down: {requests.num_requests} requests in flight have {seconds:g} s; ^C again to cut them off")
+    idle, second = asyncio.ensure_future(requests.idle()), asyncio.ensure_future(signals.second())
+    await asyncio.wait({idle, second, dead}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+    second.cancel()
+    if not idle.done() and not dead.done():
+        log.warning(f"cutting {requests.num_requests} requests off")
+        stopping = asyncio.ensure_future(_stop_engine(service.engine, in_a_hurry=True))
+        await asyncio.wait({idle}, timeout=STOP_S if signals.num_received > 1 else FAREWELL_S)
+        await stopping
+    idle.cancel()
+
+
+async def _stop_engine(engine: EngineClient, *, in_a_hurry: bool) -> None:
+    """Ask the engine to leave; in a hurry, not twice. What is still there after that ends with its socket."""
+    try:
+        await asyncio.wait_for(engine.stop(), STOP_S if in_a_hurry else None)
+    except TimeoutError:
+        log.warning("the engine is still in a long step; it ends by itself")
+
+
+async def _within(seconds: float, work: object) -> None:
+    task = asyncio.ensure_future(work)  # type: ignore[call-overload]
+    await asyncio.wait({task}, timeout=seconds)
+    task.cancel()
+
+
+class _Signals:
+    """SIGTERM and SIGINT as events of the loop."""
+
+    def __init__(self) -> None:
+        self.num_received = 0
+        self.last = 0
+        self._first, self._second = asyncio.Event(), asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._receive, number)
+
+    def _receive(self, number: int) -> None:
+        self.num_received += 1
+        self.last = number
+        (self._first if self.num_received == 1 else self._second).set()
+
+    async def first(self) -> None:
+        await self._first.wait()
+
+    async def second(self) -> None:
+        await self._second.wait()
+
+
+class Server(uvicorn.Server):
+    """uvicorn's accept and connection handling, without its signals, its polling loop and its shutdown."""
+
+    def __init__(self, app: ASGIApp, settings: Settings) -> None:
+        super().__init__(
+            uvicorn.Config(
+                app,
+                http=edge_protocol(settings.header_timeout_s, settings.body_timeout_s),
+                ws="none",
+                loop="asyncio",
+                lifespan="off",
+                h11_max_incomplete_event_size=MAX_HEADER_BYTES,
+                proxy_headers=False,
+                server_header=False,
+                date_header=False,  # uvicorn's is made by polling; the middleware's is not
+                access_log=False,
+                log_config=None,
+            )
+        )
+
+    async def open(self, sockets: list[socket.socket]) -> None:
+        """Accept connections. Raises PortError where somebody else listens since."""
+        self.config.load()
+        self.lifespan = self.config.lifespan_class(self.config)
+        try:
+            await self.startup(sockets)
+        except OSError as error:
+            raise PortError(f"cannot listen: {error.strerror}") from None
+
+    async def close(self) -> None:
+        """No new connections; idle ones are closed, busy ones after their answer."""
+        for server in self.servers:
+            server.close()
+        for connection in list(self.server_state.connections):
+            connection.shutdown()
+        while self.server_state.connections:  # noqa: ASYNC110  (a set of uvicorn's, for a moment at the very end)
+            await asyncio.sleep(0.01)

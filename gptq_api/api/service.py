@@ -1,0 +1,108 @@
+"""What a request needs besides itself: the engine, the text side, the settings. One per server."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Annotated, TypeVar
+
+from fastapi import Depends, Request
+
+from gptq_api import __version__
+from gptq_api.api.auth import Authenticator
+from gptq_api.api.errors import ApiError, too_many, unavailable
+from gptq_api.api.metrics import Metrics
+from gptq_api.api.middleware import RequestRecord
+from gptq_api.config import Settings
+from gptq_api.engine.client import EngineClient
+from gptq_api.text.chat_template import ChatTemplate
+from gptq_api.text.tokenizer import Tokenizer
+
+T = TypeVar("T")
+
+
+@dataclass(slots=True, eq=False)
+class Service:
+    settings: Settings
+    engine: EngineClient
+    tokenizer: Tokenizer
+    template: ChatTemplate
+    model_name: str
+    created: int = field(default_factory=lambda: int(time.time()))
+    draining: bool = False
+    num_preparing: int = 0
+    """requests on their way from the socket to admission"""
+    metrics: Metrics = field(init=False)
+    auth: Authenticator = field(init=False)
+    fingerprint: str = field(init=False)
+    max_tokens: int = field(init=False)
+    """longest prompt plus answer that can ever run"""
+    max_token_bytes: int = field(init=False)
+    """UTF-8 bytes of the longest token: so many bytes are at least so many tokens"""
+    _text_thread: ThreadPoolExecutor = field(init=False)
+
+    def __post_init__(self) -> None:
+        ready = self.engine.ready
+        self.metrics = Metrics(self.model_name, self.engine)
+        self.engine.on_step = self.metrics.on_step
+        self.auth = Authenticator(self.settings.api_key)
+        identity = f"{__version__} {self.model_name} {ready.device} {ready.dtype} {ready.vocab_size}"
+        self.fingerprint = "fp_" + hashlib.sha256(identity.encode()).hexdigest()[:10]
+        self.max_tokens = min(ready.max_model_len, ready.num_blocks * ready.block_size)
+        self.max_token_bytes = max(len(self.tokenizer.token_bytes(i)) for i in range(self.tokenizer.vocab_size))
+        # one thread: rendering and encoding must not stand on the event loop, nor take the engine's cores
+        self._text_thread = ThreadPoolExecutor(1, thread_name_prefix="text")
+
+    def check_model(self, name: str | None) -> None:
+        if name is not None and name != self.model_name:
+            raise ApiError(
+                404,
+                f"The model '{name[:100]}' does not exist; this server serves '{self.model_name}'.",
+                param="model",
+                code="model_not_found",
+            )
+
+    @contextmanager
+    def preparing(self) -> Iterator[None]:
+        """Around the work before admission, so that a crowd at the door is refused before it costs anything.
+
+        Raises ApiError 503 where nothing is admitted any more, 429 where the house is full already.
+        """
+        if self.draining or not self.engine.alive:
+            self.metrics.rejected["unavailable"].inc()
+            if self.draining:
+                raise unavailable("The server is shutting down.", "server_shutting_down")
+            raise unavailable("The engine is not running.", "engine_dead")
+        if self.engine.num_generations + self.num_preparing >= self.settings.max_queued_requests:
+            self.metrics.rejected["server_full"].inc()
+            raise too_many(1.0, "The server is full: as many requests are running or waiting as it takes.")
+        self.num_preparing += 1
+        try:
+            yield
+        finally:
+            self.num_preparing -= 1
+
+    async def in_text_thread(self, work: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._text_thread, work)
+
+    def close(self) -> None:
+        self._text_thread.shutdown(wait=False, cancel_futures=True)
+
+
+def get_service(request: Request) -> Service:
+    service: Service = request.app.state.service
+    return service
+
+
+def get_record(request: Request) -> RequestRecord:
+    record: RequestRecord = request.scope["state"]["record"]
+    return record
+
+
+ServiceDep = Annotated[Service, Depends(get_service)]
+RecordDep = Annotated[RequestRecord, Depends(get_record)]

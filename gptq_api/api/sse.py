@@ -1,0 +1,93 @@
+"""A stream on the wire: which chunks in which order, and the response that owns the engine's work."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from contextlib import ExitStack
+
+import anyio.lowlevel
+import structlog
+from sse_starlette import EventSourceResponse, ServerSentEvent
+from sse_starlette.sse import SendTimeoutError
+from starlette.types import Receive, Scope, Send
+
+from gptq_api.api.errors import ApiError
+from gptq_api.api.generate import Work
+from gptq_api.api.schema import StreamOptions
+from gptq_api.api.shapes import DONE, ChatChunks, CompletionChunks, error_event
+
+log = structlog.get_logger()
+
+
+async def events(
+    work: Work, chunks: ChatChunks | CompletionChunks, options: StreamOptions, prefixes: Sequence[str]
+) -> AsyncIterator[bytes]:
+    """One `data:` event per item: first chunks, text, finish chunks, usage, [DONE]; after an error [DONE] too.
+
+    `prefixes`: the text each choice begins with (an echoed prompt), or "".
+    """
+    running = options.continuous_usage_stats
+    try:
+        for choice, prefix in zip(work.choices, prefixes, strict=True):
+            if (first := chunks.first(choice.index, prefix)) is not None:
+                yield chunks.chunk(first, work.usage() if running else None)
+        async for piece in work.pieces():
+            usage = work.usage() if running else None
+            if piece.text:
+                yield chunks.chunk(chunks.text(piece), usage)
+            if piece.finish_reason is not None:
+                yield chunks.chunk(chunks.last(piece), usage)
+        if options.include_usage:
+            yield chunks.chunk(b"", work.usage())
+    except ApiError as error:
+        yield error_event(error.error)
+    except Exception:
+        log.exception("a stream failed by a bug", request_id=work.record.request_id)
+        work.outcome = "bug"
+        yield error_event(ApiError(500, "The server had an error while processing the request.").error)
+    yield DONE
+
+
+class StreamResponse(EventSourceResponse):
+    """Owns what the stream needs: however it ends, even before its first chunk was asked for, `owned` is closed.
+
+    (A generator that was never started never runs its `finally`, so the work may not belong to one.)
+    """
+
+    def __init__(
+        self,
+        content: AsyncIterator[bytes],
+        *,
+        owned: ExitStack,
+        work: Work,
+        headers: dict[str, str],
+        ping_s: float,
+        send_timeout_s: float,
+    ) -> None:
+        super().__init__(
+            content,
+            headers=headers,
+            ping=ping_s,
+            sep="\n",  # with CRLF some readers never find the end of an event
+            ping_message_factory=lambda: ServerSentEvent(comment="ping", sep="\n"),
+            send_timeout=send_timeout_s,
+        )
+        self._owned = owned
+        self._work = work
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with self._owned:
+            try:
+                await super().__call__(scope, receive, send)
+            except SendTimeoutError:
+                self._work.outcome = "slow_reader"
+                scope["state"]["connection"].abort()  # closing would wait for the reader who does not read
+                await anyio.lowlevel.checkpoint()  # the loop tells the connection that it is lost
+
+    async def _listen_for_exit_signal_with_grace(self) -> None:
+        """The library would cut every stream at SIGTERM, and poll for it twice a second for ever; server.py drains.
+
+        Returning would end the stream, so this waits for as long as the stream runs.
+        """
+        while self.active:
+            await anyio.sleep_forever()
