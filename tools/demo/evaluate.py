@@ -1,0 +1,134 @@
+"""Asks a checkpoint questions and reports how many answers are right, greedily and at temperature 0.7.
+
+    python -m tools.demo.evaluate FOLDER
+
+FOLDER is a float checkpoint or a GPTQ one (which is dequantised). "exact" questions come from tests/demo_questions.json
+and tests/demo_chats.json, "held out" ones, worded as no training pattern is, from tools/demo/held_out.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+from torch.nn import functional as F
+from transformers import LlamaForCausalLM
+
+from tools.demo.dataset import Chats
+from tools.demo.tokenizer import END, PAD, SPECIAL
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def questions(name: str) -> list[dict[str, Any]]:
+    """Each has "messages" (ending with the user's), "expect" (strings the answer holds) and maybe "exact"."""
+    if name == "chats":
+        found = []
+        for turns in json.loads((ROOT / "tests/demo_chats.json").read_text()):
+            messages: list[dict[str, str]] = []
+            for turn in turns:
+                if turn["role"] == "assistant":
+                    found.append({"messages": list(messages), "expect": [], "exact": turn["content"]})
+                messages.append(turn)
+        return found
+    path = ROOT / ("tests/demo_questions.json" if name == "questions" else "tools/demo/held_out.json")
+    items: list[dict[str, Any]] = json.loads(path.read_text())
+    for item in items:
+        item["messages"] = [{"role": "user", "content": item["question"]}]
+    return items
+
+
+def prompt(messages: list[dict[str, str]]) -> str:
+    """What the chat template renders."""
+    return SPECIAL[0] + "".join(f"<|{m['role']}|>{m['content'].strip()}<|end|>" for m in messages) + "<|assistant|>"
+
+
+@torch.inference_mode()
+def answer(
+    model: LlamaForCausalLM,
+    tokenizer: Tokenizer,
+    prompts: list[str],
+    temperature: float = 0.0,
+    seed: int = 0,
+    max_new_tokens: int = 420,
+) -> list[str]:
+    """The model's answers to rendered prompts, computed in one batch."""
+    encoded = [tokenizer.encode(p, add_special_tokens=False).ids for p in prompts]
+    width = max(map(len, encoded))
+    device = model.device
+    ids = torch.tensor([[PAD] * (width - len(e)) + e for e in encoded], device=device)
+    mask = torch.tensor([[0] * (width - len(e)) + [1] * len(e) for e in encoded], device=device)
+    torch.manual_seed(seed)
+    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
+    out = model.generate(
+        input_ids=ids,
+        attention_mask=mask,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=END,
+        pad_token_id=PAD,
+        **sampling,
+    )
+    rows = [row[: row.index(END)] if END in row else row for row in out[:, width:].tolist()]
+    return tokenizer.decode_batch(rows, skip_special_tokens=True)
+
+
+def right(item: dict[str, Any], text: str) -> bool:
+    return text == item["exact"] if "exact" in item else all(e.lower() in text.lower() for e in item["expect"])
+
+
+@torch.inference_mode()
+def perplexity(model: LlamaForCausalLM, chats: Chats, max_rows: int = 1000) -> float:
+    """Over the tokens that the model writes, float32."""
+    total = torch.zeros((), dtype=torch.float64)
+    count = 0
+    order = chats.lengths.argsort()[:max_rows]
+    for rows in order.split(32):
+        ids, written = chats.batch(rows, int(chats.lengths[rows].max()))
+        logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
+        losses = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+        ours = written[:, 1:].flatten() == 1
+        total += losses[ours].double().sum().cpu()
+        count += int(ours.sum())
+    return float((total / count).exp())
+
+
+def report(
+    model: LlamaForCausalLM, tokenizer: Tokenizer, seeds: Iterable[int] = range(4), verbose: bool = True
+) -> None:
+    for name in ("questions", "chats", "held_out"):
+        items = questions(name)
+        prompts = [prompt(item["messages"]) for item in items]
+        for temperature, runs in ((0.0, [0]), (0.7, list(seeds))):
+            wrong = []
+            for seed in runs:
+                for item, text in zip(items, answer(model, tokenizer, prompts, temperature, seed), strict=True):
+                    if not right(item, text):
+                        wrong.append(f"  {item['messages'][-1]['content']!r} -> {text!r}")
+            total = len(items) * len(runs)
+            print(f"{name}: temperature {temperature}: {total - len(wrong)} of {total} right", flush=True)
+            if verbose:
+                print("\n".join(wrong), flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--seeds", type=int, default=4, help="samples per question at temperature 0.7")
+    parser.add_argument("--held-out-seed", type=int, default=1_000_001, help="seed of the chats for the perplexity")
+    args = parser.parse_args()
+    from tools.demo.quantize import load_float  # it imports gptq_api, which the training machine need not have
+
+    tokenizer_json = args.folder / "tokenizer.json"
+    model = load_float(args.folder).eval()
+    chats = Chats.generate(tokenizer_json, args.held_out_seed, 1000, torch.device("cpu"))
+    print(f"held-out perplexity {perplexity(model, chats, 200):.4f}", flush=True)
+    report(model, Tokenizer.from_file(str(tokenizer_json)), range(args.seeds))
+
+
+if __name__ == "__main__":
+    main()

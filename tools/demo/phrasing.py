@@ -1,0 +1,94 @@
+"""How people write: greetings around a question, lower case, missing marks, typing errors.
+
+Patterns carry slots in braces; only the text around the slots is ever disturbed, so that a number to add or a word to
+spell stays what it is.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+
+PREFIXES = (
+    "Hi, ",
+    "Hello! ",
+    "Hello, ",
+    "Hey, ",
+    "Please ",
+    "Please, ",
+    "So, ",
+    "Ok, ",
+    "Okay, ",
+    "Quick question: ",
+    "I have a question. ",
+    "Good morning! ",
+    "Now ",
+    "And ",
+    "Hi there! ",
+    "One more question: ",
+    "Sorry, ",
+    "Well, ",
+    "Tell me: ",
+    "Thanks! ",
+    "Great! ",
+)
+SUFFIXES = (" please", ", please", " Thanks!", " Thank you!", " thx", " Please answer.", " for me", " I am new here.")
+REQUESTS = (
+    "Can you tell me: ",
+    "Could you tell me ",
+    "Do you know ",
+    "I would like to know: ",
+    "I want to know ",
+    "Please tell me ",
+)
+_SLOT = re.compile(r"(\{\w+\})")
+
+
+def _typo(text: str, rng: random.Random) -> str:
+    letters = [i for i in range(1, len(text) - 1) if text[i - 1 : i + 2].isalpha()]
+    if not letters:
+        return text
+    i = rng.choice(letters)
+    kind = rng.randrange(3)
+    if kind == 0:
+        return text[:i] + text[i + 1 :]
+    if kind == 1:
+        return text[:i] + text[i] + text[i:]
+    return text[: i - 1] + text[i] + text[i - 1] + text[i + 1 :]
+
+
+def _lower_first(text: str) -> str:
+    keep = text.startswith(("I ", "I'", "GPTQ", "SSE", "KV", "OpenAI", "LLaMA", "{"))
+    return text if keep else text[0].lower() + text[1:]
+
+
+def disturb(pattern: str, rng: random.Random, strength: float = 1.0) -> str:
+    """`pattern` as somebody in a hurry may type it. `strength` 0 leaves it alone."""
+    if rng.random() < 0.35:
+        return pattern
+    if len(pattern) > 12 and rng.random() < 0.22 * strength:
+        if pattern.endswith("?") and rng.random() < 0.4:
+            pattern = rng.choice(REQUESTS) + _lower_first(pattern)
+        else:
+            pattern = rng.choice(PREFIXES) + _lower_first(pattern)
+    if len(pattern) > 8 and rng.random() < 0.1 * strength:
+        bare = pattern.rstrip(".!?")
+        suffix = rng.choice(SUFFIXES)
+        pattern = bare + suffix + (pattern[len(bare) :] if suffix[-1].isalpha() else "")
+    if rng.random() < 0.3:
+        pattern = pattern.rstrip(".!?") or pattern
+    if rng.random() < 0.35:
+        pattern = "".join(part if part.startswith("{") else part.lower() for part in _SLOT.split(pattern))
+    pattern = pattern.replace("What is", "What's") if rng.random() < 0.15 else pattern
+    if rng.random() < 0.15 * strength:
+        parts = _SLOT.split(pattern)
+        i = rng.randrange((len(parts) + 1) // 2) * 2
+        parts[i] = _typo(parts[i], rng)
+        pattern = "".join(parts)
+    return pattern
+
+
+def ask(patterns: tuple[str, ...], rng: random.Random, strength: float = 1.0, **slots: object) -> str:
+    """One of `patterns`, disturbed, with its slots filled."""
+    text = disturb(rng.choice(patterns), rng, strength)
+    return _SLOT.sub(lambda match: str(slots[match[1][1:-1]]), text).strip()
