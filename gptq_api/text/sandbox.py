@@ -187,7 +187,7 @@ def _replace(context: Context, s: str, old: str, new: str, count: int | None = N
 def _join(context: Context, value: Iterable[Any], d: str = "", attribute: str | int | None = None) -> str:
     items = list(value)
     _check_growth(str(d), "join", [items])
-    result = filters.do_join(context.eval_ctx, items, d, attribute)
+    result = str(filters.do_join(context.eval_ctx, items, d, attribute))
     _budget(context).charge(chars=len(result))
     return result
 

@@ -1,0 +1,252 @@
+"""Who answers in `gptq-api chat`: the engine in this program's child process, or a server somewhere."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import httpx
+import msgspec
+
+from gptq_api.config import ChatSettings
+from gptq_api.engine.client import EngineClient, EngineDead, EngineFailed
+from gptq_api.text.chat_template import ChatTemplateError, load_chat_template
+from gptq_api.text.folder import FolderError, checkpoint_folder
+from gptq_api.text.stream import TextStream
+from gptq_api.text.tokenizer import TokenizerError, load_tokenizer
+from gptq_api.types import SamplingParams
+
+Message = dict[str, Any]
+
+
+class ChatError(RuntimeError):
+    """One sentence for the user. `fatal`: there is nobody left to talk to."""
+
+    def __init__(self, message: str, *, fatal: bool = False) -> None:
+        super().__init__(message)
+        self.fatal = fatal
+
+
+@dataclass
+class Report:
+    """What an answer turned out to be, filled in while it streams."""
+
+    num_tokens: int = 0
+    finish_reason: str | None = None
+    num_dropped: int = 0
+    """oldest messages of the conversation that were left out because the context is full"""
+
+
+class ChatModel(Protocol):
+    description: str
+    """lines to show before the first prompt"""
+
+    async def start(self) -> None: ...
+    def answer(self, messages: list[Message], report: Report) -> AsyncIterator[str]: ...
+    async def stop(self) -> None: ...
+
+
+class LocalModel:
+    """Loads the checkpoint and runs the engine as a child process."""
+
+    def __init__(self, settings: ChatSettings) -> None:
+        """Reads the tokenizer and the chat template. Raises ChatError."""
+        self._settings = settings
+        try:
+            folder = checkpoint_folder(settings.model_path)
+            self._tokenizer = load_tokenizer(folder)
+            name = settings.served_model_name or ""
+            self._template = load_chat_template(
+                folder, self._tokenizer, override=settings.chat_template, model_name=name
+            )
+        except (FolderError, TokenizerError, ChatTemplateError) as error:
+            raise ChatError(str(error), fatal=True) from None
+        self._client = EngineClient(settings)
+        self.description = ""
+
+    async def start(self) -> None:
+        try:
+            self._ready = await self._client.start()
+        except EngineFailed as error:
+            raise ChatError(str(error), fatal=True) from None
+        self.description = f"{self._ready.description}\n{self._template.source}"
+
+    async def stop(self) -> None:
+        if self._client.alive:
+            await self._client.stop()
+
+    async def answer(self, messages: list[Message], report: Report) -> AsyncIterator[str]:
+        """Text as it comes. Raises ChatError."""
+        prompt = self._fit(messages, report)
+        room = self._ready.max_model_len - len(prompt)
+        settings, tokenizer, template = self._settings, self._tokenizer, self._template
+        eos = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
+        params = SamplingParams(
+            max_tokens=min(settings.max_tokens or room, room),
+            temperature=settings.temperature,
+            top_p=settings.top_p,
+            seed=random.getrandbits(31) if settings.seed is None else settings.seed,
+            stop_token_ids=tuple(dict.fromkeys((*self._ready.eos_token_ids, *eos, *template.stop_token_ids))),
+        )
+        stream = TextStream(tokenizer, stop=template.stop)
+        try:
+            with self._client.submit(prompt, params) as generation:
+                async for delta in generation:
+                    text = stream.push(delta.tokens)
+                    report.num_tokens = stream.num_tokens
+                    if text:
+                        yield text
+                    if stream.stopped:
+                        report.finish_reason = "stop"
+                        return
+                if generation.finish_reason == "error":
+                    raise ChatError("the model's output is not finite: this checkpoint or its quantisation is damaged")
+                report.finish_reason = generation.finish_reason
+        except EngineDead as error:
+            raise ChatError(str(error), fatal=True) from None
+        if text := stream.finish():
+            yield text
+
+    def _fit(self, messages: list[Message], report: Report) -> list[int]:
+        """The prompt, without as many of the oldest turns as it takes to leave room for an answer."""
+        limit = self._ready.max_model_len
+        room = min(self._settings.max_tokens or 256, max(limit // 4, 1))
+        while True:
+            try:
+                prompt = self._template.render(_without_oldest(messages, report.num_dropped))
+            except ChatTemplateError as error:
+                raise ChatError(str(error)) from None
+            if len(prompt) + room <= limit:
+                return prompt
+            if not _drop_turn(messages, report):
+                if len(prompt) < limit:
+                    return prompt
+                raise ChatError(f"that is {len(prompt)} tokens, and the model's context holds {limit}")
+
+
+class RemoteModel:
+    """A server that speaks the OpenAI API."""
+
+    def __init__(self, settings: ChatSettings) -> None:
+        assert settings.url is not None
+        self._settings = settings
+        self._model = settings.served_model_name
+        try:
+            url = httpx.URL(settings.url.rstrip("/"))
+        except httpx.InvalidURL as error:
+            raise ChatError(f"--url {settings.url} is not an address ({error})", fatal=True) from None
+        if url.scheme not in ("http", "https") or not url.host:
+            raise ChatError(f"--url {settings.url} is not an address: http://HOST:PORT/v1 is", fatal=True)
+        base = url if url.path.strip("/") else url.copy_with(path="/v1")
+        headers = {"authorization": f"Bearer {settings.api_key[0]}"} if settings.api_key else {}
+        timeout = httpx.Timeout(None, connect=5.0)
+        self._client = httpx.AsyncClient(base_url=base, headers=headers, timeout=timeout)
+        self.description = ""
+
+    async def start(self) -> None:
+        url = self._settings.url
+        try:
+            response = await self._client.get("models", timeout=10.0)
+            if response.is_error:
+                raise ChatError(f"{url} answers {_error_of(response.status_code, response.content)[0]}", fatal=True)
+            models = [entry["id"] for entry in response.json()["data"]]
+        except httpx.HTTPError as error:
+            raise ChatError(f"{url} cannot be reached ({str(error) or type(error).__name__})", fatal=True) from None
+        except (ValueError, KeyError, TypeError):
+            raise ChatError(f"{url} does not speak the OpenAI API: {url}/models lists no models", fatal=True) from None
+        self._model = self._model or next(iter(models), None)
+        if self._model is None:
+            raise ChatError(f"{url} serves no model", fatal=True)
+        self.description = f"{self._model} at {url}"
+
+    async def stop(self) -> None:
+        await self._client.aclose()
+
+    async def answer(self, messages: list[Message], report: Report) -> AsyncIterator[str]:
+        """Text as it comes. Raises ChatError."""
+        while True:
+            body = self._body(_without_oldest(messages, report.num_dropped))
+            try:
+                async with self._client.stream("POST", "chat/completions", json=body) as response:
+                    if response.status_code == 200:
+                        async for text in _texts(response, report):
+                            yield text
+                        return
+                    message, code = _error_of(response.status_code, await response.aread())
+            except httpx.HTTPError as error:
+                raise ChatError(f"the connection failed ({str(error) or type(error).__name__})") from None
+            if code != "context_length_exceeded" or not _drop_turn(messages, report):
+                raise ChatError(f"the server answers {message}")
+
+    def _body(self, messages: list[Message]) -> dict[str, Any]:
+        settings = self._settings
+        body = {
+            "model": self._model,
+            "messages": messages,
+            "temperature": settings.temperature,
+            "top_p": settings.top_p,
+            "max_tokens": settings.max_tokens,
+            "seed": settings.seed,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        }
+        return {key: value for key, value in body.items() if value is not None}
+
+
+async def _texts(response: httpx.Response, report: Report) -> AsyncIterator[str]:
+    """Contents of a stream of chat.completion.chunk events, up to `[DONE]`."""
+    async for data in _events(response):
+        if data == b"[DONE]":
+            return
+        try:
+            event = msgspec.json.decode(data)
+            error = event.get("error")
+            choices, usage = event.get("choices") or [], event.get("usage")
+        except (msgspec.DecodeError, AttributeError):
+            raise ChatError("the server sent an event that is no JSON object") from None
+        if error is not None:
+            raise ChatError(f"the server stopped: {error.get('message') if isinstance(error, dict) else error}")
+        for choice in choices:
+            report.finish_reason = choice.get("finish_reason") or report.finish_reason
+            if text := (choice.get("delta") or {}).get("content"):
+                report.num_tokens += 1  # a guess until the usage arrives, which is last
+                yield text
+        if usage:
+            report.num_tokens = usage.get("completion_tokens", report.num_tokens)
+    raise ChatError("the server closed the connection in the middle of the answer")
+
+
+async def _events(response: httpx.Response) -> AsyncIterator[bytes]:
+    """The data of each server-sent event. Lines end with LF or CRLF only: U+2028 may stand in the text as it is."""
+    rest = b""
+    async for chunk in response.aiter_bytes():
+        *lines, rest = (rest + chunk).split(b"\n")
+        for line in lines:
+            if line.startswith(b"data:"):
+                yield line.removeprefix(b"data:").strip()
+
+
+def _error_of(status: int, body: bytes) -> tuple[str, str | None]:
+    """(status and message, code) of an error response, whatever shape its body has."""
+    try:
+        error = msgspec.json.decode(body)["error"]
+        return f"{status}: {error['message']}", error.get("code")
+    except (msgspec.DecodeError, KeyError, TypeError, AttributeError):
+        return f"{status} {body[:200].decode(errors='replace')}".strip(), None
+
+
+def _drop_turn(messages: list[Message], report: Report) -> bool:
+    """Leave out one more turn (a question and its answer). False when only the last question is left."""
+    num_turn_messages = len([message for message in messages if message["role"] != "system"])
+    if num_turn_messages - report.num_dropped < 3:
+        return False
+    report.num_dropped += 2
+    return True
+
+
+def _without_oldest(messages: list[Message], num_dropped: int) -> list[Message]:
+    system = [message for message in messages if message["role"] == "system"]
+    turns = [message for message in messages if message["role"] != "system"]
+    return system + turns[num_dropped:]
