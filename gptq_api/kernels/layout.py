@@ -1,0 +1,149 @@
+"""The packed weight of the CUDA kernels: 16-row strips, 128-k chunks (the picture is in ext/layout.h).
+
+Plain torch, so the same lines run on the CPU and, at load time, on the GPU; `emulate` reads the bytes back the way a warp does and
+is what the tests compare. Knows nothing about checkpoints: values arrive unpacked, zero points decoded.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+STRIP_ROWS = 16
+CHUNK_K = 128
+WEIGHT_BYTES = STRIP_ROWS * CHUNK_K // 2
+SYMMETRIC_ZERO = 8
+
+
+@dataclass(frozen=True, slots=True)
+class PackedLinear:
+    """One 4-bit weight as the kernels read it. Immutable; `data` is the only large tensor."""
+
+    data: Tensor
+    """uint8 [N/16, ceil(K/128), chunk_bytes], contiguous, 16-byte aligned."""
+    in_features: int
+    """K of the activations."""
+    out_features: int
+    """N, before SiLU pairing halves it."""
+    group_size: int
+    """32, 64, a multiple of 128, or -1 (one group)."""
+    has_zeros: bool
+    """False: every zero point is 8 and none is stored."""
+    perm: Tensor | None
+    """int32 [K]: the kernel's k-th input is x[perm[k]]. None: no act-order. The caller either hands over x[:, perm] or lets `gemm` gather."""
+    paired: bool
+    """Rows g and g+8 of a strip are outputs i and N/2 + i (gate_i, up_i)."""
+
+    @property
+    def groups_per_chunk(self) -> int:
+        return groups_per_chunk(self.group_size)
+
+    def without_perm(self) -> PackedLinear:
+        """The same bytes for a caller whose activations already come in sorted order."""
+        return PackedLinear(self.data, self.in_features, self.out_features, self.group_size, self.has_zeros, None, self.paired)
+
+
+def groups_per_chunk(group_size: int) -> int:
+    """Groups that one chunk of 128 k holds: 4, 2 or 1. Raises ValueError for sizes that do not tile a chunk."""
+    if group_size in (32, 64):
+        return CHUNK_K // group_size
+    if group_size == -1 or (group_size > 0 and group_size % CHUNK_K == 0):
+        return 1
+    raise ValueError(f"group size {group_size}: the packed layout holds 32, 64, multiples of 128, and -1")
+
+
+def chunk_bytes(group_size: int, has_zeros: bool) -> int:
+    groups = groups_per_chunk(group_size)
+    return WEIGHT_BYTES + 2 * STRIP_ROWS * groups + (STRIP_ROWS * groups if has_zeros else 0)
+
+
+def sort_groups(g_idx: Tensor, group_size: int) -> Tensor | None:
+    """Order of k that makes groups contiguous: int32 [K], or None where they already are.
+
+    Raises ValueError when a group is not exactly `group_size` long (the last one may be short): such a g_idx does not come from GPTQ.
+    """
+    k = g_idx.numel()
+    size = k if group_size == -1 else group_size
+    regular = torch.arange(k, device=g_idx.device) // size
+    perm = torch.argsort(g_idx.long(), stable=True)
+    if not torch.equal(g_idx.long()[perm], regular):
+        raise ValueError(f"g_idx does not hold groups of {size} rows over {k} inputs; this kernel cannot pack it")
+    if torch.equal(perm, torch.arange(k, device=perm.device)):
+        return None
+    return perm.to(torch.int32)
+
+
+def _chunk_rows(per_group: Tensor, chunks: int, group_size: int) -> Tensor:
+    """[groups, N] -> [chunks, G, N]: what each chunk carries; beyond the last group, the last group again."""
+    groups = groups_per_chunk(group_size)
+    step = chunks * CHUNK_K if group_size == -1 else group_size
+    start = torch.arange(chunks * groups, device=per_group.device) * (CHUNK_K // groups)
+    return per_group[(start // step).clamp_(max=per_group.shape[0] - 1)].view(chunks, groups, -1)
+
+
+def pack_stream(weight: Tensor, scales: Tensor, zeros: Tensor | None, group_size: int, *, paired: bool = False) -> Tensor:
+    """uint8 [N/16, ceil(K/128), chunk_bytes] from `weight` uint8 [K, N] (0..15, groups contiguous), `scales` fp16 [groups, N] and
+    `zeros` uint8 [groups, N] (0..16; None: all 8).
+
+    Padding of k is filled with the zero point (15 for a zero point of 16, which no nibble can hold: kernels feed zeros there).
+    Raises ValueError on shapes that do not fit.
+    """
+    k, n = weight.shape
+    if n % STRIP_ROWS:
+        raise ValueError(f"{n} output features: the packed layout needs a multiple of {STRIP_ROWS}")
+    size = k if group_size == -1 else group_size
+    expected = (-(-k // size), n)
+    if tuple(scales.shape) != expected or (zeros is not None and tuple(zeros.shape) != expected):
+        raise ValueError(f"scales {tuple(scales.shape)}: K={k}, N={n} in groups of {group_size} need {expected}")
+    if paired:
+        order = torch.arange(n, device=weight.device).view(2, n // STRIP_ROWS, 8).transpose(0, 1).reshape(-1)
+        weight, scales = weight[:, order], scales[:, order]
+        zeros = None if zeros is None else zeros[:, order]
+    strips, chunks = n // STRIP_ROWS, -(-k // CHUNK_K)
+    if chunks * CHUNK_K > k:
+        fill = torch.full((n,), SYMMETRIC_ZERO, dtype=torch.uint8, device=weight.device) if zeros is None else zeros[-1].clamp(max=15)
+        weight = torch.cat([weight, fill.expand(chunks * CHUNK_K - k, n)])
+    # k = 128c + 64b + 16j + 8h + 2t + e, n = 16s + 8r + g: byte (j, e, h) of lane (g, t) holds r = 0 low and r = 1 high
+    split = weight.view(chunks, 2, 4, 2, 4, 2, strips, 2, 8)
+    nibbles = split[..., 0, :] | (split[..., 1, :] << 4)
+    parts = [nibbles.permute(6, 0, 1, 7, 4, 2, 5, 3).reshape(strips, chunks, WEIGHT_BYTES)]
+    by_chunk = _chunk_rows(scales.to(torch.float16), chunks, group_size).view(chunks, -1, strips, 2, 8)
+    parts.append(by_chunk.permute(2, 0, 1, 4, 3).contiguous().view(torch.uint8).view(strips, chunks, -1))
+    if zeros is not None:
+        by_chunk = _chunk_rows(zeros, chunks, group_size).view(chunks, -1, strips, 2, 8)
+        parts.append(by_chunk.permute(2, 0, 1, 4, 3).reshape(strips, chunks, -1))
+    return torch.cat(parts, dim=-1)
+
+
+def emulate(packed: PackedLinear) -> Tensor:
+    """float64 [K, N]: the dequantised weight, read lane by lane as the A fragment of mma.m16n8k16. For tests; slow and literal."""
+    data = packed.data.cpu()
+    strips, chunks, _ = data.shape
+    groups, n = packed.groups_per_chunk, packed.out_features
+    words = data[..., :WEIGHT_BYTES].contiguous().view(torch.int32).view(strips, chunks, 2, 32, 4).to(torch.int64)
+    meta = WEIGHT_BYTES + 32 * groups
+    scales = data[..., WEIGHT_BYTES:meta].contiguous().view(torch.float16).view(strips, chunks, groups, 8, 2).double()
+    zeros = data[..., meta:].reshape(strips, chunks, groups, 8, 2).double() if packed.has_zeros else torch.full_like(scales, 8.0)
+    out = torch.zeros(chunks * CHUNK_K, strips * STRIP_ROWS, dtype=torch.float64)
+    fragments = out.view(chunks, 2, 4, 16, strips, STRIP_ROWS)  # chunk, block, k16 step, k, strip, row
+    for lane in range(32):
+        g, t = divmod(lane, 4)
+        for step in range(8):
+            block, j = divmod(step, 4)
+            group = step * 16 * groups // CHUNK_K
+            for p in range(4):
+                row_half, k = p % 2, 2 * t + 8 * (p // 2)
+                for e in range(2):
+                    value = (words[:, :, block, lane, j] >> (4 * p + 16 * e)) & 15
+                    real = (value - zeros[:, :, group, g, row_half]) * scales[:, :, group, g, row_half]
+                    fragments[:, block, j, k + e, :, g + 8 * row_half] = real.T
+    out = out[: packed.in_features]
+    if packed.paired:
+        out = out.view(-1, strips, 2, 8).transpose(1, 2).reshape(packed.in_features, n)
+    if packed.perm is not None:
+        unsorted = torch.empty_like(out)
+        unsorted[packed.perm.cpu().long()] = out
+        out = unsorted
+    return out
