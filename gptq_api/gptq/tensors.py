@@ -1,0 +1,150 @@
+"""Names, shapes and data of the tensors in one set of weights, whatever the container. Nothing is read before it is
+asked for; pickles are opened with weights_only, so no code in them can run."""
+
+from __future__ import annotations
+
+import pickle
+import re
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from gptq_api.gptq.errors import CheckpointError
+from gptq_api.gptq.files import WeightFiles
+
+_PREFIX = re.compile(r"^(?:(?:base_model\.model|_orig_mod|module)\.)+")
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+class TensorStore:
+    """The tensors of a set of weights by canonical name (prefixes such as `base_model.model.` and `module.` removed)."""
+
+    def __init__(self, weights: WeightFiles) -> None:
+        self.weights = weights
+        self.metadata: dict[str, str] = {}
+        self._slices: dict[str, tuple[Any, str, Path]] = {}
+        self._tensors: dict[str, tuple[Tensor, Path]] = {}
+        for file in weights.files:
+            if file.suffix == ".safetensors":
+                self._open_safetensors(file)
+            else:
+                self._open_pickle(file)
+        if not self._slices and not self._tensors:
+            raise CheckpointError(f"{weights.files[0]} holds no tensors; download it again")
+
+    @property
+    def names(self) -> frozenset[str]:
+        return frozenset(self._slices) | frozenset(self._tensors)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._slices or name in self._tensors
+
+    def file(self, name: str) -> Path:
+        return self._slices[name][2] if name in self._slices else self._tensors[name][1]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """From the header alone."""
+        if name in self._slices:
+            reader, key, _ = self._slices[name]
+            return tuple(reader.get_slice(key).get_shape())
+        return tuple(self._tensors[name][0].shape)
+
+    def dtype(self, name: str) -> torch.dtype | None:
+        """From the header alone; None for a type torch does not know or we never use."""
+        if name in self._slices:
+            reader, key, _ = self._slices[name]
+            return _DTYPES.get(reader.get_slice(key).get_dtype())
+        return self._tensors[name][0].dtype
+
+    def read(self, name: str) -> Tensor:
+        """The tensor on the CPU, contiguous. It may share memory with the mapped file: clone what is kept.
+
+        KeyError for an unknown name (callers check); CheckpointError where the data cannot be read.
+        """
+        if name in self._slices:
+            reader, key, file = self._slices[name]
+            try:
+                tensor: Tensor = reader.get_tensor(key)
+            except (SafetensorError, RuntimeError, OSError, ValueError, TypeError) as error:
+                raise CheckpointError(
+                    f"{file}: tensor {key} cannot be read ({error}); download the file again"
+                ) from None
+            return tensor
+        tensor, file = self._tensors[name]
+        if tensor.layout != torch.strided or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+            raise CheckpointError(f"{file}: tensor {name} is larger than its stored data; download the file again")
+        return tensor.contiguous()
+
+    def _open_safetensors(self, file: Path) -> None:
+        try:
+            reader = safe_open(str(file), framework="pt")
+            keys = list(reader.keys())
+        except (SafetensorError, OSError, ValueError) as error:
+            raise CheckpointError(
+                f"{file} is not a complete safetensors file ({_first_line(error)}); download it again"
+            ) from None
+        self.metadata.update(reader.metadata() or {})
+        for key in keys:
+            self._claim(_PREFIX.sub("", key), file)
+            self._slices[_PREFIX.sub("", key)] = (reader, key, file)
+
+    def _open_pickle(self, file: Path) -> None:
+        try:
+            state = _load_pickle(file)
+        except pickle.UnpicklingError as error:
+            if (
+                "Unsupported global" in str(error)
+                or "Unsupported class" in str(error)
+                or "Unsupported operand" in str(error)
+            ):
+                raise CheckpointError(
+                    f"{file} holds pickled code, which is never run; use a .safetensors file or save its state_dict alone"
+                ) from None
+            raise CheckpointError(
+                f"{file} is not a readable torch file ({_first_line(error)}); download it again"
+            ) from None
+        except Exception as error:
+            # torch.load raises whatever its parsers stumble on (EOFError, KeyError, RuntimeError, struct.error ...).
+            raise CheckpointError(
+                f"{file} is not a readable torch file ({_first_line(error)}); download it again"
+            ) from None
+        if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
+            state = state["state_dict"]
+        if not isinstance(state, dict):
+            raise CheckpointError(f"{file} holds a {type(state).__name__}, not a state_dict; save model.state_dict()")
+        for key, value in state.items():
+            if isinstance(key, str) and isinstance(value, Tensor):
+                name = _PREFIX.sub("", key)
+                self._claim(name, file)
+                self._tensors[name] = (value.detach(), file)
+
+    def _claim(self, name: str, file: Path) -> None:
+        if name in self:
+            raise CheckpointError(
+                f"tensor {name} is in both {self.file(name)} and {file}; remove the file that is stale"
+            )
+
+
+def _load_pickle(file: Path) -> Any:
+    # Only the zip container can be mapped; the older stream format has to be read.
+    return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip().splitlines()
+    return (text[0] if text else type(error).__name__)[:200]

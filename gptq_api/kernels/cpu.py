@@ -1,0 +1,130 @@
+"""4-bit weights on the CPU: torch's int4 product in bfloat16.
+
+`aten::_weight_int4pack_mm_for_cpu` computes x W^T with w = (q - 8) * s + z per group of 32, 64, 128 or 256 inputs. GPTQ's
+w = (q - zero) * s is z = (8 - zero) * s. Act-order is a permutation of the inputs made once at load and applied to the
+activations at each call; larger groups, one group and a partial last group are split into groups the operator takes.
+
+The operator computes every row by itself, so a row's result does not depend on its neighbours. It costs about the same per row
+whatever the number of rows, while a dense bfloat16 product gets cheaper: for large matrices and many rows the weights are
+dequantised a block at a time instead. Small matrices stay with the operator always: there independence is worth more than
+the millisecond.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from gptq_api.kernels.reference import unpack
+
+GROUP_SIZES = (256, 128, 64, 32)
+_DENSE_MIN_ROWS = 192
+_DENSE_MIN_ELEMENTS = 2**21
+_PACK_ROWS = 1024
+_PANEL = 64
+"""outputs the operator packs together; a multiple of what every instruction set uses"""
+
+
+def refusal(bits: int, in_features: int, out_features: int, group_size: int) -> str | None:
+    """Why the operator cannot take a module; None where it can. group_size -1: one group."""
+    if bits != 4:
+        return f"{bits} bits (the int4 operator takes 4)"
+    if out_features % 16:
+        return f"{out_features} outputs (the int4 operator takes multiples of 16)"
+    if _operator_group(in_features, group_size) is None:
+        return f"groups of {group_size} in {in_features} inputs (the int4 operator takes multiples of 32)"
+    return None
+
+
+def _operator_group(in_features: int, group_size: int) -> int | None:
+    """The largest group the operator takes that divides both K and the file's group."""
+    size = in_features if group_size < 0 else group_size
+    return next((g for g in GROUP_SIZES if in_features % g == 0 and size % g == 0), None)
+
+
+class Int4Weight:
+    """A 4-bit weight in the operator's packing. Holds nothing else: 0.5 byte per weight, plus scales and zeros in bfloat16."""
+
+    def __init__(self, qweight: Tensor, zeros: Tensor, scales: Tensor, g_idx: Tensor, group_size: int) -> None:
+        """Takes the file's tensors (kernels/reference.py has shapes); ValueError where `refusal` would give a reason."""
+        self.in_features, self.out_features = g_idx.shape[0], qweight.shape[1]
+        reason = refusal(4, self.in_features, self.out_features, group_size)
+        if reason is not None:
+            raise ValueError(reason)
+        self._group = _operator_group(self.in_features, group_size) or 32
+        order = torch.argsort(g_idx, stable=True)
+        sequential = bool((order[1:] > order[:-1]).all())
+        self._order = None if sequential else order
+        self._packed = _pack(qweight, self._order)
+        # One entry per operator group: the file's group of its first input (groups are whole after the permutation).
+        groups = g_idx.index_select(0, order)[:: self._group]
+        s = scales.to(torch.bfloat16).index_select(0, groups)
+        z = (8 - zeros.index_select(0, groups).float()) * s.float()
+        self._scales_zeros = torch.stack((s, z.to(torch.bfloat16)), -1)
+
+    @property
+    def num_bytes(self) -> int:
+        order = 0 if self._order is None else self._order.numel() * 8
+        return self._packed.numel() + self._scales_zeros.numel() * 2 + order
+
+    def matmul(self, x: Tensor) -> Tensor:
+        """[M, K] of any float type -> bfloat16 [M, N]."""
+        x = x.to(torch.bfloat16)
+        if self._order is not None:
+            x = x.index_select(1, self._order)
+        if x.shape[0] >= _DENSE_MIN_ROWS and self._packed.numel() * 2 >= _DENSE_MIN_ELEMENTS:
+            return self._dense(x)
+        product: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(
+            x.contiguous(), self._packed, self._group, self._scales_zeros
+        )
+        return product
+
+    def _dense(self, x: Tensor) -> Tensor:
+        """The same product through panels of dequantised weights and a dense bfloat16 product."""
+        out = x.new_empty(x.shape[0], self.out_features)
+        for start in range(0, self.out_features, _PANEL):
+            panel = self._dequantise(start)
+            out[:, start : start + panel.shape[1]] = x @ panel
+        return out
+
+    def _dequantise(self, start: int) -> Tensor:
+        """The panel of outputs that begins at `start`, bfloat16 [K, 64] or what is left."""
+        width = min(_PANEL, self.out_features - start)
+        data = self._packed[start : start + width].view(self.in_features, width // 2)
+        columns = torch.cat((data & 15, data >> 4), 1)
+        order = _panel_columns(width)
+        if order is not None:
+            columns = columns.index_select(1, order)
+        values = columns.to(torch.bfloat16).sub_(8).view(-1, self._group, width)
+        scales, shift = self._scales_zeros[:, start : start + width].permute(2, 0, 1).unsqueeze(2).contiguous()
+        return values.mul_(scales).add_(shift).view(self.in_features, width)
+
+
+def _pack(qweight: Tensor, order: Tensor | None) -> Tensor:
+    """int32 [K / 8, N] -> the operator's uint8 [N, K / 2], a few rows of outputs at a time to keep the peak low."""
+    parts = []
+    for start in range(0, qweight.shape[1], _PACK_ROWS):
+        q = unpack(qweight[:, start : start + _PACK_ROWS], 4)
+        if order is not None:
+            q = q.index_select(0, order)
+        parts.append(torch.ops.aten._convert_weight_to_int4pack_for_cpu(q.t().contiguous(), 2))
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+
+@functools.cache
+def _panel_columns(width: int) -> Tensor | None:
+    """Where output n of a panel lies among its low nibbles followed by its high nibbles: int64 [width];
+    None where that is in order.
+
+    The arrangement depends on the instruction set torch found at run time, so it is read off by packing the numbers of the
+    outputs, in two passes of four bits.
+    """
+    numbers = torch.arange(width, dtype=torch.int32).unsqueeze(1).expand(width, 32)
+    place = torch.zeros(width, dtype=torch.int64)
+    for shift in (0, 4):
+        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(((numbers >> shift) & 15).contiguous(), 2)
+        first = packed.view(32, width // 2)[0].to(torch.int64)
+        place |= torch.cat((first & 15, first >> 4)) << shift
+    return None if bool((place[1:] > place[:-1]).all()) else torch.argsort(place)

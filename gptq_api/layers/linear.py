@@ -1,0 +1,137 @@
+"""Linear layers. A quantised one is a weight that knows its product; which kernel holds the weight is decided once, at load."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from gptq_api.kernels import cpu
+from gptq_api.kernels.reference import ReferenceWeight, pad_rows
+
+
+class Weight(Protocol):
+    """What a kernel module keeps of a quantised weight, in its own packing."""
+
+    in_features: int
+    out_features: int
+
+    @property
+    def num_bytes(self) -> int: ...
+
+    def matmul(self, x: Tensor) -> Tensor:
+        """[M, K] -> [M, N]"""
+        ...
+
+
+class Linear(Protocol):
+    """y = x W^T + b: [M, K] -> [M, N]."""
+
+    path: str
+    """for people: the kernel, and why where it is a slow one"""
+
+    @property
+    def num_bytes(self) -> int: ...
+
+    def forward(self, x: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class KernelChoice:
+    """Which kernel takes a module; `reason` says why it is the reference where that is slow."""
+
+    kernel: str
+    reason: str | None = None
+
+    def __str__(self) -> str:
+        return self.kernel if self.reason is None else f"{self.kernel}: {self.reason}"
+
+
+def choose_kernel(
+    bits: int, in_features: int, out_features: int, group_size: int, device: torch.device, dtype: torch.dtype
+) -> KernelChoice:
+    """From numbers alone, so that `inspect` can tell without weights."""
+    if device.type != "cpu":
+        return KernelChoice("reference")
+    if dtype != torch.bfloat16:
+        return KernelChoice("reference (exact)")
+    reason = cpu.refusal(bits, in_features, out_features, group_size)
+    return KernelChoice("int4" if reason is None else "reference", reason)
+
+
+class GPTQLinear:
+    """A quantised Linear; its forward is one call into kernels/."""
+
+    def __init__(self, weight: Weight, bias: Tensor | None, path: str) -> None:
+        self._weight, self._bias, self.path = weight, bias, path
+
+    @classmethod
+    def load(
+        cls,
+        qweight: Tensor,
+        zeros: Tensor,
+        scales: Tensor,
+        g_idx: Tensor,
+        bits: int,
+        group_size: int,
+        bias: Tensor | None,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> GPTQLinear:
+        """int32 qweight [K * bits / 32, N], uint8 zeros [G, N], scales [G, N], int32 g_idx [K], bias [N]; on the CPU."""
+        choice = choose_kernel(bits, g_idx.shape[0], qweight.shape[1], group_size, device, dtype)
+        weight: Weight
+        if choice.kernel == "int4":
+            weight = cpu.Int4Weight(qweight, zeros, scales, g_idx, group_size)
+        else:
+            # Loading may map the file; what is kept is memory of our own.
+            parts = (t.to(device) if device.type != "cpu" else t.clone() for t in (qweight, zeros, scales, g_idx))
+            weight = ReferenceWeight(*parts, bits, dtype)
+        return cls(weight, None if bias is None else bias.to(device=device, dtype=dtype), str(choice))
+
+    @property
+    def num_bytes(self) -> int:
+        return self._weight.num_bytes + (0 if self._bias is None else self._bias.numel() * self._bias.element_size())
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self._weight.matmul(x)
+        return y if self._bias is None else y.add_(self._bias)
+
+
+class DenseLinear:
+    """An unquantised Linear: a weight [N, K] of one float type; activations are cast to it."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        self._weight, self._bias = weight, bias
+        self.path = f"dense {str(weight.dtype).removeprefix('torch.')}"
+
+    @property
+    def num_bytes(self) -> int:
+        bias = 0 if self._bias is None else self._bias.numel() * self._bias.element_size()
+        return self._weight.numel() * self._weight.element_size() + bias
+
+    def shares(self, weight: Tensor) -> bool:
+        """Whether this is the same memory as `weight` (a head tied to the embedding)."""
+        return self._weight.data_ptr() == weight.data_ptr()
+
+    def forward(self, x: Tensor) -> Tensor:
+        num_rows = x.shape[0]
+        return functional.linear(pad_rows(x.to(self._weight.dtype)), self._weight, self._bias)[:num_rows]
+
+
+class SplitLinear:
+    """Several Linears with the same input whose outputs are read as one, where they cannot be merged into one weight."""
+
+    def __init__(self, parts: list[Linear]) -> None:
+        self._parts = parts
+        self.path = " + ".join(dict.fromkeys(part.path for part in parts))
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(part.num_bytes for part in self._parts)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([part.forward(x) for part in self._parts], -1)

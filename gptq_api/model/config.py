@@ -1,0 +1,193 @@
+"""config.json (and generation_config.json) of a LLaMA, as written since 2023. Parsed by us: no code from a checkpoint is run,
+and a number that cannot be is refused by name before anything is allocated."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gptq_api.gptq.errors import CheckpointError
+from gptq_api.gptq.files import read_json
+from gptq_api.layers.rotary import RopeParameters, RopeType
+
+_ROPE_TYPES: dict[str, RopeType] = {
+    "default": "default",
+    "linear": "linear",
+    "dynamic": "dynamic",
+    "yarn": "yarn",
+    "llama3": "llama3",
+}
+_ARCHITECTURES = {"LlamaForCausalLM": "llama", "LLaMAForCausalLM": "llama"}
+"""Architecture names whose forward pass `llama.py` is."""
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    """The numbers of one model."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    max_position_embeddings: int
+    """the longest text the checkpoint was made for, scaling included"""
+    rope: RopeParameters
+    tie_word_embeddings: bool
+    eos_token_ids: tuple[int, ...]
+    torch_dtype: str | None
+
+    @property
+    def kv_elements_per_token(self) -> int:
+        return 2 * self.num_hidden_layers * self.num_key_value_heads * self.head_dim
+
+
+def read_config(folder: Path) -> LlamaConfig:
+    """Parse config.json and generation_config.json. CheckpointError names the file, the key and the value."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise CheckpointError(f"{folder} has no config.json; copy it from the model the checkpoint was made of")
+    generation = folder / "generation_config.json"
+    return parse_config(read_json(path), str(path), read_json(generation) if generation.is_file() else {})
+
+
+def parse_config(raw: dict[str, Any], source: str, generation: dict[str, Any] | None = None) -> LlamaConfig:
+    """Both dialects: `rope_theta` + `rope_scaling` (transformers 4) and `rope_parameters` (5)."""
+    _check_architecture(raw, source)
+    keys = _Keys(raw, source)
+    hidden = keys.integer("hidden_size", 1, 2**17)
+    heads = keys.integer("num_attention_heads", 1, 2**12)
+    kv_heads = keys.integer("num_key_value_heads", 1, heads, default=heads)
+    if heads % kv_heads:
+        raise CheckpointError(f"{source}: num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}")
+    if raw.get("head_dim") is None and hidden % heads:
+        raise CheckpointError(f"{source}: hidden_size {hidden} is no multiple of num_attention_heads {heads}")
+    head_dim = keys.integer("head_dim", 2, 1024, default=hidden // heads)
+    if head_dim % 2:
+        raise CheckpointError(f"{source}: head_dim {head_dim} is odd, which rotary embedding cannot be")
+    activation = raw.get("hidden_act", "silu")
+    if activation not in ("silu", "swish"):
+        raise CheckpointError(f"{source}: hidden_act {activation!r} is not LLaMA's; only silu is served")
+    positions = keys.integer("max_position_embeddings", 1, 2**24, default=2048)
+    positions = max(positions, keys.integer("max_sequence_length", 1, 2**24, default=positions))
+    rope, longest = _parse_rope(raw, source, positions)
+    vocab_size = keys.integer("vocab_size", 1, 2**22)
+    return LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=hidden,
+        intermediate_size=keys.integer("intermediate_size", 1, 2**19),
+        num_hidden_layers=keys.integer("num_hidden_layers", 1, 1024),
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=head_dim,
+        rms_norm_eps=keys.number("rms_norm_eps", 0.0, 0.1, default=1e-6),
+        max_position_embeddings=longest,
+        rope=rope,
+        tie_word_embeddings=keys.flag("tie_word_embeddings", False),
+        eos_token_ids=_eos(raw, source, generation or {}, vocab_size),
+        torch_dtype=str(raw.get("dtype") or raw.get("torch_dtype") or "") or None,
+    )
+
+
+class _Keys:
+    """Bounds-checked access to one JSON object."""
+
+    def __init__(self, raw: dict[str, Any], source: str) -> None:
+        self._raw = raw
+        self._source = source
+
+    def integer(self, key: str, low: int, high: int, default: int | None = None) -> int:
+        value = self._raw.get(key)
+        if value is None and default is not None:
+            return default
+        if value is None:
+            raise CheckpointError(f"{self._source} lacks {key}; copy config.json from the original model")
+        if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+            raise CheckpointError(f"{self._source}: {key} is {value!r}, not an integer from {low} to {high}")
+        return value
+
+    def number(self, key: str, low: float, high: float, default: float) -> float:
+        value = self._raw.get(key)
+        if value is None:
+            return default
+        # A NaN fails both comparisons, so it is refused here too.
+        if not isinstance(value, int | float) or isinstance(value, bool) or not low <= value <= high:
+            raise CheckpointError(f"{self._source}: {key} is {value!r}, not a number from {low:g} to {high:g}")
+        return float(value)
+
+    def flag(self, key: str, default: bool) -> bool:
+        value = self._raw.get(key)
+        if value is not None and not isinstance(value, bool):
+            raise CheckpointError(f"{self._source}: {key} is {value!r} where true or false is expected")
+        return default if value is None else value
+
+
+def _check_architecture(raw: dict[str, Any], source: str) -> None:
+    named = raw.get("architectures")
+    if isinstance(named, list) and named:
+        if not any(name in _ARCHITECTURES for name in named if isinstance(name, str)):
+            raise CheckpointError(f"{source}: architecture {named[0]!r} is not served; LLaMA (LlamaForCausalLM) is")
+        return
+    model_type = raw.get("model_type", "llama")
+    if model_type not in _ARCHITECTURES.values():
+        raise CheckpointError(f"{source}: model_type {model_type!r} is not served; llama is")
+
+
+def _parse_rope(raw: dict[str, Any], source: str, positions: int) -> tuple[RopeParameters, int]:
+    """(rope, longest text): scaling from either dialect, `type` or `rope_type`, nothing or an empty object."""
+    inner = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    if not isinstance(inner, dict):
+        raise CheckpointError(f"{source}: rope_scaling is {inner!r} where an object is expected")
+    where = f"{source} (rope)"
+    keys = _Keys(inner, where)
+    named = inner.get("rope_type", inner.get("type", "default"))
+    if named not in _ROPE_TYPES:
+        raise CheckpointError(f"{where}: type {named!r} is not served; {', '.join(_ROPE_TYPES)} are")
+    rope_type = _ROPE_TYPES[named]
+    theta = _Keys(raw, source).number("rope_theta", 1.0, 1e12, default=10000.0)
+    factor = keys.number("factor", 1.0, 1e6, default=1.0)
+    if rope_type not in ("default",) and inner.get("factor") is None:
+        raise CheckpointError(f"{where}: type {named!r} lacks factor")
+    original = keys.integer("original_max_position_embeddings", 1, 2**24, default=positions)
+    attention = inner.get("attention_factor")
+    rope = RopeParameters(
+        theta=keys.number("rope_theta", 1.0, 1e12, default=theta),
+        rope_type=rope_type,
+        factor=factor,
+        original_max_position_embeddings=original if rope_type != "dynamic" else positions,
+        low_freq_factor=keys.number("low_freq_factor", 1e-6, 1e6, default=1.0),
+        high_freq_factor=keys.number("high_freq_factor", 1e-6, 1e6, default=4.0),
+        beta_fast=keys.number("beta_fast", 1e-6, 1e6, default=32.0),
+        beta_slow=keys.number("beta_slow", 1e-6, 1e6, default=1.0),
+        attention_factor=None if attention is None else keys.number("attention_factor", 1e-6, 1e6, default=1.0),
+        mscale=keys.number("mscale", 0.0, 1e6, default=0.0) or None,
+        mscale_all_dim=keys.number("mscale_all_dim", 0.0, 1e6, default=0.0) or None,
+        truncate=keys.flag("truncate", True),
+    )
+    if rope_type == "llama3" and rope.high_freq_factor <= rope.low_freq_factor:
+        raise CheckpointError(f"{where}: high_freq_factor {rope.high_freq_factor:g} is not above low_freq_factor")
+    return rope, _longest(raw, rope_type, factor, positions, original)
+
+
+def _longest(raw: dict[str, Any], rope_type: RopeType, factor: float, positions: int, original: int) -> int:
+    """Linear and yarn stretch the length the config names, unless it already names the stretched one."""
+    if rope_type == "linear" and raw.get("max_sequence_length") is None:
+        return int(positions * factor)
+    if rope_type == "yarn":
+        return max(positions, int(original * factor))
+    return positions
+
+
+def _eos(raw: dict[str, Any], source: str, generation: dict[str, Any], vocab_size: int) -> tuple[int, ...]:
+    """generation_config.json overrides; a list or one id. Ids outside the vocabulary can never be sampled and are dropped."""
+    value = generation.get("eos_token_id")
+    if value is None:
+        value = raw.get("eos_token_id")
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
+        raise CheckpointError(f"{source}: eos_token_id is {value!r} where an id or a list of ids is expected")
+    return tuple(dict.fromkeys(i for i in ids if 0 <= i < vocab_size))

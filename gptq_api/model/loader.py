@@ -1,0 +1,189 @@
+"""A checkpoint folder becomes a Llama: every tensor checked against config.json, every Linear given to the kernel that takes it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gptq_api.gptq.checkpoint import Checkpoint, CheckpointError, GPTQTensors
+from gptq_api.layers.attention import Attention
+from gptq_api.layers.linear import DenseLinear, GPTQLinear, Linear, SplitLinear
+from gptq_api.layers.norm import RMSNorm
+from gptq_api.layers.rotary import Rotary
+from gptq_api.model.config import LlamaConfig
+from gptq_api.model.llama import Llama, LlamaLayer
+
+_IGNORED = ("rotary_emb.inv_freq", "gptq_bits", "gptq_groupsize", "gptq_sym", "attn.bias", "attn.masked_bias")
+"""Tensors of older writers that nothing needs: rotary frequencies are computed anew in float32."""
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What was decided while loading."""
+
+    warnings: tuple[str, ...]
+    paths: dict[str, int]
+    """kernel -> number of Linears that use it"""
+
+
+class _Loader:
+    def __init__(self, checkpoint: Checkpoint, config: LlamaConfig, device: torch.device, dtype: torch.dtype) -> None:
+        self.checkpoint, self.config, self.device, self.dtype = checkpoint, config, device, dtype
+        self.warnings = list(checkpoint.warnings)
+        self.paths: Counter[str] = Counter()
+        self.used: set[str] = set()
+
+    def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        self.used.add(name)
+        return self.checkpoint.tensor(name, shape)
+
+    def norm(self, name: str) -> RMSNorm:
+        weight = self.tensor(f"{name}.weight", (self.config.hidden_size,))
+        return RMSNorm(weight.to(self.device), self.config.rms_norm_eps)
+
+    def linear(self, names: list[str], in_features: int, out_features: list[int]) -> Linear:
+        """One Linear for modules with the same input, their outputs side by side; merged where the tensors allow it."""
+        modules = [self._read(*args) for args in zip(names, [in_features] * len(names), out_features, strict=True)]
+        quantised = [m for m in modules if isinstance(m, GPTQTensors)]
+        if len(quantised) == len(modules) and _mergeable(quantised):
+            linear: Linear = self._quantised(_merge(quantised))
+        elif len(modules) == 1:
+            linear = self._one(modules[0])
+        else:
+            linear = SplitLinear([self._one(module) for module in modules])
+        self.paths[linear.path] += 1
+        return linear
+
+    def lm_head(self, embedding: Tensor) -> Linear:
+        """Tied, untied, duplicated or quantised."""
+        shape = (self.config.vocab_size, self.config.hidden_size)
+        has_head = self.checkpoint.has("lm_head.weight") or "lm_head" in self.checkpoint.modules
+        if self.config.tie_word_embeddings or not has_head:
+            return self._tied(embedding, shape)
+        if "lm_head" in self.checkpoint.modules:
+            return self.linear(["lm_head"], shape[1], [shape[0]])
+        return DenseLinear(self._head_weight(self.tensor("lm_head.weight", shape)))
+
+    def _tied(self, embedding: Tensor, shape: tuple[int, int]) -> Linear:
+        if not self.config.tie_word_embeddings:
+            raise CheckpointError(
+                f"{self.checkpoint.files[0]}: tensor lm_head.weight is missing and config.json does not say "
+                "tie_word_embeddings; download the checkpoint again, or set it if the model ties them"
+            )
+        if self.checkpoint.has("lm_head.weight"):
+            head = self.tensor("lm_head.weight", shape).to(device=embedding.device, dtype=embedding.dtype)
+            if not torch.equal(head, embedding):
+                self.warnings.append(
+                    "lm_head.weight differs from the embedding, but config.json ties them: it is not used"
+                )
+        return DenseLinear(self._head_weight(embedding))
+
+    def _head_weight(self, weight: Tensor) -> Tensor:
+        """float32 on the CPU: bfloat16 logits have 8 bits, and the greedy token would be decided by rounding."""
+        if self.device.type == "cpu":
+            return weight.to(torch.float32)
+        return weight.to(device=self.device, dtype=self.dtype)
+
+    def _read(self, name: str, in_features: int, out_features: int) -> GPTQTensors | tuple[Tensor, Tensor | None]:
+        parts = ("qweight", "qzeros", "scales", "g_idx", "bias", "weight")
+        self.used.update(f"{name}.{part}" for part in parts)
+        shape = self.checkpoint.modules.get(name)
+        if shape is None:
+            weight = self.checkpoint.tensor(f"{name}.weight", (out_features, in_features))
+            return weight, self.checkpoint.bias(name)
+        if (shape.in_features, shape.out_features) != (in_features, out_features):
+            raise CheckpointError(
+                f"{self.checkpoint.store.file(f'{name}.qweight')}: tensor {name}.qweight is {shape.in_features} inputs x "
+                f"{shape.out_features} outputs where config.json gives {in_features} x {out_features}"
+            )
+        return self.checkpoint.gptq(name)
+
+    def _one(self, module: GPTQTensors | tuple[Tensor, Tensor | None]) -> Linear:
+        if isinstance(module, GPTQTensors):
+            return self._quantised(module)
+        weight, bias = (None if t is None else t.to(device=self.device, dtype=self.dtype) for t in module)
+        assert weight is not None
+        return DenseLinear(weight, bias)
+
+    def _quantised(self, t: GPTQTensors) -> GPTQLinear:
+        return GPTQLinear.load(
+            t.qweight, t.zeros, t.scales, t.g_idx, t.bits, t.group_size, t.bias, self.device, self.dtype
+        )
+
+    def finish(self) -> LoadReport:
+        unused = sorted(n for n in self.checkpoint.store.names - self.used if not n.endswith(_IGNORED))
+        if unused:
+            more = f" and {len(unused) - 1} more" if len(unused) > 1 else ""
+            self.warnings.append(f"tensor {unused[0]}{more} of the checkpoint is not used")
+        return LoadReport(tuple(self.warnings), dict(self.paths))
+
+
+def load_llama(
+    checkpoint: Checkpoint, config: LlamaConfig, max_model_len: int, device: torch.device, dtype: torch.dtype
+) -> tuple[Llama, LoadReport]:
+    """Read every tensor once. CheckpointError names the first that is missing, misshapen or not finite."""
+    load = _Loader(checkpoint, config, device, dtype)
+    hidden, heads = config.hidden_size, config.num_attention_heads * config.head_dim
+    kv, ffn = config.num_key_value_heads * config.head_dim, config.intermediate_size
+    embedding = load.tensor("model.embed_tokens.weight", (config.vocab_size, hidden)).to(device)
+    if config.tie_word_embeddings and device.type == "cpu":
+        # One tensor serves both ends; the head wants float32.
+        embedding = embedding.to(torch.float32)
+    attention = Attention(config.num_attention_heads, config.num_key_value_heads, config.head_dim)
+    layers = []
+    for index in range(config.num_hidden_layers):
+        name = f"model.layers.{index}"
+        layers.append(
+            LlamaLayer(
+                input_norm=load.norm(f"{name}.input_layernorm"),
+                qkv=load.linear([f"{name}.self_attn.{p}_proj" for p in "qkv"], hidden, [heads, kv, kv]),
+                attention=attention,
+                o=load.linear([f"{name}.self_attn.o_proj"], heads, [hidden]),
+                post_attention_norm=load.norm(f"{name}.post_attention_layernorm"),
+                gate_up=load.linear([f"{name}.mlp.{p}_proj" for p in ("gate", "up")], hidden, [ffn, ffn]),
+                down=load.linear([f"{name}.mlp.down_proj"], ffn, [hidden]),
+            )
+        )
+    model = Llama(
+        config=config,
+        embedding=embedding,
+        layers=layers,
+        norm=load.norm("model.norm"),
+        lm_head=load.lm_head(embedding),
+        rotary=Rotary(config.rope, config.head_dim, max_model_len, device),
+        stream_dtype=torch.float32 if device.type == "cpu" else dtype,
+    )
+    return model, load.finish()
+
+
+def _mergeable(modules: list[GPTQTensors]) -> bool:
+    first = modules[0]
+    return all(
+        m.bits == first.bits and m.group_size == first.group_size and torch.equal(m.g_idx, first.g_idx)
+        for m in modules[1:]
+    )
+
+
+def _merge(modules: list[GPTQTensors]) -> GPTQTensors:
+    """Outputs side by side: every tensor but g_idx has them as its last dimension."""
+    first = modules[0]
+    if len(modules) == 1:
+        return first
+    bias = None
+    if any(m.bias is not None for m in modules):
+        bias = torch.cat([torch.zeros(m.out_features) if m.bias is None else m.bias.float() for m in modules])
+    return GPTQTensors(
+        qweight=torch.cat([m.qweight for m in modules], 1),
+        zeros=torch.cat([m.zeros for m in modules], 1),
+        scales=torch.cat([m.scales.float() for m in modules], 1),
+        g_idx=first.g_idx,
+        bits=first.bits,
+        group_size=first.group_size,
+        act_order=first.act_order,
+        sym=all(m.sym for m in modules),
+        zero_version=first.zero_version,
+        bias=bias,
+    )

@@ -1,0 +1,216 @@
+"""Batch in, sampled tokens out. The only part of the model that knows sequences; it keeps nothing of them between steps."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from gptq_api.config import ConfigError, Settings
+from gptq_api.gptq.checkpoint import Checkpoint, CheckpointError, Expected, open_checkpoint
+from gptq_api.layers.attention import KVCache, Span, plan_attention
+from gptq_api.layers.sampler import sample
+from gptq_api.model.config import LlamaConfig, read_config
+from gptq_api.model.llama import Llama
+from gptq_api.model.loader import LoadReport, load_llama
+from gptq_api.sequence import Batch, Sampled, Sequence
+from gptq_api.types import SamplingParams, TokenLogprobs
+
+_log = logging.getLogger(__name__)
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class ModelRunner:
+    """A loaded model and its KV cache. Not thread-safe: one caller steps it."""
+
+    def __init__(self, model: Llama, cache: KVCache, max_model_len: int, dtype: torch.dtype, description: str) -> None:
+        self._model, self._cache = model, cache
+        self._queries_per_kv = model.config.num_attention_heads // model.config.num_key_value_heads
+        self.max_model_len = max_model_len
+        self.vocab_size = model.config.vocab_size
+        self.block_size = cache.block_size
+        self.num_blocks = cache.num_blocks
+        self.device = str(model.embedding.device)
+        self.dtype = str(dtype).removeprefix("torch.")
+        self.eos_token_ids = model.config.eos_token_ids
+        self.description = description
+
+    @torch.inference_mode()
+    def run(self, batch: Batch) -> Sampled:
+        """Compute the batch's new tokens and sample for every sequence whose last token is among them.
+
+        K and V of all new tokens are written in each layer before attention reads, so sequences of one batch may share
+        blocks that are filled in this step. Token ids must be below vocab_size and block tables long enough.
+        """
+        sequences = batch.sequences
+        tokens: list[int | None] = [None] * len(sequences)
+        logprobs: list[TokenLogprobs | None] = [None] * len(sequences)
+        if not sequences:
+            return Sampled(tokens, logprobs)
+        logits, sampling = self.logits(batch)
+        if sampling:
+            drawn, drawn_logprobs = sample(logits, [sequences[i] for i in sampling])
+            for i, token, logprob in zip(sampling, drawn, drawn_logprobs, strict=True):
+                tokens[i], logprobs[i] = token, logprob
+                if token < 0:
+                    self._cache.scrub(sequences[i].block_table)
+        return Sampled(tokens, logprobs)
+
+    @torch.inference_mode()
+    def logits(self, batch: Batch, every_row: bool = False) -> tuple[Tensor, list[int]]:
+        """Run the model: (float32 [S, V], the batch indices of the S sequences that sample).
+
+        With `every_row`, the rows of all new tokens in the batch's order; for evaluation.
+        """
+        spans = [
+            Span(s.num_computed_tokens, n, s.block_table)
+            for s, n in zip(batch.sequences, batch.num_new_tokens, strict=True)
+        ]
+        plan = plan_attention(spans, self._cache, self._queries_per_kv)
+        ids: list[int] = []
+        last_row: dict[int, int] = {}
+        first_row: dict[int, int] = {}
+        for i in plan.order:
+            start, n = spans[i].num_computed, spans[i].num_tokens
+            token_ids = batch.sequences[i].token_ids
+            first_row[i] = len(ids)
+            ids.extend(token_ids[start : start + n])
+            if start + n == len(token_ids):
+                last_row[i] = len(ids) - 1
+        sampling = sorted(last_row)
+        if every_row:
+            wanted = [first_row[i] + k for i in range(len(spans)) for k in range(spans[i].num_tokens)]
+        else:
+            wanted = [last_row[i] for i in sampling]
+        device = self._model.embedding.device
+        rows = torch.tensor(wanted, dtype=torch.int64).to(device) if wanted else None
+        token_ids_tensor = torch.tensor(ids, dtype=torch.int64).to(device)
+        return self._model.forward(token_ids_tensor, self._cache, plan, rows), sampling
+
+
+def load_runner(settings: Settings) -> ModelRunner:
+    """Load the checkpoint the settings name and make it ready to step.
+
+    CheckpointError for what is wrong with the checkpoint, ConfigError for settings that do not fit it or the machine; both
+    are ValueErrors with one sentence for the user.
+    """
+    started = time.monotonic()
+    device = _device(settings)
+    if device.type == "cpu":
+        torch.set_num_threads(settings.num_threads or len(os.sched_getaffinity(0)))
+    path = model_path(settings)
+    expected = Expected(settings.gptq_wbits, settings.gptq_groupsize, settings.gptq_act_order)
+    checkpoint = open_checkpoint(path, settings.gptq_ckpt, expected)
+    config = read_config(checkpoint.folder)
+    dtype = resolve_dtype(settings, device, checkpoint)
+    max_model_len = settings.max_model_len or config.max_position_embeddings
+    model, report = load_llama(checkpoint, config, max_model_len, device, dtype)
+    cache, max_model_len = _allocate_cache(settings, config, device, dtype, max_model_len)
+    for warning in report.warnings:
+        _log.warning("%s", warning)
+    description = _describe(path, checkpoint, model, report, cache, dtype, time.monotonic() - started)
+    runner = ModelRunner(model, cache, max_model_len, dtype, description)
+    _self_check(runner, checkpoint)
+    return runner
+
+
+def model_path(settings: Settings) -> Path:
+    """The checkpoint folder the settings mean."""
+    if settings.model_path == "demo":
+        from gptq_api.demo import DEMO_PATH
+
+        return Path(DEMO_PATH)
+    return Path(settings.model_path).expanduser()
+
+
+def resolve_dtype(settings: Settings, device: torch.device, checkpoint: Checkpoint) -> torch.dtype:
+    """`auto` is bfloat16 on the CPU and the checkpoint's own half type on CUDA. float16 is refused on the CPU."""
+    if device.type == "cpu" and settings.dtype == "float16":
+        raise ConfigError("--dtype float16 has no fast product on the CPU; use bfloat16 (fast) or float32 (exact)")
+    if settings.dtype != "auto":
+        return _DTYPES[settings.dtype]
+    if device.type == "cpu":
+        return torch.bfloat16
+    return checkpoint.float_dtype if checkpoint.float_dtype != torch.float32 else torch.float16
+
+
+def _device(settings: Settings) -> torch.device:
+    if settings.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda: no CUDA device is available to torch; use --device cpu")
+    wants_cuda = settings.device == "cuda" or (settings.device == "auto" and torch.cuda.is_available())
+    return torch.device("cuda", torch.cuda.current_device()) if wants_cuda else torch.device("cpu")
+
+
+def num_cache_blocks(settings: Settings, block_bytes: int, max_model_len: int, memory_bytes: int) -> int:
+    """As many as asked for, or as fit the memory, but no more than max_num_seqs full sequences can use."""
+    most = settings.max_num_seqs * -(-max_model_len // settings.block_size)
+    return settings.num_blocks or min(most, memory_bytes // block_bytes)
+
+
+def _allocate_cache(
+    settings: Settings, config: LlamaConfig, device: torch.device, dtype: torch.dtype, max_model_len: int
+) -> tuple[KVCache, int]:
+    """(cache, max_model_len): the length is cut to what the cache holds, unless the user asked for it."""
+    block_bytes = config.kv_elements_per_token * settings.block_size * dtype.itemsize
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        memory = int(free - (1 - settings.gpu_memory_utilization) * total)
+        knob = f"--gpu-memory-utilization {settings.gpu_memory_utilization:g}"
+    else:
+        memory, knob = settings.kv_cache_mib * 2**20, f"--kv-cache-mib {settings.kv_cache_mib}"
+    num_blocks = num_cache_blocks(settings, block_bytes, max_model_len, memory)
+    if num_blocks < 1:
+        raise ConfigError(f"{knob} does not hold one KV cache block of {block_bytes / 2**20:.1f} MiB; raise it")
+    capacity = num_blocks * settings.block_size
+    if capacity < max_model_len and settings.max_model_len is not None:
+        raise ConfigError(
+            f"--max-model-len {max_model_len} needs {-(-max_model_len // settings.block_size)} KV cache blocks and there are "
+            f"{num_blocks}; lower it or raise the cache ({knob})"
+        )
+    try:
+        cache = KVCache(
+            config.num_hidden_layers,
+            num_blocks,
+            settings.block_size,
+            config.num_key_value_heads,
+            config.head_dim,
+            dtype,
+            device,
+        )
+    except RuntimeError:
+        raise ConfigError(
+            f"a KV cache of {num_blocks * block_bytes >> 20} MiB does not fit in memory; lower {knob}"
+        ) from None
+    return cache, min(max_model_len, capacity)
+
+
+def _self_check(runner: ModelRunner, checkpoint: Checkpoint) -> None:
+    """One token through the whole model: warms it up, and a broken file is told here and not in the answers."""
+    sequence = Sequence(
+        0, [min(1, runner.vocab_size - 1)], SamplingParams(max_tokens=1, temperature=0), block_table=[0]
+    )
+    if runner.run(Batch([sequence], [1])).tokens != [-1]:
+        return
+    raise CheckpointError(f"{checkpoint.files[0]}: the logits of one token are not finite; the weights are corrupt")
+
+
+def _describe(
+    path: Path,
+    checkpoint: Checkpoint,
+    model: Llama,
+    report: LoadReport,
+    cache: KVCache,
+    dtype: torch.dtype,
+    seconds: float,
+) -> str:
+    bits = "/".join(str(b) for b in sorted({m.bits for m in checkpoint.modules.values()}))
+    paths = ", ".join(f"{count} x {name}" for name, count in report.paths.items())
+    return (
+        f"{path.name}: LLaMA, {bits}-bit GPTQ ({checkpoint.layout}), {str(dtype).removeprefix('torch.')}; {paths}; "
+        f"weights {model.num_bytes / 2**20:.0f} MiB, KV cache {cache.num_bytes / 2**20:.0f} MiB "
+        f"({cache.num_blocks * cache.block_size} tokens); loaded in {seconds:.1f} s"
+    )
