@@ -39,7 +39,10 @@ class SpmVocabulary:
     @classmethod
     def load(cls, path: Path, config: TokenizerConfig) -> SpmVocabulary:
         try:
-            processor = sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
+            data = path.read_bytes()
+            if not data:  # which the library takes for a model without pieces
+                raise RuntimeError("it is empty")
+            processor = sentencepiece.SentencePieceProcessor(model_proto=data)
         except (OSError, RuntimeError) as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else "damaged"
             raise TokenizerError(
@@ -96,5 +99,5 @@ class SpmVocabulary:
         for token_id in range(self._size):
             piece = self._processor.id_to_piece(token_id)
             if piece.startswith(_SPACE) and not self._processor.is_control(token_id):
-                return not str(self._processor.decode([token_id])).startswith(" ")
+                return bool(self._processor.decode([token_id]) != piece.replace(_SPACE, " "))
         return False
