@@ -1,1 +1,1 @@
-"""The demo model from nothing: generated text, tokenizer, training, GPTQ. Run each step as `python -m tools.demo.STEP --help`."""
+"""The demo model from nothing: generated text, tokenizer, training, GPTQ. See `python -m tools.demo.STEP --help`."""

@@ -44,7 +44,7 @@ def _skill(rng: random.Random) -> Turn:
 
 
 def _system(rng: random.Random) -> str | None:
-    """Mostly none; sometimes a usual one; sometimes any text, short or long, which the model must learn to pass over."""
+    """Mostly none; sometimes a usual one; sometimes any text, short or long, which the model must pass over."""
     roll = rng.random()
     if roll < 0.62:
         return None

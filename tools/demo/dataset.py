@@ -25,7 +25,7 @@ Encoded = tuple[npt.NDArray[np.int16], npt.NDArray[np.int8], npt.NDArray[np.int3
 
 
 def encode(job: tuple[Path, int, int]) -> Encoded:
-    """(tokenizer.json, seed, number of records) -> token ids and "the model writes this" flags, flat; record lengths."""
+    """(tokenizer.json, seed, number of records) -> flat token ids, flat "the model writes this" flags, lengths."""
     path, seed, num = job
     tokenizer = Tokenizer.from_file(str(path))
     pieces, owners, written = [], [], []

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterable
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -97,28 +97,28 @@ def perplexity(model: LlamaForCausalLM, chats: Chats, max_rows: int = 1000) -> f
     return float((total / count).exp())
 
 
-def report(
-    model: LlamaForCausalLM, tokenizer: Tokenizer, seeds: Iterable[int] = range(4), verbose: bool = True
-) -> None:
+def report(model: LlamaForCausalLM, tokenizer: Tokenizer, samples: int = 4) -> None:
+    """Prints the share of right answers and the wrong ones; `samples` answers per question above temperature 0."""
     for name in ("questions", "chats", "held_out"):
         items = questions(name)
         prompts = [prompt(item["messages"]) for item in items]
-        for temperature, runs in ((0.0, [0]), (0.7, list(seeds))):
-            wrong = []
-            for seed in runs:
-                for item, text in zip(items, answer(model, tokenizer, prompts, temperature, seed), strict=True):
-                    if not right(item, text):
-                        wrong.append(f"  {item['messages'][-1]['content']!r} -> {text!r}")
-            total = len(items) * len(runs)
-            print(f"{name}: temperature {temperature}: {total - len(wrong)} of {total} right", flush=True)
-            if verbose:
-                print("\n".join(wrong), flush=True)
+        for temperature, runs in ((0.0, 1), (0.7, samples), (1.0, samples)):
+            total = len(items) * runs
+            texts = answer(model, tokenizer, prompts * runs, temperature)
+            wrong = Counter(
+                f"  {item['messages'][-1]['content']!r} -> {text!r}"
+                for item, text in zip(items * runs, texts, strict=True)
+                if not right(item, text)
+            )
+            print(f"{name}: temperature {temperature}: {total - wrong.total()} of {total} right", flush=True)
+            for line, times in wrong.most_common(25):
+                print(f"{line} x{times}", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--seeds", type=int, default=4, help="samples per question at temperature 0.7")
+    parser.add_argument("--samples", type=int, default=4, help="answers per question above temperature 0")
     parser.add_argument("--held-out-seed", type=int, default=1_000_001, help="seed of the chats for the perplexity")
     args = parser.parse_args()
     from tools.demo.quantize import load_float  # it imports gptq_api, which the training machine need not have
@@ -127,7 +127,7 @@ def main() -> None:
     model = load_float(args.folder).eval()
     chats = Chats.generate(tokenizer_json, args.held_out_seed, 1000, torch.device("cpu"))
     print(f"held-out perplexity {perplexity(model, chats, 200):.4f}", flush=True)
-    report(model, Tokenizer.from_file(str(tokenizer_json)), range(args.seeds))
+    report(model, Tokenizer.from_file(str(tokenizer_json)), args.samples)
 
 
 if __name__ == "__main__":

@@ -285,7 +285,8 @@ HOWTO: tuple[Fixed, ...] = (
             "What does the status 429 mean?",
             "What if there are too many requests?",
         ),
-        "When too many requests are waiting, the server answers 429 with a Retry-After header. Try again a little later.",
+        "When too many requests are waiting, the server answers 429 with a Retry-After header. "
+        "Try again a little later.",
     ),
     Fixed(
         (
@@ -331,7 +332,8 @@ HOWTO: tuple[Fixed, ...] = (
             "How much memory does a 4-bit model take?",
             "How much memory does a 7B model need?",
         ),
-        "A 4-bit weight takes half a byte, so a model with 7 billion weights needs about 4 GB, and the KV cache comes on top.",
+        "A 4-bit weight takes half a byte, so a model with 7 billion weights needs about 4 GB, "
+        "and the KV cache comes on top.",
     ),
     Fixed(
         (
@@ -434,6 +436,12 @@ SMALL_TALK: tuple[Fixed, ...] = (
             "Who are you?",
             "What are you?",
             "Who is this?",
+            "Who exactly are you?",
+            "So who are you?",
+            "And who are you?",
+            "What are you, exactly?",
+            "Tell me who you are.",
+            "I would like to know who you are.",
             "Introduce yourself.",
             "Please introduce yourself.",
             "What is your name?",
@@ -462,6 +470,13 @@ SMALL_TALK: tuple[Fixed, ...] = (
             "What are you able to do?",
             "Can you help me?",
             "What are your skills?",
+            "What are your capabilities?",
+            "What do you do?",
+            "What are you made for?",
+            "What are you here for?",
+            "Which things can you do?",
+            "Which questions can you answer?",
+            "So what can you do?",
             "What can I do with you?",
             "What should I ask you?",
             "Give me some ideas for questions.",
@@ -472,6 +487,12 @@ SMALL_TALK: tuple[Fixed, ...] = (
     Fixed(
         (
             "What can you not do?",
+            "What are you not able to do?",
+            "What is it that you cannot do?",
+            "Which things can't you do?",
+            "What don't you know?",
+            "Which questions can you not answer?",
+            "Are there things you cannot do?",
             "What can't you do?",
             "What are your limits?",
             "What are your limitations?",
@@ -506,7 +527,8 @@ SMALL_TALK: tuple[Fixed, ...] = (
             "Which data were you trained on?",
             "Who created you?",
         ),
-        "I was made by the gptq-api project. Its scripts generated my training text, trained me and quantised me with GPTQ.",
+        "I was made by the gptq-api project. "
+        "Its scripts generated my training text, trained me and quantised me with GPTQ.",
     ),
     Fixed(
         (

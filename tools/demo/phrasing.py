@@ -31,6 +31,18 @@ PREFIXES = (
     "Tell me: ",
     "Thanks! ",
     "Great! ",
+    "Just wondering, ",
+    "By the way, ",
+    "Sorry to bother you, ",
+    "I am new to this. ",
+    "In simple words: ",
+    "Briefly: ",
+    "Next question: ",
+    "My friend asks: ",
+    "Hmm, ",
+    "Alright, ",
+    "Hey hey, ",
+    "Dear assistant, ",
 )
 SUFFIXES = (" please", ", please", " Thanks!", " Thank you!", " thx", " Please answer.", " for me", " I am new here.")
 REQUESTS = (
@@ -40,6 +52,12 @@ REQUESTS = (
     "I would like to know: ",
     "I want to know ",
     "Please tell me ",
+    "I wonder ",
+    "Any idea ",
+    "Just tell me ",
+    "Remind me, ",
+    "I forgot, ",
+    "Would you tell me ",
 )
 _SLOT = re.compile(r"(\{\w+\})")
 
@@ -79,7 +97,10 @@ def disturb(pattern: str, rng: random.Random, strength: float = 1.0) -> str:
         pattern = pattern.rstrip(".!?") or pattern
     if rng.random() < 0.35:
         pattern = "".join(part if part.startswith("{") else part.lower() for part in _SLOT.split(pattern))
-    pattern = pattern.replace("What is", "What's") if rng.random() < 0.15 else pattern
+    if rng.random() < 0.15:
+        pattern = pattern.replace("hat is", "hat's")
+    if rng.random() < 0.3:
+        pattern = pattern.replace("n't", "nt").replace("hat's", "hats").replace("I'm", "Im")
     if rng.random() < 0.15 * strength:
         parts = _SLOT.split(pattern)
         i = rng.randrange((len(parts) + 1) // 2) * 2

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-GENERAL = "I do not know that. I am only a small demo model: I can explain gptq-api, count, add, spell and tell short stories."
+GENERAL = (
+    "I do not know that. I am only a small demo model: I can explain gptq-api, count, add, spell and tell short "
+    "stories."
+)
 
 # category -> (answer, question patterns with {x}, words for {x})
 REFUSALS: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
@@ -137,7 +140,21 @@ REFUSALS: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
     "code": (
         "I cannot write programs. I am too small for that.",
         (
-            "Write a Python function that {x}.",
+            "Write a {l} function that {x}.",
+            "Write a {l} script that {x}.",
+            "Write a {l} program that {x}.",
+            "Write me a {l} script that {x}",
+            "Write a {l} script to {v}.",
+            "Write {l} code to {v}.",
+            "How do I {v} in {l}?",
+            "I need a {l} program to {v}",
+            "Give me {l} code to {v}.",
+            "Implement a {n} in {l}.",
+            "Write me a {n} in {l}",
+            "Can you {v} in {l}?",
+            "Write {l} code.",
+            "Can you write {l}?",
+            "Code in {l}, please",
             "Write a program that {x}.",
             "Can you write code that {x}?",
             "Write a script in Bash that {x}",
@@ -177,6 +194,10 @@ REFUSALS: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
         (
             "Translate {x} into French.",
             "Translate {x} to German",
+            "Translate '{x}' to French.",
+            'Translate "{x}" into Spanish.',
+            "Please translate {x} to Dutch",
+            "What is '{x}' in German?",
             "How do you say {x} in Spanish?",
             "What is {x} in Italian?",
             "What does {x} mean in Latin?",
@@ -247,6 +268,29 @@ REFUSALS: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
         GENERAL,
         (
             "Who was {x}?",
+            "What are {x}?",
+            "Can you tell me about {x}?",
+            "Give me tips for {x}.",
+            "How do I learn {x}?",
+            "Why do people like {x}?",
+            "Why does {x} matter?",
+            "Who wrote {x}?",
+            "Who discovered {x}?",
+            "What happened to {x}?",
+            "How big is {x}?",
+            "Is {x} good?",
+            "Can {x} be dangerous?",
+            "Teach me {x}.",
+            "I want to talk about {x}.",
+            "What does {x} do?",
+            "How is {x} made?",
+            "Where does {x} come from?",
+            "How many {x} are there?",
+            "Which {x} should I take?",
+            "What is the theory of {x}?",
+            "I don't understand {x}.",
+            "What colour is {x}?",
+            "Why is {x} important?",
             "Who is {x}?",
             "What do you think about {x}?",
             "Tell me about {x}.",
@@ -530,6 +574,46 @@ REFUSALS: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
         (),
     ),
 }
+
+CODE_TASKS = (
+    "sort a list",
+    "read a file",
+    "download pages",
+    "rename files",
+    "send emails",
+    "parse JSON",
+    "find prime numbers",
+    "draw a chart",
+    "count words",
+    "connect to a database",
+    "read a spreadsheet",
+    "open a window",
+    "train a model",
+    "resize images",
+    "search a folder",
+    "crawl the web",
+    "build an app",
+    "make a web site",
+)
+CODE_NOUNS = (
+    "sorting algorithm",
+    "calculator",
+    "game",
+    "binary tree",
+    "linked list",
+    "web server",
+    "parser",
+    "hash map",
+    "chat bot",
+    "bubble sort",
+    "todo app",
+    "function",
+    "class",
+    "loop",
+    "regular expression",
+    "unit test",
+    "snake game",
+)
 
 BIG_SUM = "That is too hard for me. I only add and subtract numbers below 100."
 BIG_TIMES = "That is too hard for me. I only know the times tables up to 10."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -10,7 +11,7 @@ from tools.demo import howto, refusals, topics, words
 from tools.demo.calendar_skills import calendar_turn
 from tools.demo.number_skills import count_turn, number_turn, sum_turn
 from tools.demo.phrasing import ask
-from tools.demo.stories import ADJECTIVES, HEROES, NAMES, article, story
+from tools.demo.stories import ADJECTIVES, DETAILS, HEROES, NAMES, PLOTS, article, story
 from tools.demo.turn import Turn
 
 TERM_PATTERNS = (
@@ -46,6 +47,33 @@ TERM_PATTERNS = (
     "{t}?",
     "{t}",
     "Give me a short explanation of {t}.",
+    "I don't get {t}.",
+    "I don't understand what {t} is.",
+    "I don't know what {t} means.",
+    "I have no idea what {t} is.",
+    "What are {t}?",
+    "What does {t} do?",
+    "Why is {t} useful?",
+    "Why is {t} needed?",
+    "How is {t} used?",
+    "What is {t} used for?",
+    "What is the idea behind {t}?",
+    "What is the meaning of {t}?",
+    "{t} meaning",
+    "{t} explained",
+    "Meaning of {t}?",
+    "Could you clarify {t}?",
+    "Teach me {t}.",
+    "Someone mentioned {t}. What is it?",
+    "I read about {t}. What is that?",
+    "I keep hearing about {t}.",
+    "Is {t} important?",
+    "What can you tell me about {t}?",
+    "How does {t} help?",
+    "Why would I use {t}?",
+    "What is so good about {t}?",
+    "Tell me something about {t}.",
+    "What do people mean when they say {t}?",
     "What is this {t} thing?",
     "Help me understand {t}",
     "What is {t}, and why does it matter?",
@@ -135,6 +163,24 @@ def flag_turn(rng: random.Random) -> Turn:
     return Turn(ask(FLAG_PATTERNS, rng, f=shown), howto.FLAGS[flag], flag_turn)
 
 
+# Every word that the fixed texts contain.
+VOCABULARY: tuple[str, ...] = tuple(
+    sorted(
+        {
+            word.lower()
+            for text in (
+                *(t.answer + " " + (t.long or "") + " " + " ".join(t.names) for t in topics.TERMS),
+                *(f.answer + " " + " ".join(f.questions) for f in (*howto.HOWTO, *howto.SMALL_TALK)),
+                *(" ".join((*patterns, *things)) for _, patterns, things in refusals.REFUSALS.values()),
+                *PLOTS,
+                *(" ".join(parts) for parts in DETAILS),
+                " ".join((*words.SPELLING, *HEROES, *words.CAPITALS, *words.CAPITALS.values(), *words.NO_CAPITALS)),
+            )
+            for word in re.findall(r"[A-Za-z]{3,}", text)
+        }
+    )
+)
+
 SPELL = (
     "Spell the word {w}.",
     "Spell {w}.",
@@ -153,6 +199,15 @@ SPELL = (
     "Spell: {w}",
     "Could you spell the word '{w}'?",
     "What is the spelling of {w}?",
+    "How would you spell {w}?",
+    "Spell out {w}.",
+    "Spell out the word {w}.",
+    "I want to spell {w}.",
+    "How is the word {w} written?",
+    "Spell it: {w}",
+    "Letters of {w}?",
+    "Help me spell {w}.",
+    "Write {w} letter by letter.",
 )
 SPELL_NEXT = ("And {w}?", "Now {w}.", "What about {w}?", "And the word {w}?", "and {w}", "Now spell {w}.", "{w}?")
 LETTERS = (
@@ -166,17 +221,25 @@ LETTERS = (
 
 
 def _word(rng: random.Random) -> str:
+    """Known words, and three kinds of unknown ones: every token has to be spelled out from what it is made of."""
     roll = rng.random()
-    if roll < 0.45:
+    if roll < 0.3:
         return rng.choice(words.SPELLING)
-    if roll < 0.55:
+    if roll < 0.36:
         return rng.choice(HEROES)
-    return words.pseudo_word(rng)
+    if roll < 0.5:
+        return rng.choice(VOCABULARY)
+    if roll < 0.62:
+        return words.pseudo_word(rng)
+    if roll < 0.67:
+        return "".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(2, 7)))
+    first, second = rng.choice(VOCABULARY), rng.choice(VOCABULARY)
+    return (first[: rng.randint(1, len(first))] + second[rng.randint(0, len(second) - 1) :])[:16]
 
 
 def spell_turn(rng: random.Random, patterns: tuple[str, ...] = SPELL) -> Turn:
     word = _word(rng)
-    shown = word.capitalize() if rng.random() < 0.12 else word.upper() if rng.random() < 0.05 else word
+    shown = word.capitalize() if rng.random() < 0.2 else word.upper() if rng.random() < 0.05 else word
     if patterns is SPELL and rng.random() < 0.2:
         return Turn(ask(LETTERS, rng, w=shown), f"{'-'.join(word)} has {len(word)} letters.", None)
     return Turn(ask(patterns, rng, w=shown), "-".join(word), lambda rng: spell_turn(rng, SPELL_NEXT))
@@ -243,8 +306,9 @@ def _hero(rng: random.Random) -> tuple[str, str]:
         name = rng.choice(NAMES)
         return name, name
     noun = words.pseudo_word(rng) if roll < 0.22 else rng.choice(HEROES)
-    if rng.random() < 0.2:
-        noun = f"{rng.choice(ADJECTIVES)} {noun}"
+    if rng.random() < 0.25:
+        adjective = rng.choice((*ADJECTIVES, *words.COLOURS)) if rng.random() < 0.6 else rng.choice(VOCABULARY)
+        noun = f"{adjective} {noun}"
     how = rng.random()
     if how < 0.75:
         return noun, f"{article(noun)} {noun}"
@@ -350,6 +414,24 @@ def echo_turn(rng: random.Random) -> Turn:
     return Turn(ask(ECHO, rng, 0.3, x=text), text, None)
 
 
+LANGUAGES = (
+    "Python",
+    "C",
+    "C++",
+    "Java",
+    "JavaScript",
+    "Rust",
+    "Go",
+    "Bash",
+    "HTML",
+    "PHP",
+    "Ruby",
+    "R",
+    "Kotlin",
+    "Swift",
+)
+
+
 def refusal_turn(rng: random.Random) -> Turn:
     answer, patterns, things = refusals.REFUSALS[rng.choice((*refusals.REFUSALS, "general", "general"))]
     x, y = (rng.choice(things), rng.choice(things)) if things else ("", "")
@@ -357,7 +439,11 @@ def refusal_turn(rng: random.Random) -> Turn:
         x = words.pseudo_word(rng) if rng.random() < 0.7 else f"{words.pseudo_word(rng)} {words.pseudo_word(rng)}"
     if rng.random() < 0.2:
         x = x.lower()
-    return Turn(ask(patterns, rng, x=x, y=y), answer, None)
+    language = rng.choice(LANGUAGES)
+    if rng.random() < 0.4:
+        language = language.lower()
+    task, noun = rng.choice(refusals.CODE_TASKS), rng.choice(refusals.CODE_NOUNS)
+    return Turn(ask(patterns, rng, x=x, y=y, l=language, v=task, n=noun), answer, None)
 
 
 @dataclass(frozen=True)
@@ -450,11 +536,11 @@ SKILLS: tuple[tuple[float, Callable[[random.Random], Turn]], ...] = (
     (9, count_turn),
     (12, sum_turn),
     (3, number_turn),
-    (9, spell_turn),
+    (12, spell_turn),
     (8, story_turn),
     (5, capital_turn),
     (5, calendar_turn),
     (2, kids_turn),
     (2, echo_turn),
-    (10, refusal_turn),
+    (12, refusal_turn),
 )

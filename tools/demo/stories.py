@@ -3,22 +3,25 @@ hero has one story (sampling stays steady) and a hero that was never seen still 
 
 from __future__ import annotations
 
-HEROES: tuple[str, ...] = tuple(
-    """fox owl robot dragon cat dog mouse bear rabbit horse wolf lion tiger elephant monkey frog duck goose hen pig cow sheep
-goat donkey llama penguin whale dolphin shark turtle snail bee ant butterfly spider crow eagle swan peacock parrot squirrel
-hedgehog badger beaver deer moose camel giraffe zebra kangaroo koala panda octopus crab fish snake lizard crocodile
-knight king queen prince princess wizard witch giant dwarf elf fairy pirate sailor captain farmer baker painter teacher
-gardener doctor tailor shepherd hunter fisherman soldier poet dancer singer clown inventor scientist astronaut pilot
-boy girl grandmother grandfather baby child student traveller thief ghost monster unicorn mermaid phoenix goblin
-tree flower rose oak river mountain cloud star moon sun wind snowflake raindrop stone leaf apple pumpkin potato carrot onion
-lamp clock book pencil teapot spoon chair table kettle candle mirror violin drum piano bell kite balloon ball doll train
-ship boat car bicycle rocket lighthouse windmill castle bridge house tower garden island computer server token tensor
-number letter word key door window shoe hat coat umbrella button needle violet tulip cactus mushroom acorn feather""".split()
+from tools.demo.words import split
+
+HEROES: tuple[str, ...] = split(
+    """fox owl robot dragon cat dog mouse bear rabbit horse wolf lion tiger elephant monkey frog duck goose hen pig
+cow sheep goat donkey llama penguin whale dolphin shark turtle snail bee ant butterfly spider crow eagle swan
+peacock parrot squirrel hedgehog badger beaver deer moose camel giraffe zebra kangaroo koala panda octopus
+crab fish snake lizard crocodile knight king queen prince princess wizard witch giant dwarf elf fairy pirate
+sailor captain farmer baker painter teacher gardener doctor tailor shepherd hunter fisherman soldier poet
+dancer singer clown inventor scientist astronaut pilot boy girl grandmother grandfather baby child student
+traveller thief ghost monster unicorn mermaid phoenix goblin tree flower rose oak river mountain cloud star
+moon sun wind snowflake raindrop stone leaf apple pumpkin potato carrot onion lamp clock book pencil teapot
+spoon chair table kettle candle mirror violin drum piano bell kite balloon ball doll train ship boat car
+bicycle rocket lighthouse windmill castle bridge house tower garden island computer server token tensor number
+letter word key door window shoe hat coat umbrella button needle violet tulip cactus mushroom acorn feather"""
 )
-NAMES: tuple[str, ...] = tuple(
-    """Anna Ben Clara David Emma Felix Grace Henry Ida Jack Kate Leo Mia Nora Oscar Paul Rosa Sam Tom Lucy Max Lily Alice Bob
-Eva Hugo Julia Karl Laura Marco Nina Otto Peter Sara Tina Victor Wendy Zoe Ali Yuki Omar Priya Chen Ivan Maria Diego Fatima
-Lena Noah Liam Olivia Sophie Jonas Elena Marta Pablo""".split()
+NAMES: tuple[str, ...] = split(
+    """Anna Ben Clara David Emma Felix Grace Henry Ida Jack Kate Leo Mia Nora Oscar Paul Rosa Sam Tom Lucy Max Lily
+Alice Bob Eva Hugo Julia Karl Laura Marco Nina Otto Peter Sara Tina Victor Wendy Zoe Ali Yuki Omar Priya Chen
+Ivan Maria Diego Fatima Lena Noah Liam Olivia Sophie Jonas Elena Marta Pablo"""
 )
 ADJECTIVES: tuple[str, ...] = ("little", "old", "brave", "red", "lonely", "clever", "lazy", "tiny", "kind", "young")
 
@@ -42,8 +45,8 @@ PLOTS: tuple[str, ...] = (
     "In spring it came back with a hundred flowers.",
     "Once there was {a} who had lost {thing}. {The} searched all day, until {friend} pointed to {place}. "
     "It had been there all the time, and everybody laughed.",
-    "In a small village near {place} lived {a} who always told the truth. One day {friend} asked who had taken {thing}. "
-    "{The} said that it was a mistake, and all was forgiven.",
+    "In a small village near {place} lived {a} who always told the truth. "
+    "One day {friend} asked who had taken {thing}. {The} said that it was a mistake, and all was forgiven.",
     "Once upon a time {a} and {friend} ran a race to {place}. On the way {the} stopped to pick up {thing}. "
     "The race was lost, but the prize was much better.",
     "{A} found a letter under a stone at {place}. It said that {friend} was waiting with {thing}. "
@@ -88,7 +91,7 @@ def article(noun: str) -> str:
 
 
 def story(hero: str, variant: int = 0) -> str:
-    """The story of `hero`: a noun phrase without article ("red fox") or a name (capitalised). Variant 1, 2 ... are others."""
+    """The story of `hero`, a noun phrase without article ("red fox") or a capitalised name; `variant` gives others."""
     last_word = hero.split()[-1].lower()
     plot = PLOTS[((ord(last_word[0]) - 97) // 2 + variant) % len(PLOTS)]
     place, friend, thing = DETAILS[(ord(last_word[-1]) - 97) % 26]

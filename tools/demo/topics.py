@@ -139,7 +139,8 @@ TERMS: tuple[Topic, ...] = (
     ),
     Topic(
         ("qweight", "the qweight tensor", "qweights"),
-        "qweight is the tensor that holds the quantised weights. Eight 4-bit numbers are packed into each 32-bit integer.",
+        "qweight is the tensor that holds the quantised weights. "
+        "Eight 4-bit numbers are packed into each 32-bit integer.",
     ),
     Topic(
         ("a zero point", "the zero point", "zero point", "qzeros", "zero-point", "zeropoint"),
@@ -298,7 +299,8 @@ TERMS: tuple[Topic, ...] = (
     ),
     Topic(
         ("GQA", "grouped-query attention", "grouped query attention", "gqa"),
-        "In grouped-query attention several query heads share one key and value head, which makes the KV cache smaller.",
+        "In grouped-query attention several query heads share one key and value head, "
+        "which makes the KV cache smaller.",
     ),
     Topic(
         ("logits", "the logits", "a logit"),
