@@ -56,6 +56,12 @@ class EdgeProtocol(H11Protocol):
         self._watch()
 
     def data_received(self, data: bytes) -> None:
+        # h11 looks at its limit only when headers are incomplete: let it look before a whole bomb is there
+        while len(data) > MAX_HEADER_BYTES // 2 and self.conn.their_state is h11.IDLE:
+            super().data_received(data[: MAX_HEADER_BYTES // 2])
+            data = data[MAX_HEADER_BYTES // 2 :]
+            if self.transport.is_closing():
+                return
         super().data_received(data)
         self._watch(fresh_data=True)
 
