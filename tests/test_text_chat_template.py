@@ -359,7 +359,8 @@ BOMBS = {
     "long range": "{% for a in range(10**12) %}{% endfor %}",
     "doubling ~": "{% set n = namespace(x='a'*99) %}{% for i in range(99) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
     "doubling +": "{% set n = namespace(x='a'*99) %}{% for i in range(99) %}{% set n.x = n.x + n.x %}{% endfor %}",
-    "doubling set": "{% set n = namespace(x='aaa') %}{% for i in range(99) %}{% set n.x %}{{ n.x }}{{ n.x }}{% endset %}{% endfor %}",
+    "doubling set": "{% set n = namespace(x=1) %}{% for i in range(99) %}"
+    "{% set n.x %}{{ n.x }}{{ n.x }}{% endset %}{% endfor %}",
     "exponential recursion": "{% macro f(n) %}{% if n %}{{ f(n-1) }}{{ f(n-1) }}{% endif %}{% endmacro %}{{ f(60) }}",
     "endless recursion": "{% macro f(n) %}{{ f(n) }}{% endmacro %}{{ f(1) }}",
     "padding": "{{ 'a'.ljust(10**10) }}",
