@@ -1,5 +1,5 @@
-"""A GPTQ checkpoint folder: find it, open it, read its tensors. What it is comes from the tensors; configs and flags are only
-cross-checked: a flag that contradicts the tensors is an error, a config that does is a warning."""
+"""A GPTQ checkpoint folder: find it, open it, read its tensors. What it is comes from the tensors; configs and flags
+are only cross-checked: a flag that contradicts the tensors is an error, a config that does is a warning."""
 
 from __future__ import annotations
 
@@ -81,7 +81,8 @@ class Checkpoint:
             raise CheckpointError(f"{self.files[0]}: tensor {name} is missing; download the checkpoint again")
         if self.store.shape(name) != shape:
             raise CheckpointError(
-                f"{self.store.file(name)}: tensor {name} has shape {self.store.shape(name)} where config.json gives {shape}"
+                f"{self.store.file(name)}: tensor {name} has shape {self.store.shape(name)}, config.json gives {shape}; "
+                "use the config.json of this model"
             )
         dtype = self.store.dtype(name)
         if dtype is None or not dtype.is_floating_point:
@@ -108,7 +109,8 @@ class Checkpoint:
 
 
 def open_checkpoint(path: Path, ckpt: Path | None = None, expected: Expected | None = None) -> Checkpoint:
-    """Open the GPTQ weights in a folder (or the file `ckpt` in it). Reads headers, zero points and g_idx, not the weights.
+    """Open the GPTQ weights in a folder (or the file `ckpt` in it). Reads headers, zero points and g_idx, not the
+    weights.
 
     CheckpointError for everything that is not a GPTQ checkpoint, naming what it is.
     """
@@ -171,7 +173,8 @@ def _zero_version(
     claimed = config.zero_version or (1 if config.source else None)
     if shown and claimed is not None and shown != {claimed}:
         warnings.append(
-            f"{config.source} says zero points are v{claimed} but the tensors show v{min(shown - {claimed})}; the tensors decide"
+            f"{config.source} says zero points are v{claimed} but the tensors show v{min(shown - {claimed})}; "
+            "the tensors decide"
         )
     if config.zero_version is None and len(shown) == 1:
         return next(iter(shown)), warnings

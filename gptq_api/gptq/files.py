@@ -59,9 +59,8 @@ def candidates(path: Path, ckpt: Path | None = None) -> list[WeightFiles]:
         ckpt = path
     if ckpt is not None:
         return [_named(folder, ckpt)]
-    found: list[WeightFiles] = []
-    for index in sorted(folder.glob("*.safetensors.index.json")) + sorted(folder.glob("*.bin.index.json")):
-        found.append(_from_index(folder, index))
+    indexes = sorted(folder.glob("*.safetensors.index.json")) + sorted(folder.glob("*.bin.index.json"))
+    found = [_from_index(folder, index) for index in indexes]
     claimed = {file for weights in found for file in weights.files}
     for suffix in (".safetensors", *_PICKLES):
         files = [f for f in sorted(folder.glob(f"*{suffix}")) if f.is_file() and f not in claimed]

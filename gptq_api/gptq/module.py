@@ -1,6 +1,6 @@
-"""One quantised Linear: its tensors checked against each other and decoded. Settings are read from the tensors; nothing here
-trusts a config. Layout: docstring of packing.py; y = x W^T, W [N, K], `W[n, k] = scales[g, n] * (q[k, n] - zeros[g, n])` with
-g = g_idx[k]."""
+"""One quantised Linear: its tensors checked against each other and decoded. Settings are read from the tensors;
+nothing here trusts a config. Layout: docstring of packing.py; y = x W^T, W [N, K], `W[n, k] = scales[g, n] * (q[k, n]
+- zeros[g, n])` with g = g_idx[k]."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from gptq_api.gptq.errors import CheckpointError
 from gptq_api.gptq.packing import SUPPORTED_BITS, ZeroVersion, unpack_qzeros, values_per_unit
 from gptq_api.gptq.tensors import TensorStore
 
-_GROUP_SIZES = tuple(2**n for n in range(3, 16))
+_GROUP_SIZES = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,8 @@ def module_shape(store: TensorStore, module: str) -> ModuleShape:
 def read_module(store: TensorStore, module: str, default_version: ZeroVersion) -> GPTQTensors:
     """Decode one module. `default_version` is used where the zero points themselves do not show their version.
 
-    CheckpointError naming the tensor for non-finite scales, g_idx out of range or unbalanced, and all of `module_shape`.
+    CheckpointError naming the tensor for non-finite scales, g_idx out of range or unbalanced, and all of
+    `module_shape`.
     """
     shape = module_shape(store, module)
     scales = store.read(f"{module}.scales").clone()
@@ -180,7 +181,8 @@ def infer_group_size(in_features: int, num_groups: int) -> int | None:
 
 
 def _groups(store: TensorStore, module: str, shape: ModuleShape) -> tuple[Tensor, int, bool]:
-    """(g_idx, group_size, act_order). Tensors of all zeros although there are groups come from 2023 writers: sequential."""
+    """(g_idx, group_size, act_order). Tensors of all zeros although there are groups come from 2023 writers:
+    sequential."""
     k, num_groups = shape.in_features, shape.num_groups
     g_idx = store.read(f"{module}.g_idx").to(torch.int32, copy=True) if f"{module}.g_idx" in store else None
     if g_idx is None or not bool(g_idx.any()):

@@ -1,5 +1,5 @@
-"""What the configuration files claim about the quantisation. The tensors decide; this is cross-checked against them, and
-used where tensors cannot tell (the zero version of an asymmetric checkpoint)."""
+"""What the configuration files claim about the quantisation. The tensors decide; this is cross-checked against them,
+and used where tensors cannot tell (the zero version of an asymmetric checkpoint)."""
 
 from __future__ import annotations
 

@@ -32,7 +32,8 @@ _DTYPES = {
 
 
 class TensorStore:
-    """The tensors of a set of weights by canonical name (prefixes such as `base_model.model.` and `module.` removed)."""
+    """The tensors of a set of weights by canonical name (prefixes such as `base_model.model.` and `module.`
+    removed)."""
 
     def __init__(self, weights: WeightFiles) -> None:
         self.weights = weights
@@ -93,12 +94,12 @@ class TensorStore:
     def _open_safetensors(self, file: Path) -> None:
         try:
             reader = safe_open(str(file), framework="pt")
-            keys = list(reader.keys())
+            keys: list[str] = list(reader.keys())  # type: ignore[no-untyped-call]
         except (SafetensorError, OSError, ValueError) as error:
             raise CheckpointError(
                 f"{file} is not a complete safetensors file ({_first_line(error)}); download it again"
             ) from None
-        self.metadata.update(reader.metadata() or {})
+        self.metadata.update(reader.metadata() or {})  # type: ignore[no-untyped-call]
         for key in keys:
             self._claim(_PREFIX.sub("", key), file)
             self._slices[_PREFIX.sub("", key)] = (reader, key, file)
@@ -113,7 +114,7 @@ class TensorStore:
                 or "Unsupported operand" in str(error)
             ):
                 raise CheckpointError(
-                    f"{file} holds pickled code, which is never run; use a .safetensors file or save its state_dict alone"
+                    f"{file} holds pickled code, which is never run; use a .safetensors file or its state_dict"
                 ) from None
             raise CheckpointError(
                 f"{file} is not a readable torch file ({_first_line(error)}); download it again"

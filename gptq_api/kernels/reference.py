@@ -1,5 +1,5 @@
-"""The specification of the quantised product in plain torch: any bits, groups, act-order, device and float type (float64
-included). Every other kernel is tested against it; where no other takes a module, this serves it.
+"""The specification of the quantised product in plain torch: any bits, groups, act-order, device and float type
+(float64 included). Every other kernel is tested against it; where no other takes a module, this serves it.
 
     y[m, n] = sum over k of x[m, k] * scales[g_idx[k], n] * (q[k, n] - zeros[g_idx[k], n])
 """
@@ -12,7 +12,7 @@ from torch import Tensor
 _BLOCK_ELEMENTS = 2**19
 """weights dequantised at a time: 2 MiB of float32, so that a block stays in the cache between its passes"""
 _CUDA_BLOCK_ELEMENTS = 2**25
-_MIN_ROWS = 16
+_ROW_STEP = 4
 
 
 def unpack(qweight: Tensor, bits: int) -> Tensor:
@@ -40,7 +40,8 @@ def _unpack3(qweight: Tensor) -> Tensor:
 def dequantise(
     qweight: Tensor, zeros: Tensor, scales: Tensor, g_idx: Tensor, bits: int, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """The weight W^T, `dtype` [K, N]: int32 qweight [K * bits / 32, N], uint8 zeros [G, N], float scales [G, N], int [K]."""
+    """The weight W^T, `dtype` [K, N]: int32 qweight [K * bits / 32, N], uint8 zeros [G, N], float scales [G, N], int
+    [K]."""
     centred = unpack(qweight, bits).sub_(zeros.to(torch.int32).index_select(0, g_idx)).to(dtype)
     return centred.mul_(scales.to(dtype).index_select(0, g_idx))
 
@@ -82,12 +83,12 @@ class ReferenceWeight:
 
 
 def pad_rows(x: Tensor) -> Tensor:
-    """Zero rows up to a multiple of 16 on the CPU.
+    """Zero rows up to a multiple of 4 on the CPU.
 
-    BLAS takes other code for one to a few rows, which sums in another order; with this a row's result does not depend on
-    how many rows are beside it (measured bit for bit with MKL; kept by a test).
+    BLAS takes other code for a remainder of one to three rows, which sums in another order; with this a row's result
+    does not depend on how many rows are beside it (measured bit for bit with MKL; kept by a test).
     """
-    missing = -x.shape[0] % _MIN_ROWS
+    missing = -x.shape[0] % _ROW_STEP
     if x.is_cuda or not missing:
         return x
     return torch.nn.functional.pad(x, (0, 0, 0, missing))

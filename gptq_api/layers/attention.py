@@ -1,16 +1,19 @@
 """Causal grouped-query attention over a paged KV cache, for a packed batch of sequences of any lengths.
 
-Per step, `plan_attention` sorts the batch's rows into groups that one call can compute: all single-token rows of similar context
-length together, each longer chunk by itself. Per layer and group: gather the context's blocks, one scaled_dot_product_attention.
+Per step, `plan_attention` sorts the batch's rows into groups that one call can compute: all single-token rows of
+similar context length together, each longer chunk by itself. Per layer and group: gather the context's blocks, one
+scaled_dot_product_attention.
 
-A row's result must not depend on the group it is computed in. Contexts are whole multiples of 16 tokens, masked beyond their
-end, and query rows multiples of 4: with that torch's CPU attention gives the same bits for a row whatever is beside it, however
-long the padding, and whether its chunk was one token or hundreds (measured; kept by a test).
+A row's result must not depend on the group it is computed in. Contexts are whole multiples of 16 tokens, masked
+beyond their end, and query rows multiples of 4: with that torch's CPU attention gives the same bits for a row
+whatever is beside it, however long the padding, and whether its chunk was one token or hundreds (measured; kept by a
+test).
 """
 
 from __future__ import annotations
 
 import math
+import mmap
 from dataclasses import dataclass
 
 import torch
@@ -27,7 +30,8 @@ _SMALLEST_BUCKET = 128
 
 @dataclass(frozen=True)
 class Span:
-    """One sequence's share of a step: its `num_tokens` rows follow `num_computed` tokens that are in the cache already."""
+    """One sequence's share of a step: its `num_tokens` rows follow `num_computed` tokens that are in the cache
+    already."""
 
     num_computed: int
     num_tokens: int
@@ -52,7 +56,8 @@ class KVCache:
     ) -> None:
         # Zeros, not empty: masked slots are multiplied by zero, and what memory holds by chance may be NaN.
         shape = (num_layers, num_blocks, block_size, 2, num_kv_heads, head_dim)
-        self._data = torch.zeros(shape, dtype=dtype, device=device)
+        on_cpu = device.type == "cpu"
+        self._data = _lazy_zeros(shape, dtype) if on_cpu else torch.zeros(shape, dtype=dtype, device=device)
         self.by_slot = self._data.view(num_layers, num_blocks * block_size, -1).unbind(0)
         """per layer [num_slots, 2 * num_kv_heads * head_dim]"""
         self.by_block = self._data.view(num_layers, num_blocks, -1).unbind(0)
@@ -74,6 +79,12 @@ class KVCache:
         self._data[:, index] = torch.nan_to_num(self._data[:, index], nan=0.0, posinf=0.0, neginf=0.0)
 
 
+def _lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Zeros of the operating system's, which become resident when first written: torch.zeros writes all of them at
+    once."""
+    return torch.frombuffer(mmap.mmap(-1, math.prod(shape) * dtype.itemsize), dtype=dtype).view(shape)
+
+
 @dataclass(frozen=True)
 class Group:
     """`num_sequences` sequences with `num_tokens` rows each, beginning at row `start`."""
@@ -84,15 +95,16 @@ class Group:
     blocks: Tensor
     """int64 [num_sequences * context / block_size]"""
     context: Tensor
-    """where blocks are gathered to: [num_sequences * context / block_size, one block's elements], reused by every layer"""
+    """where blocks are gathered to: [num_sequences * context / block_size, one block's elements], reused by every
+    layer"""
     mask: Tensor
     """0 or -inf, [num_sequences, 1, query rows with padding, context]"""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What every layer of a step needs to know of the batch. Rows are in the order of `order`: `order[i]` is the index of the
-    i-th sequence in the spans; the single-token ones come first, by context length."""
+    """What every layer of a step needs to know of the batch. Rows are in the order of `order`: `order[i]` is the
+    index of the i-th sequence in the spans; the single-token ones come first, by context length."""
 
     order: list[int]
     slots: Tensor
@@ -127,7 +139,8 @@ def plan_attention(spans: list[Span], cache: KVCache, queries_per_kv: int) -> Pl
 
 
 def _end_of_group(spans: list[Span], order: list[int], first: int) -> int:
-    """Single-token rows share a group while their contexts share a power of two, so that padding at most doubles the work."""
+    """Single-token rows share a group while their contexts share a power of two, so that padding at most doubles the
+    work."""
     if spans[order[first]].num_tokens > 1:
         return first + 1
     limit = max(_SMALLEST_BUCKET, 1 << spans[order[first]].num_computed.bit_length())

@@ -1,4 +1,5 @@
-"""Linear layers. A quantised one is a weight that knows its product; which kernel holds the weight is decided once, at load."""
+"""Linear layers. A quantised one is a weight that knows its product; which kernel holds the weight is decided once,
+at load."""
 
 from __future__ import annotations
 
@@ -81,7 +82,8 @@ class GPTQLinear:
         device: torch.device,
         dtype: torch.dtype,
     ) -> GPTQLinear:
-        """int32 qweight [K * bits / 32, N], uint8 zeros [G, N], scales [G, N], int32 g_idx [K], bias [N]; on the CPU."""
+        """int32 qweight [K * bits / 32, N], uint8 zeros [G, N], scales [G, N], int32 g_idx [K], bias [N]; on the
+        CPU."""
         choice = choose_kernel(bits, g_idx.shape[0], qweight.shape[1], group_size, device, dtype)
         weight: Weight
         if choice.kernel == "int4":
@@ -123,7 +125,8 @@ class DenseLinear:
 
 
 class SplitLinear:
-    """Several Linears with the same input whose outputs are read as one, where they cannot be merged into one weight."""
+    """Several Linears with the same input whose outputs are read as one, where they cannot be merged into one
+    weight."""
 
     def __init__(self, parts: list[Linear]) -> None:
         self._parts = parts

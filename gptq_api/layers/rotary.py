@@ -1,7 +1,8 @@
 """Rotary position embedding (RoFormer, arXiv:2104.09864) with the scalings of LLaMA's descendants, in float32.
 
-Everything is a function of the position alone. Dynamic NTK scaling, which its inventors recompute as a sequence grows, is fixed
-at the longest length served: keys already in the cache would otherwise disagree with new ones, and the text with its neighbours.
+Everything is a function of the position alone. Dynamic NTK scaling, which its inventors recompute as a sequence
+grows, is fixed at the longest length served: keys already in the cache would otherwise disagree with new ones, and
+the text with its neighbours.
 """
 
 from __future__ import annotations
@@ -44,14 +45,16 @@ class Rotary:
         self._frequencies = frequencies.to(device)
 
     def tables(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """positions int64 [M] -> (cos, sin), float32 [M, 1, head_dim]. The first half of sin is negated: see `rotate`."""
+        """positions int64 [M] -> (cos, sin), float32 [M, 1, head_dim]. The first half of sin is negated: see
+        `rotate`."""
         angles = positions.to(torch.float32).unsqueeze(1) * self._frequencies
         cos, sin = angles.cos() * self._scale, angles.sin() * self._scale
         return torch.cat((cos, cos), -1).unsqueeze(1), torch.cat((-sin, sin), -1).unsqueeze(1)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """float32 [M, heads, head_dim] rotated; LLaMA pairs dimension i with i + head_dim / 2, so a roll brings the partner."""
+    """float32 [M, heads, head_dim] rotated; LLaMA pairs dimension i with i + head_dim / 2, so a roll brings the
+    partner."""
     partner = x.roll(x.shape[-1] // 2, -1)
     return torch.addcmul(x * cos, partner, sin)
 

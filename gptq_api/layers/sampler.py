@@ -1,8 +1,8 @@
 """From logits to tokens, for sequences with different parameters in one batch.
 
-The order of the steps is that of `SamplingParams`. A token is a pure function of (seed, position, logits of its row): one
-uniform number is made from (seed, position) and looked up in the row's cumulative distribution, so nothing depends on who else
-is in the batch or in which order. Greedy rows cost one argmax.
+The order of the steps is that of `SamplingParams`. A token is a pure function of (seed, position, logits of its row):
+one uniform number is made from (seed, position) and looked up in the row's cumulative distribution, so nothing
+depends on who else is in the batch or in which order. Greedy rows cost one argmax.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""config.json (and generation_config.json) of a LLaMA, as written since 2023. Parsed by us: no code from a checkpoint is run,
-and a number that cannot be is refused by name before anything is allocated."""
+"""config.json (and generation_config.json) of a LLaMA, as written since 2023. Parsed by us: no code from a checkpoint
+is run, and a number that cannot be is refused by name before anything is allocated."""
 
 from __future__ import annotations
 
@@ -183,7 +183,8 @@ def _longest(raw: dict[str, Any], rope_type: RopeType, factor: float, positions:
 
 
 def _eos(raw: dict[str, Any], source: str, generation: dict[str, Any], vocab_size: int) -> tuple[int, ...]:
-    """generation_config.json overrides; a list or one id. Ids outside the vocabulary can never be sampled and are dropped."""
+    """generation_config.json overrides; a list or one id. Ids outside the vocabulary can never be sampled and are
+    dropped."""
     value = generation.get("eos_token_id")
     if value is None:
         value = raw.get("eos_token_id")

@@ -1,4 +1,5 @@
-"""A checkpoint folder becomes a Llama: every tensor checked against config.json, every Linear given to the kernel that takes it."""
+"""A checkpoint folder becomes a Llama: every tensor checked against config.json, every Linear given to the kernel
+that takes it."""
 
 from __future__ import annotations
 

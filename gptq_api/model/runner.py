@@ -1,4 +1,5 @@
-"""Batch in, sampled tokens out. The only part of the model that knows sequences; it keeps nothing of them between steps."""
+"""Batch in, sampled tokens out. The only part of the model that knows sequences; it keeps nothing of them between
+steps."""
 
 from __future__ import annotations
 
@@ -95,8 +96,8 @@ class ModelRunner:
 def load_runner(settings: Settings) -> ModelRunner:
     """Load the checkpoint the settings name and make it ready to step.
 
-    CheckpointError for what is wrong with the checkpoint, ConfigError for settings that do not fit it or the machine; both
-    are ValueErrors with one sentence for the user.
+    CheckpointError for what is wrong with the checkpoint, ConfigError for settings that do not fit it or the machine;
+    both are ValueErrors with one sentence for the user.
     """
     started = time.monotonic()
     device = _device(settings)
