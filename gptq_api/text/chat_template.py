@@ -81,9 +81,13 @@ class ChatTemplate:
         """
         text, marks = self._render(messages, add_generation_prompt, continue_final_message)
         tokenizer = self._tokenizer
+        parts = tokenizer.split_special(text)
         if not marks.found_in(text):
-            return tokenizer.with_bos(tokenizer.encode(text, parse_special=True))
-        parts = [part if isinstance(part, int) else marks.restore(part) for part in tokenizer.split_special(text)]
+            ids = tokenizer.encode(text, parse_special=True)
+            # A normalizer can make control tokens of look-alikes (full-width letters) that no mark stands for.
+            if [i for i in ids if i in tokenizer.special_token_ids] == [part for part in parts if isinstance(part, int)]:
+                return tokenizer.with_bos(ids)
+        parts = [part if isinstance(part, int) else marks.restore(part) for part in parts]
         return tokenizer.with_bos(tokenizer.encode_parts(parts))
 
     def render_text(
