@@ -81,8 +81,8 @@ class Checkpoint:
             raise CheckpointError(f"{self.files[0]}: tensor {name} is missing; download the checkpoint again")
         if self.store.shape(name) != shape:
             raise CheckpointError(
-                f"{self.store.file(name)}: tensor {name} has shape {self.store.shape(name)}, config.json gives {shape}; "
-                "use the config.json of this model"
+                f"{self.store.file(name)}: tensor {name} is {self.store.shape(name)}, config.json gives {shape}; "
+                "use this model's"
             )
         dtype = self.store.dtype(name)
         if dtype is None or not dtype.is_floating_point:

@@ -21,7 +21,7 @@ from torch import Tensor
 from gptq_api.kernels.reference import unpack
 
 GROUP_SIZES = (256, 128, 64, 32)
-_DENSE_MIN_ROWS = 192
+_DENSE_MIN_ROWS = 128
 _DENSE_MIN_ELEMENTS = 2**21
 _PACK_ROWS = 1024
 _PANEL = 64

@@ -90,8 +90,8 @@ class GPTQLinear:
             weight = cpu.Int4Weight(qweight, zeros, scales, g_idx, group_size)
         else:
             # Loading may map the file; what is kept is memory of our own.
-            parts = (t.to(device) if device.type != "cpu" else t.clone() for t in (qweight, zeros, scales, g_idx))
-            weight = ReferenceWeight(*parts, bits, dtype)
+            qweight, zeros, scales, g_idx = (_own(t, device) for t in (qweight, zeros, scales, g_idx))
+            weight = ReferenceWeight(qweight, zeros, scales, g_idx, bits, dtype)
         return cls(weight, None if bias is None else bias.to(device=device, dtype=dtype), str(choice))
 
     @property
@@ -101,6 +101,10 @@ class GPTQLinear:
     def forward(self, x: Tensor) -> Tensor:
         y = self._weight.matmul(x)
         return y if self._bias is None else y.add_(self._bias)
+
+
+def _own(tensor: Tensor, device: torch.device) -> Tensor:
+    return tensor.clone() if device.type == "cpu" else tensor.to(device)
 
 
 class DenseLinear:

@@ -8,6 +8,7 @@ depends on who else is in the batch or in which order. Greedy rows cost one argm
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 
 import torch
 from torch import Tensor
@@ -41,15 +42,14 @@ def sample(logits: Tensor, sequences: list[Sequence]) -> tuple[list[int], list[T
         if _adjusts(sequence):
             _adjust(logits[row], sequence)
     drawn = [i for i, s in enumerate(sequences) if s.params.temperature > 0]
-    if len(drawn) < len(sequences):
-        tokens = logits.argmax(-1).tolist()
-    else:
-        tokens = [0] * len(sequences)
+    tokens: list[int] = logits.argmax(-1).tolist() if len(drawn) < len(sequences) else [0] * len(sequences)
     if drawn:
         rows = logits if len(drawn) == len(sequences) else logits[drawn]
         for i, token in zip(drawn, _draw(rows, [sequences[i] for i in drawn]), strict=True):
             tokens[i] = token
-    logprobs = _logprobs(raw, tokens, sequences) if wants_logprobs else [None] * len(sequences)
+    logprobs: list[TokenLogprobs | None] = [None] * len(sequences)
+    if wants_logprobs:
+        logprobs = _logprobs(raw, tokens, sequences)
     if not all_finite:
         for i in (~finite).nonzero().flatten().tolist():
             tokens[i], logprobs[i] = -1, None
@@ -79,8 +79,10 @@ def _adjust(logits: Tensor, sequence: Sequence) -> None:
         logits[ids] = torch.where(seen > 0, seen / p.repetition_penalty, seen * p.repetition_penalty)
     output = sequence.token_ids[sequence.num_prompt_tokens :]
     if output and (p.presence_penalty or p.frequency_penalty):
-        ids, counts = torch.tensor(output, dtype=torch.int64, device=device).unique(return_counts=True)
-        logits[ids] -= p.presence_penalty + p.frequency_penalty * counts
+        counts = Counter(output)
+        ids = torch.tensor(list(counts), dtype=torch.int64, device=device)
+        times = torch.tensor(list(counts.values()), dtype=logits.dtype, device=device)
+        logits[ids] -= p.presence_penalty + p.frequency_penalty * times
     if sequence.num_output_tokens < p.min_tokens and p.stop_token_ids:
         logits[list(p.stop_token_ids)] = -torch.inf
 

@@ -77,9 +77,7 @@ class _Loader:
         if self.checkpoint.has("lm_head.weight"):
             head = self.tensor("lm_head.weight", shape).to(device=embedding.device, dtype=embedding.dtype)
             if not torch.equal(head, embedding):
-                self.warnings.append(
-                    "lm_head.weight differs from the embedding, but config.json ties them: it is not used"
-                )
+                self.warnings.append("lm_head.weight is not used: config.json ties the embedding to the head")
         return DenseLinear(self._head_weight(embedding))
 
     def _head_weight(self, weight: Tensor) -> Tensor:
@@ -97,8 +95,8 @@ class _Loader:
             return weight, self.checkpoint.bias(name)
         if (shape.in_features, shape.out_features) != (in_features, out_features):
             raise CheckpointError(
-                f"{self.checkpoint.store.file(f'{name}.qweight')}: tensor {name}.qweight is {shape.in_features} inputs x "
-                f"{shape.out_features} outputs where config.json gives {in_features} x {out_features}"
+                f"{self.checkpoint.store.file(f'{name}.qweight')}: tensor {name}.qweight has {shape.in_features} inputs and "
+                f"{shape.out_features} outputs, config.json gives {in_features} and {out_features}; use this model's"
             )
         return self.checkpoint.gptq(name)
 

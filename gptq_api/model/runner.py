@@ -169,8 +169,8 @@ def _allocate_cache(
     capacity = num_blocks * settings.block_size
     if capacity < max_model_len and settings.max_model_len is not None:
         raise ConfigError(
-            f"--max-model-len {max_model_len} needs {-(-max_model_len // settings.block_size)} KV cache blocks and there are "
-            f"{num_blocks}; lower it or raise the cache ({knob})"
+            f"--max-model-len {max_model_len} needs {-(-max_model_len // settings.block_size)} KV cache blocks and there "
+            f"are {num_blocks}; lower it or raise the cache ({knob})"
         )
     try:
         cache = KVCache(
@@ -182,7 +182,7 @@ def _allocate_cache(
             dtype,
             device,
         )
-    except RuntimeError:
+    except (RuntimeError, OSError):
         raise ConfigError(
             f"a KV cache of {num_blocks * block_bytes >> 20} MiB does not fit in memory; lower {knob}"
         ) from None
