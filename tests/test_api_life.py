@@ -103,7 +103,7 @@ def test_a_full_house_answers_429_before_any_header_of_a_stream(strict_server: S
         assert int(refused.headers["retry-after"]) >= 1
         assert int(refused.headers["retry-after-ms"]) >= 1000
         assert refused.headers["content-type"] == "application/json"
-        assert server.metric("vllm:num_requests_waiting") == 2
+        wait_for(lambda: server.metric("vllm:num_requests_waiting") == 2, 2)
     server.wait_idle()
     assert server.chat(max_tokens=1).status_code == 200
     assert server.metric("vllm:admission_rejections_total", reason="server_full") >= 1
@@ -284,7 +284,7 @@ def test_a_start_that_fails_is_one_sentence(tmp_path: Path) -> None:
         assert done.returncode == 1
         sentences = [line for line in done.stderr.splitlines() if line.startswith("gptq-api serve: ")]
         assert len(sentences) == 1 and str(tmp_path) in sentences[0]
-        assert "Traceback" not in done.stderr and "serving" not in done.stderr
+        assert not any(word in done.stderr for word in ("Traceback", "never retrieved", "serving"))
 
 
 def test_a_signal_while_loading_ends_it() -> None:

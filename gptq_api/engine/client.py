@@ -140,10 +140,15 @@ class EngineClient:
         ours, theirs = socket.socketpair()
         with theirs:
             command = [sys.executable, "-m", "gptq_api.engine.process", str(theirs.fileno())]
-            self._process = await asyncio.to_thread(_spawn, command, theirs.fileno())
+            # not in a thread: cancelled there, it would start the engine with a descriptor that is closed already
+            self._process = _spawn(command, theirs.fileno())
         self._dead = asyncio.Event()
         self._ready: asyncio.Future[Ready] = loop.create_future()
-        self._transport, _ = await loop.create_connection(lambda: _Connection(self), sock=ours)
+        try:
+            self._transport, _ = await loop.create_connection(lambda: _Connection(self), sock=ours)
+        except BaseException:
+            self._stopping = True  # asyncio closes the socket, which ends the engine: nobody waits for its news
+            raise
         self._transport.write(wire.frame(self.settings.model_dump_json(include=set(Settings.model_fields)).encode()))
         try:
             self.ready = await self._ready
