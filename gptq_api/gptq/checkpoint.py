@@ -16,6 +16,7 @@ from gptq_api.gptq.module import (
     GPTQTensors,
     ModuleShape,
     infer_group_size,
+    is_permuted,
     module_shape,
     read_bias,
     read_module,
@@ -82,7 +83,7 @@ class Checkpoint:
         if self.store.shape(name) != shape:
             raise CheckpointError(
                 f"{self.store.file(name)}: tensor {name} is {self.store.shape(name)}, config.json gives {shape}; "
-                "use this model's"
+                "use the config.json of this model"
             )
         dtype = self.store.dtype(name)
         if dtype is None or not dtype.is_floating_point:
@@ -198,7 +199,7 @@ def _check_config(store: TensorStore, shapes: dict[str, ModuleShape], config: Qu
                 f"{config.source} says group size {size} but {module} has {_describe_group(shape)}; the tensors decide"
             )
             break
-    if config.desc_act is False and any(_is_permuted(store, module, shape) for module, shape in shapes.items()):
+    if config.desc_act is False and any(is_permuted(store, module, shape) for module, shape in shapes.items()):
         warnings.append(f"{config.source} says desc_act is false but g_idx is permuted; the tensors decide")
     return warnings
 
@@ -217,7 +218,7 @@ def _check_flags(checkpoint: Checkpoint, expected: Expected) -> None:
             )
     if expected.act_order is None:
         return
-    permuted = [m for m, shape in checkpoint.modules.items() if _is_permuted(checkpoint.store, m, shape)]
+    permuted = [m for m, shape in checkpoint.modules.items() if is_permuted(checkpoint.store, m, shape)]
     if expected.act_order and not permuted:
         # Act-order with one group or static groups leaves no trace in g_idx, and a writer's config may still say so.
         if checkpoint.config.desc_act is True or all(s.num_groups == 1 for s in checkpoint.modules.values()):
@@ -239,11 +240,3 @@ def _fits(shape: ModuleShape, group_size: int) -> bool:
 def _describe_group(shape: ModuleShape) -> str:
     size = infer_group_size(shape.in_features, shape.num_groups)
     return f"group size {size}" if size is not None else f"{shape.num_groups} groups"
-
-
-def _is_permuted(store: TensorStore, module: str, shape: ModuleShape) -> bool:
-    name = f"{module}.g_idx"
-    if shape.num_groups == 1 or name not in store:
-        return False
-    g_idx = store.read(name)
-    return bool(g_idx.any()) and bool((g_idx[1:] < g_idx[:-1]).any())

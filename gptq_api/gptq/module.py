@@ -180,6 +180,15 @@ def infer_group_size(in_features: int, num_groups: int) -> int | None:
     return in_features // num_groups if in_features % num_groups == 0 else None
 
 
+def is_permuted(store: TensorStore, module: str, shape: ModuleShape) -> bool:
+    """Whether g_idx scrambles the groups (act-order); reads g_idx alone."""
+    name = f"{module}.g_idx"
+    if shape.num_groups == 1 or name not in store:
+        return False
+    g_idx = store.read(name)
+    return bool(g_idx.any()) and bool((g_idx[1:] < g_idx[:-1]).any())
+
+
 def _groups(store: TensorStore, module: str, shape: ModuleShape) -> tuple[Tensor, int, bool]:
     """(g_idx, group_size, act_order). Tensors of all zeros although there are groups come from 2023 writers:
     sequential."""

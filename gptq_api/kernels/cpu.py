@@ -34,12 +34,12 @@ def refusal(bits: int, in_features: int, out_features: int, group_size: int) -> 
         return f"{bits} bits (the int4 operator takes 4)"
     if out_features % 16:
         return f"{out_features} outputs (the int4 operator takes multiples of 16)"
-    if _operator_group(in_features, group_size) is None:
+    if operator_group(in_features, group_size) is None:
         return f"groups of {group_size} in {in_features} inputs (the int4 operator takes multiples of 32)"
     return None
 
 
-def _operator_group(in_features: int, group_size: int) -> int | None:
+def operator_group(in_features: int, group_size: int) -> int | None:
     """The largest group the operator takes that divides both K and the file's group."""
     size = in_features if group_size < 0 else group_size
     return next((g for g in GROUP_SIZES if in_features % g == 0 and size % g == 0), None)
@@ -56,7 +56,7 @@ class Int4Weight:
         reason = refusal(4, self.in_features, self.out_features, group_size)
         if reason is not None:
             raise ValueError(reason)
-        self._group = _operator_group(self.in_features, group_size) or 32
+        self._group = operator_group(self.in_features, group_size) or 32
         order = torch.argsort(g_idx, stable=True)
         sequential = bool((order[1:] > order[:-1]).all())
         self._order = None if sequential else order

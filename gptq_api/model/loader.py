@@ -94,9 +94,10 @@ class _Loader:
             weight = self.checkpoint.tensor(f"{name}.weight", (out_features, in_features))
             return weight, self.checkpoint.bias(name)
         if (shape.in_features, shape.out_features) != (in_features, out_features):
+            file = self.checkpoint.store.file(f"{name}.qweight")
             raise CheckpointError(
-                f"{self.checkpoint.store.file(f'{name}.qweight')}: tensor {name}.qweight has {shape.in_features} inputs and "
-                f"{shape.out_features} outputs, config.json gives {in_features} and {out_features}; use this model's"
+                f"{file}: tensor {name}.qweight has {shape.in_features} inputs and {shape.out_features} outputs, "
+                f"config.json gives {in_features} and {out_features}; use the config.json of this model"
             )
         return self.checkpoint.gptq(name)
 

@@ -100,7 +100,7 @@ def load_runner(settings: Settings) -> ModelRunner:
     both are ValueErrors with one sentence for the user.
     """
     started = time.monotonic()
-    device = _device(settings)
+    device = resolve_device(settings)
     if device.type == "cpu":
         torch.set_num_threads(settings.num_threads or len(os.sched_getaffinity(0)))
     path = model_path(settings)
@@ -139,7 +139,8 @@ def resolve_dtype(settings: Settings, device: torch.device, checkpoint: Checkpoi
     return checkpoint.float_dtype if checkpoint.float_dtype != torch.float32 else torch.float16
 
 
-def _device(settings: Settings) -> torch.device:
+def resolve_device(settings: Settings) -> torch.device:
+    """`auto` is the first CUDA device where there is one. ConfigError where CUDA was asked for and is not there."""
     if settings.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda: no CUDA device is available to torch; use --device cpu")
     wants_cuda = settings.device == "cuda" or (settings.device == "auto" and torch.cuda.is_available())
@@ -152,25 +153,31 @@ def num_cache_blocks(settings: Settings, block_bytes: int, max_model_len: int, m
     return settings.num_blocks or min(most, memory_bytes // block_bytes)
 
 
+def cache_memory(settings: Settings, device: torch.device, weight_bytes: int) -> int:
+    """Bytes the settings leave for the KV cache; `weight_bytes` of weights are not on the device yet."""
+    if device.type == "cpu":
+        return settings.kv_cache_mib * 2**20
+    free, total = torch.cuda.mem_get_info(device)
+    return max(0, int(free - (1 - settings.gpu_memory_utilization) * total) - weight_bytes)
+
+
 def _allocate_cache(
     settings: Settings, config: LlamaConfig, device: torch.device, dtype: torch.dtype, max_model_len: int
 ) -> tuple[KVCache, int]:
     """(cache, max_model_len): the length is cut to what the cache holds, unless the user asked for it."""
     block_bytes = config.kv_elements_per_token * settings.block_size * dtype.itemsize
+    knob = f"--kv-cache-mib {settings.kv_cache_mib}"
     if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
-        memory = int(free - (1 - settings.gpu_memory_utilization) * total)
         knob = f"--gpu-memory-utilization {settings.gpu_memory_utilization:g}"
-    else:
-        memory, knob = settings.kv_cache_mib * 2**20, f"--kv-cache-mib {settings.kv_cache_mib}"
+    memory = cache_memory(settings, device, 0)
     num_blocks = num_cache_blocks(settings, block_bytes, max_model_len, memory)
     if num_blocks < 1:
         raise ConfigError(f"{knob} does not hold one KV cache block of {block_bytes / 2**20:.1f} MiB; raise it")
     capacity = num_blocks * settings.block_size
     if capacity < max_model_len and settings.max_model_len is not None:
         raise ConfigError(
-            f"--max-model-len {max_model_len} needs {-(-max_model_len // settings.block_size)} KV cache blocks and there "
-            f"are {num_blocks}; lower it or raise the cache ({knob})"
+            f"--max-model-len {max_model_len} needs {-(-max_model_len // settings.block_size)} KV cache blocks, "
+            f"{num_blocks} are there; lower it or raise {knob}"
         )
     try:
         cache = KVCache(

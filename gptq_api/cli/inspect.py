@@ -1,0 +1,125 @@
+"""`gptq-api inspect`: what a checkpoint is and what serving it would take. Reads headers and small tensors, not the
+weights."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+from gptq_api.config import InspectSettings
+
+
+def run(settings: InspectSettings) -> int:
+    """Print the facts. Exit status: 0 a checkpoint we serve, 1 not one (a sentence on stderr says why)."""
+    try:
+        facts = inspect(settings)
+    except ValueError as error:
+        print(f"gptq-api inspect: {error}", file=sys.stderr)
+        return 1
+    if settings.json_output:
+        print(json.dumps(facts, indent=2))
+    else:
+        print(_as_text(facts))
+    return 0
+
+
+def inspect(settings: InspectSettings) -> dict[str, Any]:
+    """The facts as JSON values; sizes are in bytes. Raises CheckpointError or ConfigError."""
+    from gptq_api.gptq.checkpoint import Expected, open_checkpoint
+    from gptq_api.gptq.summary import summarise
+    from gptq_api.model import runner
+    from gptq_api.model.config import read_config
+    from gptq_api.model.plan import plan_serving
+
+    device = runner.resolve_device(settings)
+    expected = Expected(settings.gptq_wbits, settings.gptq_groupsize, settings.gptq_act_order)
+    checkpoint = open_checkpoint(runner.model_path(settings), settings.gptq_ckpt, expected)
+    config = read_config(checkpoint.folder)
+    dtype = runner.resolve_dtype(settings, device, checkpoint)
+    plan = plan_serving(checkpoint, config, device, dtype)
+    summary = summarise(checkpoint)
+    length = settings.max_model_len or config.max_position_embeddings
+    memory = runner.cache_memory(settings, device, plan.weight_bytes)
+    block_bytes = plan.kv_bytes_per_token * settings.block_size
+    num_blocks = runner.num_cache_blocks(settings, block_bytes, length, memory)
+    return {
+        "path": str(checkpoint.folder),
+        "layout": checkpoint.layout,
+        "files": [file.name for file in checkpoint.files],
+        "architecture": {
+            "name": "llama",
+            "layers": config.num_hidden_layers,
+            "hidden_size": config.hidden_size,
+            "heads": config.num_attention_heads,
+            "kv_heads": config.num_key_value_heads,
+            "head_dim": config.head_dim,
+            "intermediate_size": config.intermediate_size,
+            "vocab_size": config.vocab_size,
+            "rope": config.rope.rope_type,
+            "tied": config.tie_word_embeddings,
+            "max_position_embeddings": config.max_position_embeddings,
+        },
+        "quantisation": {
+            "modules": summary.num_modules,
+            "bits": summary.bits,
+            "group_size": summary.group_sizes,
+            "act_order_modules": summary.num_act_order,
+            "sym_modules": summary.num_sym,
+            "zero_version": summary.zero_versions,
+            "config": checkpoint.config.source,
+        },
+        "device": str(device),
+        "dtype": str(dtype).removeprefix("torch."),
+        "paths": plan.paths,
+        "weight_bytes": plan.weight_bytes,
+        "kv_bytes_per_token": plan.kv_bytes_per_token,
+        "kv_cache_bytes": num_blocks * block_bytes,
+        "kv_cache_tokens": num_blocks * settings.block_size,
+        "max_model_len": length,
+        "warnings": list(checkpoint.warnings),
+    }
+
+
+def _as_text(facts: dict[str, Any]) -> str:
+    arch, quant = facts["architecture"], facts["quantisation"]
+    num_modules = quant["modules"]
+    lengths = facts["kv_cache_tokens"] / facts["max_model_len"]
+    rows = [
+        ("checkpoint", facts["path"]),
+        ("layout", f"{facts['layout']}: {', '.join(facts['files'])}"),
+        (
+            "architecture",
+            f"LLaMA, {arch['layers']} layers, hidden {arch['hidden_size']}, {arch['heads']} heads "
+            f"({arch['kv_heads']} KV, {arch['head_dim']} wide), FFN {arch['intermediate_size']}, "
+            f"vocabulary {arch['vocab_size']}{', tied' if arch['tied'] else ''}",
+        ),
+        ("positions", f"{arch['max_position_embeddings']} (rope {arch['rope']})"),
+        ("bits", _counts(quant["bits"])),
+        ("group size", _counts(quant["group_size"])),
+        ("act-order", _share(quant["act_order_modules"], num_modules)),
+        ("symmetric", _share(quant["sym_modules"], num_modules)),
+        ("zero points", _counts({f"v{version}": count for version, count in quant["zero_version"].items()})),
+        ("quant config", quant["config"] or "none (everything is read from the tensors)"),
+        ("runs on", f"{facts['device']}, {facts['dtype']}"),
+        *((f"  {kind}", path) for kind, path in facts["paths"].items()),
+        ("weights", f"{facts['weight_bytes'] / 2**20:.1f} MiB"),
+        ("KV cache", f"{facts['kv_bytes_per_token']} bytes per token"),
+        (
+            "  fits",
+            f"{facts['kv_cache_tokens']} tokens in {facts['kv_cache_bytes'] / 2**20:.0f} MiB: "
+            f"{lengths:.1f} sequences of {facts['max_model_len']}",
+        ),
+        *(("warning", warning) for warning in facts["warnings"]),
+    ]
+    return "\n".join(f"{name:<14}{value}" for name, value in rows)
+
+
+def _counts(found: dict[Any, int]) -> str:
+    if len(found) == 1:
+        return str(next(iter(found)))
+    return ", ".join(f"{value} ({count} modules)" for value, count in sorted(found.items()))
+
+
+def _share(count: int, total: int) -> str:
+    return "yes" if count == total else "no" if count == 0 else f"{count} of {total} modules"
