@@ -17,9 +17,12 @@ import threading
 import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import pytest
+from checkpoints import Recipe, random_model, write_checkpoint
+from text_tokenizers import byte_level
 
 CHAT = [sys.executable, "-m", "gptq_api", "chat"]
 
@@ -296,3 +299,65 @@ def test_control_d_leaves(peer: Peer) -> None:
     terminal.wait_for(">")
     terminal.type("\x04")
     assert terminal.close() == 0
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random weights: what it says is noise, but the same noise every time."""
+    folder = byte_level(tmp_path_factory.mktemp("vicuna-tiny"))
+    return write_checkpoint(folder, random_model(Recipe(vocab_size=512, max_position_embeddings=512)))
+
+
+SMALL = ("--kv-cache-mib", "16", "--num-threads", "1", "--device", "cpu")
+
+
+def test_in_process(checkpoint: Path) -> None:
+    """Two answers of one conversation; the same seed says the same again in another process."""
+    flags = (*SMALL, "--max-tokens", "8", "--seed", "3")
+    runs = [chat("Hello\nagain\n", str(checkpoint), *flags) for _ in range(2)]
+    for done in runs:
+        assert done.returncode == 0, done.stderr
+        assert "4-bit GPTQ" in done.stderr
+        assert "built-in vicuna_v1.1" in done.stderr
+        assert done.stderr.count(" tokens, ") == 2
+    assert runs[0].stdout == runs[1].stdout
+
+
+def test_in_process_forgets_the_oldest_turns_when_the_context_is_full(checkpoint: Path) -> None:
+    lines = ["word " * 20] * 4 + ["word " * 2000, "never"]
+    done = chat("\n".join(lines), str(checkpoint), *SMALL, "--max-tokens", "40", "--seed", "3")
+    assert "messages are forgotten" in done.stderr
+    assert done.stderr.count("first after") == 4
+    assert done.returncode == 1
+    assert "the model's context holds 512" in done.stderr
+
+
+def test_the_engine_dies(checkpoint: Path) -> None:
+    process = subprocess.Popen(
+        [*CHAT, str(checkpoint), *SMALL, "--max-tokens", "4"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdin and process.stdout and process.stderr
+    process.stdin.write("Hello\n")
+    process.stdin.flush()
+    for line in process.stderr:
+        if " tokens" in line and "first after" in line:
+            break
+    tasks = Path(f"/proc/{process.pid}/task").glob("*/children")
+    (engine,) = " ".join(task.read_text() for task in tasks).split()
+    os.kill(int(engine), signal.SIGKILL)
+    output, errors = process.communicate("again\nnever\n", timeout=30)
+    assert process.returncode == 1
+    assert errors.startswith("gptq-api chat: the engine process ")
+    assert errors.count("\n") == 1
+    assert "Traceback" not in errors + output
+
+
+def test_a_checkpoint_without_weights_is_one_sentence(tmp_path: Path) -> None:
+    done = chat("hi\n", str(byte_level(tmp_path)), *SMALL)
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert str(tmp_path) in done.stderr
