@@ -17,7 +17,7 @@ import time
 
 import msgspec
 
-from gptq_api.config import Settings
+from gptq_api.config import ConfigError, Settings
 from gptq_api.engine import wire
 from gptq_api.types import Abort, Add, Failed, Ready, ToEngine
 
@@ -59,14 +59,14 @@ def _read(sock: socket.socket, inbox: Inbox) -> None:
 
 def _serve(sock: socket.socket, inbox: Inbox, settings: Settings) -> int:
     from gptq_api.engine.core import Engine
-    from gptq_api.gptq.checkpoint import CheckpointError
-    from gptq_api.model.loader import load_runner
+    from gptq_api.gptq.errors import CheckpointError
+    from gptq_api.model.runner import load_runner
     from gptq_api.scheduler.blocks import BlockManager
     from gptq_api.scheduler.scheduler import Scheduler
 
     try:
         runner = load_runner(settings)
-    except (CheckpointError, MemoryError, OSError) as error:
+    except (CheckpointError, ConfigError, MemoryError, OSError) as error:
         sock.sendall(wire.encode(Failed(str(error) or f"{type(error).__name__} while loading the model")))
         return 1
     budget = settings.max_num_batched_tokens or (512 if runner.device == "cpu" else 2048)
