@@ -20,16 +20,14 @@
 namespace gptq {
 namespace {
 
-constexpr int kConsumerGroups = 2;
-constexpr int kThreads = (kConsumerGroups + 1) * 128;
+constexpr int kMaxGroups = 4;             // consumer warpgroups of a block
 constexpr int kMaxBlocks = 512;           // of one launch; bounds the flags in the workspace
 constexpr int kMaxSplitBlocks = 264;      // that may leave partial sums
-constexpr size_t kFlagBytes = kMaxBlocks * kConsumerGroups * sizeof(int);
+constexpr size_t kFlagBytes = kMaxBlocks * kMaxGroups * sizeof(int);
 constexpr size_t kPartialBytes = size_t{132 + 32} * 128 * 256 * sizeof(float);
 constexpr int kRaster = 8;                // token tiles that run side by side, so that they share weights in L2
 
 struct Params {
-  const uint8_t* weight;
   uint16_t* y;
   const uint16_t* bias;
   const uint16_t* residual;
@@ -40,7 +38,8 @@ struct Params {
   int m_tiles, n_tiles;          // n_tiles: in units of a cluster
   int tiles, split_tiles;        // the first split_tiles are cut along k over all clusters
   int clusters, stages, groups;
-  bool zeros, silu;
+  int paired;
+  bool zeros;
 };
 
 struct Segment {
@@ -88,8 +87,7 @@ struct RowPair {
   ZeroPair zero;
   uint32_t scale[2], rest[2];  // bf16: the fp16 scale is scale + rest to 16 bits
 
-  __device__ __forceinline__ void load(const uint8_t* chunk, int group, int groups, bool zeros, int g) {
-    const uint32_t s = *reinterpret_cast<const uint32_t*>(chunk + kWeightBytes + 32 * group + 4 * g);
+  __device__ __forceinline__ RowPair(uint32_t s, uint32_t z) : zero(load_zeros<BF>(z)) {
     if constexpr (BF) {
       const float2 f = scale_pair(s);
       const float both[2] = {f.x, f.y};
@@ -103,8 +101,6 @@ struct RowPair {
       scale[0] = __byte_perm(s, s, 0x1010);
       scale[1] = __byte_perm(s, s, 0x3232);
     }
-    zero = zeros ? load_zeros<BF>(*reinterpret_cast<const uint16_t*>(chunk + kWeightBytes + 32 * groups + 16 * group + 2 * g))
-                 : symmetric_zeros<BF>();
   }
   __device__ __forceinline__ void weights(uint32_t q, uint32_t (&a)[4]) const {
     dequant<BF>(q, a, zero);
@@ -121,49 +117,60 @@ struct RowPair {
   }
 };
 
+// What one warp needs of a chunk of its strip, as it lies in memory.
+template <int GROUPS>
+struct Packed {
+  uint32_t q[8], scale[GROUPS], zero[GROUPS];
+
+  // GROUPS 1: one group per chunk. GROUPS 4: `groups` 2 or 4, entry i is the group of k 32i..32i+31.
+  __device__ __forceinline__ void fetch(const uint8_t* chunk, int groups, bool zeros, int lane) {
+#pragma unroll
+    for (int b = 0; b < 2; b++) *reinterpret_cast<uint4*>(q + 4 * b) = *reinterpret_cast<const uint4*>(chunk + b * kBlockBytes + lane * 16);
+#pragma unroll
+    for (int i = 0; i < GROUPS; i++) {
+      const int group = GROUPS == 1 ? 0 : (i * groups) >> 2;
+      scale[i] = *reinterpret_cast<const uint32_t*>(chunk + kWeightBytes + 32 * group + (lane & 28));
+      zero[i] = 0x0808;
+      if (zeros) zero[i] = *reinterpret_cast<const uint16_t*>(chunk + kWeightBytes + 32 * (GROUPS == 1 ? 1 : groups) + 16 * group + (lane & 28) / 2);
+    }
+  }
+};
+
 template <bool BF>
 __device__ __forceinline__ uint32_t pack(float a, float b) {
   return static_cast<uint32_t>(to_16bit<BF>(a)) | (static_cast<uint32_t>(to_16bit<BF>(b)) << 16);
 }
 __device__ __forceinline__ float silu(float v) { return v / (1.f + __expf(-v)); }
 
-template <bool BF>
-__device__ __forceinline__ uint4 add8(uint4 a, uint4 b) {
-  const uint32_t x[4] = {a.x, a.y, a.z, a.w}, y[4] = {b.x, b.y, b.z, b.w};
-  uint32_t r[4];
-#pragma unroll
-  for (int i = 0; i < 4; i++)
-    r[i] = pack<BF>(from_16bit<BF>(x[i] & 0xffff) + from_16bit<BF>(y[i] & 0xffff), from_16bit<BF>(x[i] >> 16) + from_16bit<BF>(y[i] >> 16));
-  return {r[0], r[1], r[2], r[3]};
-}
-
-// ONE: one scale group per chunk, or fewer. TN tokens and 64*FR rows per consumer warpgroup, CL blocks per cluster.
-template <bool BF_, bool ONE_, int TN_, int FR_, int CL_>
+// A kernel: TN tokens and 64*FR rows for each of NWG consumer warpgroups, CL blocks per cluster. ONE: one scale group per chunk, or fewer.
+template <bool BF_, bool ONE_, int TN_, int FR_, int CL_, int NWG_>
 struct Shape {
   static constexpr bool BF = BF_, ONE = ONE_;
-  static constexpr int TN = TN_, FR = FR_, CL = CL_;
-  static constexpr int kStrips = 4 * FR * kConsumerGroups, kRows = 16 * kStrips;
+  static constexpr int TN = TN_, FR = FR_, CL = CL_, NWG = NWG_;
+  static constexpr int kStrips = 4 * FR * NWG, kRows = 16 * kStrips, kThreads = 128 * (NWG + 1);
   static constexpr int kTokenBytes = TN * kChunkK * 2;                    // of one slot
   static constexpr int kPass = TN == 256 && !ONE ? 16 : TN < 32 ? TN : 32;  // tokens the epilogue turns at a time
   static constexpr int kPassBytes = kPass * 128;                          // per warpgroup
-  static constexpr int kStep = FR == 1 ? 4 : 2;                           // k16 steps between two commits
-  static constexpr int kMinBlocks = TN * FR <= 64 ? 2 : 1;
-  // Of the 64,512 or 30,720 registers that kThreads start with at one or two blocks per multiprocessor.
-  static constexpr int kProducerRegisters = kMinBlocks == 1 ? 40 : 32, kConsumerRegisters = kMinBlocks == 1 ? 232 : 104;
+  static constexpr int kStep = FR == 1 && TN * NWG < 512 ? 4 : FR == 1 && NWG == 2 ? 4 : 2;  // k16 steps between two commits
+  static constexpr int kMinBlocks = TN * FR <= 64 && NWG == 2 ? 2 : 1;
+  // Registers per thread, of the 64,512 (2 groups), 30,720 (2 groups, twice per multiprocessor), 65,536 (3) or 61,440 (4) at the start.
+  static constexpr int kProducerRegisters = NWG == 2 && kMinBlocks == 1 ? 40 : 32;
+  static constexpr int kConsumerRegisters = NWG == 4 ? 112 : NWG == 3 ? 160 : kMinBlocks == 2 ? 104 : 232;
   static int slot_bytes(int chunk_bytes) { return kTokenBytes + kStrips * chunk_bytes; }
-  static int fixed_bytes(int stages) { return kConsumerGroups * kPassBytes + 16 * stages; }
+  static int fixed_bytes(int stages) { return NWG * kPassBytes + 16 * stages; }
 };
 
 template <class S>
-__global__ void __launch_bounds__(kThreads, S::kMinBlocks) gemm_wgmma_kernel(const __grid_constant__ CUtensorMap tokens, const Params p) {
+__global__ void __launch_bounds__(S::kThreads, S::kMinBlocks) gemm_wgmma_kernel(const __grid_constant__ CUtensorMap weight_map,
+                                                                              const __grid_constant__ CUtensorMap token_map, const Params p) {
 #ifdef __CUDA_ARCH__
-  constexpr int TN = S::TN, FR = S::FR, CL = S::CL;
+  constexpr int TN = S::TN, FR = S::FR, CL = S::CL, NWG = S::NWG;
   extern __shared__ __align__(1024) uint8_t smem[];
   uint8_t* const slots_x = smem;
   uint8_t* const slots_w = smem + p.stages * S::kTokenBytes;
   const int slot_w_bytes = S::kStrips * p.chunk_bytes;
   uint8_t* const turn = slots_w + p.stages * slot_w_bytes;
-  const uint32_t full = smem_addr(turn + kConsumerGroups * S::kPassBytes), empty = full + 8 * p.stages;
+  const uint32_t full = smem_addr(turn + NWG * S::kPassBytes), empty = full + 8 * p.stages;
 
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
   const uint32_t rank = CL == 1 ? 0 : cluster_rank();
@@ -172,7 +179,7 @@ __global__ void __launch_bounds__(kThreads, S::kMinBlocks) gemm_wgmma_kernel(con
   if (threadIdx.x == 0) {
     for (int i = 0; i < p.stages; i++) {
       mbar_init(full + 8 * i, 1);
-      mbar_init(empty + 8 * i, 4 * kConsumerGroups * CL);
+      mbar_init(empty + 8 * i, 4 * NWG * CL);
     }
     mbar_init_fence();
   }
@@ -181,59 +188,61 @@ __global__ void __launch_bounds__(kThreads, S::kMinBlocks) gemm_wgmma_kernel(con
   else
     cluster_sync();
 
-  if (warp >= 4 * kConsumerGroups) {
+  if (warp >= 4 * NWG) {
     // ---- producer -------------------------------------------------------------------------------------------------------------------
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(S::kProducerRegisters));
-    if (warp == 4 * kConsumerGroups) {
-    if (lane == 0) tensor_prefetch(&tokens);
-    const int tx = S::kTokenBytes + slot_w_bytes;
-    auto load_weights = [&](int tile, int chunk, int slot) {
-      int m_tile, n_tile;
-      tile_position(p, tile, m_tile, n_tile);
-      if (lane == 0) mbar_expect(full + 8 * slot, tx);
-      __syncwarp();
-      if (lane < S::kStrips) {
-        const int strip = min((n_tile * CL + static_cast<int>(rank)) * S::kStrips + lane, p.strips - 1);
-        bulk_load(smem_addr(slots_w + slot * slot_w_bytes + lane * p.chunk_bytes),
-                  p.weight + (static_cast<int64_t>(strip) * p.chunks + chunk) * p.chunk_bytes, p.chunk_bytes, full + 8 * slot);
+    if (threadIdx.x == 128 * NWG) {
+      tensor_prefetch(&weight_map);
+      tensor_prefetch(&token_map);
+      const int tx = S::kTokenBytes + slot_w_bytes;
+      struct Feed {
+        Walk walk;
+        Segment at;
+        int strip, token;
+        bool more;
+        __device__ __forceinline__ void open(const Params& p, int rank) {
+          more = walk.next(p, at);
+          if (!more) return;
+          int m_tile, n_tile;
+          tile_position(p, at.tile, m_tile, n_tile);
+          strip = (n_tile * CL + rank) * S::kStrips;
+          token = m_tile * TN + rank * (TN / CL);
+        }
+        __device__ __forceinline__ void step(const Params& p, int rank) {
+          if (++at.first == at.last) open(p, rank);
+        }
+      };
+      auto load_weights = [&](const Feed& feed, int slot) {
+        mbar_expect(full + 8 * slot, tx);
+        tensor_load_3d(smem_addr(slots_w) + slot * slot_w_bytes, &weight_map, 0, feed.at.first, feed.strip, full + 8 * slot);
+      };
+      auto load_tokens = [&](const Feed& feed, int slot) {
+#pragma unroll
+        for (int panel = 0; panel < 2; panel++) {
+          const uint32_t dst = smem_addr(slots_x) + slot * S::kTokenBytes + (panel * TN + rank * (TN / CL)) * 128;
+          const int k = feed.at.first * kChunkK + 64 * panel;
+          if constexpr (CL == 1)
+            tensor_load(dst, &token_map, k, feed.token, full + 8 * slot);
+          else
+            tensor_load_multicast(dst, &token_map, k, feed.token, full + 8 * slot, (1 << CL) - 1);
+        }
+      };
+      // The first lap over the ring needs no free slot, and its weights need nothing of the kernel before this one.
+      Feed ahead{Walk(p, cluster)};
+      ahead.open(p, rank);
+      Feed behind = ahead;
+      for (int i = 0; i < p.stages && ahead.more; i++, ahead.step(p, rank)) load_weights(ahead, i);
+      grid_wait();
+      for (int i = 0; i < p.stages && behind.more; i++, behind.step(p, rank)) load_tokens(behind, i);
+      int slot = 0;
+      uint32_t parity = 0;
+      for (; ahead.more; ahead.step(p, rank)) {
+        mbar_wait(empty + 8 * slot, parity);
+        load_weights(ahead, slot);
+        load_tokens(ahead, slot);
+        if (++slot == p.stages) slot = 0, parity ^= 1;
       }
-    };
-    auto load_tokens = [&](int tile, int chunk, int slot) {
-      int m_tile, n_tile;
-      tile_position(p, tile, m_tile, n_tile);
-      if (lane < 2) {
-        const uint32_t dst = smem_addr(slots_x + slot * S::kTokenBytes) + lane * TN * 128;
-        if constexpr (CL == 1)
-          tensor_load(dst, &tokens, chunk * kChunkK + 64 * lane, m_tile * TN, full + 8 * slot);
-        else
-          tensor_load_multicast(dst + rank * (TN / CL) * 128, &tokens, chunk * kChunkK + 64 * lane, m_tile * TN + rank * (TN / CL), full + 8 * slot,
-                                (1 << CL) - 1);
-      }
-    };
-    // The first lap over the ring needs no free slot, and its weights need nothing of the kernel before this one.
-    Walk ahead(p, cluster), behind(p, cluster);
-    Segment s, b;
-    int slot = 0;
-    bool more = ahead.next(p, s);
-    for (int i = 0; i < p.stages && more; i++) {
-      load_weights(s.tile, s.first, i);
-      if (++s.first == s.last) more = ahead.next(p, s);
-    }
-    grid_wait();
-    bool late = behind.next(p, b);
-    for (int i = 0; i < p.stages && late; i++) {
-      load_tokens(b.tile, b.first, i);
-      if (++b.first == b.last) late = behind.next(p, b);
-    }
-    uint32_t parity = 0;
-    while (more) {
-      mbar_wait(empty + 8 * slot, parity);
-      load_weights(s.tile, s.first, slot);
-      load_tokens(s.tile, s.first, slot);
-      if (++slot == p.stages) slot = 0, parity ^= 1;
-      if (++s.first == s.last) more = ahead.next(p, s);
-    }
-    grid_launch_dependents();
+      grid_launch_dependents();
     }
   } else {
     // ---- consumers ------------------------------------------------------------------------------------------------------------------
@@ -242,41 +251,36 @@ __global__ void __launch_bounds__(kThreads, S::kMinBlocks) gemm_wgmma_kernel(con
     constexpr int kStep = S::kStep, kSteps = 8 / kStep;
     float d[FR][TN / 2];
     uint32_t a[2][FR][kStep][4];
-    RowPair<S::BF> rows[FR];
+    Packed<S::ONE ? 1 : 4> packed[FR];
 
-    auto dequantise = [&](uint32_t(&to)[FR][kStep][4], const uint8_t* slot, int step) {
+    auto dequantise = [&](uint32_t(&to)[FR][kStep][4], int step) {
 #pragma unroll
       for (int f = 0; f < FR; f++) {
-        const uint8_t* chunk = slot + ((group * FR + f) * 4 + quarter) * p.chunk_bytes;
-        uint32_t q[kStep];
-        const uint8_t* words = chunk + (step * kStep / 4) * kBlockBytes + lane * 16 + (step * kStep % 4) * 4;
-        if constexpr (kStep == 4)
-          *reinterpret_cast<uint4*>(q) = *reinterpret_cast<const uint4*>(words);
-        else
-          *reinterpret_cast<uint2*>(q) = *reinterpret_cast<const uint2*>(words);
-        if (S::ONE && step == 0) rows[f].load(chunk, 0, 1, p.zeros, g);
 #pragma unroll
         for (int j = 0; j < kStep; j++) {
-          if (!S::ONE && j % 2 == 0) rows[f].load(chunk, ((step * kStep + j) / 2 * p.groups) >> 2, p.groups, p.zeros, g);
-          rows[f].weights(q[j], to[f][j]);
+          const int k16 = step * kStep + j, i = S::ONE ? 0 : k16 / 2;
+          RowPair<S::BF>(packed[f].scale[i], packed[f].zero[i]).weights(packed[f].q[k16], to[f][j]);
         }
       }
     };
-    auto multiply = [&](uint32_t(&from)[FR][kStep][4], uint32_t xs, int step, int accumulate) {
-      const uint64_t desc = wgmma_desc(xs + (step * kStep / 4) * TN * 128) + step * kStep % 4 * 2;
+    auto multiply = [&](uint32_t(&from)[FR][kStep][4], uint32_t tokens, int step, int accumulate) {
       wgmma_fence();
 #pragma unroll
       for (int j = 0; j < kStep; j++)
 #pragma unroll
-        for (int f = 0; f < FR; f++) Wgmma<S::BF, TN>::mma(d[f], from[f][j], desc + 2 * j, j == 0 ? accumulate : 1);
+        for (int f = 0; f < FR; f++) {
+          const int k16 = step * kStep + j;
+          Wgmma<S::BF, TN>::mma(d[f], from[f][j], wgmma_desc(tokens + k16 / 4 * (TN * 128 >> 4) + k16 % 4 * 2), j == 0 ? accumulate : 1);
+        }
       wgmma_commit();
     };
+    const uint32_t empty_there = CL == 1 ? empty : cluster_address(empty, lane & (CL - 1));
     auto release = [&](int slot) {
-      __syncwarp();
-      if (CL == 1) {
-        if (lane == 0) mbar_arrive(empty + 8 * slot);
-      } else if (lane < CL) {
-        mbar_arrive_remote(empty + 8 * slot, lane);
+      if (lane < CL) {
+        if constexpr (CL == 1)
+          mbar_arrive(empty + 8 * slot);
+        else
+          mbar_arrive_cluster(empty_there + 8 * slot);
       }
     };
 
@@ -285,28 +289,38 @@ __global__ void __launch_bounds__(kThreads, S::kMinBlocks) gemm_wgmma_kernel(con
     Segment s;
     int slot = 0;
     uint32_t parity = 0;
-    while (walk.next(p, s)) {
+    const uint8_t* const my_chunk = slots_w + (group * FR * 4 + quarter) * p.chunk_bytes;
+    const uint8_t* chunk = my_chunk;                       // of this warp in the current slot
+    const uint32_t tokens0 = smem_addr(slots_x) >> 4;
+    uint32_t tokens = tokens0;                             // of the current slot, as in a descriptor
+    auto fetch = [&] {
       mbar_wait(full + 8 * slot, parity);
-      dequantise(a[0], slots_w + slot * slot_w_bytes, 0);
+#pragma unroll
+      for (int f = 0; f < FR; f++) packed[f].fetch(chunk + f * 4 * p.chunk_bytes, p.groups, p.zeros, lane);
+    };
+    while (walk.next(p, s)) {
+      fetch();
+      dequantise(a[0], 0);
       int previous = 0;
       for (int c = s.first; c < s.last; c++) {
-        const uint32_t xs = smem_addr(slots_x + slot * S::kTokenBytes);
-        const int here = slot;
+        const uint32_t here = __reduce_max_sync(0xffffffffu, tokens);  // the same in all lanes, and now in a uniform register
 #pragma unroll
         for (int step = 0; step < kSteps; step++) {
-          multiply(a[step & 1], xs, step, step == 0 ? c > s.first : 1);
+          multiply(a[step & 1], here, step, step == 0 ? c > s.first : 1);
           if (step + 1 < kSteps) {
             wgmma_wait<1>();
             if (step == 0 && c > s.first) release(previous);
-            dequantise(a[(step + 1) & 1], slots_w + here * slot_w_bytes, step + 1);
+            dequantise(a[(step + 1) & 1], step + 1);
           }
         }
-        if (++slot == p.stages) slot = 0, parity ^= 1;
-        previous = here;
+        previous = slot++;
+        chunk += slot_w_bytes;
+        tokens += S::kTokenBytes >> 4;
+        if (slot == p.stages) slot = 0, parity ^= 1, chunk = my_chunk, tokens = tokens0;
         if (c + 1 < s.last) {
-          mbar_wait(full + 8 * slot, parity);
+          fetch();
           wgmma_wait<1>();
-          dequantise(a[0], slots_w + slot * slot_w_bytes, 0);
+          dequantise(a[0], 0);
         }
       }
       wgmma_wait<0>();
@@ -319,7 +333,7 @@ __global__ void __launch_bounds__(kThreads, S::kMinBlocks) gemm_wgmma_kernel(con
       // ---- partial sums of a tile that was cut along k ----------------------------------------------------------------------------
       const int mine = p.clusters - 1 - cluster;
       auto partial = [&](int i, int f) {
-        return reinterpret_cast<float4*>(p.partials) + (static_cast<int64_t>((i * CL + rank) * kConsumerGroups + group) * FR + f) * (TN / 8) * 128 + thread;
+        return reinterpret_cast<float4*>(p.partials) + (static_cast<int64_t>((i * CL + rank) * NWG + group) * FR + f) * (TN / 8) * 128 + thread;
       };
       if (s.first > 0) {
 #pragma unroll
@@ -328,31 +342,31 @@ __global__ void __launch_bounds__(kThreads, S::kMinBlocks) gemm_wgmma_kernel(con
 #pragma unroll
           for (int i = 0; i < TN / 8; i++) __stcg(to + i * 128, make_float4(d[f][4 * i], d[f][4 * i + 1], d[f][4 * i + 2], d[f][4 * i + 3]));
         }
-        __threadfence();
         named_barrier(1 + group, 128);
-        if (thread == 0) flag_set(p.flags + (mine * CL + rank) * kConsumerGroups + group);
+        if (thread == 0) flag_set(p.flags + (mine * CL + rank) * NWG + group);
         continue;
       }
       if (s.last < p.chunks) {
-        const int tile_end = (s.tile + 1) * p.chunks;
-        for (int i = mine + 1, begin = split_begin(p, i); begin < tile_end; i++) {
-          const int end = split_begin(p, i + 1);
-          if (begin == end) continue;
-          begin = end;
-          int* flag = p.flags + (i * CL + rank) * kConsumerGroups + group;
-          if (thread == 0)
-            while (!flag_is_set(flag)) __nanosleep(20);
-          named_barrier(1 + group, 128);
+        int others = 1;
+        for (const int tile_end = (s.tile + 1) * p.chunks; split_begin(p, mine + 1 + others) < tile_end;) others++;
+        for (int i = thread; i < others; i += 128) {
+          int* flag = p.flags + ((mine + 1 + i) * CL + rank) * NWG + group;
+          while (!flag_is_set(flag)) __nanosleep(20);
+          *flag = 0;  // ready for the next launch on this stream
+        }
+        named_barrier(1 + group, 128);
+        for (int i = 1; i <= others; i += 4) {
 #pragma unroll
           for (int f = 0; f < FR; f++) {
-            const float4* from = partial(i, f);
 #pragma unroll
             for (int k = 0; k < TN / 8; k++) {
-              const float4 v = __ldcg(from + k * 128);
-              d[f][4 * k] += v.x, d[f][4 * k + 1] += v.y, d[f][4 * k + 2] += v.z, d[f][4 * k + 3] += v.w;
+              float4 v[4];
+#pragma unroll
+              for (int j = 0; j < 4; j++) v[j] = i + j <= others ? __ldcg(partial(mine + i + j, f) + k * 128) : make_float4(0.f, 0.f, 0.f, 0.f);
+#pragma unroll
+              for (int j = 0; j < 4; j++) d[f][4 * k] += v[j].x, d[f][4 * k + 1] += v[j].y, d[f][4 * k + 2] += v[j].z, d[f][4 * k + 3] += v[j].w;
             }
           }
-          if (thread == 0) *flag = 0;  // ready for the next launch on this stream
         }
       }
 
@@ -363,21 +377,37 @@ __global__ void __launch_bounds__(kThreads, S::kMinBlocks) gemm_wgmma_kernel(con
       const uint32_t box_addr = smem_addr(box);
 #pragma unroll
       for (int f = 0; f < FR; f++) {
-        const int row = ((n_tile * CL + static_cast<int>(rank)) * kConsumerGroups + group) * 64 * FR + 64 * f;
+        const int strip0 = (((n_tile * CL + static_cast<int>(rank)) * NWG + group) * FR + f) * 4;
+        // Where the 8 rows of one half of a strip stand in the output.
+        auto column_of = [&](int strip, int half) { return p.paired != 0 ? half * (p.n / 2) + 8 * strip : 16 * strip + 8 * half; };
         float bias0 = 0.f, bias8 = 0.f;
-        if (p.bias != nullptr && row + 16 * quarter < p.n) {
-          bias0 = from_16bit<S::BF>(p.bias[row + 16 * quarter + g]);
-          bias8 = from_16bit<S::BF>(p.bias[row + 16 * quarter + g + 8]);
+        if (p.bias != nullptr && strip0 + quarter < p.strips) {
+          bias0 = from_16bit<S::BF>(p.bias[column_of(strip0 + quarter, 0) + g]);
+          bias8 = from_16bit<S::BF>(p.bias[column_of(strip0 + quarter, 1) + g]);
         }
 #pragma unroll
         for (int pass = 0; pass < TN / S::kPass; pass++) {
           const int token0 = m_tile * TN + pass * S::kPass;
           if (token0 >= p.m) break;
+          auto each_unit = [&](auto&& visit) {  // 8 columns of one token, 16 bytes of the box
+#pragma unroll
+            for (int i = 0; i < S::kPass * 8 / 128; i++) {
+              const int index = i * 128 + thread, token = p.paired == 2 ? index >> 2 : index >> 3;
+              const int unit = p.paired == 2 ? index & 3 : index & 7, strip = strip0 + (p.paired == 2 ? unit : unit >> 1);
+              if (token < S::kPass && token0 + token < p.m && strip < p.strips)
+                visit(reinterpret_cast<uint4*>(box + token * 128 + ((unit ^ (token & 7)) << 4)), static_cast<int64_t>(token0 + token),
+                      column_of(strip, p.paired == 2 ? 0 : unit & 1));
+            }
+          };
           named_barrier(1 + group, 128);
+          if (p.residual != nullptr) {
+            each_unit([&](uint4* at, int64_t token, int column) { *at = *reinterpret_cast<const uint4*>(p.residual + token * p.ldr + column); });
+            named_barrier(1 + group, 128);
+          }
 #pragma unroll
           for (int half = 0; half < S::kPass / 16; half++) {
             const float* v = d[f] + (pass * S::kPass / 8 + half * 2) * 4;
-            if (p.silu) {
+            if (p.paired == 2) {
               const int token = half * 16 + (lane & 15);
               uint32_t r[2];
 #pragma unroll
@@ -386,21 +416,19 @@ __global__ void __launch_bounds__(kThreads, S::kMinBlocks) gemm_wgmma_kernel(con
               stmatrix_x2_trans(box_addr + token * 128 + ((quarter ^ (token & 7)) << 4), r[0], r[1]);
             } else {
               const int token = half * 16 + (lane >> 4) * 8 + (lane & 7), unit = quarter * 2 + ((lane >> 3) & 1);
-              stmatrix_x4_trans(box_addr + token * 128 + ((unit ^ (token & 7)) << 4), pack<S::BF>(v[0] + bias0, v[1] + bias0),
-                                pack<S::BF>(v[2] + bias8, v[3] + bias8), pack<S::BF>(v[4] + bias0, v[5] + bias0), pack<S::BF>(v[6] + bias8, v[7] + bias8));
+              const uint32_t at = box_addr + token * 128 + ((unit ^ (token & 7)) << 4);
+              uint32_t r[4] = {0, 0, 0, 0};
+              if (p.residual != nullptr) ldmatrix_x4_trans(r, at);
+#pragma unroll
+              for (int j = 0; j < 4; j++) {
+                const float bias = j % 2 == 0 ? bias0 : bias8;
+                r[j] = pack<S::BF>(v[2 * j] + bias + from_16bit<S::BF>(r[j] & 0xffff), v[2 * j + 1] + bias + from_16bit<S::BF>(r[j] >> 16));
+              }
+              stmatrix_x4_trans(at, r[0], r[1], r[2], r[3]);
             }
           }
           named_barrier(1 + group, 128);
-          const int units_log2 = p.silu ? 2 : 3, columns = p.silu ? p.n / 2 : p.n, column0 = p.silu ? row / 2 : row;
-#pragma unroll
-          for (int i = 0; i < S::kPass * 8 / 128; i++) {
-            const int index = i * 128 + thread, token = index >> units_log2, unit = index & ((1 << units_log2) - 1);
-            const int column = column0 + unit * 8;
-            if (token >= S::kPass || token0 + token >= p.m || column >= columns) continue;
-            uint4 v = *reinterpret_cast<const uint4*>(box + token * 128 + ((unit ^ (token & 7)) << 4));
-            if (p.residual != nullptr) v = add8<S::BF>(v, *reinterpret_cast<const uint4*>(p.residual + (token0 + token) * p.ldr + column));
-            *reinterpret_cast<uint4*>(p.y + (token0 + token) * p.ldy + column) = v;
-          }
+          each_unit([&](uint4* at, int64_t token, int column) { *reinterpret_cast<uint4*>(p.y + token * p.ldy + column) = *at; });
         }
       }
     }
@@ -425,11 +453,23 @@ Encode tensor_map_encoder() {
   return encode;
 }
 
-bool token_map(CUtensorMap& map, const WgmmaGemm& call, int box_tokens) {
+// The packed weight as [strips][chunks][bytes of a chunk], in units of 8 bytes; a box is one chunk of `strips` strips.
+bool map_weight(CUtensorMap& map, const WgmmaGemm& call, const Params& p, int strips) {
+  const Encode encode = tensor_map_encoder();
+  if (encode == nullptr) return false;
+  const cuuint64_t chunk = static_cast<cuuint64_t>(p.chunk_bytes);
+  const cuuint64_t size[3] = {chunk / 8, static_cast<cuuint64_t>(p.chunks), static_cast<cuuint64_t>(p.strips)}, stride[2] = {chunk, chunk * p.chunks};
+  const cuuint32_t box[3] = {static_cast<cuuint32_t>(chunk / 8), 1, static_cast<cuuint32_t>(strips)}, step[3] = {1, 1, 1};
+  return encode(&map, CU_TENSOR_MAP_DATA_TYPE_FLOAT64, 3, const_cast<void*>(call.weight), size, stride, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                CU_TENSOR_MAP_SWIZZLE_NONE, CU_TENSOR_MAP_L2_PROMOTION_NONE, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+}
+
+// x [m, k]; a box is 64 k of `tokens` tokens, zeros beyond m and k.
+bool map_tokens(CUtensorMap& map, const WgmmaGemm& call, int tokens) {
   const Encode encode = tensor_map_encoder();
   if (encode == nullptr) return false;
   const cuuint64_t size[2] = {static_cast<cuuint64_t>(call.k), static_cast<cuuint64_t>(call.m)}, stride[1] = {static_cast<cuuint64_t>(call.ldx) * 2};
-  const cuuint32_t box[2] = {64, static_cast<cuuint32_t>(box_tokens)}, step[2] = {1, 1};
+  const cuuint32_t box[2] = {64, static_cast<cuuint32_t>(tokens)}, step[2] = {1, 1};
   return encode(&map, call.bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2, const_cast<void*>(call.x), size, stride, box,
                 step, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
                 CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
@@ -461,8 +501,8 @@ cudaError_t launch(const WgmmaGemm& call, Params p, int blocks_per_sm, cudaStrea
   Device device;
   cudaError_t error = current_device(device);
   if (error != cudaSuccess) return error;
-  CUtensorMap map;
-  if (!token_map(map, call, S::TN / S::CL)) return cudaErrorInvalidValue;
+  CUtensorMap weights, tokens;
+  if (!map_weight(weights, call, p, S::kStrips) || !map_tokens(tokens, call, S::TN / S::CL)) return cudaErrorInvalidValue;
 
   const int shared_limit = (device.shared_bytes + 1024) / blocks_per_sm - 1024;
   p.stages = (shared_limit - S::fixed_bytes(0)) / (S::slot_bytes(p.chunk_bytes) + 16);
@@ -484,7 +524,7 @@ cudaError_t launch(const WgmmaGemm& call, Params p, int blocks_per_sm, cudaStrea
 
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(p.clusters * S::CL);
-  config.blockDim = dim3(kThreads);
+  config.blockDim = dim3(S::kThreads);
   config.dynamicSmemBytes = shared;
   config.stream = stream;
   cudaLaunchAttribute attributes[2];
@@ -494,7 +534,7 @@ cudaError_t launch(const WgmmaGemm& call, Params p, int blocks_per_sm, cudaStrea
   attributes[1].val.programmaticStreamSerializationAllowed = 1;
   config.attrs = attributes;
   config.numAttrs = call.dependent_launch ? 2 : 1;
-  return cudaLaunchKernelEx(&config, kernel, map, p);
+  return cudaLaunchKernelEx(&config, kernel, weights, tokens, p);
 }
 
 template <bool BF, bool ONE>
@@ -503,24 +543,15 @@ cudaError_t choose(const WgmmaGemm& call, const Params& p, cudaStream_t stream) 
   if (tokens == 0) tokens = p.m <= 16 ? 16 : p.m <= 32 ? 32 : p.m <= 64 ? 64 : p.m <= 128 ? 128 : 256;
   if (cluster == 0) cluster = tokens >= 64 ? 2 : 1;
   if (blocks == 0) blocks = 1;
-  switch (tokens * 100 + cluster * 10 + (blocks > 1)) {
-#define GPTQ_CASE(TN, FR, CL) \
-  case TN * 100 + CL * 10: return launch<Shape<BF, ONE, TN, FR, CL>>(call, p, 1, stream)
-#define GPTQ_CASE2(TN, FR, CL) \
-  case TN * 100 + CL * 10 + 1: return launch<Shape<BF, ONE, TN, FR, CL>>(call, p, 2, stream); \
-  case TN * 100 + CL * 10: return launch<Shape<BF, ONE, TN, FR, CL>>(call, p, 1, stream)
-    GPTQ_CASE2(16, 1, 1);
-    GPTQ_CASE2(32, 1, 1);
-    GPTQ_CASE2(64, 1, 2);
-    GPTQ_CASE(128, 1, 2);
-    GPTQ_CASE(256, 1, 2);
-#ifdef GPTQ_WGMMA_PROBE
-    GPTQ_CASE2(64, 1, 1);
-    GPTQ_CASE(128, 1, 1);
-    GPTQ_CASE(256, 1, 1);
-#endif
+  switch (tokens * 1000 + cluster * 100 + call.groups_per_block * 10 + blocks) {
+#define GPTQ_CASE(TN, FR, CL, NWG, BLOCKS) \
+  case TN * 1000 + CL * 100 + NWG * 10 + BLOCKS: return launch<Shape<BF, ONE, TN, FR, CL, NWG>>(call, p, BLOCKS, stream);
+    GPTQ_CASE(16, 1, 1, 2, 1) GPTQ_CASE(16, 1, 1, 2, 2) GPTQ_CASE(16, 1, 1, 4, 1)
+    GPTQ_CASE(32, 1, 1, 2, 1) GPTQ_CASE(32, 1, 1, 2, 2) GPTQ_CASE(32, 1, 1, 4, 1)
+    GPTQ_CASE(64, 1, 1, 2, 1) GPTQ_CASE(64, 1, 1, 2, 2) GPTQ_CASE(64, 1, 1, 4, 1) GPTQ_CASE(64, 1, 2, 4, 1)
+    GPTQ_CASE(128, 1, 1, 3, 1) GPTQ_CASE(128, 1, 1, 4, 1) GPTQ_CASE(128, 1, 2, 3, 1) GPTQ_CASE(128, 2, 1, 2, 1)
+    GPTQ_CASE(256, 1, 1, 2, 1) GPTQ_CASE(256, 1, 2, 2, 1)
 #undef GPTQ_CASE
-#undef GPTQ_CASE2
   }
   return cudaErrorInvalidValue;
 }
@@ -533,9 +564,10 @@ cudaError_t gemm_wgmma(const WgmmaGemm& call, cudaStream_t stream) {
   const auto aligned = [](const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; };
   if (call.m <= 0 || call.n <= 0 || call.k <= 0 || call.n % 16 || call.k % 8 || call.ldx % 8 || call.ldy % 8 || call.ldr % 8) return cudaErrorInvalidValue;
   if (!aligned(call.weight) || !aligned(call.x) || !aligned(call.y) || !aligned(call.residual) || !aligned(call.workspace)) return cudaErrorInvalidValue;
-  if ((call.groups != 1 && call.groups != 2 && call.groups != 4) || (call.silu_pairs && call.residual != nullptr)) return cudaErrorInvalidValue;
+  if ((call.groups != 1 && call.groups != 2 && call.groups != 4) || call.paired < 0 || call.paired > 2 ||
+      (call.paired == 2 && call.residual != nullptr))
+    return cudaErrorInvalidValue;
   Params p = {};
-  p.weight = static_cast<const uint8_t*>(call.weight);
   p.y = static_cast<uint16_t*>(call.y);
   p.bias = static_cast<const uint16_t*>(call.bias);
   p.residual = static_cast<const uint16_t*>(call.residual);
@@ -550,7 +582,7 @@ cudaError_t gemm_wgmma(const WgmmaGemm& call, cudaStream_t stream) {
   p.ldr = call.ldr;
   p.groups = call.groups;
   p.zeros = call.zeros;
-  p.silu = call.silu_pairs;
+  p.paired = call.paired;
   const bool one = call.groups == 1;
   if (call.bf16) return one ? choose<true, true>(call, p, stream) : choose<true, false>(call, p, stream);
   return one ? choose<false, true>(call, p, stream) : choose<false, false>(call, p, stream);

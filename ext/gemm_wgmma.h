@@ -13,9 +13,9 @@ namespace gptq {
 struct WgmmaGemm {
   const void* weight;    // packed stream (layout.h), n/16 strips x ceil(k/128) chunks, 16-byte aligned
   const void* x;         // [m, k], row stride ldx; 16-byte aligned, ldx % 8 == 0; k in the packed order (permuted by the caller for act-order)
-  void* y;               // [m, n], or [m, n/2] with silu_pairs; row stride ldy; 16-byte aligned, ldy % 8 == 0
-  const void* bias;      // [n] in packed row order (16*strip + row of the strip), or null
-  const void* residual;  // [m, n], row stride ldr % 8 == 0, added after rounding; may be y itself; null with silu_pairs; or null
+  void* y;               // [m, n], or [m, n/2] with paired 2; row stride ldy; 16-byte aligned, ldy % 8 == 0
+  const void* bias;      // [n] in the order of the outputs, or null
+  const void* residual;  // like y, row stride ldr % 8 == 0, added before rounding; may be y itself; null with paired 2; or null
   void* workspace;       // gemm_wgmma_workspace_bytes(), zeroed once when allocated; left zeroed where it must be. One per stream: calls that
                          // may overlap in time must not share it.
   int m, n, k;           // n % 16 == 0, k % 8 == 0
@@ -23,10 +23,10 @@ struct WgmmaGemm {
   int groups;            // scale groups per 128 k: 1 (group 128 and above, or one group), 2, 4
   bool zeros;            // the stream carries zero points
   bool bf16;             // type of x, y, bias, residual; otherwise fp16
-  bool silu_pairs;       // rows g and g+8 of a strip are gate and up of one output: y = silu(gate) * up
+  int paired;            // 1: rows g, g+8 of a strip are outputs i and n/2 + i, i = 8*strip + g. 2: the same, and y = silu(row i) * (row n/2 + i)
   bool dependent_launch; // launch with programmatic dependent launch
   // Tuning; 0 lets the function choose. tokens: 16, 32, 64, 128, 256 tokens per tile.
-  int tokens, cluster, blocks_per_sm;
+  int tokens, cluster, groups_per_block, blocks_per_sm;
 };
 
 size_t gemm_wgmma_workspace_bytes();

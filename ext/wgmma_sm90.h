@@ -19,9 +19,12 @@ __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
 }
 
-// B tile with rows of 64 k (128 B) under the 128-byte swizzle: groups of 8 rows lie 1024 B apart. Advance by 16 k: add 2.
-__device__ __forceinline__ uint64_t wgmma_desc(uint32_t addr) {
-  return (uint64_t{1} << 62) | (uint64_t{64} << 32) | (uint64_t{1} << 16) | ((addr & 0x3FFFFu) >> 4);
+// B tile with rows of 64 k (128 B) under the 128-byte swizzle: groups of 8 rows lie 1024 B apart. `start` is the address / 16; 16 k are 2.
+__device__ __forceinline__ uint64_t wgmma_desc(uint32_t start) {
+  constexpr uint32_t kSwizzle128 = 1u << 30, kStride = 1024 >> 4;
+  uint64_t desc;
+  asm("mov.b64 %0, {%1, %2};" : "=l"(desc) : "r"(start), "n"(kSwizzle128 | kStride));
+  return desc;
 }
 
 template <bool BF, int N>
@@ -91,20 +94,28 @@ __device__ __forceinline__ uint32_t cluster_rank() {
 __device__ __forceinline__ void cluster_sync() {
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
-// Arrives at the barrier that lies at `bar` in block `rank` of the cluster.
-__device__ __forceinline__ void mbar_arrive_remote(uint32_t bar, uint32_t rank) {
-  asm volatile("{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\nmbarrier.arrive.shared::cluster.b64 _, [there];\n}\n" ::"r"(bar),
-               "r"(rank)
-               : "memory");
+// Where the shared memory at `addr` of this block lies in block `rank` of the cluster.
+__device__ __forceinline__ uint32_t cluster_address(uint32_t addr, uint32_t rank) {
+  uint32_t there;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(addr), "r"(rank));
+  return there;
+}
+__device__ __forceinline__ void mbar_arrive_cluster(uint32_t bar) {
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(bar) : "memory");
 }
 
-// ---- tensor-map loads: a box of 64 columns from column k, row m, 128-byte swizzle --------------------------------------------------------
+// ---- tensor-map loads: the map fixes the size of the box --------------------------------------------------------
 __device__ __forceinline__ void tensor_prefetch(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 __device__ __forceinline__ void tensor_load(uint32_t dst, const CUtensorMap* map, int k, int m, uint32_t bar) {
   asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(dst), "l"(map), "r"(k),
                "r"(m), "r"(bar)
+               : "memory");
+}
+__device__ __forceinline__ void tensor_load_3d(uint32_t dst, const CUtensorMap* map, int c0, int c1, int c2, uint32_t bar) {
+  asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], [%5];" ::"r"(dst), "l"(map),
+               "r"(c0), "r"(c1), "r"(c2), "r"(bar)
                : "memory");
 }
 // The same box lands at the same offset of every block in `mask`, and counts at each one's barrier.
@@ -118,6 +129,9 @@ __device__ __forceinline__ void tensor_load_multicast(uint32_t dst, const CUtens
 // ---- transposing stores: 8x8 blocks held as matrix fragments (row g, columns 2t, 2t+1) land as rows of 8 columns' values -----------------
 __device__ __forceinline__ void stmatrix_x4_trans(uint32_t addr, uint32_t r0, uint32_t r1, uint32_t r2, uint32_t r3) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(addr), "r"(r0), "r"(r1), "r"(r2), "r"(r3) : "memory");
+}
+__device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], uint32_t addr) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];" : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(addr) : "memory");
 }
 __device__ __forceinline__ void stmatrix_x2_trans(uint32_t addr, uint32_t r0, uint32_t r1) {
   asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(addr), "r"(r0), "r"(r1) : "memory");
