@@ -19,6 +19,8 @@ from typing import Any
 import httpx
 
 START_S = 60
+ONE_THREAD = ("--num-threads", "1")
+"""On a busy machine two threads of a small model wait for each other most of the time."""
 
 
 class Server:
@@ -27,7 +29,7 @@ class Server:
     def __init__(self, *flags: str, env: dict[str, str] | None = None, port: int = 0, wait: bool = True) -> None:
         self._log = tempfile.NamedTemporaryFile(suffix=".log")  # noqa: SIM115  (closed by close)
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "gptq_api", "serve", "--port", str(port), *flags],
+            [sys.executable, "-m", "gptq_api", "serve", "--port", str(port), *ONE_THREAD, *flags],
             stdin=subprocess.DEVNULL,
             stdout=self._log,
             stderr=subprocess.STDOUT,
@@ -193,3 +195,14 @@ def chunks(events: Iterator[bytes] | list[bytes]) -> list[dict[str, Any]]:
     assert found[-1] == b"data: [DONE]"
     assert all(event.startswith(b"data: ") and b"\n" not in event and b"\r" not in event for event in found)
     return [json.loads(event[6:]) for event in found[:-1]]
+
+
+def stream_chunks(server: Server, body: dict[str, Any], path: str = "/v1/chat/completions") -> list[dict[str, Any]]:
+    """The chunks of one streamed answer."""
+    raw = RawStream(server, {**body, "stream": True}, path)
+    try:
+        status, _ = raw.head()
+        assert status == 200
+        return chunks(raw.events())
+    finally:
+        raw.close()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -26,6 +26,7 @@ class Metrics:
     """One registry per server; label `model_name` only, so the number of series is fixed."""
 
     def __init__(self, model_name: str, engine: EngineClient) -> None:
+        disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for each of them, which nobody reads
         self.registry = CollectorRegistry()
         self.registry.register(_EngineCollector(model_name, engine))
 

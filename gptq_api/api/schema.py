@@ -82,6 +82,10 @@ class SamplingFields(Body):
     prompt_cache_key: Name | None = None
     prompt_cache_retention: Name | None = None
 
+    def unknown(self, *, strict: bool) -> list[str]:
+        nested = [] if self.stream_options is None else self.stream_options.unknown(strict=strict)
+        return [*super().unknown(strict=strict), *(f"stream_options.{name}" for name in nested)]
+
     @property
     def num_choices(self) -> int:
         return self.n or 1

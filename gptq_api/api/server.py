@@ -8,6 +8,10 @@ loading ──ready──> serving ──signal──> draining ──all done�
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import gc
+import os
+import resource
 import signal
 import socket
 import sys
@@ -33,6 +37,8 @@ from gptq_api.text.tokenizer import Tokenizer, TokenizerError, load_tokenizer
 log = structlog.get_logger()
 
 EXIT_FAILED, EXIT_ENGINE_DEAD = 1, 70
+KEEP_ALIVE_S = 75
+"""An idle connection's life: longer than the 60 s of usual proxies, so that they, who know, close first"""
 FAREWELL_S = 1.0
 """How long clients have to read their error event, and probes to see a 503, before the process goes"""
 STOP_S = 0.5
@@ -42,11 +48,18 @@ STOP_S = 0.5
 def run(settings: Settings) -> int:
     """Serve until told to stop. Exit status: 0 drained, 1 could not start, 70 the engine died."""
     configure(settings.log_level, settings.log_json)
+    _allow_connections()
     try:
         return asyncio.run(_run(settings))
     except (PortError, EngineFailed, FolderError, TokenizerError, ChatTemplateError) as error:
         print(f"gptq-api serve: {error}", file=sys.stderr)
         return EXIT_FAILED
+
+
+def _allow_connections() -> None:
+    """As many descriptors as we may have: the usual soft limit of 1024 is 1000 streams."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 async def _run(settings: Settings) -> int:
@@ -64,6 +77,8 @@ async def _run(settings: Settings) -> int:
     stopped.cancel()
     service = loading.result()
     try:
+        gc.collect()
+        gc.freeze()  # what lives as long as the server is not looked at again in the middle of streams
         seconds = f"{time.monotonic() - started:.1f} s"
         log.info(engine.ready.description)
         log.info(service.template.source)
@@ -139,11 +154,12 @@ async def _drain(service: Service, requests: RequestMiddleware, signals: _Signal
 
 
 async def _stop_engine(engine: EngineClient, *, in_a_hurry: bool) -> None:
-    """Ask the engine to leave; in a hurry, not twice. What is still there after that ends with its socket."""
+    """Ask the engine to leave; in a hurry, a step that takes long is not waited for."""
     try:
         await asyncio.wait_for(engine.stop(), STOP_S if in_a_hurry else None)
     except TimeoutError:
-        log.warning("the engine is still in a long step; it ends by itself")
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(engine.pid, signal.SIGKILL)
 
 
 async def _within(seconds: float, work: object) -> None:
@@ -191,6 +207,7 @@ class Server(uvicorn.Server):
                 server_header=False,
                 date_header=False,  # uvicorn's is made by polling; the middleware's is not
                 access_log=False,
+                timeout_keep_alive=KEEP_ALIVE_S,
                 log_config=None,
             )
         )
