@@ -73,7 +73,7 @@ class RandomModel:
         from transformers import LlamaConfig, LlamaForCausalLM
 
         model = LlamaForCausalLM(LlamaConfig(**self.config, attn_implementation="eager"))
-        state = {name: tensor.float() for name, tensor in self.dense.items()}
+        state = {name: tensor.half().float() for name, tensor in self.dense.items()}
         state |= {f"{name}.weight": module.dequantised() for name, module in self.modules.items()}
         if self.recipe.tie:
             state["lm_head.weight"] = state["model.embed_tokens.weight"]

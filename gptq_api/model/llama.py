@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from gptq_api.layers.activation import silu_and_multiply
 from gptq_api.layers.attention import Attention, KVCache, Plan
 from gptq_api.layers.linear import DenseLinear, Linear
 from gptq_api.layers.norm import RMSNorm
@@ -35,8 +36,8 @@ class LlamaLayer:
         """x [M, H], updated in place."""
         attended = self.attention.forward(self.qkv.forward(self.input_norm.forward(x)), cos, sin, index, cache, plan)
         x += self.o.forward(attended)
-        gate, up = self.gate_up.forward(self.post_attention_norm.forward(x)).to(x.dtype).chunk(2, -1)
-        x += self.down.forward(functional.silu(gate).mul_(up))
+        gate_up = self.gate_up.forward(self.post_attention_norm.forward(x)).to(x.dtype)
+        x += self.down.forward(silu_and_multiply(gate_up))
         return x
 
 

@@ -90,8 +90,8 @@ def _check_dense(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> N
         raise CheckpointError(f"{checkpoint.files[0]}: tensor {name} is missing; download the checkpoint again")
     if checkpoint.store.shape(name) != shape:
         raise CheckpointError(
-            f"{checkpoint.store.file(name)}: tensor {name} is {checkpoint.store.shape(name)}, config.json gives {shape}; "
-            "use the config.json of this model"
+            f"{checkpoint.store.file(name)}: tensor {name} is {checkpoint.store.shape(name)}, "
+            f"config.json gives {shape}; use the config.json of this model"
         )
 
 
