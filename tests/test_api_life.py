@@ -17,7 +17,7 @@ from typing import Any
 
 import httpx
 import pytest
-from server import RawStream, Server, alive, chat_body, chunks, raw_request, wait_for
+from server import RawStream, Server, alive, chat_body, chunks, raw_request, stream_chunks, wait_for
 
 ENDLESS: dict[str, Any] = {"ignore_eos": True, "temperature": 0}
 
@@ -247,6 +247,45 @@ def test_two_servers_and_the_death_of_one_engine(server: Server) -> None:
         assert time.monotonic() - started < 5
         assert "Traceback" not in other.log()
         assert server.chat(max_tokens=1).status_code == 200
+
+
+FAULTS = """
+import sys
+if "gptq_api.engine.process" in sys.orig_argv:
+    from gptq_api.model.runner import ModelRunner
+    run = ModelRunner.run
+    def faulty(self, batch):
+        sampled = run(self, batch)
+        for i, sequence in enumerate(batch.sequences):
+            if sequence.params.seed == 666 and sequence.num_output_tokens == 5:
+                sampled.tokens[i] = -1
+            if sequence.params.seed == 667 and sequence.num_output_tokens == 5:
+                raise RuntimeError("injected")
+        return sampled
+    ModelRunner.run = faulty
+"""
+
+
+def test_faults_inside_the_engine(tmp_path: Path) -> None:
+    """Numbers that are not finite end one sequence, an exception in a step ends the server; nobody is left waiting."""
+    (tmp_path / "sitecustomize.py").write_text(FAULTS)
+    path = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")]))
+    with Server(env={"PYTHONPATH": path}) as server:
+        neighbour = Reader(server, chat_body(**ENDLESS))
+        broken = server.chat(seed=666, ignore_eos=True)
+        assert broken.status_code == 500 and broken.json()["error"]["code"] == "generation_failed"
+        assert broken.headers["x-should-retry"] == "false"
+        streamed = stream_chunks(server, chat_body(seed=666, ignore_eos=True))
+        assert streamed[-1]["error"]["code"] == "generation_failed" and len(streamed) >= 3
+        assert neighbour.is_alive() and server.http.get("/health").status_code == 200
+        assert server.metric("vllm:request_success_total", finished_reason="error") == 2
+        other = Reader(server, chat_body("Another story", **ENDLESS))
+        last = stream_chunks(server, chat_body(seed=667, ignore_eos=True))
+        assert last[-1]["error"]["code"] == "engine_dead"
+        other.join(5)
+        assert chunks(other.found)[-1]["error"]["code"] == "engine_dead"
+        neighbour.join(5)
+        assert server.wait(5) == 70
 
 
 def test_kill_9_of_the_server_takes_the_engine_with_it() -> None:

@@ -174,7 +174,7 @@ class Work:
         except GenerationFailed as error:
             self.outcome = "error"
             self.service.metrics.success["error"].inc()
-            raise ApiError(500, str(error), code="generation_failed") from None
+            raise ApiError(500, str(error), code="generation_failed", headers={"x-should-retry": "false"}) from None
         except EngineDead:
             if self.service.draining:
                 self.outcome = "shutdown"

@@ -104,5 +104,13 @@ def get_record(request: Request) -> RequestRecord:
     return record
 
 
-ServiceDep = Annotated[Service, Depends(get_service)]
-RecordDep = Annotated[RequestRecord, Depends(get_record)]
+async def _service(request: Request) -> Service:  # FastAPI would give a plain function a thread of its own
+    return get_service(request)
+
+
+async def _record(request: Request) -> RequestRecord:
+    return get_record(request)
+
+
+ServiceDep = Annotated[Service, Depends(_service)]
+RecordDep = Annotated[RequestRecord, Depends(_record)]
