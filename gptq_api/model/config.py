@@ -145,7 +145,7 @@ def _parse_rope(raw: dict[str, Any], source: str, positions: int) -> tuple[RopeP
     where = f"{source} (rope)"
     keys = _Keys(inner, where)
     named = inner.get("rope_type", inner.get("type", "default"))
-    if named not in _ROPE_TYPES:
+    if not isinstance(named, str) or named not in _ROPE_TYPES:
         raise CheckpointError(f"{where}: type {named!r} is not served; {', '.join(_ROPE_TYPES)} are")
     rope_type = _ROPE_TYPES[named]
     theta = _Keys(raw, source).number("rope_theta", 1.0, 1e12, default=10000.0)

@@ -1,0 +1,66 @@
+"""`gptq-api inspect`: the facts of a checkpoint, as text and as JSON."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from checkpoints import Recipe, random_model, write_checkpoint
+
+from gptq_api.cli.inspect import inspect, run
+from gptq_api.config import InspectSettings, Settings
+from gptq_api.model.runner import load_runner
+
+RECIPE = Recipe(act_order=True, sym=False, mixed_bits={"down_proj": 8}, hidden_size=128, intermediate_size=256)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("inspect") / "tiny", random_model(RECIPE), container="sharded")
+
+
+def test_as_text(folder: Path) -> None:
+    command = [sys.executable, "-m", "gptq_api", "inspect", str(folder), "--device", "cpu"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and done.stderr == ""
+    lines = {line[:14].strip(): line[14:] for line in done.stdout.splitlines()}
+    assert lines["layout"].startswith("3 shards with an index")
+    assert lines["bits"] == "4 (12 modules), 8 (2 modules)"
+    assert (lines["group size"], lines["act-order"], lines["symmetric"], lines["zero points"]) == (
+        "32",
+        "yes",
+        "no",
+        "v1",
+    )
+    assert lines["q_proj"] == "int4"
+    assert lines["down_proj"] == "reference: 8 bits (the int4 operator takes 4)"
+    assert lines["KV cache"] == f"{2 * 2 * 2 * 32 * 2} bytes per token"
+
+
+def test_as_json_and_the_plan_is_what_loading_does(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(InspectSettings(model_path=str(folder), device="cpu", json_output=True, kv_cache_mib=1)) == 0
+    facts = json.loads(capsys.readouterr().out)
+    runner = load_runner(Settings(model_path=str(folder), device="cpu", kv_cache_mib=1, num_threads=1))
+    assert facts["kv_cache_tokens"] == runner.num_blocks * runner.block_size
+    assert facts["quantisation"]["bits"] == {"4": 12, "8": 2}
+    # Merging q, k and v keeps one permutation instead of three; nothing else differs.
+    assert abs(facts["weight_bytes"] - runner._model.num_bytes) / runner._model.num_bytes < 0.05
+
+
+def test_a_broken_checkpoint_is_one_sentence_and_status_1(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(InspectSettings(model_path=str(folder), device="cpu", gptq_groupsize=128)) == 1
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and "--gptq-groupsize 128 contradicts" in err
+
+
+def test_the_weights_are_not_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from gptq_api.gptq.tensors import TensorStore
+
+    read = TensorStore.read
+    names: list[str] = []
+    monkeypatch.setattr(TensorStore, "read", lambda self, name: names.append(name) or read(self, name))
+    inspect(InspectSettings(model_path=str(folder), device="cpu"))
+    assert names and all(name.endswith((".qzeros", ".g_idx")) for name in names)
