@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "scheduler": set(),
     "model": {"layers", "gptq", "kernels", "demo"},
     "layers": {"kernels", "gptq"},
-    "kernels": {"gptq"},
+    "kernels": {"gptq", "_cuda"},
     "gptq": set(),
     "demo": set(),
 }
