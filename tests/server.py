@@ -206,3 +206,18 @@ def stream_chunks(server: Server, body: dict[str, Any], path: str = "/v1/chat/co
         return chunks(raw.events())
     finally:
         raw.close()
+
+
+def check_error(response: Any, status: int, param: str | None = None, code: str | None = None) -> dict[str, Any]:
+    """The error object of a response that is one in OpenAI's shape, bounded."""
+    assert response.status_code == status, response.text
+    assert len(response.content) <= 2048
+    assert response.headers["content-type"] == "application/json" and response.headers["x-request-id"]
+    assert response.json().keys() == {"error"}
+    error: dict[str, Any] = response.json()["error"]
+    assert {"message", "type", "param", "code"} <= error.keys()
+    assert isinstance(error["message"], str) and error["message"] and isinstance(error["type"], str)
+    assert error["param"] == param
+    if code is not None:
+        assert error["code"] == code
+    return error

@@ -41,7 +41,12 @@ class ApiError(HTTPException):
 
 def error_object(status: int, message: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
     kind = _TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
-    return {"message": message[:MAX_MESSAGE], "type": kind, "param": param, "code": code}
+    return {"message": _text(message), "type": kind, "param": None if param is None else _text(param), "code": code}
+
+
+def _text(text: str) -> str:
+    """Bounded, and encodable: a client's key may hold half of a surrogate pair."""
+    return text[:MAX_MESSAGE].encode(errors="replace").decode()
 
 
 def error_body(error: Mapping[str, Any]) -> bytes:

@@ -5,10 +5,11 @@ OpenAPI document and fails on one that has not.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import islice
 from typing import Annotated, Any
 
 from annotated_types import Ge, Gt, Le, Len
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidator, WithJsonSchema
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, WithJsonSchema
 
 from gptq_api.api.errors import bad_request, not_supported
 
@@ -17,6 +18,7 @@ MAX_TEXT = 8 * 2**20
 MAX_STOP = 16
 MAX_STOP_TEXT = 512
 MAX_IDS = 2**18
+MAX_BIAS = 1024
 MAX_PROMPTS = 1024
 MAX_TOKEN = 2**31 - 1
 
@@ -45,9 +47,18 @@ Seed = Annotated[int, Ge(-(2**63)), Le(2**63 - 1)]
 Choices = Annotated[int, Ge(1), Le(128)]
 Bias = Annotated[float, Ge(-100), Le(100)]
 BiasKey = Annotated[str, Field(max_length=10, pattern=r"^[0-9]+$")]
-LogitBias = Annotated[dict[BiasKey, Bias], Len(0, 1024)]
+
+
+def _few(value: Any) -> Any:
+    """Before the entries are looked at: half a million wrong ones are half a million error objects otherwise."""
+    if isinstance(value, dict) and len(value) > MAX_BIAS:
+        raise ValueError(f"it may have at most {MAX_BIAS} entries")
+    return value
+
+
+LogitBias = Annotated[dict[BiasKey, Bias], Len(0, MAX_BIAS), BeforeValidator(_few)]
 StopTokenIds = Annotated[list[TokenId], Field(max_length=128, fail_fast=True)]
-Metadata = Annotated[dict[Annotated[str, Len(0, 64)], Annotated[str, Len(0, 512)]], Len(0, 16)]
+Metadata = Annotated[dict[Annotated[str, Len(0, 64)], Annotated[str, Len(0, 512)]], Len(0, 16), BeforeValidator(_few)]
 
 
 def _stop(value: Any) -> list[str]:
@@ -175,17 +186,14 @@ class Body(BaseModel):
         """Names of fields nobody here knows. Raises ApiError 400 for one that is known and not honoured, or, with
         `strict`, for any."""
         extra: Mapping[str, Any] = self.model_extra or {}
-        unknown = []
-        for name, value in extra.items():
-            if name in _REFUSED:
-                # `True == 1`, so types are compared too
-                if not any(type(value) is type(off) and value == off for off in _REFUSED[name]):
-                    raise not_supported(name)
-            else:
-                unknown.append(_printable(name))
+        for name in sorted(_REFUSED.keys() & extra.keys()):
+            # `True == 1`, so types are compared too
+            if not any(type(extra[name]) is type(off) and extra[name] == off for off in _REFUSED[name]):
+                raise not_supported(name)
+        unknown = [_printable(name) for name in islice((name for name in extra if name not in _REFUSED), 16)]
         if strict and unknown:
             raise bad_request(f"Unrecognized request argument: {unknown[0]}.", unknown[0], "unknown_parameter")
-        return unknown[:16]
+        return unknown
 
 
 def _printable(name: str) -> str:
