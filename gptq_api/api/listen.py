@@ -12,6 +12,10 @@ class PortError(RuntimeError):
     """The address cannot be had: one sentence with the remedy."""
 
 
+def in_use(host: str, port: int) -> PortError:
+    return PortError(f"port {port} on {host} is in use: stop what runs there or choose another --port")
+
+
 def bind(host: str, port: int) -> list[socket.socket]:
     """A bound socket for every address of `host` (localhost has two); port 0 picks a free one for all of them.
 
@@ -41,9 +45,7 @@ def bind(host: str, port: int) -> list[socket.socket]:
             if error.errno == errno.EADDRINUSE:
                 for other in sockets:
                     other.close()
-                raise PortError(
-                    f"port {port} on {host} is in use: stop what runs there or choose another --port"
-                ) from None
+                raise in_use(host, port) from None
             failure = error
             continue
         sockets.append(sock)

@@ -23,7 +23,7 @@ from starlette.types import ASGIApp
 
 from gptq_api import __version__
 from gptq_api.api.app import build_app
-from gptq_api.api.listen import PortError, bind
+from gptq_api.api.listen import PortError, bind, in_use
 from gptq_api.api.logs import configure
 from gptq_api.api.middleware import RequestMiddleware
 from gptq_api.api.protocol import MAX_HEADER_BYTES, edge_protocol
@@ -195,6 +195,7 @@ class Server(uvicorn.Server):
     """uvicorn's accept and connection handling, without its signals, its polling loop and its shutdown."""
 
     def __init__(self, app: ASGIApp, settings: Settings) -> None:
+        self.host = settings.host
         super().__init__(
             uvicorn.Config(
                 app,
@@ -213,13 +214,13 @@ class Server(uvicorn.Server):
         )
 
     async def open(self, sockets: list[socket.socket]) -> None:
-        """Accept connections. Raises PortError where somebody else listens since."""
+        """Accept connections. Raises PortError where another server listens since we bound."""
         self.config.load()
         self.lifespan = self.config.lifespan_class(self.config)
         try:
             await self.startup(sockets)
-        except OSError as error:
-            raise PortError(f"cannot listen: {error.strerror}") from None
+        except OSError:
+            raise in_use(self.host, sockets[0].getsockname()[1]) from None
 
     async def close(self) -> None:
         """No new connections; idle ones are closed, busy ones after their answer."""
