@@ -42,6 +42,15 @@ struct Params {
   bool zeros;
 };
 
+#ifdef GPTQ_TRACE
+}  // namespace
+__device__ long long trace_buffer[264 * 8];
+namespace {
+#define TRACE(i) do { if (threadIdx.x == 0) trace_buffer[blockIdx.x * 8 + (i)] = clock64(); } while (0)
+#else
+#define TRACE(i) do {} while (0)
+#endif
+
 struct Segment {
   int tile, first, last;  // chunks [first, last) of the tile
 };
@@ -137,8 +146,13 @@ struct Packed {
 };
 
 template <bool BF>
-__device__ __forceinline__ uint32_t pack(float a, float b) {
-  return static_cast<uint32_t>(to_16bit<BF>(a)) | (static_cast<uint32_t>(to_16bit<BF>(b)) << 16);
+__device__ __forceinline__ uint32_t pack(float low, float high) {
+  uint32_t r;
+  if constexpr (BF)
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+  else
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+  return r;
 }
 __device__ __forceinline__ float silu(float v) { return v / (1.f + __expf(-v)); }
 
@@ -156,7 +170,9 @@ struct Shape {
   // Registers per thread, of the 64,512 (2 groups), 30,720 (2 groups, twice per multiprocessor), 65,536 (3) or 61,440 (4) at the start.
   static constexpr int kProducerRegisters = NWG == 2 && kMinBlocks == 1 ? 40 : 32;
   static constexpr int kConsumerRegisters = NWG == 4 ? 112 : NWG == 3 ? 160 : kMinBlocks == 2 ? 104 : 232;
-  static int slot_bytes(int chunk_bytes) { return kTokenBytes + kStrips * chunk_bytes; }
+  // A slot's weights start at a multiple of 128 bytes, as tensor loads must.
+  static __host__ __device__ int weight_bytes(int chunk_bytes) { return (kStrips * chunk_bytes + 127) & ~127; }
+  static int slot_bytes(int chunk_bytes) { return kTokenBytes + weight_bytes(chunk_bytes); }
   static int fixed_bytes(int stages) { return NWG * kPassBytes + 16 * stages; }
 };
 
@@ -168,7 +184,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kMinBlocks) gemm_wgmma_kernel(
   extern __shared__ __align__(1024) uint8_t smem[];
   uint8_t* const slots_x = smem;
   uint8_t* const slots_w = smem + p.stages * S::kTokenBytes;
-  const int slot_w_bytes = S::kStrips * p.chunk_bytes;
+  const int slot_w_bytes = S::weight_bytes(p.chunk_bytes);
   uint8_t* const turn = slots_w + p.stages * slot_w_bytes;
   const uint32_t full = smem_addr(turn + NWG * S::kPassBytes), empty = full + 8 * p.stages;
 
@@ -176,6 +192,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kMinBlocks) gemm_wgmma_kernel(
   const uint32_t rank = CL == 1 ? 0 : cluster_rank();
   const int cluster = blockIdx.x / CL;
 
+  TRACE(0);
   if (threadIdx.x == 0) {
     for (int i = 0; i < p.stages; i++) {
       mbar_init(full + 8 * i, 1);
@@ -194,7 +211,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kMinBlocks) gemm_wgmma_kernel(
     if (threadIdx.x == 128 * NWG) {
       tensor_prefetch(&weight_map);
       tensor_prefetch(&token_map);
-      const int tx = S::kTokenBytes + slot_w_bytes;
+      const int tx = S::kTokenBytes + S::kStrips * p.chunk_bytes;
       struct Feed {
         Walk walk;
         Segment at;
@@ -284,7 +301,9 @@ __global__ void __launch_bounds__(S::kThreads, S::kMinBlocks) gemm_wgmma_kernel(
       }
     };
 
+    TRACE(1);
     grid_wait();
+    TRACE(2);
     Walk walk(p, cluster);
     Segment s;
     int slot = 0;
@@ -300,6 +319,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kMinBlocks) gemm_wgmma_kernel(
     };
     while (walk.next(p, s)) {
       fetch();
+      if (s.tile * p.chunks + s.first == split_begin(p, p.clusters - 1 - cluster)) TRACE(3);
       dequantise(a[0], 0);
       int previous = 0;
       for (int c = s.first; c < s.last; c++) {
@@ -325,6 +345,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kMinBlocks) gemm_wgmma_kernel(
       }
       wgmma_wait<0>();
       release(previous);
+      TRACE(4);
 #pragma unroll
       for (int f = 0; f < FR; f++)
 #pragma unroll
@@ -355,21 +376,33 @@ __global__ void __launch_bounds__(S::kThreads, S::kMinBlocks) gemm_wgmma_kernel(
           *flag = 0;  // ready for the next launch on this stream
         }
         named_barrier(1 + group, 128);
-        for (int i = 1; i <= others; i += 4) {
+        // As many loads in flight as there are registers for; the sums are in order of k all the same.
+        constexpr int kBatch = S::kConsumerRegisters < 128 ? 8 : 16, kQuads = TN / 8;
+        constexpr int kAtOnce = kBatch > kQuads ? kBatch / kQuads : 1, kPart = kBatch < kQuads ? kBatch : kQuads;
+        for (int i = 1; i <= others; i += kAtOnce) {
 #pragma unroll
           for (int f = 0; f < FR; f++) {
 #pragma unroll
-            for (int k = 0; k < TN / 8; k++) {
-              float4 v[4];
+            for (int part = 0; part < kQuads; part += kPart) {
+              float4 v[kAtOnce][kPart];
 #pragma unroll
-              for (int j = 0; j < 4; j++) v[j] = i + j <= others ? __ldcg(partial(mine + i + j, f) + k * 128) : make_float4(0.f, 0.f, 0.f, 0.f);
+              for (int j = 0; j < kAtOnce; j++)
 #pragma unroll
-              for (int j = 0; j < 4; j++) d[f][4 * k] += v[j].x, d[f][4 * k + 1] += v[j].y, d[f][4 * k + 2] += v[j].z, d[f][4 * k + 3] += v[j].w;
+                for (int k = 0; k < kPart; k++)
+                  v[j][k] = i + j <= others ? __ldcg(partial(mine + i + j, f) + (part + k) * 128) : make_float4(0.f, 0.f, 0.f, 0.f);
+#pragma unroll
+              for (int j = 0; j < kAtOnce; j++)
+#pragma unroll
+                for (int k = 0; k < kPart; k++) {
+                  float* to = d[f] + 4 * (part + k);
+                  to[0] += v[j][k].x, to[1] += v[j][k].y, to[2] += v[j][k].z, to[3] += v[j][k].w;
+                }
             }
           }
         }
       }
 
+      TRACE(5);
       // ---- epilogue: turn the tile token by token through shared memory, so that rows leave in whole lines ---------------------------
       int m_tile, n_tile;
       tile_position(p, s.tile, m_tile, n_tile);
@@ -385,23 +418,27 @@ __global__ void __launch_bounds__(S::kThreads, S::kMinBlocks) gemm_wgmma_kernel(
           bias0 = from_16bit<S::BF>(p.bias[column_of(strip0 + quarter, 0) + g]);
           bias8 = from_16bit<S::BF>(p.bias[column_of(strip0 + quarter, 1) + g]);
         }
+        // This thread's share of a pass: 16 bytes (8 columns) of every token_step-th token.
+        const int unit = p.paired == 2 ? thread & 3 : thread & 7, first_token = p.paired == 2 ? thread >> 2 : thread >> 3;
+        const int token_step = p.paired == 2 ? 32 : 16, strip = strip0 + (p.paired == 2 ? unit : unit >> 1);
+        const int column = column_of(strip, p.paired == 2 ? 0 : unit & 1);
+        const int tokens_here = strip < p.strips ? p.m - m_tile * TN : 0;
+        uint16_t* const y = p.y + static_cast<int64_t>(m_tile * TN) * p.ldy + column;
+        const uint16_t* const residual = p.residual == nullptr ? nullptr : p.residual + static_cast<int64_t>(m_tile * TN) * p.ldr + column;
 #pragma unroll
         for (int pass = 0; pass < TN / S::kPass; pass++) {
-          const int token0 = m_tile * TN + pass * S::kPass;
-          if (token0 >= p.m) break;
-          auto each_unit = [&](auto&& visit) {  // 8 columns of one token, 16 bytes of the box
+          if (m_tile * TN + pass * S::kPass >= p.m) break;
+          auto each_unit = [&](auto&& visit) {
 #pragma unroll
             for (int i = 0; i < S::kPass * 8 / 128; i++) {
-              const int index = i * 128 + thread, token = p.paired == 2 ? index >> 2 : index >> 3;
-              const int unit = p.paired == 2 ? index & 3 : index & 7, strip = strip0 + (p.paired == 2 ? unit : unit >> 1);
-              if (token < S::kPass && token0 + token < p.m && strip < p.strips)
-                visit(reinterpret_cast<uint4*>(box + token * 128 + ((unit ^ (token & 7)) << 4)), static_cast<int64_t>(token0 + token),
-                      column_of(strip, p.paired == 2 ? 0 : unit & 1));
+              const int token = first_token + i * token_step;
+              if (token < S::kPass && pass * S::kPass + token < tokens_here)
+                visit(reinterpret_cast<uint4*>(box + token * 128 + ((unit ^ (token & 7)) << 4)), static_cast<int64_t>(pass * S::kPass + token));
             }
           };
           named_barrier(1 + group, 128);
-          if (p.residual != nullptr) {
-            each_unit([&](uint4* at, int64_t token, int column) { *at = *reinterpret_cast<const uint4*>(p.residual + token * p.ldr + column); });
+          if (residual != nullptr) {
+            each_unit([&](uint4* at, int64_t token) { *at = *reinterpret_cast<const uint4*>(residual + token * p.ldr); });
             named_barrier(1 + group, 128);
           }
 #pragma unroll
@@ -415,24 +452,33 @@ __global__ void __launch_bounds__(S::kThreads, S::kMinBlocks) gemm_wgmma_kernel(
                 r[j] = pack<S::BF>(silu(v[4 * j] + bias0) * (v[4 * j + 2] + bias8), silu(v[4 * j + 1] + bias0) * (v[4 * j + 3] + bias8));
               stmatrix_x2_trans(box_addr + token * 128 + ((quarter ^ (token & 7)) << 4), r[0], r[1]);
             } else {
-              const int token = half * 16 + (lane >> 4) * 8 + (lane & 7), unit = quarter * 2 + ((lane >> 3) & 1);
-              const uint32_t at = box_addr + token * 128 + ((unit ^ (token & 7)) << 4);
-              uint32_t r[4] = {0, 0, 0, 0};
-              if (p.residual != nullptr) ldmatrix_x4_trans(r, at);
+              const int token = half * 16 + (lane >> 4) * 8 + (lane & 7), at_unit = quarter * 2 + ((lane >> 3) & 1);
+              const uint32_t at = box_addr + token * 128 + ((at_unit ^ (token & 7)) << 4);
+              uint32_t r[4];
+              if (residual != nullptr) {
+                ldmatrix_x4_trans(r, at);
 #pragma unroll
-              for (int j = 0; j < 4; j++) {
-                const float bias = j % 2 == 0 ? bias0 : bias8;
-                r[j] = pack<S::BF>(v[2 * j] + bias + from_16bit<S::BF>(r[j] & 0xffff), v[2 * j + 1] + bias + from_16bit<S::BF>(r[j] >> 16));
+                for (int j = 0; j < 4; j++) {
+                  const float bias = j % 2 == 0 ? bias0 : bias8;
+                  r[j] = pack<S::BF>(v[2 * j] + bias + from_16bit<S::BF>(r[j] & 0xffff), v[2 * j + 1] + bias + from_16bit<S::BF>(r[j] >> 16));
+                }
+              } else {
+#pragma unroll
+                for (int j = 0; j < 4; j++) {
+                  const float bias = j % 2 == 0 ? bias0 : bias8;
+                  r[j] = pack<S::BF>(v[2 * j] + bias, v[2 * j + 1] + bias);
+                }
               }
               stmatrix_x4_trans(at, r[0], r[1], r[2], r[3]);
             }
           }
           named_barrier(1 + group, 128);
-          each_unit([&](uint4* at, int64_t token, int column) { *reinterpret_cast<uint4*>(p.y + token * p.ldy + column) = *at; });
+          each_unit([&](uint4* at, int64_t token) { *reinterpret_cast<uint4*>(y + token * p.ldy) = *at; });
         }
       }
     }
   }
+  TRACE(6);
   if constexpr (CL > 1) cluster_sync();  // a neighbour may still signal this block's barriers
 #endif
 }
@@ -504,7 +550,8 @@ cudaError_t launch(const WgmmaGemm& call, Params p, int blocks_per_sm, cudaStrea
   CUtensorMap weights, tokens;
   if (!map_weight(weights, call, p, S::kStrips) || !map_tokens(tokens, call, S::TN / S::CL)) return cudaErrorInvalidValue;
 
-  const int shared_limit = (device.shared_bytes + 1024) / blocks_per_sm - 1024;
+  const int shared_limit = (device.shared_bytes + 1024) / (blocks_per_sm == 3 ? 2 : blocks_per_sm) - 1024;
+  if (blocks_per_sm == 3) blocks_per_sm = 1;
   p.stages = (shared_limit - S::fixed_bytes(0)) / (S::slot_bytes(p.chunk_bytes) + 16);
   p.m_tiles = (p.m + S::TN - 1) / S::TN;
   p.n_tiles = (p.strips + S::kStrips * S::CL - 1) / (S::kStrips * S::CL);
@@ -546,9 +593,9 @@ cudaError_t choose(const WgmmaGemm& call, const Params& p, cudaStream_t stream) 
   switch (tokens * 1000 + cluster * 100 + call.groups_per_block * 10 + blocks) {
 #define GPTQ_CASE(TN, FR, CL, NWG, BLOCKS) \
   case TN * 1000 + CL * 100 + NWG * 10 + BLOCKS: return launch<Shape<BF, ONE, TN, FR, CL, NWG>>(call, p, BLOCKS, stream);
-    GPTQ_CASE(16, 1, 1, 2, 1) GPTQ_CASE(16, 1, 1, 2, 2) GPTQ_CASE(16, 1, 1, 4, 1)
-    GPTQ_CASE(32, 1, 1, 2, 1) GPTQ_CASE(32, 1, 1, 2, 2) GPTQ_CASE(32, 1, 1, 4, 1)
-    GPTQ_CASE(64, 1, 1, 2, 1) GPTQ_CASE(64, 1, 1, 2, 2) GPTQ_CASE(64, 1, 1, 4, 1) GPTQ_CASE(64, 1, 2, 4, 1)
+    GPTQ_CASE(16, 1, 1, 2, 1) GPTQ_CASE(16, 1, 1, 2, 2) GPTQ_CASE(16, 1, 1, 2, 3) GPTQ_CASE(16, 1, 1, 4, 1)
+    GPTQ_CASE(32, 1, 1, 2, 1) GPTQ_CASE(32, 1, 1, 2, 2) GPTQ_CASE(32, 1, 1, 2, 3) GPTQ_CASE(32, 1, 1, 4, 1)
+    GPTQ_CASE(64, 1, 1, 2, 1) GPTQ_CASE(64, 1, 1, 2, 2) GPTQ_CASE(64, 1, 1, 2, 3) GPTQ_CASE(64, 1, 1, 4, 1) GPTQ_CASE(64, 1, 2, 4, 1)
     GPTQ_CASE(128, 1, 1, 3, 1) GPTQ_CASE(128, 1, 1, 4, 1) GPTQ_CASE(128, 1, 2, 3, 1) GPTQ_CASE(128, 2, 1, 2, 1)
     GPTQ_CASE(256, 1, 1, 2, 1) GPTQ_CASE(256, 1, 2, 2, 1)
 #undef GPTQ_CASE
