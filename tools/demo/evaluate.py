@@ -86,7 +86,7 @@ def perplexity(model: LlamaForCausalLM, chats: Chats, max_rows: int = 1000) -> f
     """Over the tokens that the model writes, float32."""
     total = torch.zeros((), dtype=torch.float64)
     count = 0
-    order = chats.lengths.argsort()[:max_rows]
+    order = chats.lengths[:max_rows].argsort()
     for rows in order.split(32):
         ids, written = chats.batch(rows, int(chats.lengths[rows].max()))
         logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
@@ -121,7 +121,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=4, help="answers per question above temperature 0")
     parser.add_argument("--held-out-seed", type=int, default=1_000_001, help="seed of the chats for the perplexity")
     args = parser.parse_args()
-    from tools.demo.quantize import load_float  # it imports gptq_api, which the training machine need not have
+    from tools.demo.quantize import load_float  # not above: the machine that trains need not have gptq_api installed
 
     tokenizer_json = args.folder / "tokenizer.json"
     model = load_float(args.folder).eval()
