@@ -1,7 +1,8 @@
 // y = epilogue(x @ W^T) for M from 16 up on sm_90a: weights stay 4-bit in memory and become the A operand of wgmma in registers.
 //
 // To bind: fill a WgmmaGemm and call gemm_wgmma(). It launches on `stream`, allocates nothing, may be captured, and returns what the CUDA
-// runtime returned (cudaErrorInvalidValue where the arguments break a rule below).
+// runtime returned (cudaErrorInvalidValue where the arguments break a rule below). Always a programmatic dependent launch: weights are
+// fetched before the kernel ahead in the stream has ended, so they must not come out of that very kernel.
 #pragma once
 #include <cuda_runtime.h>
 
@@ -24,9 +25,7 @@ struct WgmmaGemm {
   bool zeros;            // the stream carries zero points
   bool bf16;             // type of x, y, bias, residual; otherwise fp16
   int paired;            // 1: rows g, g+8 of a strip are outputs i and n/2 + i, i = 8*strip + g. 2: the same, and y = silu(row i) * (row n/2 + i)
-  bool dependent_launch; // launch with programmatic dependent launch
-  // Tuning; 0 lets the function choose. tokens: 16, 32, 64, 128, 256 tokens per tile.
-  int tokens, cluster, groups_per_block, blocks_per_sm;
+  int tile, blocks_per_sm;  // for tests and tuning: a WgmmaTile and 1 or 2; 0 lets the function choose
 };
 
 size_t gemm_wgmma_workspace_bytes();

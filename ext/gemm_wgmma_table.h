@@ -1,0 +1,40 @@
+// Between the wgmma kernels and the code that chooses and launches them.
+#pragma once
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+namespace gptq {
+
+struct WgmmaParams {
+  uint16_t* y;
+  const uint16_t* bias;
+  const uint16_t* residual;
+  float* partials;
+  int* flags;
+  int m, n, strips, chunks, chunk_bytes;
+  int64_t ldy, ldr;
+  int m_tiles, n_tiles;    // n_tiles: in units of a cluster
+  int tiles, split_tiles;  // the first split_tiles are cut along k over all clusters
+  int clusters, stages, groups;
+  int paired;
+  bool zeros;
+};
+
+// Output rows x tokens of a block's tile.
+enum class WgmmaTile : int { k128x16 = 1, k256x16, k128x32, k256x32, k128x64, k256x64, k192x128, k128x256, kLast = k128x256 };
+
+struct WgmmaKernel {
+  const void* function;
+  int tokens, strips, cluster, threads;
+  int turn_bytes;  // of shared memory beside the ring
+};
+
+// A slot's weights; the next ones start at a multiple of 128 bytes, as tensor loads must.
+__host__ __device__ constexpr int wgmma_weight_bytes(int strips, int chunk_bytes) { return (strips * chunk_bytes + 127) & ~127; }
+
+// `one`: a chunk holds one scale group, or part of one.
+WgmmaKernel wgmma_fp16(WgmmaTile tile, bool one);
+WgmmaKernel wgmma_bf16(WgmmaTile tile, bool one);
+
+}  // namespace gptq
