@@ -21,7 +21,7 @@ RECIPE = Recipe(hidden_size=96, num_heads=6, num_kv_heads=2, max_position_embedd
 
 
 def settings(folder: Path, **more: Any) -> Settings:
-    return Settings(model_path=str(folder), **{"device": "cpu", "kv_cache_mib": 16, "num_threads": 2, **more})
+    return Settings(model_path=str(folder), **{"device": "cpu", "kv_cache_mib": 16, "num_threads": 1, **more})
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +84,9 @@ def test_neighbours_and_chunks_change_nothing(runner: ModelRunner) -> None:
     assert [s.token_ids[s.num_prompt_tokens :] for s in together] == alone
 
 
-def test_logits_are_the_same_bits_alone_and_in_company(runner: ModelRunner) -> None:
+@pytest.mark.parametrize("num_threads", [1, 2])
+def test_logits_are_the_same_bits_alone_and_in_company(runner: ModelRunner, num_threads: int) -> None:
+    torch.set_num_threads(num_threads)
     texts = prompts(9, seed=3)
     blocks = Blocks(runner)
     together = [sequence(ids, blocks) for ids in texts]
@@ -93,6 +95,7 @@ def test_logits_are_the_same_bits_alone_and_in_company(runner: ModelRunner) -> N
     for i, ids in enumerate(texts):
         one = sequence(ids, Blocks(runner, i))
         assert torch.equal(runner.logits(Batch([one], [len(ids)]))[0][0], batched[i])
+    torch.set_num_threads(1)
 
 
 def test_the_last_logits_of_a_prompt_are_the_same_however_it_is_cut(runner: ModelRunner) -> None:
