@@ -101,6 +101,37 @@ __device__ __forceinline__ void dequant(uint32_t q, uint32_t (&a)[4], ZeroPair z
   }
 }
 
+// ---- dequantisation for mma with the zero point taken out afterwards: one logic operation for two weights --------------------------
+// sum_k (v - z) x = sum_k v x - z sum_k x, and the second sum costs one more mma per k16 step, shared by all strips of a warp.
+// fp16: v in the low bits of a half is the subnormal v * 2^-24 (next nibble: v * 2^-20), which tensor cores multiply exactly and at full
+// rate; the powers of two leave with the last reduction. bf16 has no such room below, so there it is 128 + v.
+template <bool BF>
+__device__ __forceinline__ void expand(uint32_t q, uint32_t (&a)[4]) {
+  constexpr uint32_t kLow = 0x000f000fu, kHigh = 0x00f000f0u, k128 = 0x43004300u;
+  if constexpr (BF) {
+    a[0] = and_or(q, kLow, k128);
+    a[1] = and_or(q >> 4, kLow, k128);
+    a[2] = and_or(q >> 8, kLow, k128);
+    a[3] = and_or(q >> 12, kLow, k128);
+  } else {
+    a[0] = q & kLow;
+    a[1] = q & kHigh;
+    q >>= 8;
+    a[2] = q & kLow;
+    a[3] = q & kHigh;
+  }
+}
+
+template <bool BF, bool ZP>
+struct Offset {
+  // A operand that makes mma compute the correction: -(8) sum x with a known zero point, else -sum x, both in the scale of expand().
+  static constexpr uint32_t kRowG = BF ? (ZP ? 0xbf80bf80u : 0xc308c308u) : (ZP ? 0x80018001u : 0x80088008u);
+  static constexpr uint32_t kRowG8 = BF ? (ZP ? 0xbf80bf80u : 0xc308c308u) : (ZP ? 0x80108010u : 0x80808080u);
+  static constexpr float kUnscaleG = BF ? 1.f : 16777216.f;  // what expand() left in the sums of rows g and g+8
+  static constexpr float kUnscaleG8 = BF ? 1.f : 1048576.f;
+  static constexpr float kZeroBase = BF ? 128.f : 0.f;
+};
+
 // (scale of row g, scale of row g+8) of a chunk's group, from the word at kScaleOffset + 32*group + 4*g.
 __device__ __forceinline__ float2 scale_pair(uint32_t word) {
   return __half22float2(*reinterpret_cast<const __half2*>(&word));

@@ -42,7 +42,9 @@ class PackedLinear:
 
     def without_perm(self) -> PackedLinear:
         """The same bytes for a caller whose activations already come in sorted order."""
-        return PackedLinear(self.data, self.in_features, self.out_features, self.group_size, self.has_zeros, None, self.paired)
+        return PackedLinear(
+            self.data, self.in_features, self.out_features, self.group_size, self.has_zeros, None, self.paired
+        )
 
 
 def groups_per_chunk(group_size: int) -> int:
@@ -83,7 +85,9 @@ def _chunk_rows(per_group: Tensor, chunks: int, group_size: int) -> Tensor:
     return per_group[(start // step).clamp_(max=per_group.shape[0] - 1)].view(chunks, groups, -1)
 
 
-def pack_stream(weight: Tensor, scales: Tensor, zeros: Tensor | None, group_size: int, *, paired: bool = False) -> Tensor:
+def pack_stream(
+    weight: Tensor, scales: Tensor, zeros: Tensor | None, group_size: int, *, paired: bool = False
+) -> Tensor:
     """uint8 [N/16, ceil(K/128), chunk_bytes] from `weight` uint8 [K, N] (0..15, groups contiguous), `scales` fp16 [groups, N] and
     `zeros` uint8 [groups, N] (0..16; None: all 8).
 
@@ -103,7 +107,11 @@ def pack_stream(weight: Tensor, scales: Tensor, zeros: Tensor | None, group_size
         zeros = None if zeros is None else zeros[:, order]
     strips, chunks = n // STRIP_ROWS, -(-k // CHUNK_K)
     if chunks * CHUNK_K > k:
-        fill = torch.full((n,), SYMMETRIC_ZERO, dtype=torch.uint8, device=weight.device) if zeros is None else zeros[-1].clamp(max=15)
+        fill = (
+            torch.full((n,), SYMMETRIC_ZERO, dtype=torch.uint8, device=weight.device)
+            if zeros is None
+            else zeros[-1].clamp(max=15)
+        )
         weight = torch.cat([weight, fill.expand(chunks * CHUNK_K - k, n)])
     # k = 128c + 64b + 16j + 8h + 2t + e, n = 16s + 8r + g: byte (j, e, h) of lane (g, t) holds r = 0 low and r = 1 high
     split = weight.view(chunks, 2, 4, 2, 4, 2, strips, 2, 8)
@@ -125,7 +133,11 @@ def emulate(packed: PackedLinear) -> Tensor:
     words = data[..., :WEIGHT_BYTES].contiguous().view(torch.int32).view(strips, chunks, 2, 32, 4).to(torch.int64)
     meta = WEIGHT_BYTES + 32 * groups
     scales = data[..., WEIGHT_BYTES:meta].contiguous().view(torch.float16).view(strips, chunks, groups, 8, 2).double()
-    zeros = data[..., meta:].reshape(strips, chunks, groups, 8, 2).double() if packed.has_zeros else torch.full_like(scales, 8.0)
+    zeros = (
+        data[..., meta:].reshape(strips, chunks, groups, 8, 2).double()
+        if packed.has_zeros
+        else torch.full_like(scales, 8.0)
+    )
     out = torch.zeros(chunks * CHUNK_K, strips * STRIP_ROWS, dtype=torch.float64)
     fragments = out.view(chunks, 2, 4, 16, strips, STRIP_ROWS)  # chunk, block, k16 step, k, strip, row
     for lane in range(32):

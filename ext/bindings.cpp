@@ -1,0 +1,94 @@
+// gptq_api._cuda: addresses and a stream in, an exception out. Shapes, types, devices and alignment are checked in gptq_api/kernels.
+#include <cuda_runtime.h>
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+#include "decode.h"
+#include "dequant.h"
+#ifdef GPTQ_API_HOPPER
+#include "gemm_wgmma.h"
+#endif
+
+namespace py = pybind11;
+
+namespace {
+
+template <typename T>
+T* pointer(std::uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+cudaStream_t as_stream(std::uintptr_t address) { return pointer<CUstream_st>(address); }
+
+void raise_on(cudaError_t status, const std::string& what) {
+  if (status == cudaSuccess) return;
+  cudaGetLastError();  // a launch error is not sticky; leave none behind for the next caller
+  throw std::runtime_error(what + ": " + cudaGetErrorName(status) + ", " + cudaGetErrorString(status));
+}
+
+std::string shape(const char* name, int M, int N, int K) {
+  return std::string(name) + " M=" + std::to_string(M) + " N=" + std::to_string(N) + " K=" + std::to_string(K);
+}
+
+void decode(std::uintptr_t w, std::uintptr_t x, std::uintptr_t y, std::uintptr_t bias, std::uintptr_t residual, std::uintptr_t perm, int M, int N, int K,
+            int ldx, int ldy, int ldr, int paired, int groups, bool zeros, bool bf16, std::uintptr_t stream) {
+  gptq::DecodeArgs args{};
+  args.w = pointer<const std::uint8_t>(w);
+  args.x = pointer<const std::uint16_t>(x);
+  args.y = pointer<std::uint16_t>(y);
+  args.bias = pointer<const std::uint16_t>(bias);
+  args.residual = pointer<const std::uint16_t>(residual);
+  args.perm = pointer<const int>(perm);
+  args.M = M, args.N = N, args.K = K, args.ldx = ldx, args.ldy = ldy, args.ldr = ldr, args.paired = paired;
+  raise_on(gptq::launch_decode(args, groups, zeros, bf16, as_stream(stream)), shape("decode", M, N, K));
+}
+
+bool decode_gathers(int M, int K, int groups, bool zeros) { return gptq::decode_gathers(M, K, groups, zeros); }
+
+void dequant(std::uintptr_t w, std::uintptr_t out, int N, int K, int ldo, int strip_first, int strip_count, int paired, int groups, bool zeros, bool bf16,
+             std::uintptr_t stream) {
+  const gptq::DequantArgs args{pointer<const std::uint8_t>(w), pointer<std::uint16_t>(out), N, K, ldo, strip_first, strip_count, paired};
+  raise_on(gptq::launch_dequant(args, groups, zeros, bf16, as_stream(stream)), shape("dequant", 0, N, K));
+}
+
+void gather(std::uintptr_t x, std::uintptr_t perm, std::uintptr_t out, int M, int K, int ldx, int ldo, std::uintptr_t stream) {
+  const gptq::GatherArgs args{pointer<const std::uint16_t>(x), pointer<const int>(perm), pointer<std::uint16_t>(out), M, K, ldx, ldo};
+  raise_on(gptq::launch_gather(args, as_stream(stream)), shape("gather", M, 0, K));
+}
+
+#ifdef GPTQ_API_HOPPER
+void wgmma(std::uintptr_t w, std::uintptr_t x, std::uintptr_t y, std::uintptr_t bias, std::uintptr_t residual, std::uintptr_t workspace, int M, int N, int K,
+           int ldx, int ldy, int ldr, int paired, int groups, bool zeros, bool bf16, int tile, int blocks_per_sm, std::uintptr_t stream) {
+  gptq::WgmmaGemm call{};
+  call.weight = pointer<void>(w), call.x = pointer<void>(x), call.y = pointer<void>(y), call.bias = pointer<void>(bias);
+  call.residual = pointer<void>(residual), call.workspace = pointer<void>(workspace);
+  call.m = M, call.n = N, call.k = K, call.ldx = ldx, call.ldy = ldy, call.ldr = ldr;
+  call.paired = paired, call.groups = groups, call.zeros = zeros, call.bf16 = bf16, call.tile = tile, call.blocks_per_sm = blocks_per_sm;
+  raise_on(gptq::gemm_wgmma(call, as_stream(stream)), shape("wgmma", M, N, K));
+}
+#endif
+
+int device_count() {
+  int count = 0;
+  const cudaError_t status = cudaGetDeviceCount(&count);
+  cudaGetLastError();
+  return status == cudaSuccess ? count : 0;  // no driver is no device, not an error
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cuda, m, py::mod_gil_not_used()) {
+  m.doc() = "CUDA kernels for 4-bit GPTQ weights; use gptq_api.kernels.gptq";
+  const auto free_gil = py::call_guard<py::gil_scoped_release>();
+  m.def("device_count", &device_count, free_gil);
+  m.def("decode", &decode, free_gil);
+  m.def("decode_gathers", &decode_gathers, free_gil);
+  m.def("dequant", &dequant, free_gil);
+  m.def("gather", &gather, free_gil);
+#ifdef GPTQ_API_HOPPER
+  m.def("wgmma", &wgmma, free_gil);
+  m.def("wgmma_workspace_bytes", &gptq::gemm_wgmma_workspace_bytes);
+#endif
+}

@@ -1,0 +1,30 @@
+// y[M,N] = x[M,K] W^T for M = 1..16 (32 in two launches): one persistent kernel, bound by the bytes of W. See decode_kernel.h.
+#pragma once
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+namespace gptq {
+
+struct DecodeArgs {
+  const uint8_t* w;          // strip stream
+  const uint16_t* x;         // [M, K], row stride ldx elements (a multiple of 8), 16-byte aligned
+  uint16_t* y;               // [M, N] (N/2 with paired 2), row stride ldy elements
+  const uint16_t* bias;      // [N] in the order of the outputs, or null
+  const uint16_t* residual;  // like y, row stride ldr, or null; may be y itself
+  const int* perm;           // [K] or null: x is read as x[:, perm]
+  int M, N, K;               // N % 16 == 0, K % 8 == 0
+  int ldx, ldy, ldr;
+  int paired;  // 1: rows g, g+8 of a strip are outputs i and N/2+i. 2: the same, and y = silu(row i) * row (N/2+i)
+  int depth;   // ring slots; chosen by launch_decode
+};
+
+constexpr int kDecodeMaxM = 32;  // beyond 16 in two launches
+
+// `groups` per chunk: 1, 2, 4.
+cudaError_t launch_decode(DecodeArgs args, int groups, bool zeros, bool bf16, cudaStream_t stream);
+
+// Whether launch_decode takes args.perm at this size; otherwise the caller sorts x first (launch_gather).
+bool decode_gathers(int M, int K, int groups, bool zeros);
+
+}  // namespace gptq

@@ -1,0 +1,93 @@
+#include "dequant.h"
+
+#include "layout.h"
+#include "ptx.h"
+
+namespace gptq {
+namespace {
+
+constexpr int kWarps = 8;
+
+// One warp per chunk: the fragments go through shared memory so that rows leave in whole lines.
+template <int G, bool ZP, bool BF>
+__global__ void __launch_bounds__(kWarps * 32) dequant_kernel(const DequantArgs a) {
+  using C = Chunk<G, ZP>;
+  __shared__ __align__(16) uint16_t tile[kWarps][kStripRows][kChunkK + 8];
+  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
+  const int nch = (a.K + kChunkK - 1) / kChunkK;
+  const int c = blockIdx.x * kWarps + warp, strip = a.strip_first + blockIdx.y;
+  if (c >= nch) return;
+  const uint8_t* chunk = a.w + (static_cast<size_t>(strip) * nch + c) * C::kBytes;
+#pragma unroll
+  for (int b = 0; b < 2; b++) {
+    const uint4 q4 = *reinterpret_cast<const uint4*>(chunk + b * kBlockBytes + lane * 16);
+    const uint32_t q[4] = {q4.x, q4.y, q4.z, q4.w};
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+      const int k = b * 64 + j * 16, group = k * G / kChunkK;
+      const float2 scale = scale_pair(*reinterpret_cast<const uint32_t*>(chunk + C::kScaleOffset + group * 32 + g * 4));
+      const float z0 = ZP ? chunk[C::kZeroOffset + group * 16 + g * 2] : 8.f, z1 = ZP ? chunk[C::kZeroOffset + group * 16 + g * 2 + 1] : 8.f;
+#pragma unroll
+      for (int p = 0; p < 4; p++) {
+        const float s = p & 1 ? scale.y : scale.x, z = p & 1 ? z1 : z0;
+        const uint32_t low = (q[j] >> (4 * p)) & 15u, high = (q[j] >> (4 * p + 16)) & 15u;
+        const uint32_t both = to_16bit<BF>((static_cast<float>(low) - z) * s) | static_cast<uint32_t>(to_16bit<BF>((static_cast<float>(high) - z) * s)) << 16;
+        *reinterpret_cast<uint32_t*>(&tile[warp][g + 8 * (p & 1)][k + 2 * t + 8 * (p >> 1)]) = both;
+      }
+    }
+  }
+  __syncwarp();
+#pragma unroll
+  for (int i = lane; i < kStripRows * kChunkK / 8; i += 32) {
+    const int r = i / (kChunkK / 8), k = i % (kChunkK / 8) * 8;
+    if (c * kChunkK + k >= a.K) continue;
+    const int row = a.paired ? strip * 8 + (r & 7) + (r >> 3) * (a.N / 2) : strip * kStripRows + r;
+    *reinterpret_cast<uint4*>(a.out + static_cast<size_t>(row - a.strip_first * kStripRows) * a.ldo + c * kChunkK + k) = *reinterpret_cast<const uint4*>(&tile[warp][r][k]);
+  }
+}
+
+__global__ void __launch_bounds__(256) gather_kernel(const GatherArgs a) {
+  const int k = (blockIdx.x * 256 + threadIdx.x) * 2;
+  const int2 from = k < a.K ? *reinterpret_cast<const int2*>(a.perm + k) : make_int2(0, 0);
+  grid_launch_dependents();
+  grid_wait();
+  if (k >= a.K) return;
+  for (int m = blockIdx.y; m < a.M; m += gridDim.y) {
+    const uint16_t* x = a.x + static_cast<size_t>(m) * a.ldx;
+    *reinterpret_cast<uint32_t*>(a.out + static_cast<size_t>(m) * a.ldo + k) = x[from.x] | static_cast<uint32_t>(x[from.y]) << 16;
+  }
+}
+
+template <int G, bool ZP>
+cudaError_t dequant(const DequantArgs& a, bool bf16, cudaStream_t stream) {
+  const dim3 grid(((a.K + kChunkK - 1) / kChunkK + kWarps - 1) / kWarps, a.strip_count);
+  if (bf16) dequant_kernel<G, ZP, true><<<grid, kWarps * 32, 0, stream>>>(a);
+  else dequant_kernel<G, ZP, false><<<grid, kWarps * 32, 0, stream>>>(a);
+  return cudaGetLastError();
+}
+
+}  // namespace
+
+cudaError_t launch_dequant(const DequantArgs& a, int groups, bool zeros, bool bf16, cudaStream_t stream) {
+  switch (groups) {
+    case 1: return zeros ? dequant<1, true>(a, bf16, stream) : dequant<1, false>(a, bf16, stream);
+    case 2: return zeros ? dequant<2, true>(a, bf16, stream) : dequant<2, false>(a, bf16, stream);
+    case 4: return zeros ? dequant<4, true>(a, bf16, stream) : dequant<4, false>(a, bf16, stream);
+  }
+  return cudaErrorInvalidValue;
+}
+
+cudaError_t launch_gather(const GatherArgs& a, cudaStream_t stream) {
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3((a.K / 2 + 255) / 256, a.M < 1024 ? a.M : 1024);
+  config.blockDim = dim3(256);
+  config.stream = stream;
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  return cudaLaunchKernelEx(&config, gather_kernel, a);
+}
+
+}  // namespace gptq

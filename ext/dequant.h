@@ -1,0 +1,29 @@
+// Packed weight -> 16-bit matrix, for products that another library does better.
+#pragma once
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+namespace gptq {
+
+struct DequantArgs {
+  const uint8_t* w;  // strip stream
+  uint16_t* out;     // [N, K] row-major, row stride ldo elements (a multiple of 8), k in the order of the stream
+  int N, K, ldo;
+  int strip_first, strip_count;  // what to write; row r of the matrix is row r of `out`
+  int paired;
+};
+
+cudaError_t launch_dequant(const DequantArgs& args, int groups, bool zeros, bool bf16, cudaStream_t stream);
+
+struct GatherArgs {
+  const uint16_t* x;     // [M, K], row stride ldx
+  const int* perm;    // [K]
+  uint16_t* out;         // [M, K], row stride ldo: out[:, k] = x[:, perm[k]]
+  int M, K, ldx, ldo;
+};
+
+// For act-order where the activations are too large to sort in a kernel's own shared memory.
+cudaError_t launch_gather(const GatherArgs& args, cudaStream_t stream);
+
+}  // namespace gptq

@@ -1,0 +1,269 @@
+"""The CUDA kernels with types: `pack` once at load, `gemm` ever after.
+
+    y[M, N] = x[M, K] W^T (+ bias), then SiLU(gate) * up where asked, then + residual
+
+Everything runs on the current stream of x's device and may be captured into a CUDA graph. Shapes, types, devices and alignment
+are checked here; the extension below takes addresses. Knows nothing about checkpoints or models.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from gptq_api.kernels.layout import STRIP_ROWS, PackedLinear, chunk_bytes, pack_stream, sort_groups
+from gptq_api.kernels.reference import unpack
+
+try:
+    from gptq_api import _cuda
+except ImportError as error:  # installed without nvcc: a reason to give, not to fail
+    _cuda = None
+    _MISSING = str(error)
+else:
+    _MISSING = ""
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["PackedLinear", "dequantise", "gemm", "is_available", "pack", "refusal", "unavailable_reason"]
+
+DECODE_MAX_M = 32
+SCRATCH_BYTES = 128 << 20
+"""largest dequantised block: of the order of the L2, small beside any model"""
+
+
+def unavailable_reason() -> str | None:
+    """Why these kernels cannot run here, for people; None where they can."""
+    if _cuda is None:
+        return f"gptq-api was installed without its CUDA kernels ({_MISSING}); install again with nvcc on PATH"
+    if not torch.cuda.is_available():
+        return "torch finds no CUDA device"
+    major, minor = torch.cuda.get_device_capability()
+    return None if major >= 8 else f"compute capability {major}.{minor}; the kernels need 8.0 or later"
+
+
+def is_available() -> bool:
+    return unavailable_reason() is None
+
+
+def refusal(bits: int, in_features: int, out_features: int, group_size: int) -> str | None:
+    """Why these kernels do not take such a weight; None where they do. From numbers alone."""
+    if bits != 4:
+        return f"{bits} bits; the CUDA kernels hold 4"
+    if out_features % STRIP_ROWS:
+        return f"{out_features} output features; the CUDA kernels need a multiple of {STRIP_ROWS}"
+    if in_features % 8 or in_features > 65536:
+        return f"{in_features} input features; the CUDA kernels need a multiple of 8, at most 65536"
+    if group_size not in (-1, 32, 64) and (group_size <= 0 or group_size % 128):
+        return f"group size {group_size}; the CUDA kernels hold 32, 64, multiples of 128, and -1"
+    return None
+
+
+def pack(
+    qweight: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    g_idx: Tensor | None,
+    group_size: int,
+    device: torch.device | str,
+    *,
+    paired: bool = False,
+) -> PackedLinear:
+    """int32 qweight [K/8, N], float scales [G, N], uint8 zeros [G, N] (0..16, decoded; None: all 8), int g_idx [K] (None: k // group_size).
+
+    Runs on `device`; needs about three times the layer's packed bytes there while it runs. Weights whose zero points are all 8 drop them.
+    `paired`: the first N/2 outputs are gates, the last N/2 ups. Raises ValueError on what the layout cannot hold.
+    """
+    device = torch.device(device)
+    k, n = qweight.shape[0] * 8, qweight.shape[1]
+    if (reason := refusal(4, k, n, group_size)) is not None:
+        raise ValueError(reason)
+    halves = scales.to(device=device, dtype=torch.float16)
+    if not bool(torch.isfinite(halves).all()):
+        raise ValueError("a scale is not finite in float16")
+    offsets = None if zeros is None else zeros.to(device=device, dtype=torch.uint8)
+    if offsets is not None and bool((offsets == 8).all()):
+        offsets = None
+    perm = None if g_idx is None else sort_groups(g_idx.to(device), group_size)
+    weight = _unpack4(qweight.to(device))
+    if perm is not None:
+        weight = weight.index_select(0, perm)
+    data = pack_stream(weight, halves, offsets, group_size, paired=paired)
+    if device.type == "cuda" and _has_wgmma(data.device.index):
+        _workspace(data.device.index, _CAPTURE)
+    return PackedLinear(data, k, n, group_size, offsets is not None, perm, paired)
+
+
+def _unpack4(qweight: Tensor) -> Tensor:
+    """uint8 [K, N]: by bytes, so that nothing wider than the result is ever held."""
+    if qweight.device.type == "cpu":
+        return unpack(qweight, 4).to(torch.uint8)
+    quarters = qweight.contiguous().view(torch.uint8).view(qweight.shape[0], qweight.shape[1], 4).permute(0, 2, 1)
+    return torch.stack([quarters & 15, quarters >> 4], 2).view(-1, qweight.shape[1])
+
+
+def gemm(
+    x: Tensor,
+    weight: PackedLinear,
+    out: Tensor | None = None,
+    *,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    silu_mul: bool = False,
+) -> Tensor:
+    """x fp16 or bf16 [M, K], rows 16-byte aligned (else copied) -> [M, N], or [M, N/2] with `silu_mul` (paired weights only).
+
+    bias [N]; residual like the result, may be `out`. Accumulates in float32 and rounds once. Same bits every run, and for a
+    row whatever M is, as long as M stays within 1..32. Raises ValueError on what does not fit, RuntimeError with the shape when a launch fails.
+    """
+    if x.dtype not in (torch.float16, torch.bfloat16):
+        raise ValueError(f"activations of {x.dtype}; the CUDA kernels take float16 and bfloat16")
+    if x.dim() != 2 or x.shape[1] != weight.in_features:
+        raise ValueError(f"activations {tuple(x.shape)}, expected [M, {weight.in_features}]")
+    if silu_mul and not weight.paired:
+        raise ValueError("silu_mul needs a weight packed with paired=True")
+    m, n = x.shape[0], weight.out_features // 2 if silu_mul else weight.out_features
+    if out is None:
+        out = torch.empty(m, n, dtype=x.dtype, device=x.device)
+    for name, tensor, shape in (
+        ("out", out, (m, n)),
+        ("residual", residual, (m, n)),
+        ("bias", bias, (weight.out_features,)),
+    ):
+        if tensor is None:
+            continue
+        if (
+            tuple(tensor.shape) != shape
+            or tensor.dtype != x.dtype
+            or tensor.device != x.device
+            or tensor.stride(-1) != 1
+        ):
+            raise ValueError(
+                f"{name} {tuple(tensor.shape)} {tensor.dtype} on {tensor.device}, last stride {tensor.stride(-1)}; "
+                f"expected {shape} {x.dtype} on {x.device}, last stride 1"
+            )
+    if x.device != weight.data.device:
+        raise ValueError(f"activations on {x.device}, weight on {weight.data.device}")
+    if m == 0:
+        return out
+    if x.stride(1) != 1 or x.stride(0) % 8 or x.data_ptr() % 16:
+        x = x.contiguous()
+    with torch.cuda.device(x.device):
+        if m <= DECODE_MAX_M:
+            _decode(x, weight, out, bias, residual, silu_mul)
+        elif _has_wgmma(x.device.index):
+            _wgmma(x, weight, out, bias, residual, silu_mul)
+        else:
+            _by_cublas(x, weight, out, bias, residual, silu_mul)
+    return out
+
+
+def dequantise(weight: PackedLinear, dtype: torch.dtype) -> Tensor:
+    """fp16 or bf16 [N, K], k in the packed (sorted) order."""
+    out = torch.empty(weight.out_features, weight.in_features, dtype=dtype, device=weight.data.device)
+    with torch.cuda.device(out.device):
+        _dequantise(weight, out, 0, weight.data.shape[0])
+    return out
+
+
+def sort_activations(x: Tensor, weight: PackedLinear) -> Tensor:
+    """x[:, perm] in one kernel: what `gemm` does first where its own kernel does not sort on the way."""
+    if weight.perm is None:
+        return x
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    _cuda.gather(x.data_ptr(), weight.perm.data_ptr(), out.data_ptr(), *x.shape, x.stride(0), out.stride(0), _stream(x))
+    return out
+
+
+def _stream(tensor: Tensor) -> int:
+    return torch.cuda.current_stream(tensor.device).cuda_stream
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _decode(
+    x: Tensor, w: PackedLinear, out: Tensor, bias: Tensor | None, residual: Tensor | None, silu_mul: bool
+) -> None:
+    m, k = x.shape
+    perm, groups = w.perm, w.groups_per_chunk
+    if perm is not None and not _cuda.decode_gathers(m, k, groups, w.has_zeros):
+        x, perm = sort_activations(x, w), None
+    _cuda.decode(
+        w.data.data_ptr(), x.data_ptr(), out.data_ptr(), _address(bias), _address(residual), _address(perm), m, w.out_features, k,
+        x.stride(0), out.stride(0), 0 if residual is None else residual.stride(0), (2 if silu_mul else 1) if w.paired else 0,
+        groups, w.has_zeros, x.dtype == torch.bfloat16, _stream(x),
+    )  # fmt: skip
+
+
+@cache
+def _has_wgmma(device_index: int) -> bool:
+    return hasattr(_cuda, "wgmma") and torch.cuda.get_device_capability(device_index) == (9, 0)
+
+
+_CAPTURE = -1
+
+
+@cache
+def _workspace(device_index: int, stream: int) -> Tensor:
+    """Partial sums and flags of `_wgmma`, zeroed once: one per stream, since launches that overlap must not share one. All captured graphs
+    of a device share that of _CAPTURE, which `pack` makes before any capture begins; do not replay two of them at the same time."""
+    return torch.zeros(_cuda.wgmma_workspace_bytes(), dtype=torch.uint8, device=torch.device("cuda", device_index))
+
+
+def _wgmma(
+    x: Tensor, w: PackedLinear, out: Tensor, bias: Tensor | None, residual: Tensor | None, silu_mul: bool
+) -> None:
+    x = sort_activations(x, w)
+    stream = _stream(x)
+    workspace = _workspace(x.device.index, _CAPTURE if torch.cuda.is_current_stream_capturing() else stream)
+    fits = out.stride(0) % 8 == 0 and out.data_ptr() % 16 == 0
+    y = out if fits else torch.empty_like(out, memory_format=torch.contiguous_format)
+    add = None if silu_mul else residual
+    if add is not None and (add.stride(0) % 8 or add.data_ptr() % 16):
+        add = add.contiguous()
+    _cuda.wgmma(
+        w.data.data_ptr(), x.data_ptr(), y.data_ptr(), _address(bias), _address(add), workspace.data_ptr(), x.shape[0], w.out_features,
+        x.shape[1], x.stride(0), y.stride(0), 0 if add is None else add.stride(0), (2 if silu_mul else 1) if w.paired else 0,
+        w.groups_per_chunk, w.has_zeros, x.dtype == torch.bfloat16, 0, 0, stream,
+    )  # fmt: skip
+    if silu_mul and residual is not None:
+        y += residual
+    if not fits:
+        out.copy_(y)
+
+
+def _dequantise(w: PackedLinear, out: Tensor, first: int, count: int) -> None:
+    _cuda.dequant(
+        w.data.data_ptr(), out.data_ptr(), w.out_features, w.in_features, out.stride(0), first, count, w.paired, w.groups_per_chunk,
+        w.has_zeros, out.dtype == torch.bfloat16, _stream(out),
+    )  # fmt: skip
+
+
+def _by_cublas(
+    x: Tensor, w: PackedLinear, out: Tensor, bias: Tensor | None, residual: Tensor | None, silu_mul: bool
+) -> None:
+    """For devices and sizes without a kernel of ours: blocks of the weight as 16-bit matrices, then torch.mm."""
+    x = sort_activations(x, w)
+    m, n = x.shape[0], w.out_features
+    y = out if not silu_mul else torch.empty(m, n, dtype=x.dtype, device=x.device)
+    rows = n if w.paired else max(STRIP_ROWS, SCRATCH_BYTES // (2 * w.in_features) // STRIP_ROWS * STRIP_ROWS)
+    scratch = torch.empty(min(rows, n), w.in_features, dtype=x.dtype, device=x.device)
+    add = residual if residual is not None and not silu_mul else None
+    for first in range(0, n, rows):
+        count = min(rows, n - first)
+        _dequantise(w, scratch, first // STRIP_ROWS, count // STRIP_ROWS)
+        part = torch.mm(x, scratch[:count].t())
+        if bias is not None:
+            part += bias[first : first + count]
+        if add is not None:
+            part += add[:, first : first + count]
+        y[:, first : first + count] = part
+    if silu_mul:
+        torch.mul(torch.nn.functional.silu(y[:, : n // 2]), y[:, n // 2 :], out=out)
+        if residual is not None:
+            out += residual
