@@ -3,7 +3,6 @@ asked for; pickles are opened with weights_only, so no code in them can run."""
 
 from __future__ import annotations
 
-import pickle
 import re
 import zipfile
 from pathlib import Path
@@ -107,20 +106,12 @@ class TensorStore:
     def _open_pickle(self, file: Path) -> None:
         try:
             state = _load_pickle(file)
-        except pickle.UnpicklingError as error:
-            if (
-                "Unsupported global" in str(error)
-                or "Unsupported class" in str(error)
-                or "Unsupported operand" in str(error)
-            ):
+        except Exception as error:
+            # torch.load raises whatever its parsers stumble on (UnpicklingError, EOFError, KeyError, struct.error ...).
+            if any(f"Unsupported {what}" in str(error) for what in ("global", "class", "operand")):
                 raise CheckpointError(
                     f"{file} holds pickled code, which is never run; use a .safetensors file or its state_dict"
                 ) from None
-            raise CheckpointError(
-                f"{file} is not a readable torch file ({_first_line(error)}); download it again"
-            ) from None
-        except Exception as error:
-            # torch.load raises whatever its parsers stumble on (EOFError, KeyError, RuntimeError, struct.error ...).
             raise CheckpointError(
                 f"{file} is not a readable torch file ({_first_line(error)}); download it again"
             ) from None
