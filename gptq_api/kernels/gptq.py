@@ -2,31 +2,31 @@
 
     y[M, N] = x[M, K] W^T (+ bias), then SiLU(gate) * up where asked, then + residual
 
-Everything runs on the current stream of x's device and may be captured into a CUDA graph. Shapes, types, devices and alignment
-are checked here; the extension below takes addresses. Knows nothing about checkpoints or models.
+Everything runs on the current stream of x's device and may be captured into a CUDA graph. Shapes, types, devices and
+alignment are checked here; the extension below takes addresses. Knows nothing about checkpoints or models.
+
+Which kernel: up to 32 rows the decode kernel, whose cost is the bytes of the weight (16 rows at a time; same bits for a
+row at any M); from 33 on the wgmma kernel where the device is a Hopper; elsewhere the weight as a 16-bit matrix and
+torch.mm.
 """
 
 from __future__ import annotations
 
 from functools import cache
-from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from gptq_api.kernels.layout import STRIP_ROWS, PackedLinear, chunk_bytes, pack_stream, sort_groups
+from gptq_api.kernels.layout import STRIP_ROWS, PackedLinear, pack_stream, sort_groups
 from gptq_api.kernels.reference import unpack
 
 try:
-    from gptq_api import _cuda
+    from gptq_api import _cuda  # type: ignore[attr-defined, unused-ignore]
 except ImportError as error:  # installed without nvcc: a reason to give, not to fail
     _cuda = None
     _MISSING = str(error)
 else:
     _MISSING = ""
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 __all__ = ["PackedLinear", "dequantise", "gemm", "is_available", "pack", "refusal", "unavailable_reason"]
 
@@ -72,10 +72,12 @@ def pack(
     *,
     paired: bool = False,
 ) -> PackedLinear:
-    """int32 qweight [K/8, N], float scales [G, N], uint8 zeros [G, N] (0..16, decoded; None: all 8), int g_idx [K] (None: k // group_size).
+    """int32 qweight [K/8, N], float scales [G, N], uint8 zeros [G, N] (0..16, decoded; None: all 8), int g_idx [K]
+    (None: k // group_size).
 
-    Runs on `device`; needs about three times the layer's packed bytes there while it runs. Weights whose zero points are all 8 drop them.
-    `paired`: the first N/2 outputs are gates, the last N/2 ups. Raises ValueError on what the layout cannot hold.
+    Runs on `device` and needs some times the layer's packed bytes there while it runs. Zero points that are all 8 are
+    dropped. `paired`: the first N/2 outputs are gates, the last N/2 ups. Raises ValueError on what the layout cannot
+    hold.
     """
     device = torch.device(device)
     k, n = qweight.shape[0] * 8, qweight.shape[1]
@@ -114,10 +116,12 @@ def gemm(
     residual: Tensor | None = None,
     silu_mul: bool = False,
 ) -> Tensor:
-    """x fp16 or bf16 [M, K], rows 16-byte aligned (else copied) -> [M, N], or [M, N/2] with `silu_mul` (paired weights only).
+    """x fp16 or bf16 [M, K], rows 16-byte aligned (else copied) -> [M, N], or [M, N/2] with `silu_mul` (paired weights
+    only).
 
-    bias [N]; residual like the result, may be `out`. Accumulates in float32 and rounds once. Same bits every run, and for a
-    row whatever M is, as long as M stays within 1..32. Raises ValueError on what does not fit, RuntimeError with the shape when a launch fails.
+    bias [N]; residual like the result, may be `out`. Accumulates in float32 and rounds once. Same bits every run, and
+    for a row whatever M is, as long as M stays within 1..32. Raises ValueError on what does not fit, RuntimeError with
+    the shape when a launch fails.
     """
     if x.dtype not in (torch.float16, torch.bfloat16):
         raise ValueError(f"activations of {x.dtype}; the CUDA kernels take float16 and bfloat16")
@@ -150,7 +154,7 @@ def gemm(
     if m == 0:
         return out
     if x.stride(1) != 1 or x.stride(0) % 8 or x.data_ptr() % 16:
-        x = x.contiguous()
+        x = x.clone(memory_format=torch.contiguous_format)
     with torch.cuda.device(x.device):
         if m <= DECODE_MAX_M:
             _decode(x, weight, out, bias, residual, silu_mul)
@@ -186,18 +190,23 @@ def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
+def _sizes(x: Tensor, w: PackedLinear, out: Tensor, residual: Tensor | None, silu_mul: bool) -> tuple[int, ...]:
+    """What every product of the extension takes after its addresses: M, N, K, the row strides of x, out and residual,
+    pairing, and the format."""
+    strides = (x.stride(0), out.stride(0), 0 if residual is None else residual.stride(0))
+    pairing = (2 if silu_mul else 1) if w.paired else 0
+    shape = (x.shape[0], w.out_features, x.shape[1])
+    return (*shape, *strides, pairing, w.groups_per_chunk, w.has_zeros, x.dtype == torch.bfloat16)
+
+
 def _decode(
     x: Tensor, w: PackedLinear, out: Tensor, bias: Tensor | None, residual: Tensor | None, silu_mul: bool
 ) -> None:
-    m, k = x.shape
-    perm, groups = w.perm, w.groups_per_chunk
-    if perm is not None and not _cuda.decode_gathers(m, k, groups, w.has_zeros):
+    perm = w.perm
+    if perm is not None and not _cuda.decode_gathers(*x.shape, w.groups_per_chunk, w.has_zeros):
         x, perm = sort_activations(x, w), None
-    _cuda.decode(
-        w.data.data_ptr(), x.data_ptr(), out.data_ptr(), _address(bias), _address(residual), _address(perm), m, w.out_features, k,
-        x.stride(0), out.stride(0), 0 if residual is None else residual.stride(0), (2 if silu_mul else 1) if w.paired else 0,
-        groups, w.has_zeros, x.dtype == torch.bfloat16, _stream(x),
-    )  # fmt: skip
+    addresses = (w.data.data_ptr(), x.data_ptr(), out.data_ptr(), _address(bias), _address(residual), _address(perm))
+    _cuda.decode(*addresses, *_sizes(x, w, out, residual, silu_mul), _stream(x))
 
 
 @cache
@@ -210,8 +219,9 @@ _CAPTURE = -1
 
 @cache
 def _workspace(device_index: int, stream: int) -> Tensor:
-    """Partial sums and flags of `_wgmma`, zeroed once: one per stream, since launches that overlap must not share one. All captured graphs
-    of a device share that of _CAPTURE, which `pack` makes before any capture begins; do not replay two of them at the same time."""
+    """Partial sums and flags of `_wgmma`, zeroed once: one per stream, since launches that overlap must not share one.
+    All captured graphs of a device share that of _CAPTURE, which `pack` makes before any capture begins; do not replay
+    two of them at the same time."""
     return torch.zeros(_cuda.wgmma_workspace_bytes(), dtype=torch.uint8, device=torch.device("cuda", device_index))
 
 
@@ -220,17 +230,16 @@ def _wgmma(
 ) -> None:
     x = sort_activations(x, w)
     stream = _stream(x)
-    workspace = _workspace(x.device.index, _CAPTURE if torch.cuda.is_current_stream_capturing() else stream)
+    workspace = _workspace(x.device.index, _CAPTURE)
+    if not torch.cuda.is_current_stream_capturing():
+        workspace = _workspace(x.device.index, stream)
     fits = out.stride(0) % 8 == 0 and out.data_ptr() % 16 == 0
     y = out if fits else torch.empty_like(out, memory_format=torch.contiguous_format)
     add = None if silu_mul else residual
     if add is not None and (add.stride(0) % 8 or add.data_ptr() % 16):
         add = add.contiguous()
-    _cuda.wgmma(
-        w.data.data_ptr(), x.data_ptr(), y.data_ptr(), _address(bias), _address(add), workspace.data_ptr(), x.shape[0], w.out_features,
-        x.shape[1], x.stride(0), y.stride(0), 0 if add is None else add.stride(0), (2 if silu_mul else 1) if w.paired else 0,
-        w.groups_per_chunk, w.has_zeros, x.dtype == torch.bfloat16, 0, 0, stream,
-    )  # fmt: skip
+    addresses = (w.data.data_ptr(), x.data_ptr(), y.data_ptr(), _address(bias), _address(add), workspace.data_ptr())
+    _cuda.wgmma(*addresses, *_sizes(x, w, y, add, silu_mul), 0, 0, stream)
     if silu_mul and residual is not None:
         y += residual
     if not fits:
@@ -238,10 +247,9 @@ def _wgmma(
 
 
 def _dequantise(w: PackedLinear, out: Tensor, first: int, count: int) -> None:
-    _cuda.dequant(
-        w.data.data_ptr(), out.data_ptr(), w.out_features, w.in_features, out.stride(0), first, count, w.paired, w.groups_per_chunk,
-        w.has_zeros, out.dtype == torch.bfloat16, _stream(out),
-    )  # fmt: skip
+    shape = (w.out_features, w.in_features, out.stride(0), first, count)
+    format_ = (w.paired, w.groups_per_chunk, w.has_zeros, out.dtype == torch.bfloat16)
+    _cuda.dequant(w.data.data_ptr(), out.data_ptr(), *shape, *format_, _stream(out))
 
 
 def _by_cublas(

@@ -1,7 +1,7 @@
 """The packed weight of the CUDA kernels: 16-row strips, 128-k chunks (the picture is in ext/layout.h).
 
-Plain torch, so the same lines run on the CPU and, at load time, on the GPU; `emulate` reads the bytes back the way a warp does and
-is what the tests compare. Knows nothing about checkpoints: values arrive unpacked, zero points decoded.
+Plain torch, so the same lines run on the CPU and, at load time, on the GPU; `emulate` reads the bytes back the way a
+warp does and is what the tests compare. Knows nothing about checkpoints: values arrive unpacked, zero points decoded.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ class PackedLinear:
     has_zeros: bool
     """False: every zero point is 8 and none is stored."""
     perm: Tensor | None
-    """int32 [K]: the kernel's k-th input is x[perm[k]]. None: no act-order. The caller either hands over x[:, perm] or lets `gemm` gather."""
+    """int32 [K]: the kernel's k-th input is x[perm[k]]. None: no act-order. The caller either hands over x[:, perm] and
+    `without_perm`, or lets `gemm` gather."""
     paired: bool
     """Rows g and g+8 of a strip are outputs i and N/2 + i (gate_i, up_i)."""
 
@@ -64,7 +65,8 @@ def chunk_bytes(group_size: int, has_zeros: bool) -> int:
 def sort_groups(g_idx: Tensor, group_size: int) -> Tensor | None:
     """Order of k that makes groups contiguous: int32 [K], or None where they already are.
 
-    Raises ValueError when a group is not exactly `group_size` long (the last one may be short): such a g_idx does not come from GPTQ.
+    Raises ValueError when a group is not exactly `group_size` long (the last one may be short): such a g_idx does not
+    come from GPTQ.
     """
     k = g_idx.numel()
     size = k if group_size == -1 else group_size
@@ -88,11 +90,11 @@ def _chunk_rows(per_group: Tensor, chunks: int, group_size: int) -> Tensor:
 def pack_stream(
     weight: Tensor, scales: Tensor, zeros: Tensor | None, group_size: int, *, paired: bool = False
 ) -> Tensor:
-    """uint8 [N/16, ceil(K/128), chunk_bytes] from `weight` uint8 [K, N] (0..15, groups contiguous), `scales` fp16 [groups, N] and
-    `zeros` uint8 [groups, N] (0..16; None: all 8).
+    """uint8 [N/16, ceil(K/128), chunk_bytes] from `weight` uint8 [K, N] (0..15, groups contiguous), `scales` fp16
+    [groups, N] and `zeros` uint8 [groups, N] (0..16; None: all 8).
 
-    Padding of k is filled with the zero point (15 for a zero point of 16, which no nibble can hold: kernels feed zeros there).
-    Raises ValueError on shapes that do not fit.
+    Padding of k is filled with the zero point (15 for a zero point of 16, which no nibble can hold: kernels feed zeros
+    there). Raises ValueError on shapes that do not fit.
     """
     k, n = weight.shape
     if n % STRIP_ROWS:
@@ -126,7 +128,8 @@ def pack_stream(
 
 
 def emulate(packed: PackedLinear) -> Tensor:
-    """float64 [K, N]: the dequantised weight, read lane by lane as the A fragment of mma.m16n8k16. For tests; slow and literal."""
+    """float64 [K, N]: the dequantised weight, read lane by lane as the A fragment of mma.m16n8k16. For tests; slow and
+    literal."""
     data = packed.data.cpu()
     strips, chunks, _ = data.shape
     groups, n = packed.groups_per_chunk, packed.out_features
