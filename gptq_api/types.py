@@ -13,7 +13,7 @@ from typing import Literal
 import msgspec
 
 FinishReason = Literal["stop", "length", "error"]
-"""`error`: this sequence failed inside the engine (non-finite logits, for one); it is never sent to a client as such."""
+"""`error`: this sequence failed inside the engine (non-finite logits, for one); never sent to a client as such."""
 
 
 def pack_ids(ids: Iterable[int]) -> bytes:

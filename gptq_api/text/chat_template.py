@@ -85,7 +85,8 @@ class ChatTemplate:
         if not marks.found_in(text):
             ids = tokenizer.encode(text, parse_special=True)
             # A normalizer can make control tokens of look-alikes (full-width letters) that no mark stands for.
-            if [i for i in ids if i in tokenizer.special_token_ids] == [part for part in parts if isinstance(part, int)]:
+            found = [i for i in ids if i in tokenizer.special_token_ids]
+            if found == [part for part in parts if isinstance(part, int)]:
                 return tokenizer.with_bos(ids)
         parts = [part if isinstance(part, int) else marks.restore(part) for part in parts]
         return tokenizer.with_bos(tokenizer.encode_parts(parts))
