@@ -1,0 +1,169 @@
+"""The wgmma kernels: against float64 on a Hopper GPU, and their register budget wherever nvcc is."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from gptq_api.kernels import gptq
+from gptq_api.kernels.layout import PackedLinear
+
+EXT = Path(__file__).parent.parent / "ext"
+TILES = {"128x16": 1, "256x16": 2, "128x32": 3, "256x32": 4, "128x64": 5, "256x64": 6, "192x128": 7, "128x256": 8}
+BOUND = {torch.float16: 3e-4, torch.bfloat16: 2.5e-3}
+hopper = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        gptq.unavailable_reason() is not None or torch.cuda.get_device_capability() != (9, 0),
+        reason=gptq.unavailable_reason() or "needs compute capability 9.0",
+    ),
+]
+
+
+def weight(
+    k: int, n: int, group_size: int, *, asym: bool = False, order: bool = False, paired: bool = False
+) -> tuple[PackedLinear, Tensor]:
+    """A packed weight and the float64 [K, N] matrix it stands for."""
+    g = torch.Generator(device="cuda").manual_seed(k + n + group_size)
+    groups = 1 if group_size == -1 else -(-k // group_size)
+    values = torch.randint(0, 16, (k, n), device="cuda", generator=g)
+    scales = (torch.rand(groups, n, device="cuda", generator=g) * 0.02 + 0.001).half()
+    zeros = torch.randint(0, 17, (groups, n), device="cuda", generator=g).to(torch.uint8) if asym else None
+    g_idx = torch.arange(k, device="cuda") // (k if group_size == -1 else group_size)
+    if order:
+        g_idx = g_idx[torch.randperm(k, device="cuda", generator=g)]
+    packed = torch.zeros(k // 8, n, dtype=torch.int64, device="cuda")
+    for i in range(8):
+        packed |= values[i::8] << (4 * i)
+    qweight = torch.where(packed >= 2**31, packed - 2**32, packed).to(torch.int32)
+    offset = 8 if zeros is None else zeros.double()[g_idx]
+    dense = (values.double() - offset) * scales.double()[g_idx]
+    return gptq.pack(qweight, scales, zeros, g_idx.int() if order else None, group_size, "cuda", paired=paired), dense
+
+
+def wgmma(x: Tensor, w: PackedLinear, y: Tensor, tile: int, blocks: int = 1) -> None:
+    """One tile of the table, whatever M is."""
+    gptq._cuda.wgmma(
+        w.data.data_ptr(), x.data_ptr(), y.data_ptr(), 0, 0, gptq._workspace(x.device.index, gptq._stream(x)).data_ptr(),
+        x.shape[0], w.out_features, x.shape[1], x.stride(0), y.stride(0), 0, int(w.paired), w.groups_per_chunk, w.has_zeros,
+        x.dtype == torch.bfloat16, tile, blocks, gptq._stream(x),
+    )  # fmt: skip
+
+
+def error(y: Tensor, reference: Tensor) -> float:
+    return float((y.double() - reference).norm() / reference.norm())
+
+
+def activations(m: int, k: int, dtype: torch.dtype) -> Tensor:
+    return torch.randn(m, k, device="cuda", generator=torch.Generator(device="cuda").manual_seed(m)).to(dtype)
+
+
+class TestOnHopper:
+    pytestmark = hopper
+
+    @pytest.mark.parametrize("tile", TILES.values(), ids=TILES)
+    @pytest.mark.parametrize("dtype", BOUND, ids=str)
+    def test_every_tile_group_and_zero_point(self, tile: int, dtype: torch.dtype) -> None:
+        for group_size in (32, 64, 128, 256, -1):
+            for asym in (False, True):
+                w, dense = weight(1024, 16 * 33, group_size, asym=asym)
+                for m in (1, 17, 100, 257):
+                    x, y = activations(m, 1024, dtype), torch.full((m, 528), float("nan"), device="cuda", dtype=dtype)
+                    wgmma(x, w, y, tile)
+                    assert error(y, x.double() @ dense) < BOUND[dtype], (group_size, asym, m)
+
+    @pytest.mark.parametrize("tile", TILES.values(), ids=TILES)
+    @pytest.mark.parametrize(
+        ("k", "n", "m"), [(5120, 5120, 64), (11008, 1040, 33), (1000, 4112, 300), (128, 20496, 128)]
+    )
+    def test_shapes_that_are_cut_along_k(self, tile: int, k: int, n: int, m: int) -> None:
+        w, dense = weight(k, n, 128)
+        x, buffer = activations(m, k, torch.float16), torch.full((m + 2, n + 8), float("nan"), device="cuda").half()
+        y = buffer[1 : m + 1, :n]
+        wgmma(x, w, y, tile, 2 if tile in (1, 3, 5) else 1)
+        assert error(y, x.double() @ dense) < 3e-4
+        assert buffer[0].isnan().all()
+        assert buffer[m + 1].isnan().all()
+        assert buffer[:, n:].isnan().all()
+
+    @pytest.mark.parametrize("m", [33, 64, 65, 128, 129, 255, 256, 257, 384, 1000])
+    @pytest.mark.parametrize("dtype", BOUND, ids=str)
+    def test_epilogues_and_order(self, m: int, dtype: torch.dtype) -> None:
+        w, dense = weight(2048, 2080, 128, order=True, paired=True)
+        x, bias, residual = activations(m, 2048, dtype), activations(1, 2080, dtype)[0], activations(m, 2080, dtype)
+        plain = x.double() @ dense + bias.double()
+        y = residual.clone()
+        gptq.gemm(x, w, y, bias=bias, residual=y)
+        assert error(y, plain + residual.double()) < BOUND[dtype]
+        gate, up = plain.chunk(2, dim=1)
+        y = gptq.gemm(x, w, bias=bias, silu_mul=True)
+        assert error(y, torch.nn.functional.silu(gate) * up) < 1.6 * BOUND[dtype]
+
+    @pytest.mark.parametrize("m", [48, 100, 256])
+    def test_same_bits_alone_in_a_graph_and_in_company(self, m: int) -> None:
+        w, _ = weight(5120, 5120, 128)
+        x = activations(m, 5120, torch.float16)
+        first, y = gptq.gemm(x, w), torch.empty(m, 5120, device="cuda", dtype=torch.float16)
+        graph = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph):
+            gptq.gemm(x, w, y)
+        other, noise = torch.cuda.Stream(), torch.randn(2048, 2048, device="cuda", dtype=torch.float16)
+        for repeat in range(100):
+            if repeat % 2:
+                with torch.cuda.stream(other):
+                    noise @ noise
+            y.fill_(float("nan"))
+            graph.replay() if repeat % 3 else gptq.gemm(x, w, y)
+            assert torch.equal(y, first), repeat
+
+    def test_two_streams_at_once(self) -> None:
+        w, _ = weight(4096, 4096, 128)
+        x = activations(128, 4096, torch.float16)
+        first, streams = gptq.gemm(x, w), [torch.cuda.Stream() for _ in range(2)]
+        torch.cuda.synchronize()
+        results: list[Tensor] = []
+        for _ in range(50):
+            for stream in streams:
+                with torch.cuda.stream(stream):
+                    results.append(gptq.gemm(x, w))
+        torch.cuda.synchronize()
+        assert all(torch.equal(result, first) for result in results)
+
+    def test_a_bad_row_stays_alone(self) -> None:
+        w, _ = weight(1024, 1024, 64, asym=True)
+        x = activations(90, 1024, torch.float16)
+        clean = gptq.gemm(x, w)
+        x[7, 3], x[80, 5] = float("inf"), float("nan")
+        y = gptq.gemm(x, w)
+        others = [i for i in range(90) if i not in (7, 80)]
+        assert torch.equal(y[others], clean[others])
+        assert not y[80].isfinite().any()
+
+    def test_strided_rows(self) -> None:
+        w, dense = weight(1024, 1024, 128)
+        wide = activations(70, 3072, torch.float16)
+        x, out = wide[:, 1024:2048], torch.zeros(70, 2048, device="cuda", dtype=torch.float16)
+        gptq.gemm(x, w, out[:, 1024:])
+        assert error(out[:, 1024:], x.double() @ dense) < 3e-4
+        assert not out[:, :1024].any()
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+@pytest.mark.parametrize("source", ["gemm_wgmma_fp16.cu"])
+def test_no_kernel_spills_or_serialises(source: str, tmp_path: Path) -> None:
+    command = ["nvcc", "-std=c++17", "-O3", "-gencode=arch=compute_90a,code=sm_90a", "-Xptxas=-v", "-c", source]
+    report = subprocess.run(
+        [*command, "-o", tmp_path / "kernel.o"], cwd=EXT, capture_output=True, text=True, check=True
+    ).stderr
+    kernels = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
+    assert len(kernels) == 2 * len(TILES)
+    assert set(kernels) == {("0", "0", "0")}
+    assert "wgmma.mma_async instructions are serialized" not in report
+    assert "C7508" not in report  # setmaxnreg ignored
