@@ -160,7 +160,7 @@ class Bench:
             print(line(label, m, record), flush=True)
 
     def chain(self, model: str, ms: tuple[int, ...]) -> None:
-        """qkv, o, gate_up with SiLU(gate) * up, down: each reads what the one before wrote, each layer has its weights."""
+        """qkv, o, gate_up with SiLU(gate) * up, down: each reads what the one before wrote; no weight is used twice."""
         shapes = LINEARS[model]
         layers = [
             [
