@@ -181,6 +181,7 @@ def load_settings(cls: type[S], args: Sequence[str] = (), *, prog: str = "gptq-a
     The first positional argument is `--model-path`. Raises ConfigError; `--help` prints and raises SystemExit(0).
     """
     known = {name.upper() for kind in (Settings, ChatSettings, InspectSettings) for name in kind.model_fields}
+    known.add("CUDA")  # GPTQ_API_CUDA belongs to the build; whoever exported it for that may still start a server
     for name in sorted(os.environ):
         if name.upper().startswith(ENV_PREFIX) and name.upper().removeprefix(ENV_PREFIX) not in known:
             hint = _did_you_mean(name.upper().removeprefix(ENV_PREFIX), known, lambda close: ENV_PREFIX + close)

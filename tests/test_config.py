@@ -105,6 +105,11 @@ def test_unknown_variables_and_keys_are_named(monkeypatch: pytest.MonkeyPatch, t
         load_settings(Settings, [])
 
 
+def test_the_variable_of_the_build_is_not_in_the_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GPTQ_API_CUDA", "off")
+    assert load_settings(Settings, []).port == 8000
+
+
 def test_reachable_addresses_need_a_key_or_a_decision() -> None:
     assert load_settings(Settings, ["--host", "0.0.0.0", "--api-key", "k1,k2"]).api_key == ["k1", "k2"]
     assert load_settings(Settings, ["--host", "::", "--allow-unauthenticated"]).host == "::"
