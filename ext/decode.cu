@@ -1,7 +1,6 @@
 #include "decode.h"
 
 #include <algorithm>
-#include <array>
 #include <atomic>
 
 #include "decode_kernel.h"
@@ -15,7 +14,7 @@ constexpr int kReserved = 1024;  // shared memory the driver keeps per block
 constexpr int kDevices = 64;
 
 struct Shape {
-  int cluster, depth, smem;
+  int cluster, depth, buffers, smem;
 };
 
 // By K, format and device alone, so that the order of a row's sum is the same for every M: x of 8 tokens must fit. Halves of x are also faster to
@@ -23,7 +22,7 @@ struct Shape {
 int cluster_for(int K, int chunk, const Device& device) {
   const int nch = (K + kChunkK - 1) / kChunkK;
   int cluster = K <= 4096 ? 1 : 2;
-  while (cluster < kMaxCluster && DecodeSmem(8, nch, 1, cluster, 2, chunk, false).total > device.smem) cluster *= 2;
+  while (cluster < kMaxCluster && DecodeSmem(8, nch, 1, cluster, 2, 1, chunk, false).total > device.smem) cluster *= 2;
   return cluster;
 }
 
@@ -31,10 +30,14 @@ int cluster_for(int K, int chunk, const Device& device) {
 // the deepest ring that fits alone.
 bool choose_shape(Shape& shape, const Device& device, int M, int K, int column_tiles, int chunk, bool gather) {
   const int nch = (K + kChunkK - 1) / kChunkK, cluster = cluster_for(K, chunk, device), half = (device.smem + kReserved) / 2 - kReserved;
-  for (const auto& [budget, depth] : {std::array{half, 3}, std::array{device.smem, 4}, std::array{device.smem, 3}, std::array{device.smem, 2}, std::array{device.smem, 1}}) {
-    const int total = DecodeSmem(M, nch, column_tiles, cluster, depth, chunk, gather).total;
-    if (total > budget) continue;
-    shape = {cluster, depth, total};
+  struct Try {
+    int budget, depth, buffers;
+  };
+  for (const Try t : {Try{half, 3, 2}, Try{half, 3, 1}, Try{device.smem, 4, 2}, Try{device.smem, 3, 2}, Try{device.smem, 3, 1}, Try{device.smem, 2, 2},
+                      Try{device.smem, 2, 1}, Try{device.smem, 1, 1}}) {
+    const int total = DecodeSmem(M, nch, column_tiles, cluster, t.depth, t.buffers, chunk, gather).total;
+    if (total > t.budget) continue;
+    shape = {cluster, t.depth, t.buffers, total};
     return true;
   }
   return false;
@@ -94,6 +97,7 @@ cudaError_t launch_rows(DecodeArgs args, int groups, bool zeros, bool bf16, cons
     int clusters;
     if (const cudaError_t status = resident_clusters(clusters, shape.cluster, device); status != cudaSuccess) return status;
     args.depth = shape.depth;
+    args.buffers = shape.buffers;
     config.gridDim = dim3(std::min(clusters, strips) * shape.cluster);
     config.blockDim = dim3(kDecodeThreads);
     config.dynamicSmemBytes = shape.smem;

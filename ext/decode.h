@@ -16,7 +16,7 @@ struct DecodeArgs {
   int M, N, K;               // N % 16 == 0, K % 8 == 0
   int ldx, ldy, ldr;
   int paired;  // 1: rows g, g+8 of a strip are outputs i and N/2+i. 2: the same, and y = silu(row i) * row (N/2+i)
-  int depth;   // ring slots; chosen by launch_decode
+  int depth, buffers;  // ring slots, exchange areas; chosen by launch_decode
 };
 
 constexpr int kDecodeMaxM = 32;  // beyond 16 in two launches

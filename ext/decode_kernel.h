@@ -24,9 +24,14 @@ namespace gptq {
 constexpr int kMathWarps = 12;
 constexpr int kPair = 2;      // strips a warp works on at a time: they share x, and what a loop costs
 constexpr int kMaxDepth = 8;  // slots of the ring
-constexpr int kMaxBuffers = 4;
+constexpr int kMaxBuffers = 2;  // of the exchange area
 constexpr int kMaxCluster = 8;
 constexpr int kDecodeThreads = (kMathWarps + 2) * 32;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
+constexpr int kBlocksPerSM = 1;  // the shared memory of consumer GPUs holds one
+#else
+constexpr int kBlocksPerSM = 2;  // this kernel's, and the next one's
+#endif
 
 // Shared memory, computed alike by host and device.
 struct DecodeSmem {
@@ -34,12 +39,10 @@ struct DecodeSmem {
   int x_stride;   // elements between tokens: 16 bytes more than a multiple of 128, so that ldmatrix meets no bank twice
   int raw_stride;  // the same where whole rows are kept unsorted
   int red_lanes;  // float4 slots per column tile and warp: lanes whose columns hold no token send nothing
-  int buffers;    // of the exchange area
-  __host__ __device__ DecodeSmem(int M, int nch, int nt, int cluster, int depth, int chunk, bool gather) {
+  __host__ __device__ DecodeSmem(int M, int nch, int nt, int cluster, int depth, int buffers, int chunk, bool gather) {
     x_stride = (nch + cluster - 1) / cluster * kChunkK + 8;
     red_lanes = nt > 1 ? 32 : 8 * (M >= 7 ? 4 : (M + 1) / 2);
     raw_stride = nch * kChunkK + 8;
-    buffers = nt > 1 || (M > 4 && cluster > 2) ? 1 : M > 4 ? 2 : kMaxBuffers;
     ring = 512;  // after the barriers
     x = ring + depth * kPair * kMathWarps * chunk;
     raw = x + M * x_stride * 2;
@@ -223,16 +226,16 @@ __device__ __forceinline__ void decode_portable(const DecodeArgs& a, uint8_t* sm
 }
 
 template <int NT, int G, bool ZP, bool BF>
-__global__ void __launch_bounds__(kDecodeThreads, NT == 1 ? 2 : 1) decode_kernel(const __grid_constant__ DecodeArgs a) {
+__global__ void __launch_bounds__(kDecodeThreads, NT == 1 ? kBlocksPerSM : 1) decode_kernel(const __grid_constant__ DecodeArgs a) {
   extern __shared__ __align__(128) uint8_t smem[];
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
   decode_portable<NT, G, ZP, BF>(a, smem);
 #elif defined(__CUDA_ARCH__)
   constexpr int kChunk = Chunk<G, ZP>::kBytes, kHalf = kMathWarps * kChunk, kSlot = kPair * kHalf;
   const int warp = __shfl_sync(~0u, threadIdx.x >> 5, 0), lane = threadIdx.x & 31;  // shfl: so that the compiler knows it for uniform
-  const int rank = cluster_rank(), cluster = cluster_size(), depth = a.depth;
+  const int rank = cluster_rank(), cluster = cluster_size(), depth = a.depth, buffers = a.buffers;
   const int nch = (a.K + kChunkK - 1) / kChunkK;
-  const DecodeSmem at(a.M, nch, NT, cluster, depth, kChunk, a.perm != nullptr);
+  const DecodeSmem at(a.M, nch, NT, cluster, depth, buffers, kChunk, a.perm != nullptr);
   const uint32_t base = smem_addr(smem);
   const uint32_t full = base, free = full + 8 * kMaxDepth;                     // of the ring
   const uint32_t sent = free + 8 * kMaxDepth, taken = sent + 8 * kMaxBuffers;  // of the exchange area; taken[block][buffer]
@@ -351,7 +354,7 @@ __global__ void __launch_bounds__(kDecodeThreads, NT == 1 ? 2 : 1) decode_kernel
         for (int i = 0; i < kPair * NT * 4; i++) acc[i / 4 / NT][i / 4 % NT][i % 4] = 0.f;
         if (++owner == cluster) {
           owner = 0;
-          if (++buffer == at.buffers) buffer = 0, round ^= 1;
+          if (++buffer == buffers) buffer = 0, round ^= 1;
         }
       }
       if (item >= items) break;
@@ -405,12 +408,12 @@ __global__ void __launch_bounds__(kDecodeThreads, NT == 1 ? 2 : 1) decode_kernel
       }
     }
     __syncwarp();
-    if (pair + at.buffers * cluster < pairs && lane < cluster) {
+    if (pair + buffers * cluster < pairs && lane < cluster) {
       const uint32_t bar = taken + 8 * (rank * kMaxBuffers + buffer);
       if (lane == rank) mbar_arrive(bar);
       else remote_arrive(map_to_rank(bar, lane));
     }
-    if (++buffer == at.buffers) buffer = 0, phase ^= 1;
+    if (++buffer == buffers) buffer = 0, phase ^= 1;
   }
 #endif
 }

@@ -122,8 +122,8 @@ def gemm(
     only).
 
     bias [N]; residual like the result, may be `out`. Accumulates in float32 and rounds once. Same bits every run, and
-    for a row whatever M is, as long as M stays within 1..32. Raises ValueError on what does not fit, RuntimeError with
-    the shape when a launch fails.
+    for a row whatever M is within 1..8 (1..32 where there is no wgmma kernel). Raises ValueError on what does not fit,
+    RuntimeError with the shape when a launch fails.
     """
     if x.dtype not in (torch.float16, torch.bfloat16):
         raise ValueError(f"activations of {x.dtype}; the CUDA kernels take float16 and bfloat16")

@@ -1,0 +1,111 @@
+"""The extension's build: with nvcc within its budgets of registers, spills and instructions; without nvcc, or switched
+off, an install that succeeds and says why the kernels are missing."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXT = Path(__file__).parent.parent / "ext"
+NVCC = shutil.which("nvcc")
+needs_nvcc = pytest.mark.skipif(NVCC is None, reason="needs nvcc")
+CUOBJDUMP = shutil.which("cuobjdump")
+TWO_BLOCKS_OF_14_WARPS = 72
+ONE_BLOCK_OF_14_WARPS = 144
+
+
+def configure(tmp_path: Path, cuda: str, compiler: str) -> subprocess.CompletedProcess[str]:
+    """Configure only, with `compiler` as the only nvcc that CMake may find."""
+    if shutil.which("cmake") is None:
+        pytest.skip("needs cmake")
+    command = ["cmake", "-S", str(EXT), "-B", str(tmp_path), f"-DCMAKE_CUDA_COMPILER={compiler}"]
+    environment = {"PATH": "/usr/bin:/bin", "GPTQ_API_CUDA": cuda}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+
+
+def test_without_a_compiler_the_install_succeeds_and_says_what_to_do(tmp_path: Path) -> None:
+    done = configure(tmp_path, "auto", "")
+    assert done.returncode == 0, done.stderr
+    said = re.sub(r"\s+", " ", done.stderr)
+    assert "WITHOUT the CUDA kernels" in said and "put nvcc on PATH" in said
+
+
+def test_on_without_a_compiler_fails_with_the_same_words(tmp_path: Path) -> None:
+    done = configure(tmp_path, "on", "")
+    assert done.returncode != 0
+    assert "no nvcc was found" in done.stderr
+
+
+def test_off_asks_for_nothing(tmp_path: Path) -> None:
+    done = configure(tmp_path, "off", "")
+    assert done.returncode == 0, done.stderr
+    assert "GPTQ_API_CUDA=off" in done.stdout
+
+
+def test_an_unknown_value_is_refused(tmp_path: Path) -> None:
+    done = configure(tmp_path, "maybe", "")
+    assert done.returncode != 0 and "one of auto, on, off" in done.stderr
+
+
+def test_the_wrappers_import_without_a_device_or_an_extension() -> None:
+    """In an interpreter of its own, with the extension hidden."""
+    program = (
+        "import sys; sys.modules['gptq_api._cuda'] = None\n"
+        "from gptq_api.kernels import gptq\n"
+        "assert not gptq.is_available()\n"
+        "assert 'nvcc on PATH' in gptq.unavailable_reason()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
+def compile_for(arch: str, source: str, tmp_path: Path) -> tuple[Path, str]:
+    assert NVCC is not None
+    out = tmp_path / f"{source}.{arch}.cubin"
+    flags = ["-O3", "-std=c++17", "--expt-relaxed-constexpr", f"-gencode=arch=compute_{arch},code=sm_{arch}"]
+    command = [NVCC, *flags, "-Xptxas", "-v", "-cubin", "-o", str(out), str(EXT / source)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=110)
+    assert done.returncode == 0, done.stderr
+    return out, done.stderr
+
+
+def usage(log: str) -> dict[str, tuple[int, int]]:
+    """kernel -> (registers, bytes of spill stores), from ptxas -v."""
+    found = re.findall(r"entry function '(\w+)'.*?(\d+) bytes spill stores.*?Used (\d+) registers", log, re.DOTALL)
+    return {name: (int(registers), int(spills)) for name, spills, registers in found}
+
+
+@needs_nvcc
+def test_decode_keeps_its_registers_and_instructions(tmp_path: Path) -> None:
+    cubin, log = compile_for("90", "decode_fp16.cu", tmp_path)
+    kernels = usage(log)
+    assert len(kernels) == 12
+    for name, (registers, spills) in kernels.items():
+        narrow = "ILi1E" in name
+        assert registers <= (TWO_BLOCKS_OF_14_WARPS if narrow else ONE_BLOCK_OF_14_WARPS), name
+        assert spills <= 16, name  # of what is computed once, before the loop
+    if CUOBJDUMP is None:
+        return
+    sass = subprocess.run([CUOBJDUMP, "-sass", str(cubin)], capture_output=True, text=True, timeout=60).stdout
+    for function in re.split(r"\n\s*Function : ", sass)[1:]:
+        name = function.split("\n", 1)[0]
+        opcodes = re.findall(r"/\*[0-9a-f]{4,5}\*/\s+(?:@!?U?P\d+\s+)?([A-Z0-9_.]+)", function)
+        assert any(op.startswith("HMMA.16816.F32") for op in opcodes), name
+        assert any(op.startswith("UBLKCP") for op in opcodes), name
+        assert not any(op.startswith("MEMBAR.ALL.GPU") for op in opcodes), (
+            f"{name}: a fence waits for every load in flight"
+        )
+        if "ILi1ELi1ELb0E" in name:
+            assert len(opcodes) < 2000, name
+
+
+@needs_nvcc
+@pytest.mark.parametrize("arch", ["80", "120"])
+def test_other_architectures_compile_almost_without_spills(arch: str, tmp_path: Path) -> None:
+    _, log = compile_for(arch, "decode_bf16.cu", tmp_path)
+    assert all(spills <= 64 for _, spills in usage(log).values())
