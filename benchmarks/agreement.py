@@ -21,8 +21,9 @@ from typing import Any
 
 from serve import machine
 
-from gptq_api.config import Settings, load_settings
+from gptq_api.config import Settings
 from gptq_api.engine.client import EngineClient
+from gptq_api.settings_source import load_settings
 from gptq_api.text.folder import checkpoint_folder
 from gptq_api.text.tokenizer import load_tokenizer
 from gptq_api.types import SamplingParams

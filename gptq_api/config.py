@@ -7,22 +7,11 @@ and GPTQ_API_* variables are refused by name.
 
 from __future__ import annotations
 
-import difflib
-import os
-import tomllib
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar, cast, get_args
+from typing import ClassVar, Literal
 
-from pydantic import AliasChoices, Field, ValidationError, field_validator, model_validator
-from pydantic_settings import (
-    BaseSettings,
-    CliSettingsSource,
-    PydanticBaseSettingsSource,
-    SettingsConfigDict,
-    SettingsError,
-    TomlConfigSettingsSource,
-)
+from pydantic import AliasChoices, Field, field_validator, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
 
 ENV_PREFIX = "GPTQ_API_"
 
@@ -31,8 +20,8 @@ class ConfigError(ValueError):
     """A setting is wrong; the text names the field, its source and the remedy. The command exits with status 2."""
 
 
-class Settings(BaseSettings):
-    """The server for 4-bit GPTQ LLaMA checkpoints. Every option is also a GPTQ_API_* variable and a TOML key."""
+class CommandSettings(BaseSettings):
+    """What the settings of all commands have in common: where values come from."""
 
     model_config = SettingsConfigDict(
         env_prefix=ENV_PREFIX,
@@ -45,10 +34,19 @@ class Settings(BaseSettings):
         cli_hide_none_type=True,
         protected_namespaces=(),
     )
+    positional: ClassVar[tuple[str, ...]] = ("model_path",)
+    """fields that leading arguments without a flag fill, in this order; a list takes all that are left"""
+
+
+class Settings(CommandSettings):
+    """The server for 4-bit GPTQ LLaMA checkpoints. Every option is also a GPTQ_API_* variable and a TOML key."""
 
     # The model
     model_path: str = "demo"
-    """Checkpoint folder (or a .safetensors / .pt file in one). `demo` is the small model in the package."""
+    """Checkpoint folder (or a .safetensors / .pt file in one), or a name on the Hugging Face hub such as
+    `TheBloke/vicuna-7B-1.1-GPTQ`. `demo` is the small model in the package."""
+    revision: str | None = None
+    """Branch, tag or commit of a model on the hub. Default: main."""
     served_model_name: str | None = None
     """Name in /v1/models and in requests. Default: the folder's name."""
     gptq_wbits: Literal[2, 3, 4, 8] | None = None
@@ -121,14 +119,12 @@ class Settings(BaseSettings):
     @field_validator("gptq_wbits", mode="before")
     @classmethod
     def _wbits(cls, value: object) -> object:
-        return int(value) if isinstance(value, str) and value.isdecimal() else value
+        return _number(value)
 
     @field_validator("gptq_groupsize")
     @classmethod
     def _groupsize(cls, value: int | None) -> int | None:
-        if value is not None and value != -1 and value < 1:
-            raise ValueError("is -1 (one group) or a positive number such as 128")
-        return value
+        return None if value is None else _group_size(value)
 
     @field_validator("api_key", mode="before")
     @classmethod
@@ -172,113 +168,132 @@ class InspectSettings(Settings):
     """Print JSON."""
 
 
-S = TypeVar("S", bound=Settings)
+class QuantizeSettings(CommandSettings):
+    """Make a GPTQ checkpoint of an FP16, BF16 or FP32 LLaMA. An interrupted run continues when it is started again."""
+
+    positional: ClassVar[tuple[str, ...]] = ("model_path", "out")
+
+    model_path: str = Field(min_length=1)
+    """Folder of the model to quantise, or its name on the Hugging Face hub."""
+    out: Path
+    """Folder to write, which must not exist; work in progress is kept in OUT.partial."""
+    revision: str | None = None
+    """Branch, tag or commit of a model on the hub. Default: main."""
+
+    # The format
+    bits: Literal[2, 3, 4, 8] = 4
+    """Bits per weight."""
+    group_size: int = 128
+    """Input channels that share a scale and a zero point; -1: all of them."""
+    act_order: bool = False
+    """Quantise the channels with the largest inputs first: better, and free in this server."""
+    static_groups: bool = False
+    """Fit the groups before quantising, so that act-order leaves them sequential."""
+    sym: bool = True
+    """Zero points in the middle of the range; --no-sym fits them."""
+    damp_percent: float = Field(0.01, gt=0, le=1)
+    """Share of the Hessian's mean diagonal that is added to it; raised where that is not enough."""
+    nearest: bool = False
+    """Round to nearest instead of GPTQ: no better than its name, for comparison."""
+    format: Literal["gptq", "gptq_v2"] = "gptq"
+    """How zero points are stored. gptq (v1) is what every program reads."""
+
+    # The text
+    calibration: Path | None = None
+    """Text file, or JSONL with `text` or `messages` in every line: what the model is going to be used for."""
+    num_samples: int = Field(128, ge=1)
+    """Samples of the calibration text."""
+    sample_length: int | None = Field(None, ge=2)
+    """Tokens per sample. Default: 2048, or the model's context where that is shorter."""
+    eval_text: Path | None = None
+    """Text or JSONL file on which perplexity is measured. Default: the end of the calibration text, held out."""
+    num_eval_samples: int = Field(64, ge=1)
+    """Samples of sample_length tokens that perplexity is measured on."""
+
+    # The machine
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute."""
+    num_threads: int | None = Field(None, ge=1)
+    """CPU threads. Default: the cores this process may use."""
+    config: Path | None = None
+    """TOML file with any of these settings."""
+
+    @field_validator("bits", mode="before")
+    @classmethod
+    def _bits(cls, value: object) -> object:
+        return _number(value)
+
+    @field_validator("group_size")
+    @classmethod
+    def _size(cls, value: int) -> int:
+        return _group_size(value)
 
 
-def load_settings(cls: type[S], args: Sequence[str] = (), *, prog: str = "gptq-api") -> S:
-    """Command line, environment and TOML file -> one frozen settings object.
+class BenchSettings(CommandSettings):
+    """Memory, perplexity and seconds per token of GPTQ checkpoints beside the unquantised model, on this machine."""
 
-    The first positional argument is `--model-path`. Raises ConfigError; `--help` prints and raises SystemExit(0).
-    """
-    known = {name.upper() for kind in (Settings, ChatSettings, InspectSettings) for name in kind.model_fields}
-    known.add("CUDA")  # GPTQ_API_CUDA belongs to the build; whoever exported it for that may still start a server
-    for name in sorted(os.environ):
-        if name.upper().startswith(ENV_PREFIX) and name.upper().removeprefix(ENV_PREFIX) not in known:
-            hint = _did_you_mean(name.upper().removeprefix(ENV_PREFIX), known, lambda close: ENV_PREFIX + close)
-            raise ConfigError(f"environment variable {name} is not a setting{hint}")
-    flags = _flags(cls, args)
-    toml_file = _config_file(flags)
+    positional: ClassVar[tuple[str, ...]] = ("models",)
 
-    class Sourced(cls):  # type: ignore[valid-type, misc]
-        __doc__ = cls.__doc__
+    models: list[str] = ["demo"]
+    """Checkpoint folders or names on the Hugging Face hub. `demo` is the small model in the package."""
+    revision: str | None = None
+    """Branch, tag or commit of models on the hub. Default: main."""
+    gptq_ckpt: Path | None = None
+    """The weights file, where a checkpoint folder holds more than one."""
+    fp16: Path | None = None
+    """Folder of the unquantised model. Default: the first checkpoint's weights, dequantised."""
+    text: Path | None = None
+    """Text or JSONL file on which perplexity is measured."""
+    context: int | None = Field(None, ge=2)
+    """Tokens per window of the text. Default: 2048, or the model's context where that is shorter."""
+    num_windows: int | None = Field(None, ge=1)
+    """Windows of the text that are measured. Default: all."""
+    prompt_tokens: int = Field(128, ge=1)
+    """Tokens in the cache when timing begins."""
+    num_tokens: int = Field(128, ge=1)
+    """Tokens decoded one by one; their median time is shown."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the models run."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Activation type, and the type of the unquantised weights. auto is bfloat16 on the CPU."""
+    num_threads: int | None = Field(None, ge=1)
+    """CPU threads. Default: the cores this process may use."""
+    json_file: Path | None = Field(None, validation_alias=AliasChoices("json", "json_file"))
+    """Write the results to this JSON file."""
+    png: Path | None = None
+    """Write the table as a chart to this file; needs matplotlib."""
+    config: Path | None = None
+    """TOML file with any of these settings."""
 
-        @classmethod
-        def settings_customise_sources(
-            cls,
-            settings_cls: type[BaseSettings],
-            init_settings: PydanticBaseSettingsSource,
-            env_settings: PydanticBaseSettingsSource,
-            dotenv_settings: PydanticBaseSettingsSource,
-            file_secret_settings: PydanticBaseSettingsSource,
-        ) -> tuple[PydanticBaseSettingsSource, ...]:
-            if toml_file is None:
-                return init_settings, env_settings
-            return init_settings, env_settings, TomlConfigSettingsSource(settings_cls, toml_file)
+    @field_validator("models", mode="before")
+    @classmethod
+    def _models(cls, value: object) -> object:
+        models = [value] if isinstance(value, str) else value
+        if isinstance(models, list) and not (models and all(models)):
+            raise ValueError("names no model")
+        return models
 
-    try:
-        cli: CliSettingsSource[Any] = CliSettingsSource(Sourced, cli_prog_name=prog, cli_exit_on_error=False)
-        merged = Sourced(_cli_settings_source=cli(args=flags))
-    except ValidationError as error:
-        raise ConfigError(_first_error(error, flags, toml_file)) from None
-    except SettingsError as error:
-        raise ConfigError(str(error).splitlines()[0].removeprefix("error parsing CLI: ")) from None
-    values = {name: getattr(merged, name) for name in cls.model_fields}
-    return cast(S, cls.model_construct(_fields_set=merged.model_fields_set, **values))
+
+ALL_SETTINGS: tuple[type[CommandSettings], ...] = (
+    Settings,
+    ChatSettings,
+    InspectSettings,
+    QuantizeSettings,
+    BenchSettings,
+)
+
+
+def _number(value: object) -> object:
+    """Literal[4] does not take the string that the environment and the command line give."""
+    return int(value) if isinstance(value, str) and value.isdecimal() else value
+
+
+def _group_size(value: int) -> int:
+    if value != -1 and value < 1:
+        raise ValueError("is -1 (one group) or a positive number such as 128")
+    return value
 
 
 def flag(name: str) -> str:
     """`max_num_seqs` -> `--max-num-seqs`."""
-    return "--" + {"json_output": "json"}.get(name, name).replace("_", "-")
-
-
-def _flags(cls: type[Settings], args: Sequence[str]) -> list[str]:
-    """Arguments with a leading positional one spelled out as --model-path. Refuses unknown flags by name."""
-    flags = list(args)
-    if flags and not flags[0].startswith("-"):
-        flags = ["--model-path", *flags]
-    known = {flag(name) for name in cls.model_fields} | {"--help"}
-    known |= {"--no-" + flag(name)[2:] for name, field in cls.model_fields.items() if _is_bool(field.annotation)}
-    for item in flags:
-        name = item.split("=", 1)[0]
-        if name.startswith("--") and name not in known:
-            raise ConfigError(f"{name} is not an option{_did_you_mean(name, known, str)}")
-    return flags
-
-
-def _is_bool(annotation: Any) -> bool:
-    return annotation is bool or bool in get_args(annotation)
-
-
-def _config_file(flags: Sequence[str]) -> Path | None:
-    """The TOML file has to be known before the settings are: look for it in the two places that can name it."""
-    named: str | None = os.environ.get(ENV_PREFIX + "CONFIG")
-    for i, item in enumerate(flags):
-        if item == "--config" and i + 1 < len(flags):
-            named = flags[i + 1]
-        elif item.startswith("--config="):
-            named = item.removeprefix("--config=")
-    if named is None:
-        return None
-    path = Path(named)
-    try:
-        tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"config file {path} cannot be read: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"config file {path} is not valid TOML: {error}") from None
-    return path
-
-
-def _first_error(error: ValidationError, flags: Sequence[str], toml_file: Path | None) -> str:
-    """One sentence: which setting, where it came from, what is wrong."""
-    first = error.errors(include_url=False, include_context=False)[0]
-    message = first["msg"].removeprefix("Value error, ")
-    if not first["loc"]:
-        return message
-    name = str(first["loc"][0])
-    name = "json_output" if name == "json" else name
-    if any(item.split("=", 1)[0] == flag(name) for item in flags):
-        source = flag(name)
-    elif any(key.upper() == ENV_PREFIX + name.upper() for key in os.environ):
-        source = f"environment variable {ENV_PREFIX}{name.upper()}"
-    else:
-        source = f"key {name} in {toml_file}"
-    if first["type"] == "extra_forbidden":
-        return f"{source} is not a setting{_did_you_mean(name, set(Settings.model_fields), str)}"
-    value = first["input"] if isinstance(first["input"], str | int | float | bool) else type(first["input"]).__name__
-    return f"{source}: {message} (got {str(value)[:80]!r})"
-
-
-def _did_you_mean(name: str, known: set[str], spell: Callable[[str], str]) -> str:
-    close = difflib.get_close_matches(name, sorted(known), n=1)
-    return f"; did you mean {spell(close[0])}?" if close else ""
+    return "--" + {"json_output": "json", "json_file": "json"}.get(name, name).replace("_", "-")

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from gptq_api.cli.main import main
-from gptq_api.config import ENV_PREFIX, ChatSettings, ConfigError, InspectSettings, Settings, flag, load_settings
+from gptq_api.config import ENV_PREFIX, ChatSettings, ConfigError, InspectSettings, Settings, flag
+from gptq_api.settings_source import load_settings
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1] / "gptq_api"
-FLOOR = {"config", "types", "sequence"}
+FLOOR = {"config", "settings_source", "types", "sequence"}
 MAY_IMPORT = {
     "cli": {"api", "text", "engine", "gptq", "model", "demo"},
     "api": {"text", "engine", "demo"},

@@ -7,9 +7,16 @@ import sys
 from collections.abc import Callable, Sequence
 
 from gptq_api import __version__
-from gptq_api.config import ChatSettings, ConfigError, InspectSettings, Settings, load_settings
+from gptq_api.config import (
+    ChatSettings,
+    CommandSettings,
+    ConfigError,
+    InspectSettings,
+    Settings,
+)
+from gptq_api.settings_source import load_settings
 
-COMMANDS: dict[str, tuple[type[Settings], str]] = {
+COMMANDS: dict[str, tuple[type[CommandSettings], str]] = {
     "serve": (Settings, "answer the OpenAI API from a GPTQ checkpoint"),
     "chat": (ChatSettings, "chat with a GPTQ checkpoint in the terminal"),
     "inspect": (InspectSettings, "say what a checkpoint is, without loading its weights"),
@@ -23,7 +30,8 @@ def usage() -> str:
         [
             "usage: gptq-api COMMAND [MODEL] [OPTIONS]",
             "",
-            "MODEL is a GPTQ checkpoint folder; without one, the demo model in the package.",
+            "MODEL is a GPTQ checkpoint folder or a name on the Hugging Face hub; without one, the demo model in the",
+            "package.",
             "",
             *lines,
             "",
@@ -50,5 +58,5 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print(f"gptq-api {name}: {error}", file=sys.stderr)
         return 2
-    run: Callable[[Settings], int] = importlib.import_module(f"gptq_api.cli.{name}").run
+    run: Callable[[CommandSettings], int] = importlib.import_module(f"gptq_api.cli.{name}").run
     return run(settings)
