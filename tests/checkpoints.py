@@ -20,6 +20,10 @@ class Recipe:
     """What the random model is and how it is quantised."""
 
     seed: int = 0
+    family: str = "llama"
+    """model_type"""
+    more_config: dict[str, Any] = field(default_factory=dict)
+    """keys of config.json that only this family has"""
     vocab_size: int = 96
     hidden_size: int = 64
     intermediate_size: int = 160
@@ -69,10 +73,11 @@ class RandomModel:
     """every unquantised tensor by its name, biases included"""
 
     def reference(self) -> Any:
-        """transformers' LlamaForCausalLM in float32 with the dequantised weights."""
-        from transformers import LlamaConfig, LlamaForCausalLM
+        """transformers' model of the family in float32 with the dequantised weights."""
+        from transformers import AutoConfig, AutoModelForCausalLM
 
-        model = LlamaForCausalLM(LlamaConfig(**self.config, attn_implementation="eager"))
+        config = AutoConfig.for_model(self.recipe.family, **self.config)
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
         state = {name: tensor.half().float() for name, tensor in self.dense.items()}
         state |= {f"{name}.weight": module.dequantised() for name, module in self.modules.items()}
         if self.recipe.tie:
@@ -102,6 +107,7 @@ def random_model(recipe: Recipe) -> RandomModel:
     generator = torch.Generator().manual_seed(r.seed)
     head_dim = r.head_dim or r.hidden_size // r.num_heads
     heads, kv = r.num_heads * head_dim, r.num_kv_heads * head_dim
+    qkv_bias = r.attention_bias or r.family == "qwen2"
 
     def normal(*shape: int, std: float) -> Tensor:
         return (torch.randn(*shape, generator=generator) * std).half().float()
@@ -116,8 +122,11 @@ def random_model(recipe: Recipe) -> RandomModel:
         for norm in ("input_layernorm", "post_attention_layernorm"):
             dense[f"{layer}.{norm}.weight"] = 1 + normal(r.hidden_size, std=0.1)
         for part, n in (("q", heads), ("k", kv), ("v", kv)):
-            linears[f"{layer}.self_attn.{part}_proj"] = (r.hidden_size, n, r.attention_bias, 10 * i)
+            linears[f"{layer}.self_attn.{part}_proj"] = (r.hidden_size, n, qkv_bias, 10 * i)
         linears[f"{layer}.self_attn.o_proj"] = (heads, r.hidden_size, r.attention_bias, 10 * i + 1)
+        if r.family == "qwen3":
+            for part in "qk":
+                dense[f"{layer}.self_attn.{part}_norm.weight"] = 1 + normal(head_dim, std=0.3)
         for part in ("gate", "up"):
             linears[f"{layer}.mlp.{part}_proj"] = (r.hidden_size, r.intermediate_size, r.mlp_bias, 10 * i + 2)
         linears[f"{layer}.mlp.down_proj"] = (r.intermediate_size, r.hidden_size, r.mlp_bias, 10 * i + 3)
@@ -184,6 +193,7 @@ def _config(r: Recipe, head_dim: int) -> dict[str, Any]:
         "bos_token_id": 1,
         "eos_token_id": 2,
     }
+    config |= r.more_config
     if r.rope is not None:
         config["rope_parameters"] = {"rope_theta": 10000.0, **r.rope}
     return config
@@ -204,7 +214,8 @@ def write_checkpoint(
     config.json."""
     folder.mkdir(parents=True, exist_ok=True)
     state = model.tensors(zero_version, g_idx) if tensors is None else tensors
-    base = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "torch_dtype": "float16"}
+    family = model.recipe.family
+    base = {"architectures": [f"{family.title()}ForCausalLM"], "model_type": family, "torch_dtype": "float16"}
     text = json.dumps({k: v for k, v in {**base, **model.config, **config}.items() if v is not None})
     (folder / "config.json").write_text(text)
     if quant_config is not None:

@@ -94,8 +94,8 @@ def test_the_longest_text(change: dict[str, Any], longest: int) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"architectures": ["MistralForCausalLM"]}, "'MistralForCausalLM' is not served"),
-        ({"architectures": None, "model_type": "qwen2"}, "'qwen2' is not served"),
+        ({"architectures": ["MixtralForCausalLM"]}, "'MixtralForCausalLM' is not served"),
+        ({"architectures": None, "model_type": "gemma"}, "'gemma' is not served"),
         ({"hidden_size": None}, "lacks hidden_size"),
         ({"hidden_size": 0}, "hidden_size is 0"),
         ({"hidden_size": 10**9}, "hidden_size is 1000000000"),

@@ -30,6 +30,7 @@ def inspect(settings: InspectSettings) -> dict[str, Any]:
     from gptq_api.gptq.summary import summarise
     from gptq_api.model import runner
     from gptq_api.model.config import read_config
+    from gptq_api.model.loader import has_head
     from gptq_api.model.plan import plan_serving
 
     device = runner.resolve_device(settings)
@@ -48,7 +49,7 @@ def inspect(settings: InspectSettings) -> dict[str, Any]:
         "layout": checkpoint.layout,
         "files": [file.name for file in checkpoint.files],
         "architecture": {
-            "name": "llama",
+            "name": config.family.title,
             "layers": config.num_hidden_layers,
             "hidden_size": config.hidden_size,
             "heads": config.num_attention_heads,
@@ -57,7 +58,7 @@ def inspect(settings: InspectSettings) -> dict[str, Any]:
             "intermediate_size": config.intermediate_size,
             "vocab_size": config.vocab_size,
             "rope": config.rope.rope_type,
-            "tied": config.tie_word_embeddings,
+            "tied": config.ties_head(has_head(checkpoint)),
             "max_position_embeddings": config.max_position_embeddings,
         },
         "quantisation": {
@@ -90,7 +91,7 @@ def _as_text(facts: dict[str, Any]) -> str:
         ("layout", f"{facts['layout']}: {', '.join(facts['files'])}"),
         (
             "architecture",
-            f"LLaMA, {arch['layers']} layers, hidden {arch['hidden_size']}, {arch['heads']} heads "
+            f"{arch['name']}, {arch['layers']} layers, hidden {arch['hidden_size']}, {arch['heads']} heads "
             f"({arch['kv_heads']} KV, {arch['head_dim']} wide), FFN {arch['intermediate_size']}, "
             f"vocabulary {arch['vocab_size']}{', tied' if arch['tied'] else ''}",
         ),

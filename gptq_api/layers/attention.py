@@ -14,12 +14,14 @@ from __future__ import annotations
 
 import math
 import mmap
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from gptq_api.layers.norm import HeadNorm
 from gptq_api.layers.rotary import rotate
 
 _CONTEXT_STEP = 16
@@ -97,8 +99,9 @@ class Group:
     context: Tensor
     """where blocks are gathered to: [num_sequences * context / block_size, one block's elements], reused by every
     layer"""
-    mask: Tensor
-    """0 or -inf, [num_sequences, 1, query rows with padding, context]"""
+    masks: dict[int | None, Tensor]
+    """per window that some layer has (None: the whole context): 0 or -inf, [num_sequences, 1, query rows with padding,
+    context]"""
 
 
 @dataclass(frozen=True)
@@ -114,8 +117,10 @@ class Plan:
     groups: list[Group]
 
 
-def plan_attention(spans: list[Span], cache: KVCache, queries_per_kv: int) -> Plan:
-    """Lay out a step. Spans must not be empty; every context must fit its block table."""
+def plan_attention(
+    spans: list[Span], cache: KVCache, queries_per_kv: int, windows: Collection[int | None] = (None,)
+) -> Plan:
+    """Lay out a step for layers with these windows. Spans must not be empty; every context must fit its block table."""
     order = sorted(range(len(spans)), key=lambda i: (spans[i].num_tokens > 1, spans[i].num_computed))
     slots: list[int] = []
     positions: list[int] = []
@@ -131,7 +136,7 @@ def plan_attention(spans: list[Span], cache: KVCache, queries_per_kv: int) -> Pl
     while first < len(order):
         last = _end_of_group(spans, order, first)
         members = [spans[i] for i in order[first:last]]
-        groups.append(_group(row, members, cache, queries_per_kv))
+        groups.append(_group(row, members, cache, queries_per_kv, windows))
         row += len(members) * members[0].num_tokens
         first = last
     as_tensor = torch.tensor([slots, positions], dtype=torch.int64).to(device)
@@ -150,7 +155,9 @@ def _end_of_group(spans: list[Span], order: list[int], first: int) -> int:
     return last
 
 
-def _group(start: int, members: list[Span], cache: KVCache, queries_per_kv: int) -> Group:
+def _group(
+    start: int, members: list[Span], cache: KVCache, queries_per_kv: int, windows: Collection[int | None]
+) -> Group:
     size = cache.block_size
     longest = max(span.num_computed + span.num_tokens for span in members)
     step = _context_step(longest, cache.dtype)
@@ -166,15 +173,21 @@ def _group(start: int, members: list[Span], cache: KVCache, queries_per_kv: int)
     ends = torch.tensor([span.num_computed for span in members]).view(-1, 1, 1) + torch.arange(1, num_tokens + 1).view(
         1, -1, 1
     )
-    visible = torch.arange(num_blocks * size) < ends
-    mask = torch.zeros(visible.shape, dtype=cache.dtype).masked_fill_(~visible, -math.inf)
     rows = queries_per_kv * num_tokens
     padded = -(-rows // _ROW_STEP) * _ROW_STEP
-    # Query rows of one KV head: head by head, tokens inside; rows of padding see the first token and are dropped.
-    full = torch.zeros(len(members), 1, padded, num_blocks * size, dtype=cache.dtype)
-    full[:, 0, :rows] = mask.repeat(1, queries_per_kv, 1)
+    position = torch.arange(num_blocks * size)
+    masks = {}
+    for window in windows:
+        visible = position < ends
+        if window is not None:
+            visible &= position >= ends - window
+        mask = torch.zeros(visible.shape, dtype=cache.dtype).masked_fill_(~visible, -math.inf)
+        # Query rows of one KV head: head by head, tokens inside; rows of padding see everything and are dropped.
+        full = torch.zeros(len(members), 1, padded, num_blocks * size, dtype=cache.dtype)
+        full[:, 0, :rows] = mask.repeat(1, queries_per_kv, 1)
+        masks[window] = full.to(device)
     context = torch.empty(len(table), cache.by_block[0].shape[1], dtype=cache.dtype, device=device)
-    return Group(start, len(members), num_tokens, blocks, context, full.to(device))
+    return Group(start, len(members), num_tokens, blocks, context, masks)
 
 
 def _context_step(longest: int, dtype: torch.dtype) -> int:
@@ -183,10 +196,20 @@ def _context_step(longest: int, dtype: torch.dtype) -> int:
 
 
 class Attention:
-    """The part of a layer between the q/k/v product and the output product; it has no weights."""
+    """The part of a layer between the q/k/v product and the output product."""
 
-    def __init__(self, num_heads: int, num_kv_heads: int, head_dim: int) -> None:
+    def __init__(
+        self,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        window: int | None = None,
+        qk_norm: HeadNorm | None = None,
+    ) -> None:
+        """`window`: a token sees so many tokens, its own included; None: all before it. It must be among those the
+        step was planned for."""
         self._num_heads, self._num_kv_heads, self._head_dim = num_heads, num_kv_heads, head_dim
+        self._window, self._qk_norm = window, qk_norm
 
     def forward(self, qkv: Tensor, cos: Tensor, sin: Tensor, layer: int, cache: KVCache, plan: Plan) -> Tensor:
         """qkv [M, (heads + 2 * kv heads) * head_dim], overwritten -> [M, heads * head_dim] of the cache's type.
@@ -195,7 +218,10 @@ class Attention:
         """
         heads, kv_heads, dim = self._num_heads, self._num_kv_heads, self._head_dim
         qk = qkv[:, : (heads + kv_heads) * dim]
-        rotated = rotate(qk.to(torch.float32).view(-1, heads + kv_heads, dim), cos, sin)
+        by_head = qk.to(torch.float32).view(-1, heads + kv_heads, dim)
+        if self._qk_norm is not None:
+            by_head = self._qk_norm.forward(by_head)
+        rotated = rotate(by_head, cos, sin)
         qk.copy_(rotated.view(qk.shape))
         qkv = qkv.to(cache.dtype)
         cache.by_slot[layer].index_copy_(0, plan.slots, qkv[:, heads * dim :])
@@ -209,9 +235,10 @@ class Attention:
         context = group.context.view(n, -1, 2, kv_heads, dim)
         q = qkv[group.start : group.start + n * t, : heads * dim].view(n, t, kv_heads, share, dim)
         q = q.permute(0, 2, 3, 1, 4).reshape(n, kv_heads, share * t, dim)
-        q = functional.pad(q, (0, 0, 0, group.mask.shape[2] - share * t))
+        mask = group.masks[self._window]
+        q = functional.pad(q, (0, 0, 0, mask.shape[2] - share * t))
         out = functional.scaled_dot_product_attention(
-            q, context[:, :, 0].transpose(1, 2), context[:, :, 1].transpose(1, 2), attn_mask=group.mask
+            q, context[:, :, 0].transpose(1, 2), context[:, :, 1].transpose(1, 2), attn_mask=mask
         )
         out = out[:, :, : share * t].reshape(n, kv_heads, share, t, dim)
         return out.permute(0, 3, 1, 2, 4).reshape(n * t, heads * dim)

@@ -16,3 +16,16 @@ class RMSNorm:
         """[M, H] -> the same shape and type."""
         y = functional.rms_norm(x.to(torch.float32), self._weight.shape, self._weight, self._eps)
         return y.to(x.dtype)
+
+
+class HeadNorm:
+    """RMSNorm of every head of q and k by itself (Qwen3)."""
+
+    def __init__(self, q_weight: Tensor, k_weight: Tensor, num_heads: int, num_kv_heads: int, eps: float) -> None:
+        """Both weights [head_dim]; kept in float32, one row per head of q and then of k."""
+        rows = [q_weight.expand(num_heads, -1), k_weight.expand(num_kv_heads, -1)]
+        self._weight, self._eps = torch.cat(rows).to(torch.float32), eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """float32 [M, heads + kv heads, head_dim] -> the same shape."""
+        return functional.rms_norm(x, x.shape[-1:], None, self._eps) * self._weight

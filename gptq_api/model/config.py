@@ -10,6 +10,8 @@ from typing import Any
 from gptq_api.gptq.errors import CheckpointError
 from gptq_api.gptq.files import read_json
 from gptq_api.layers.rotary import RopeParameters, RopeType
+from gptq_api.model.families import Family, layer_windows, read_family
+from gptq_api.model.keys import Keys
 
 _ROPE_TYPES: dict[str, RopeType] = {
     "default": "default",
@@ -18,14 +20,13 @@ _ROPE_TYPES: dict[str, RopeType] = {
     "yarn": "yarn",
     "llama3": "llama3",
 }
-_ARCHITECTURES = {"LlamaForCausalLM": "llama", "LLaMAForCausalLM": "llama"}
-"""Architecture names whose forward pass `llama.py` is."""
 
 
 @dataclass(frozen=True)
 class LlamaConfig:
     """The numbers of one model."""
 
+    family: Family
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -37,13 +38,23 @@ class LlamaConfig:
     max_position_embeddings: int
     """the longest text the checkpoint was made for, scaling included"""
     rope: RopeParameters
-    tie_word_embeddings: bool
+    windows: tuple[int | None, ...]
+    """per layer: how many tokens a token sees, its own included; None: all before it"""
+    attention_bias: bool
+    """the config promises biases of q, k and v (and o, but for Qwen2)"""
+    mlp_bias: bool
+    tie_word_embeddings: bool | None
+    """None: the file does not say"""
     eos_token_ids: tuple[int, ...]
     torch_dtype: str | None
 
     @property
     def kv_elements_per_token(self) -> int:
         return 2 * self.num_hidden_layers * self.num_key_value_heads * self.head_dim
+
+    def ties_head(self, has_head: bool) -> bool:
+        """Whether the embedding is the head. A config that does not say ties exactly where the file has no head."""
+        return not has_head if self.tie_word_embeddings is None else self.tie_word_embeddings
 
 
 def read_config(folder: Path) -> LlamaConfig:
@@ -57,16 +68,16 @@ def read_config(folder: Path) -> LlamaConfig:
 
 def parse_config(raw: dict[str, Any], source: str, generation: dict[str, Any] | None = None) -> LlamaConfig:
     """Both dialects: `rope_theta` + `rope_scaling` (transformers 4) and `rope_parameters` (5)."""
-    _check_architecture(raw, source)
-    keys = _Keys(raw, source)
+    family = read_family(raw, source)
+    keys = Keys(raw, source)
     hidden = keys.integer("hidden_size", 1, 2**17)
     heads = keys.integer("num_attention_heads", 1, 2**12)
     kv_heads = keys.integer("num_key_value_heads", 1, heads, default=heads)
     if heads % kv_heads:
         raise CheckpointError(f"{source}: num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}")
-    if raw.get("head_dim") is None and hidden % heads:
+    if raw.get("head_dim") is None and family.head_dim is None and hidden % heads:
         raise CheckpointError(f"{source}: hidden_size {hidden} is no multiple of num_attention_heads {heads}")
-    head_dim = keys.integer("head_dim", 2, 1024, default=hidden // heads)
+    head_dim = keys.integer("head_dim", 2, 1024, default=family.head_dim or hidden // heads)
     if head_dim % 2:
         raise CheckpointError(f"{source}: head_dim {head_dim} is odd, which rotary embedding cannot be")
     activation = raw.get("hidden_act", "silu")
@@ -74,67 +85,30 @@ def parse_config(raw: dict[str, Any], source: str, generation: dict[str, Any] | 
         raise CheckpointError(f"{source}: hidden_act {activation!r} is not LLaMA's; only silu is served")
     positions = keys.integer("max_position_embeddings", 1, 2**24, default=2048)
     positions = max(positions, keys.integer("max_sequence_length", 1, 2**24, default=positions))
+    if keys.number("partial_rotary_factor", 0.0, 1.0, default=1.0) != 1.0:
+        raise CheckpointError(f"{source}: partial_rotary_factor {raw['partial_rotary_factor']} is not served; 1.0 is")
     rope, longest = _parse_rope(raw, source, positions)
     vocab_size = keys.integer("vocab_size", 1, 2**22)
+    num_layers = keys.integer("num_hidden_layers", 1, 1024)
     return LlamaConfig(
+        family=family,
         vocab_size=vocab_size,
         hidden_size=hidden,
         intermediate_size=keys.integer("intermediate_size", 1, 2**19),
-        num_hidden_layers=keys.integer("num_hidden_layers", 1, 1024),
+        num_hidden_layers=num_layers,
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
         head_dim=head_dim,
         rms_norm_eps=keys.number("rms_norm_eps", 0.0, 0.1, default=1e-6),
         max_position_embeddings=longest,
         rope=rope,
-        tie_word_embeddings=keys.flag("tie_word_embeddings", False),
+        windows=layer_windows(family, raw, source, num_layers),
+        attention_bias=keys.flag("attention_bias", False) or family.qkv_bias,
+        mlp_bias=keys.flag("mlp_bias", False),
+        tie_word_embeddings=keys.optional_flag("tie_word_embeddings"),
         eos_token_ids=_eos(raw, source, generation or {}, vocab_size),
         torch_dtype=str(raw.get("dtype") or raw.get("torch_dtype") or "") or None,
     )
-
-
-class _Keys:
-    """Bounds-checked access to one JSON object."""
-
-    def __init__(self, raw: dict[str, Any], source: str) -> None:
-        self._raw = raw
-        self._source = source
-
-    def integer(self, key: str, low: int, high: int, default: int | None = None) -> int:
-        value = self._raw.get(key)
-        if value is None and default is not None:
-            return default
-        if value is None:
-            raise CheckpointError(f"{self._source} lacks {key}; copy config.json from the original model")
-        if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-            raise CheckpointError(f"{self._source}: {key} is {value!r}, not an integer from {low} to {high}")
-        return value
-
-    def number(self, key: str, low: float, high: float, default: float) -> float:
-        value = self._raw.get(key)
-        if value is None:
-            return default
-        # A NaN fails both comparisons, so it is refused here too.
-        if not isinstance(value, int | float) or isinstance(value, bool) or not low <= value <= high:
-            raise CheckpointError(f"{self._source}: {key} is {value!r}, not a number from {low:g} to {high:g}")
-        return float(value)
-
-    def flag(self, key: str, default: bool) -> bool:
-        value = self._raw.get(key)
-        if value is not None and not isinstance(value, bool):
-            raise CheckpointError(f"{self._source}: {key} is {value!r} where true or false is expected")
-        return default if value is None else value
-
-
-def _check_architecture(raw: dict[str, Any], source: str) -> None:
-    named = raw.get("architectures")
-    if isinstance(named, list) and named:
-        if not any(name in _ARCHITECTURES for name in named if isinstance(name, str)):
-            raise CheckpointError(f"{source}: architecture {named[0]!r} is not served; LLaMA (LlamaForCausalLM) is")
-        return
-    model_type = raw.get("model_type", "llama")
-    if model_type not in _ARCHITECTURES.values():
-        raise CheckpointError(f"{source}: model_type {model_type!r} is not served; llama is")
 
 
 def _parse_rope(raw: dict[str, Any], source: str, positions: int) -> tuple[RopeParameters, int]:
@@ -143,12 +117,14 @@ def _parse_rope(raw: dict[str, Any], source: str, positions: int) -> tuple[RopeP
     if not isinstance(inner, dict):
         raise CheckpointError(f"{source}: rope_scaling is {inner!r} where an object is expected")
     where = f"{source} (rope)"
-    keys = _Keys(inner, where)
+    if any(isinstance(value, dict) for value in inner.values()):
+        raise CheckpointError(f"{where}: parameters per kind of layer are not served; one set for all layers is")
+    keys = Keys(inner, where)
     named = inner.get("rope_type", inner.get("type", "default"))
     if not isinstance(named, str) or named not in _ROPE_TYPES:
         raise CheckpointError(f"{where}: type {named!r} is not served; {', '.join(_ROPE_TYPES)} are")
     rope_type = _ROPE_TYPES[named]
-    theta = _Keys(raw, source).number("rope_theta", 1.0, 1e12, default=10000.0)
+    theta = Keys(raw, source).number("rope_theta", 1.0, 1e12, default=10000.0)
     factor = keys.number("factor", 1.0, 1e6, default=1.0)
     if rope_type not in ("default",) and inner.get("factor") is None:
         raise CheckpointError(f"{where}: type {named!r} lacks factor")

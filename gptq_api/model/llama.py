@@ -50,6 +50,8 @@ class Llama:
     norm: RMSNorm
     lm_head: Linear
     rotary: Rotary
+    windows: tuple[int | None, ...]
+    """what `plan_attention` must lay out masks for"""
     stream_dtype: torch.dtype
 
     def forward(self, token_ids: Tensor, cache: KVCache, plan: Plan, rows: Tensor | None) -> Tensor:

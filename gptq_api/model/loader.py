@@ -12,13 +12,21 @@ from torch import Tensor
 from gptq_api.gptq.checkpoint import Checkpoint, CheckpointError, GPTQTensors
 from gptq_api.layers.attention import Attention
 from gptq_api.layers.linear import DenseLinear, GPTQLinear, Linear, SplitLinear
-from gptq_api.layers.norm import RMSNorm
+from gptq_api.layers.norm import HeadNorm, RMSNorm
 from gptq_api.layers.rotary import Rotary
 from gptq_api.model.config import LlamaConfig
 from gptq_api.model.llama import Llama, LlamaLayer
 
-_IGNORED = ("rotary_emb.inv_freq", "gptq_bits", "gptq_groupsize", "gptq_sym", "attn.bias", "attn.masked_bias")
+_IGNORED = (
+    "rotary_emb.inv_freq",
+    "rotary_emb.cos_cached",
+    "rotary_emb.sin_cached",
+    "gptq_bits",
+    "gptq_groupsize",
+    "gptq_sym",
+)
 """Tensors of older writers that nothing needs: rotary frequencies are computed anew in float32."""
+_PARTS = ("qweight", "qzeros", "zeros", "scales", "g_idx", "bias", "weight")
 
 
 @dataclass(frozen=True)
@@ -45,6 +53,14 @@ class _Loader:
         weight = self.tensor(f"{name}.weight", (self.config.hidden_size,))
         return RMSNorm(weight.to(self.device), self.config.rms_norm_eps)
 
+    def attention(self, layer: str, window: int | None) -> Attention:
+        c = self.config
+        norm = None
+        if c.family.qk_norm:
+            q, k = (self.tensor(f"{layer}.self_attn.{p}_norm.weight", (c.head_dim,)).to(self.device) for p in "qk")
+            norm = HeadNorm(q, k, c.num_attention_heads, c.num_key_value_heads, c.rms_norm_eps)
+        return Attention(c.num_attention_heads, c.num_key_value_heads, c.head_dim, window, norm)
+
     def linear(self, names: list[str], in_features: int, out_features: list[int]) -> Linear:
         """One Linear for modules with the same input, their outputs side by side; merged where the tensors allow it."""
         modules = [self._read(*args) for args in zip(names, [in_features] * len(names), out_features, strict=True)]
@@ -61,19 +77,26 @@ class _Loader:
     def lm_head(self, embedding: Tensor) -> Linear:
         """Tied, untied, duplicated or quantised."""
         shape = (self.config.vocab_size, self.config.hidden_size)
-        has_head = self.checkpoint.has("lm_head.weight") or "lm_head" in self.checkpoint.modules
-        if self.config.tie_word_embeddings or not has_head:
+        if not has_head(self.checkpoint) or self.config.ties_head(True):
             return self._tied(embedding, shape)
         if "lm_head" in self.checkpoint.modules:
             return self.linear(["lm_head"], shape[1], [shape[0]])
         return DenseLinear(self._head_weight(self.tensor("lm_head.weight", shape)))
 
     def _tied(self, embedding: Tensor, shape: tuple[int, int]) -> Linear:
-        if not self.config.tie_word_embeddings:
+        if self.config.tie_word_embeddings is False:
             raise CheckpointError(
-                f"{self.checkpoint.files[0]}: tensor lm_head.weight is missing and config.json does not say "
-                "tie_word_embeddings; download the checkpoint again, or set it if the model ties them"
+                f"{self.checkpoint.files[0]}: tensor lm_head.weight is missing and config.json says that "
+                "tie_word_embeddings is false; download the checkpoint again, or set it if the model ties them"
             )
+        if self.config.tie_word_embeddings is None:
+            self.warnings.append(
+                "the embedding serves as the head: there is no lm_head.weight, and config.json does not say "
+                "tie_word_embeddings"
+            )
+        if "lm_head" in self.checkpoint.modules:
+            self.used.update(f"lm_head.{part}" for part in _PARTS)
+            self.warnings.append("the quantised lm_head is not used: config.json ties the embedding to the head")
         if self.checkpoint.has("lm_head.weight"):
             head = self.tensor("lm_head.weight", shape).to(device=embedding.device, dtype=embedding.dtype)
             if not torch.equal(head, embedding):
@@ -87,8 +110,12 @@ class _Loader:
         return weight.to(device=self.device, dtype=self.dtype)
 
     def _read(self, name: str, in_features: int, out_features: int) -> GPTQTensors | tuple[Tensor, Tensor | None]:
-        parts = ("qweight", "qzeros", "scales", "g_idx", "bias", "weight")
-        self.used.update(f"{name}.{part}" for part in parts)
+        self.used.update(f"{name}.{part}" for part in _PARTS)
+        if _must_have_bias(self.config, name) and not self.checkpoint.has(f"{name}.bias"):
+            raise CheckpointError(
+                f"{self.checkpoint.files[0]}: tensor {name}.bias is missing, and {self.config.family.title} with this "
+                "config.json has it; download the checkpoint again"
+            )
         shape = self.checkpoint.modules.get(name)
         if shape is None:
             weight = self.checkpoint.tensor(f"{name}.weight", (out_features, in_features))
@@ -129,18 +156,19 @@ def load_llama(
     hidden, heads = config.hidden_size, config.num_attention_heads * config.head_dim
     kv, ffn = config.num_key_value_heads * config.head_dim, config.intermediate_size
     embedding = load.tensor("model.embed_tokens.weight", (config.vocab_size, hidden)).to(device)
-    if config.tie_word_embeddings and device.type == "cpu":
+    if device.type == "cpu" and config.ties_head(has_head(checkpoint)):
         # One tensor serves both ends; the head wants float32.
         embedding = embedding.to(torch.float32)
-    attention = Attention(config.num_attention_heads, config.num_key_value_heads, config.head_dim)
     layers = []
-    for index in range(config.num_hidden_layers):
+    # A window that no text outgrows is none.
+    windows = [None if w is None or w >= max_model_len else w for w in config.windows]
+    for index, window in enumerate(windows):
         name = f"model.layers.{index}"
         layers.append(
             LlamaLayer(
                 input_norm=load.norm(f"{name}.input_layernorm"),
                 qkv=load.linear([f"{name}.self_attn.{p}_proj" for p in "qkv"], hidden, [heads, kv, kv]),
-                attention=attention,
+                attention=load.attention(name, window),
                 o=load.linear([f"{name}.self_attn.o_proj"], heads, [hidden]),
                 post_attention_norm=load.norm(f"{name}.post_attention_layernorm"),
                 gate_up=load.linear([f"{name}.mlp.{p}_proj" for p in ("gate", "up")], hidden, [ffn, ffn]),
@@ -154,9 +182,21 @@ def load_llama(
         norm=load.norm("model.norm"),
         lm_head=load.lm_head(embedding),
         rotary=Rotary(config.rope, config.head_dim, max_model_len, device),
+        windows=tuple(dict.fromkeys(windows)),
         stream_dtype=torch.float32 if device.type == "cpu" else dtype,
     )
     return model, load.finish()
+
+
+def has_head(checkpoint: Checkpoint) -> bool:
+    """Whether the file has an output head of its own, quantised or not."""
+    return checkpoint.has("lm_head.weight") or "lm_head" in checkpoint.modules
+
+
+def _must_have_bias(config: LlamaConfig, name: str) -> bool:
+    if name.endswith((".q_proj", ".k_proj", ".v_proj")):
+        return config.attention_bias
+    return ".mlp." in name and config.mlp_bias
 
 
 def _mergeable(modules: list[GPTQTensors]) -> bool:

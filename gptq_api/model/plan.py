@@ -13,6 +13,7 @@ from gptq_api.gptq.module import ModuleShape, infer_group_size
 from gptq_api.kernels import cpu
 from gptq_api.layers.linear import choose_kernel
 from gptq_api.model.config import LlamaConfig
+from gptq_api.model.loader import has_head
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ def _ends(checkpoint: Checkpoint, config: LlamaConfig, device: torch.device, dty
     elements = config.vocab_size * config.hidden_size
     _check_dense(checkpoint, "model.embed_tokens.weight", (config.vocab_size, config.hidden_size))
     head_bytes = 4 if device.type == "cpu" else dtype.itemsize
-    if config.tie_word_embeddings:
+    if config.ties_head(has_head(checkpoint)):
         return elements * head_bytes
     stored = checkpoint.float_dtype.itemsize
     if "lm_head" in checkpoint.modules:

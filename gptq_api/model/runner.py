@@ -72,7 +72,7 @@ class ModelRunner:
             Span(s.num_computed_tokens, n, s.block_table)
             for s, n in zip(batch.sequences, batch.num_new_tokens, strict=True)
         ]
-        plan = plan_attention(spans, self._cache, self._queries_per_kv)
+        plan = plan_attention(spans, self._cache, self._queries_per_kv, self._model.windows)
         ids: list[int] = []
         last_row: dict[int, int] = {}
         first_row: dict[int, int] = {}
@@ -227,7 +227,8 @@ def _describe(
     bits = "/".join(str(b) for b in sorted({m.bits for m in checkpoint.modules.values()}))
     paths = ", ".join(f"{count} x {name}" for name, count in report.paths.items())
     return (
-        f"{path.name}: LLaMA, {bits}-bit GPTQ ({checkpoint.layout}), {str(dtype).removeprefix('torch.')}; {paths}; "
+        f"{path.name}: {model.config.family.title}, {bits}-bit GPTQ ({checkpoint.layout}), "
+        f"{str(dtype).removeprefix('torch.')}; {paths}; "
         f"weights {model.num_bytes / 2**20:.0f} MiB, KV cache {cache.num_bytes / 2**20:.0f} MiB "
         f"({cache.num_blocks * cache.block_size} tokens); loaded in {seconds:.1f} s"
     )
