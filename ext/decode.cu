@@ -87,7 +87,7 @@ cudaError_t launch_rows(DecodeArgs args, int groups, bool zeros, bool bf16, cons
   cudaLaunchAttribute attributes[2] = {};
   config.stream = stream;
   config.attrs = attributes;
-  if (device.capability < 90) {
+  if (takes_portable_kernel(device.capability)) {
     config.gridDim = dim3(std::min(strips, 2 * device.sms));
     config.blockDim = dim3(kPortableWarps * 32);
     config.dynamicSmemBytes = portable_smem(tiles, chunk);
@@ -118,7 +118,7 @@ bool decode_gathers(int M, int K, int groups, bool zeros) {
   Device device;
   Shape shape;
   if (current_device(device) != cudaSuccess) return false;
-  return device.capability < 90 || (M <= 2 && choose_shape(shape, device, M, K, 1, chunk_bytes(groups, zeros), true));
+  return takes_portable_kernel(device.capability) || (M <= 2 && choose_shape(shape, device, M, K, 1, chunk_bytes(groups, zeros), true));
 }
 
 cudaError_t launch_decode(DecodeArgs args, int groups, bool zeros, bool bf16, cudaStream_t stream) {
@@ -127,7 +127,7 @@ cudaError_t launch_decode(DecodeArgs args, int groups, bool zeros, bool bf16, cu
   if (const cudaError_t status = current_device(device); status != cudaSuccess) return status;
   // As many rows at a time as x fits in shared memory.
   Shape shape;
-  const bool sixteen = device.capability < 90 || choose_shape(shape, device, std::min(args.M, 16), args.K, 2, chunk_bytes(groups, zeros), false);
+  const bool sixteen = takes_portable_kernel(device.capability) || choose_shape(shape, device, std::min(args.M, 16), args.K, 2, chunk_bytes(groups, zeros), false);
   const int step = sixteen ? 16 : 8;
   for (int row = 0; row < args.M; row += step) {
     DecodeArgs part = args;

@@ -27,11 +27,10 @@ constexpr int kMaxDepth = 8;  // slots of the ring
 constexpr int kMaxBuffers = 2;  // of the exchange area
 constexpr int kMaxCluster = 8;
 constexpr int kDecodeThreads = (kMathWarps + 2) * 32;
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
-constexpr int kBlocksPerSM = 1;  // the shared memory of consumer GPUs holds one
-#else
 constexpr int kBlocksPerSM = 2;  // this kernel's, and the next one's
-#endif
+
+// Before sm_90 there are no bulk copies; the consumer GPUs since have them, but not the shared memory for this kernel's ring beside x.
+inline bool takes_portable_kernel(int capability) { return capability < 90 || capability >= 120; }
 
 // Shared memory, computed alike by host and device.
 struct DecodeSmem {
@@ -165,7 +164,7 @@ __device__ __forceinline__ void store_sums(const DecodeArgs& a, float (&v)[4], i
   }
 }
 
-// sm_80 .. sm_89: a strip at a time, its chunks dealt to the warps, each lane fetching with cp.async the bytes it will read itself, x straight from
+// sm_80 .. sm_89 and sm_120: a strip at a time, its chunks dealt to the warps, each lane fetching with cp.async the bytes it will read itself, x straight from
 // the caches.
 constexpr int kPortableWarps = 8;
 constexpr int kPortableDepth = 6;
@@ -228,7 +227,7 @@ __device__ __forceinline__ void decode_portable(const DecodeArgs& a, uint8_t* sm
 template <int NT, int G, bool ZP, bool BF>
 __global__ void __launch_bounds__(kDecodeThreads, NT == 1 ? kBlocksPerSM : 1) decode_kernel(const __grid_constant__ DecodeArgs a) {
   extern __shared__ __align__(128) uint8_t smem[];
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ < 900 || __CUDA_ARCH__ >= 1200)  // as takes_portable_kernel()
   decode_portable<NT, G, ZP, BF>(a, smem);
 #elif defined(__CUDA_ARCH__)
   constexpr int kChunk = Chunk<G, ZP>::kBytes, kHalf = kMathWarps * kChunk, kSlot = kPair * kHalf;

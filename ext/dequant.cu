@@ -1,5 +1,6 @@
 #include "dequant.h"
 
+#include "device.h"
 #include "layout.h"
 #include "ptx.h"
 
@@ -78,6 +79,8 @@ cudaError_t launch_dequant(const DequantArgs& a, int groups, bool zeros, bool bf
 }
 
 cudaError_t launch_gather(const GatherArgs& a, cudaStream_t stream) {
+  Device device;
+  if (const cudaError_t status = current_device(device); status != cudaSuccess) return status;
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3((a.K / 2 + 255) / 256, a.M < 1024 ? a.M : 1024);
   config.blockDim = dim3(256);
@@ -86,7 +89,7 @@ cudaError_t launch_gather(const GatherArgs& a, cudaStream_t stream) {
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attribute.val.programmaticStreamSerializationAllowed = 1;
   config.attrs = &attribute;
-  config.numAttrs = 1;
+  config.numAttrs = device.capability >= 90 ? 1 : 0;
   return cudaLaunchKernelEx(&config, gather_kernel, a);
 }
 

@@ -106,6 +106,6 @@ def test_decode_keeps_its_registers_and_instructions(tmp_path: Path) -> None:
 
 @needs_nvcc
 @pytest.mark.parametrize("arch", ["80", "120"])
-def test_other_architectures_compile_almost_without_spills(arch: str, tmp_path: Path) -> None:
+def test_other_architectures_compile_without_spills(arch: str, tmp_path: Path) -> None:
     _, log = compile_for(arch, "decode_bf16.cu", tmp_path)
-    assert all(spills <= 64 for _, spills in usage(log).values())
+    assert all(spills == 0 for _, spills in usage(log).values())
