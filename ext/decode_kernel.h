@@ -281,7 +281,7 @@ __global__ void __launch_bounds__(kDecodeThreads, NT == 1 ? kBlocksPerSM : 1) de
     for (int i = 0; i < depth; i++) fetch();  // weights never depend on the kernel before
   } else if (warp == kMathWarps + 1) {
     if (lane < kMaxBuffers) mbar_init(sent + 8 * lane, kMathWarps + 1);  // this block's warps, and the count of what others send
-    mbar_init(taken + 8 * lane, 1);
+    if (lane < kMaxBuffers * kMaxCluster) mbar_init(taken + 8 * lane, 1);
     if (lane == 31) mbar_init(x_bar, 32);
     mbar_init_fence();
   }
