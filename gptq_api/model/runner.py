@@ -114,7 +114,15 @@ def load_runner(settings: Settings) -> ModelRunner:
     cache, max_model_len = _allocate_cache(settings, config, device, dtype, max_model_len)
     for warning in report.warnings:
         _log.warning("%s", warning)
-    description = _describe(path, checkpoint, model, report, cache, dtype, time.monotonic() - started)
+    description = _describe(
+        settings.model_path if settings.model_path == "demo" else path.name,
+        checkpoint,
+        model,
+        report,
+        cache,
+        dtype,
+        time.monotonic() - started,
+    )
     runner = ModelRunner(model, cache, max_model_len, dtype, description)
     _self_check(runner, checkpoint)
     return runner
@@ -216,7 +224,7 @@ def _self_check(runner: ModelRunner, checkpoint: Checkpoint) -> None:
 
 
 def _describe(
-    path: Path,
+    name: str,
     checkpoint: Checkpoint,
     model: Llama,
     report: LoadReport,
@@ -227,7 +235,7 @@ def _describe(
     bits = "/".join(str(b) for b in sorted({m.bits for m in checkpoint.modules.values()}))
     paths = ", ".join(f"{count} x {name}" for name, count in report.paths.items())
     return (
-        f"{path.name}: {model.config.family.title}, {bits}-bit GPTQ ({checkpoint.layout}), "
+        f"{name}: {model.config.family.title}, {bits}-bit GPTQ ({checkpoint.layout}), "
         f"{str(dtype).removeprefix('torch.')}; {paths}; "
         f"weights {model.num_bytes / 2**20:.0f} MiB, KV cache {cache.num_bytes / 2**20:.0f} MiB "
         f"({cache.num_blocks * cache.block_size} tokens); loaded in {seconds:.1f} s"
