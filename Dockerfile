@@ -1,7 +1,7 @@
 # syntax=docker/dockerfile:1
 # One file, two images:
 #   docker build -t gptq-api .                              GPU: kernels compiled, CUDA runtime from torch's wheel
-#   docker build -t gptq-api:cpu --build-arg DEVICE=cpu .   CPU: no compiler stage's result, python only
+#   docker build -t gptq-api:cpu --build-arg DEVICE=cpu .   CPU: no compiler, no kernels
 #   docker run --gpus all -p 8000:8000 -v /models:/models -e GPTQ_API_API_KEY=secret gptq-api serve /models/vicuna
 ARG DEVICE=cuda
 ARG CUDA=13.0.2
@@ -28,6 +28,8 @@ RUN apt-get update && apt-get install -y --no-install-recommends python3 python3
 FROM python:${PYTHON}-slim AS runtime-cpu
 
 FROM runtime-${DEVICE} AS runtime
+# torch's default build brings CUDA; an extra package index with CPU builds keeps the CPU image small.
+ARG PIP_EXTRA_INDEX_URL
 COPY constraints.txt /tmp/constraints.txt
 COPY --from=build /wheels /tmp/wheels
 RUN python3 -m venv /opt/gptq-api \
