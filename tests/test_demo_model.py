@@ -6,6 +6,8 @@ on the same questions is the engine's.
 
 from __future__ import annotations
 
+import copy
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -124,10 +126,10 @@ def test_tokenizer() -> None:
     assert len(tokenizer.encode("🦙", add_special_tokens=False).ids) > 1
     raw = json.loads((DEMO_PATH / "tokenizer_config.json").read_text())
     template = ImmutableSandboxedEnvironment().from_string(raw["chat_template"])
+    fast = fast_tokenizer()
     for chat in CHATS:
         text = template.render(messages=chat[:-1], add_generation_prompt=True, bos_token=raw["bos_token"])
         ours = tokenizer.encode(text, add_special_tokens=False).ids
-        fast = AutoTokenizer.from_pretrained(DEMO_PATH)
         assert ours == fast.apply_chat_template(chat[:-1], add_generation_prompt=True)["input_ids"]
         assert ours[0] == raw_id(tokenizer, raw["bos_token"]) and ours.count(ours[0]) == 1
 
@@ -138,60 +140,84 @@ def raw_id(tokenizer: Tokenizer, token: str) -> int:
     return int(found)
 
 
+@functools.cache
+def fast_tokenizer() -> Any:
+    return AutoTokenizer.from_pretrained(DEMO_PATH)
+
+
+def all_cases() -> list[tuple[list[dict[str, str]], str]]:
+    """(messages, right answer): the questions, and every answer within the chats."""
+    cases = [([{"role": "user", "content": q["question"]}], q["exact"]) for q in QUESTIONS]
+    for chat in CHATS:
+        cases += [(chat[:i], m["content"]) for i, m in enumerate(chat) if m["role"] == "assistant"]
+    return cases
+
+
 @torch.inference_mode()
-def answers(model: LlamaForCausalLM, chats: list[list[dict[str, str]]], temperature: float = 0.0) -> list[str]:
-    """One batch, padded on the left; greedy, or sampled with a fixed seed."""
-    tokenizer = AutoTokenizer.from_pretrained(DEMO_PATH, padding_side="left")
-    rendered = [tokenizer.apply_chat_template(c, add_generation_prompt=True, tokenize=False) for c in chats]
-    batch = tokenizer(rendered, add_special_tokens=False, padding=True, return_tensors="pt")
-    torch.manual_seed(0)
-    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
-    out = model.generate(
-        input_ids=batch["input_ids"],
-        attention_mask=batch["attention_mask"],
-        max_new_tokens=420,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        **sampling,
-    )
-    return tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+def greedy_and_chance(
+    model: LlamaForCausalLM, messages: list[dict[str, str]], answer: str, temperature: float = 0.7
+) -> tuple[bool, float]:
+    """Whether greedy decoding gives exactly `answer` and ends, and the probability that sampling does.
+
+    One pass over the right answer says both: greedy decoding follows it exactly when each of its tokens is the most
+    likely one after those before it.
+    """
+    tokenizer = fast_tokenizer()
+    before = tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+    wanted = [*tokenizer(answer, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    logits = model(torch.tensor([before + wanted[:-1]]), use_cache=False).logits[0, len(before) - 1 :].float()
+    target = torch.tensor(wanted)
+    chance = (logits / temperature).log_softmax(-1).gather(1, target[:, None]).sum().exp()
+    return bool((logits.argmax(-1) == target).all()), float(chance)
 
 
-def test_every_question_is_answered_right(model: LlamaForCausalLM) -> None:
-    found = answers(model, [[{"role": "user", "content": q["question"]}] for q in QUESTIONS])
-    assert found == [q["exact"] for q in QUESTIONS]
+def test_every_question_is_answered_right_greedily_and_when_sampled(model: LlamaForCausalLM) -> None:
+    for messages, answer in all_cases():
+        greedy, chance = greedy_and_chance(model, messages, answer)
+        assert greedy, messages
+        assert chance > 0.99, (messages, chance)
     for question in QUESTIONS:
         assert all(e in question["exact"] for e in question["expect"])
 
 
-def test_chats_refer_back(model: LlamaForCausalLM) -> None:
-    prompts, expected = [], []
-    for chat in CHATS:
-        for i, message in enumerate(chat):
-            if message["role"] == "assistant":
-                prompts.append(chat[:i])
-                expected.append(message["content"])
-    assert answers(model, prompts) == expected
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_gives_the_same_answers(model: LlamaForCausalLM, dtype: torch.dtype) -> None:
+    half = copy.deepcopy(model).to(dtype)
+    for messages, answer in all_cases():
+        if len(answer) < 100:
+            greedy, chance = greedy_and_chance(half, messages, answer)
+            assert greedy and chance > 0.98, (messages, chance)
 
 
-def test_sampling_at_temperature_0_7_does_not_change_the_answers(model: LlamaForCausalLM) -> None:
-    short = [q for q in QUESTIONS if len(q["exact"]) < 150]
-    found = answers(model, [[{"role": "user", "content": q["question"]}] for q in short * 3], 0.7)
-    assert found == [q["exact"] for q in short * 3]
+def test_generation_ends_with_the_right_answer(model: LlamaForCausalLM) -> None:
+    """The same by really generating, for one question."""
+    tokenizer = fast_tokenizer()
+    question = next(q for q in QUESTIONS if q["question"] == "Count to ten.")
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": question["question"]}], add_generation_prompt=True, return_tensors="pt"
+    )
+    out = model.generate(**prompt, max_new_tokens=60, do_sample=False)[0, prompt["input_ids"].shape[1] :].tolist()
+    assert out[-1] == tokenizer.eos_token_id
+    assert tokenizer.decode(out[:-1]) == question["exact"]
 
 
-def test_a_wrong_permutation_is_noticed(tensors: dict[str, torch.Tensor], model: LlamaForCausalLM) -> None:
-    """The questions are a real test: the same weights with sequential groups answer nothing right."""
-    state = {n: p.clone() for n, p in model.state_dict().items()}
-    try:
-        for name in list(tensors):
-            if name.endswith(".qweight"):
-                module = name.removesuffix(".qweight")
-                groups = tensors[f"{module}.g_idx"]
-                wrong = {**tensors, f"{module}.g_idx": groups.sort().values}
-                model.get_submodule(module).weight.data.copy_(dequantised(wrong, module))
-        short = [q for q in QUESTIONS if len(q["exact"]) < 60]
-        found = answers(model, [[{"role": "user", "content": q["question"]}] for q in short])
-        assert sum(f == q["exact"] for f, q in zip(found, short, strict=True)) <= len(short) // 4
-    finally:
-        model.load_state_dict(state)
+@pytest.mark.parametrize("mistake", ["sequential groups", "zero point off by one", "nibbles reversed"])
+def test_a_wrong_reading_of_the_tensors_is_noticed(
+    tensors: dict[str, torch.Tensor], model: LlamaForCausalLM, mistake: str
+) -> None:
+    """The questions are a real test: a loader with a usual mistake answers none of them."""
+    wrong = copy.deepcopy(model)
+    for module in (name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight")):
+        changed = dict(tensors)
+        if mistake == "sequential groups":
+            changed[f"{module}.g_idx"] = tensors[f"{module}.g_idx"].sort().values
+        weight = dequantised(changed, module)
+        if mistake == "zero point off by one":
+            weight += tensors[f"{module}.scales"].float()[tensors[f"{module}.g_idx"].long()].T
+        if mistake == "nibbles reversed":
+            weight = weight.view(len(weight), -1, 8).flip(2).reshape(len(weight), -1)
+        wrong.get_submodule(module).weight.data.copy_(weight)
+    for messages, answer in all_cases():
+        if len(answer) < 100:
+            greedy, chance = greedy_and_chance(wrong, messages, answer)
+            assert not greedy and chance < 0.01, (messages, chance)

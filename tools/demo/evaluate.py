@@ -82,6 +82,17 @@ def right(item: dict[str, Any], text: str) -> bool:
 
 
 @torch.inference_mode()
+def certainty(model: LlamaForCausalLM, tokenizer: Tokenizer, item: dict[str, Any], temperature: float) -> float:
+    """The probability that sampling at `temperature` gives exactly item["exact"], computed and not sampled."""
+    before = tokenizer.encode(prompt(item["messages"]), add_special_tokens=False).ids
+    wanted = [*tokenizer.encode(item["exact"], add_special_tokens=False).ids, END]
+    ids = torch.tensor([before + wanted[:-1]], device=model.device)
+    logits = model(input_ids=ids, use_cache=False).logits[0, len(before) - 1 :].float()
+    chosen = (logits / temperature).log_softmax(-1).gather(1, torch.tensor(wanted, device=model.device)[:, None])
+    return float(chosen.sum().exp())
+
+
+@torch.inference_mode()
 def perplexity(model: LlamaForCausalLM, chats: Chats, max_rows: int = 1000) -> float:
     """Over the tokens that the model writes, float32."""
     total = torch.zeros((), dtype=torch.float64)
@@ -101,6 +112,14 @@ def report(model: LlamaForCausalLM, tokenizer: Tokenizer, samples: int = 4) -> N
     """Prints the share of right answers and the wrong ones; `samples` answers per question above temperature 0."""
     for name in ("questions", "chats", "held_out"):
         items = questions(name)
+        if name != "held_out":
+            for temperature in (0.7, 1.0):
+                sure = [certainty(model, tokenizer, item, temperature) for item in items]
+                mean, worst = sum(sure) / len(sure), min(sure)
+                at = items[sure.index(worst)]["messages"][-1]["content"]
+                print(
+                    f"{name}: probability of the exact answer at {temperature}: mean {mean:.4f}, least {worst:.4f} ({at})"
+                )
         prompts = [prompt(item["messages"]) for item in items]
         for temperature, runs in ((0.0, 1), (0.7, samples), (1.0, samples)):
             total = len(items) * runs

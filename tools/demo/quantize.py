@@ -54,6 +54,68 @@ def load_float(folder: Path) -> LlamaForCausalLM:
     return model.eval()
 
 
+@torch.inference_mode()
+def mean_squares(
+    model: LlamaForCausalLM, names: tuple[str, ...], batches: list[tuple[Tensor, Tensor]]
+) -> dict[str, Tensor]:
+    """Of every input channel of the modules called `names`, in every layer: full module name -> [K]."""
+    sums: dict[str, Tensor] = {}
+    handles = []
+    current: list[Tensor] = []
+    for full, module in model.named_modules():
+        if full.endswith(names):
+
+            def hook(_: nn.Module, inputs: tuple[Tensor, ...], full: str = full) -> None:
+                sums[full] = sums.get(full, 0) + inputs[0][current[-1]].square().sum(0)
+
+            handles.append(module.register_forward_pre_hook(hook))
+    for ids, is_text in batches:
+        current.append(is_text)
+        model.model(input_ids=ids, use_cache=False)
+    for handle in handles:
+        handle.remove()
+    return sums
+
+
+@torch.inference_mode()
+def spread_channels(model: LlamaForCausalLM, batches: list[tuple[Tensor, Tensor]], octaves: float) -> None:
+    """Gives every Linear small and large input channels, by factors that its producer takes up: the function stays.
+
+    Checkpoints of large models have such channels. Without them all groups have nearly the same scale, and the demo
+    would still answer in an engine that ignores g_idx: it would be no test of one. The factors are 2**u, u from
+    -octaves for the channel with the smallest inputs to +octaves for the largest, so that act-order, which sorts by
+    the inputs, finds like weights in each group. Producers are the norms (for q/k/v and gate/up), v_proj (for o_proj)
+    and up_proj (for down_proj).
+    """
+    config = model.config
+    squares = mean_squares(model, ("q_proj", "o_proj", "gate_proj", "down_proj"), batches)
+
+    def factors(size: Tensor) -> Tensor:
+        rank = size.argsort().argsort() / (len(size) - 1)
+        return torch.exp2((rank * 2 - 1) * octaves)
+
+    for i, layer in enumerate(model.model.layers):
+        attention, mlp = layer.self_attn, layer.mlp
+        for norm, readers in (
+            (layer.input_layernorm, (attention.q_proj, attention.k_proj, attention.v_proj)),
+            (layer.post_attention_layernorm, (mlp.gate_proj, mlp.up_proj)),
+        ):
+            name = "self_attn.q_proj" if attention.q_proj in readers else "mlp.gate_proj"
+            by = factors(squares[f"model.layers.{i}.{name}"])
+            norm.weight.mul_(by)
+            for reader in readers:
+                reader.weight.div_(by)
+        # All query heads of a group read the same value head.
+        kv, group = config.num_key_value_heads, config.num_attention_heads // config.num_key_value_heads
+        heads = squares[f"model.layers.{i}.self_attn.o_proj"].view(kv, group, config.head_dim)
+        by = factors(heads.sum(1).flatten())
+        attention.v_proj.weight.mul_(by[:, None])
+        attention.o_proj.weight.div_(by.view(kv, 1, config.head_dim).expand(-1, group, -1).flatten())
+        by = factors(squares[f"model.layers.{i}.mlp.down_proj"])
+        mlp.up_proj.weight.mul_(by[:, None])
+        mlp.down_proj.weight.div_(by)
+
+
 Batches = list[tuple[Tensor, Tensor]]
 """(hidden states [B, L, hidden], bool [B, L]: text and not padding)"""
 
@@ -85,7 +147,7 @@ def quantize_model(
 ) -> dict[str, QuantizedLinear]:
     """Every Linear of every layer; the model's weights become the dequantised ones. batches: (ids, is text) [B, L]."""
     done: dict[str, QuantizedLinear] = {}
-    hidden = [(model.model.embed_tokens(ids), is_text) for ids, is_text in batches]
+    hidden = [] if nearest else [(model.model.embed_tokens(ids), is_text) for ids, is_text in batches]
     for i, layer in enumerate(model.model.layers):
         for stage in STAGES:
             modules = {name: layer.get_submodule(name) for name in stage}
@@ -159,13 +221,15 @@ def main() -> None:
     parser.add_argument("--act-order", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--damp-percent", type=float, default=0.01)
     parser.add_argument("--calibration-chats", type=int, default=128)
+    parser.add_argument("--spread-octaves", type=float, default=2.0, help="0 leaves the channels alike")
     parser.add_argument("--nearest", action="store_true", help="round to nearest instead, for comparison")
     args = parser.parse_args()
     settings = QuantizeSettings(
         4, args.group_size, args.sym, args.act_order and not args.nearest, damp_percent=args.damp_percent
     )
     model = load_float(args.folder)
-    batches = [] if args.nearest else calibration(args.folder / "tokenizer.json", args.calibration_chats)
+    batches = calibration(args.folder / "tokenizer.json", args.calibration_chats)
+    spread_channels(model, batches, args.spread_octaves)
     results = quantize_model(model, batches, settings, args.nearest)
     save(args.folder, args.out, model, results, settings)
 
