@@ -12,7 +12,8 @@ import pytest
 ROOT = Path(__file__).parents[1] / "gptq_api"
 FLOOR = {"config", "settings_source", "types", "sequence"}
 MAY_IMPORT = {
-    "cli": {"api", "text", "engine", "gptq", "model", "demo"},
+    "cli": {"api", "text", "engine", "quantize", "gptq", "model", "demo"},
+    "quantize": {"model", "layers", "gptq"},
     "api": {"text", "engine", "demo"},
     "text": {"demo"},
     "engine": {"scheduler", "model", "gptq"},

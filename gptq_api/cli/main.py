@@ -12,6 +12,7 @@ from gptq_api.config import (
     CommandSettings,
     ConfigError,
     InspectSettings,
+    QuantizeSettings,
     Settings,
 )
 from gptq_api.settings_source import load_settings
@@ -20,6 +21,7 @@ COMMANDS: dict[str, tuple[type[CommandSettings], str]] = {
     "serve": (Settings, "answer the OpenAI API from a GPTQ checkpoint"),
     "chat": (ChatSettings, "chat with a GPTQ checkpoint in the terminal"),
     "inspect": (InspectSettings, "say what a checkpoint is, without loading its weights"),
+    "quantize": (QuantizeSettings, "make a GPTQ checkpoint of an FP16 model"),
 }
 """One module gptq_api.cli.NAME with run(settings) -> exit status for each."""
 
@@ -31,7 +33,7 @@ def usage() -> str:
             "usage: gptq-api COMMAND [MODEL] [OPTIONS]",
             "",
             "MODEL is a GPTQ checkpoint folder or a name on the Hugging Face hub; without one, the demo model in the",
-            "package.",
+            "package. quantize takes MODEL OUT.",
             "",
             *lines,
             "",

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from gptq_api.config import ConfigError, Settings
+from gptq_api.config import BenchSettings, ConfigError, QuantizeSettings, Settings
 from gptq_api.gptq.checkpoint import Checkpoint, CheckpointError, Expected, open_checkpoint
 from gptq_api.layers.attention import KVCache, Span, plan_attention
 from gptq_api.layers.sampler import sample
@@ -156,7 +156,7 @@ def resolve_dtype(settings: Settings, device: torch.device, checkpoint: Checkpoi
     return checkpoint.float_dtype if checkpoint.float_dtype != torch.float32 else torch.float16
 
 
-def resolve_device(settings: Settings) -> torch.device:
+def resolve_device(settings: Settings | QuantizeSettings | BenchSettings) -> torch.device:
     """`auto` is the first CUDA device where there is one. ConfigError where CUDA was asked for and is not there."""
     if settings.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda: no CUDA device is available to torch; use --device cpu")

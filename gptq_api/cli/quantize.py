@@ -1,0 +1,217 @@
+"""`gptq-api quantize MODEL OUT`: an FP16 model becomes a GPTQ checkpoint."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from gptq_api.config import QuantizeSettings
+from gptq_api.text.chat_template import load_chat_template
+from gptq_api.text.samples import SamplesError, encode_documents, hold_out, read_documents, spread, windows
+from gptq_api.text.tokenizer import Tokenizer, load_tokenizer
+
+if TYPE_CHECKING:
+    from gptq_api.gptq.checkpoint import Checkpoint
+    from gptq_api.quantize.driver import Recipe
+    from gptq_api.quantize.work import ModuleReport
+
+_LONGEST_SAMPLE = 2048
+_BATCH_TOKENS = 8192
+_INTERRUPTED = 130
+
+
+def run(settings: QuantizeSettings) -> int:
+    """Exit status: 0 the checkpoint is there, 1 it could not be made (a sentence on stderr), 130 stopped by ^C."""
+    try:
+        _run(settings)
+    except (ValueError, OSError, MemoryError) as error:
+        print(f"gptq-api quantize: {_sentence(error)}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\ngptq-api quantize: stopped; the same command goes on with the layers that are left", file=sys.stderr)
+        return _INTERRUPTED
+    return 0
+
+
+def _sentence(error: BaseException) -> str:
+    text = str(error).strip().splitlines()
+    return text[0] if text else type(error).__name__
+
+
+def _run(settings: QuantizeSettings) -> None:
+    import torch
+
+    from gptq_api.gptq import quantizer
+    from gptq_api.gptq.dense import open_dense
+    from gptq_api.model.config import read_config
+    from gptq_api.model.runner import resolve_device
+    from gptq_api.quantize.block import batches
+    from gptq_api.quantize.card import Texts, low_zeros_warning, model_card
+    from gptq_api.quantize.driver import Recipe, check_shapes, quantise_model
+    from gptq_api.quantize.output import MAX_SHARD_BYTES, write_checkpoint
+    from gptq_api.quantize.work import WorkFolder
+
+    console = Console(stderr=True, highlight=False)
+    folder, out = Path(settings.model_path).expanduser(), settings.out.expanduser()
+    source = open_dense(folder)
+    config = read_config(folder)
+    check_shapes(config, settings.bits)
+    tokenizer = load_tokenizer(folder)
+    device = resolve_device(settings)
+    if device.type == "cpu" and settings.num_threads is not None:
+        torch.set_num_threads(settings.num_threads)
+    recipe = Recipe(
+        quantizer.QuantizeSettings(
+            bits=settings.bits,
+            group_size=settings.group_size,
+            sym=settings.sym,
+            desc_act=settings.act_order,
+            static_groups=settings.static_groups,
+            damp_percent=settings.damp_percent,
+        ),
+        2 if settings.format == "gptq_v2" else 1,
+        settings.nearest,
+    )
+    length = settings.sample_length or min(_LONGEST_SAMPLE, config.max_position_embeddings)
+    if length > config.max_position_embeddings:
+        raise SamplesError(
+            f"--sample-length {length} is beyond the model's context of {config.max_position_embeddings}"
+        )
+    texts = _Texts(settings, folder, tokenizer, length)
+    with WorkFolder(out, _fingerprint(source, recipe, texts, device.type)) as work:
+        for sentence in texts.sentences:
+            console.print(sentence, soft_wrap=True)
+        with _Bar(console, 7 * config.num_hidden_layers) as bar:
+            outcome = quantise_model(
+                source,
+                config,
+                recipe,
+                batches(texts.calibration, _BATCH_TOKENS),
+                batches(texts.evaluation, _BATCH_TOKENS),
+                work,
+                device,
+                bar.report,
+            )
+        name = folder.resolve().name
+        words = Texts(texts.calibration_words, texts.evaluation_words)
+        card = model_card(out.resolve().name, name, recipe, words, outcome)
+        write_checkpoint(source, config, recipe, card, work, MAX_SHARD_BYTES)
+    low = sum(report.num_low_zeros for report in outcome.reports)
+    if low and not settings.sym and settings.format == "gptq":
+        console.print(f"warning: {low_zeros_warning(low)}", soft_wrap=True)
+    if outcome.perplexity_before is not None:
+        console.print(
+            f"perplexity {outcome.perplexity_before:.4f} before, {outcome.perplexity_after:.4f} after, on "
+            f"{texts.evaluation_words}",
+            soft_wrap=True,
+        )
+    size = sum(file.stat().st_size for file in out.glob("*.safetensors"))
+    console.print(f"{out}: {size / 2**20:.1f} MiB; gptq-api serve {out}", soft_wrap=True)
+
+
+class _Texts:
+    """What is calibrated and measured on."""
+
+    def __init__(self, settings: QuantizeSettings, folder: Path, tokenizer: Tokenizer, length: int) -> None:
+        """Raises SamplesError."""
+        self.calibration: list[list[int]] = []
+        self.evaluation: list[list[int]] = []
+        self.calibration_words = "none"
+        self.evaluation_words = "nothing"
+
+        def read(path: Path) -> list[list[int]]:
+            documents = read_documents(path)
+            chats = any(isinstance(document, list) for document in documents)
+            template = load_chat_template(folder, tokenizer) if chats else None
+            return windows(encode_documents(documents, path, tokenizer, template), length)
+
+        if settings.calibration is None and not settings.nearest:
+            raise SamplesError("--calibration FILE is missing: a text, or JSONL, of what the model will be used for")
+        num, num_eval = settings.num_samples, settings.num_eval_samples
+        if settings.eval_text is not None:
+            found = read(settings.eval_text)
+            self.evaluation = spread(found, min(num_eval, len(found)))
+            self.evaluation_words = f"{_count(self.evaluation, length)} of {settings.eval_text.name}"
+        if settings.calibration is not None:
+            found = read(settings.calibration)
+            held_out = "" if self.evaluation else f" and {num_eval} to measure perplexity on"
+            if len(found) < num + (num_eval if held_out else 0):
+                raise SamplesError(
+                    f"{settings.calibration} is too short: it gives {len(found)} samples of {length} tokens, and {num} "
+                    f"are needed for calibration{held_out}; give more text, or lower --num-samples, "
+                    "--num-eval-samples or --sample-length"
+                )
+            if held_out:
+                found, self.evaluation = hold_out(found, num_eval)
+                self.evaluation_words = (
+                    f"{_count(self.evaluation, length)}, the end of {settings.calibration.name}, which calibration did "
+                    "not see"
+                )
+            self.calibration = spread(found, num)
+            self.calibration_words = f"{_count(self.calibration, length)} of {settings.calibration.name}"
+        self.sentences = (f"calibration: {self.calibration_words}", f"perplexity on: {self.evaluation_words}")
+
+
+def _count(texts: list[list[int]], length: int) -> str:
+    return f"{sum(map(len, texts))} tokens in {len(texts)} samples of at most {length}"
+
+
+def _fingerprint(source: Checkpoint, recipe: Recipe, texts: _Texts, device: str) -> dict[str, Any]:
+    """What the layers depend on; the source by the names, sizes and times of its files."""
+    s = recipe.settings
+    files = [(file, file.stat()) for file in (*source.files, source.folder / "config.json")]
+    return {
+        "source": [[file.name, stat.st_size, stat.st_mtime_ns] for file, stat in files],
+        "bits": s.bits,
+        "group_size": s.group_size,
+        "act_order": s.desc_act,
+        "static_groups": s.static_groups,
+        "sym": s.sym,
+        "damp_percent": s.damp_percent,
+        "method": "nearest" if recipe.nearest else "gptq",
+        "format": "gptq" if recipe.zero_version == 1 else "gptq_v2",
+        "calibration": hashlib.sha256(repr(texts.calibration).encode()).hexdigest(),
+        "device": device,
+    }
+
+
+class _Bar:
+    """Progress on a terminal; a line per layer elsewhere."""
+
+    def __init__(self, console: Console, num_modules: int) -> None:
+        self._console, self._num_modules = console, num_modules
+        self._progress = Progress(
+            TextColumn("{task.description:<36}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task = self._progress.add_task("reading", total=num_modules)
+        self._layer: list[ModuleReport] = []
+
+    def __enter__(self) -> _Bar:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def report(self, report: ModuleReport) -> None:
+        _, _, index, module = report.module.split(".", 3)
+        cost = "" if report.error is None else f" error {100 * report.error:.3f} %"
+        self._progress.update(self._task, advance=1, description=f"layer {index} {module.split('.')[-1]}{cost}")
+        self._layer.append(report)
+        if len(self._layer) == 7:
+            parts = [f"{r.module.rsplit('.', 1)[-1]} {100 * (r.error or 0):.3f} %" for r in self._layer]
+            shown = ", ".join(parts) if report.error is not None else "rounded"
+            self._console.print(f"layer {index}: {shown}", soft_wrap=True)
+            self._layer = []

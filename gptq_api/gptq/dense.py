@@ -1,0 +1,84 @@
+"""Unquantised models through the same door as GPTQ checkpoints: a folder of FP16 weights, to quantise or to measure
+against, and the weights of a GPTQ checkpoint as they are after dequantisation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from gptq_api.gptq.checkpoint import Checkpoint, CheckpointError
+from gptq_api.gptq.files import WeightFiles, candidates, read_json
+from gptq_api.gptq.packing import unpack_qweight
+from gptq_api.gptq.quant_config import QuantConfig
+from gptq_api.gptq.tensors import TensorStore
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def open_dense(folder: Path) -> Checkpoint:
+    """A model folder in float16, bfloat16 or float32, as a Checkpoint without quantised modules.
+
+    CheckpointError for what is not a model folder, and for one that is quantised already.
+    """
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is no folder; name the folder of an FP16, BF16 or FP32 model")
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"{folder} has no config.json; is it the folder of a model?")
+    quantised = read_json(folder / "config.json").get("quantization_config")
+    if quantised is not None or (folder / "quantize_config.json").is_file():
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else None
+        raise CheckpointError(
+            f"{folder} is quantised already ({method or 'quantize_config.json'}); use the FP16 model it was made of"
+        )
+    store = TensorStore(_weights(folder))
+    for name in sorted(store.names):
+        if name.endswith(".qweight"):
+            raise CheckpointError(f"{store.file(name)} is quantised already; use the FP16 model it was made of")
+        if name.endswith(".weight") and store.dtype(name) not in _FLOATS:
+            raise CheckpointError(
+                f"{store.file(name)}: tensor {name} is {store.dtype(name)}, not float16, bfloat16 or float32; "
+                "use the unquantised model"
+            )
+    return Checkpoint(folder, store, QuantConfig(), {}, 1, ())
+
+
+def _weights(folder: Path) -> WeightFiles:
+    """The safetensors where there are both; Mistral's own copy (consolidated) beside them does not count."""
+    sets = [weights for weights in candidates(folder) if not weights.files[0].name.startswith("consolidated")]
+    safe = [weights for weights in sets if weights.files[0].suffix == ".safetensors"] or sets
+    if len(safe) != 1:
+        listed = ", ".join(weights.files[0].name for weights in safe) or "only consolidated weights"
+        raise CheckpointError(f"{folder} holds several sets of weights ({listed}); leave one in it")
+    return safe[0]
+
+
+@dataclass(frozen=True)
+class DequantisedCheckpoint(Checkpoint):
+    """A GPTQ checkpoint that says it is not one: its modules have a dense float32 `weight`."""
+
+    source: Checkpoint
+
+    def has(self, name: str) -> bool:
+        return name in self.store or name.removesuffix(".weight") in self.source.modules
+
+    def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        module = name.removesuffix(".weight")
+        if module == name or module not in self.source.modules:
+            return self.source.tensor(name, shape)
+        t = self.source.gptq(module)
+        if (t.out_features, t.in_features) != shape:
+            raise CheckpointError(
+                f"{self.store.file(f'{module}.qweight')}: {module} is {(t.out_features, t.in_features)}, config.json "
+                f"gives {shape}; use the config.json of this model"
+            )
+        groups = t.g_idx.long()
+        centred = unpack_qweight(t.qweight, t.bits).float() - t.zeros.float()[groups]
+        return centred.mul_(t.scales.float()[groups]).t().contiguous()
+
+
+def dequantised(checkpoint: Checkpoint) -> DequantisedCheckpoint:
+    c = checkpoint
+    return DequantisedCheckpoint(c.folder, c.store, c.config, {}, c.default_zero_version, c.warnings, c)
