@@ -46,6 +46,8 @@ class Recipe:
     """module name endings that stay unquantised"""
     mixed_bits: dict[str, int] = field(default_factory=dict)
     """module name ending -> bits"""
+    float_dtype: torch.dtype = torch.float16
+    """of what is not quantised; scales are float16"""
     own_order: tuple[str, ...] = ()
     """module name endings whose act-order differs from that of their neighbours with the same input"""
 
@@ -78,7 +80,7 @@ class RandomModel:
 
         config = AutoConfig.for_model(self.recipe.family, **self.config)
         model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
-        state = {name: tensor.half().float() for name, tensor in self.dense.items()}
+        state = {name: tensor.to(self.recipe.float_dtype).float() for name, tensor in self.dense.items()}
         state |= {f"{name}.weight": module.dequantised() for name, module in self.modules.items()}
         if self.recipe.tie:
             state["lm_head.weight"] = state["model.embed_tokens.weight"]
@@ -91,7 +93,7 @@ class RandomModel:
 
     def tensors(self, zero_version: ZeroVersion = 1, g_idx: str = "keep") -> dict[str, Tensor]:
         """The state dict of a checkpoint. g_idx: keep, omit, or zeros (as some tools of 2023 wrote)."""
-        state = {name: tensor.half() for name, tensor in self.dense.items()}
+        state = {name: tensor.to(self.recipe.float_dtype) for name, tensor in self.dense.items()}
         for name, m in self.modules.items():
             state[f"{name}.qweight"] = pack_qweight(m.q, m.bits)
             state[f"{name}.qzeros"] = pack_qzeros(m.zeros, m.bits, zero_version)

@@ -63,4 +63,4 @@ def test_the_weights_are_not_read(folder: Path, monkeypatch: pytest.MonkeyPatch)
     names: list[str] = []
     monkeypatch.setattr(TensorStore, "read", lambda self, name: names.append(name) or read(self, name))
     inspect(InspectSettings(model_path=str(folder), device="cpu"))
-    assert names and all(name.endswith((".qzeros", ".g_idx")) for name in names)
+    assert names and all(name.endswith((".qzeros", ".scales", ".g_idx")) for name in names)

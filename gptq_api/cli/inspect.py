@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import Counter
 from typing import Any
 
 from gptq_api.config import InspectSettings
@@ -60,6 +61,8 @@ def inspect(settings: InspectSettings) -> dict[str, Any]:
             "rope": config.rope.rope_type,
             "tied": config.ties_head(has_head(checkpoint)),
             "max_position_embeddings": config.max_position_embeddings,
+            "sliding_window": [{"window": w, "layers": n} for w, n in Counter(config.windows).items()],
+            "eos_token_ids": config.eos_token_ids,
         },
         "quantisation": {
             "modules": summary.num_modules,
@@ -68,6 +71,8 @@ def inspect(settings: InspectSettings) -> dict[str, Any]:
             "act_order_modules": summary.num_act_order,
             "sym_modules": summary.num_sym,
             "zero_version": summary.zero_versions,
+            "zero_points": summary.zero_points,
+            "scales_finite_modules": summary.num_scales_read,
             "config": checkpoint.config.source,
         },
         "device": str(device),
@@ -95,13 +100,18 @@ def _as_text(facts: dict[str, Any]) -> str:
             f"({arch['kv_heads']} KV, {arch['head_dim']} wide), FFN {arch['intermediate_size']}, "
             f"vocabulary {arch['vocab_size']}{', tied' if arch['tied'] else ''}",
         ),
-        ("positions", f"{arch['max_position_embeddings']} (rope {arch['rope']})"),
+        ("positions", f"{arch['max_position_embeddings']} (rope {arch['rope']}){_windows(arch['sliding_window'])}"),
         ("bits", _counts(quant["bits"])),
         ("group size", _counts(quant["group_size"])),
         ("act-order", _share(quant["act_order_modules"], num_modules)),
         ("symmetric", _share(quant["sym_modules"], num_modules)),
-        ("zero points", _counts({f"v{version}": count for version, count in quant["zero_version"].items()})),
+        ("zero points", _counts(quant["zero_version"])),
+        *((f"  {bits} bits", _shares(found)) for bits, found in quant["zero_points"].items()),
         ("quant config", quant["config"] or "none (everything is read from the tensors)"),
+        (
+            "self-check",
+            f"scales finite in {quant['scales_finite_modules']} of {num_modules} modules, every g_idx fits its groups",
+        ),
         ("runs on", f"{facts['device']}, {facts['dtype']}"),
         *((f"  {kind}", path) for kind, path in facts["paths"].items()),
         ("weights", f"{facts['weight_bytes'] / 2**20:.1f} MiB"),
@@ -120,6 +130,19 @@ def _counts(found: dict[Any, int]) -> str:
     if len(found) == 1:
         return str(next(iter(found)))
     return ", ".join(f"{value} ({count} modules)" for value, count in sorted(found.items()))
+
+
+def _shares(found: dict[int, int]) -> str:
+    """The most frequent values of a histogram: "8 (61%), 7 (30%), 9 (8%), 2 others"."""
+    total = sum(found.values())
+    best = sorted(found, key=lambda value: -found[value])[:5]
+    text = ", ".join(f"{value} ({found[value] / total:.0%})" for value in best)
+    return text if len(found) <= len(best) else f"{text}, {len(found) - len(best)} others"
+
+
+def _windows(windows: list[dict[str, int | None]]) -> str:
+    parts = [f"; {w['layers']} layers see {w['window']} tokens" for w in windows if w["window"] is not None]
+    return "".join(parts)
 
 
 def _share(count: int, total: int) -> str:

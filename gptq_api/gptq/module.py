@@ -5,14 +5,15 @@ nothing here trusts a config. Layout: docstring of packing.py; y = x W^T, W [N, 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from gptq_api.gptq.errors import CheckpointError
+from gptq_api.gptq.foreign import foreign_module
 from gptq_api.gptq.packing import SUPPORTED_BITS, ZeroVersion, unpack_qzeros, values_per_unit
 from gptq_api.gptq.tensors import TensorStore
+from gptq_api.gptq.zeros import sniff_zero_version, whole_zeros
 
 _GROUP_SIZES = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
 
@@ -36,7 +37,8 @@ class GPTQTensors:
     """g_idx is not k // group_size"""
     sym: bool
     """every zero point is 2 ** (bits - 1)"""
-    zero_version: ZeroVersion
+    zero_version: ZeroVersion | None
+    """None: float zeros, as of before 2023-03-20"""
     bias: Tensor | None
     """[N]; None where absent or all zeros"""
 
@@ -57,43 +59,51 @@ class ModuleShape:
     out_features: int
     bits: int
     num_groups: int
+    float_zeros: bool = False
+    """GPTQ-for-LLaMa before 2023-03-20: no qzeros but `zeros` = zero * scale, both float [N, 1]"""
 
 
 def module_shape(store: TensorStore, module: str) -> ModuleShape:
     """Read from the headers. CheckpointError where tensors are missing or disagree with each other."""
+    foreign = foreign_module(store, module)
+    if foreign is not None:
+        raise _bad(store, module, "qweight", foreign)
+    if f"{module}.qzeros" not in store and f"{module}.zeros" in store:
+        shape = _shape_of_march_2023(store, module)
+    else:
+        shape = _shape(store, module)
+    if f"{module}.g_idx" in store:
+        _check_g_idx(store, module, shape.in_features)
+    if f"{module}.bias" in store and store.shape(f"{module}.bias") != (shape.out_features,):
+        found = store.shape(f"{module}.bias")
+        raise _bad(store, module, "bias", f"has shape {found}, not ({shape.out_features},); download again")
+    return shape
+
+
+def _shape(store: TensorStore, module: str) -> ModuleShape:
     for part in ("qzeros", "scales"):
         if f"{module}.{part}" not in store:
-            hint = _other_layout(store, module)
-            raise _bad(store, module, "qweight", f"has no {module}.{part} beside it; {hint}")
-    for part in ("qweight", "qzeros"):
-        if store.dtype(f"{module}.{part}") != torch.int32:
-            raise _bad(
-                store, module, part, f"is {store.dtype(f'{module}.{part}')}, GPTQ packs into int32; quantise again"
-            )
-    dtype = store.dtype(f"{module}.scales")
-    if dtype is None or not dtype.is_floating_point:
-        raise _bad(store, module, "scales", f"is {dtype} where a float type is expected; quantise again")
+            raise _bad(store, module, "qweight", f"has no {module}.{part} beside it; download the file again")
+    _check_types(store, module, ("qweight", "qzeros"), ("scales",))
     qweight, qzeros, scales = (store.shape(f"{module}.{part}") for part in ("qweight", "qzeros", "scales"))
     if len(qweight) != 2 or len(qzeros) != 2 or len(scales) != 2 or 0 in qweight + qzeros + scales:
         raise _bad(
             store, module, "qweight", f"has shape {qweight} with qzeros {qzeros} and scales {scales}; download again"
         )
     num_groups, out_features = scales
-    if qweight[1] == qzeros[1] and out_features == 8 * qweight[1] and qzeros[0] == num_groups:
-        raise _bad(
-            store, module, "qweight", "is packed along the outputs: an AWQ checkpoint; use a GPTQ one of the model"
-        )
     if qweight[1] != out_features or qzeros[0] != num_groups:
         raise _bad(
             store, module, "qweight", f"{qweight} does not fit qzeros {qzeros} and scales {scales}; download again"
         )
     bits, rest = divmod(qzeros[1] * 32, out_features)
     if rest or bits not in SUPPORTED_BITS or out_features % values_per_unit(bits):
+        lost = any(out_features // 256 * 8 * b == qzeros[1] for b in SUPPORTED_BITS)
+        remedy = "its writer lost the last zero points (GPTQ-for-LLaMa of March 2023); " if lost else ""
         raise _bad(
             store,
             module,
             "qzeros",
-            f"{qzeros} gives no bit width in {SUPPORTED_BITS} for {out_features} outputs; quantise again",
+            f"{qzeros} gives no bit width in {SUPPORTED_BITS} for {out_features} outputs; {remedy}quantise again",
         )
     in_features, rest = divmod(qweight[0] * 32, bits)
     if rest or in_features % values_per_unit(bits) or num_groups > in_features:
@@ -103,39 +113,87 @@ def module_shape(store: TensorStore, module: str) -> ModuleShape:
             "qweight",
             f"{qweight} does not hold whole {bits}-bit rows in {num_groups} groups; download again",
         )
-    if f"{module}.g_idx" in store:
-        shape, dtype = store.shape(f"{module}.g_idx"), store.dtype(f"{module}.g_idx")
-        if shape != (in_features,) or dtype not in (torch.int32, torch.int64):
-            fused = (
-                " (of a fused module?)" if len(shape) == 1 and shape[0] in (2 * in_features, 3 * in_features) else ""
-            )
-            raise _bad(
-                store,
-                module,
-                "g_idx",
-                f"is {dtype} {shape}{fused} where int32 ({in_features},) is expected; quantise again",
-            )
-    if f"{module}.bias" in store and store.shape(f"{module}.bias") != (out_features,):
-        raise _bad(
-            store, module, "bias", f"has shape {store.shape(f'{module}.bias')}, not ({out_features},); download again"
-        )
     return ModuleShape(in_features, out_features, bits, num_groups)
 
 
-def read_module(store: TensorStore, module: str, default_version: ZeroVersion) -> GPTQTensors:
+def _shape_of_march_2023(store: TensorStore, module: str) -> ModuleShape:
+    """One group, no qzeros to count bits by: the number of inputs is that of the neighbours in the model."""
+    if f"{module}.scales" not in store:
+        raise _bad(store, module, "qweight", f"has no {module}.scales beside it; download the file again")
+    _check_types(store, module, ("qweight",), ("scales", "zeros"))
+    qweight, scales, zeros = (store.shape(f"{module}.{part}") for part in ("qweight", "scales", "zeros"))
+    if len(qweight) != 2 or 0 in qweight or scales != (qweight[1], 1) or zeros != scales:
+        raise _bad(
+            store, module, "qweight", f"{qweight} does not fit zeros {zeros} and scales {scales}; download again"
+        )
+    in_features = _num_inputs(store, module)
+    bits, rest = divmod(qweight[0] * 32, in_features) if in_features else (0, 0)
+    if rest or bits not in SUPPORTED_BITS or in_features % values_per_unit(bits):
+        raise _bad(
+            store,
+            module,
+            "qweight",
+            f"{qweight} holds no rows of {in_features} inputs of {SUPPORTED_BITS} bits, and without qzeros (before "
+            "2023-03-20) nothing else tells; quantise again",
+        )
+    return ModuleShape(in_features, qweight[1], bits, 1, float_zeros=True)
+
+
+def _num_inputs(store: TensorStore, module: str) -> int:
+    """The inputs of a module of a LLaMA, from the outputs of whatever feeds it; 0 where that is not there."""
+    stem, _, kind = module.rpartition(".")
+    for source, axis in {
+        "o_proj": ((f"{stem}.q_proj.qweight", 1), (f"{stem}.q_proj.weight", 0)),
+        "down_proj": ((f"{stem}.up_proj.qweight", 1), (f"{stem}.up_proj.weight", 0)),
+    }.get(kind, (("model.embed_tokens.weight", 1),)):
+        if source in store and len(store.shape(source)) == 2:
+            return store.shape(source)[axis]
+    return 0
+
+
+def _check_types(store: TensorStore, module: str, words: tuple[str, ...], floats: tuple[str, ...]) -> None:
+    for part in words:
+        if store.dtype(f"{module}.{part}") != torch.int32:
+            found = store.dtype_name(f"{module}.{part}")
+            raise _bad(
+                store, module, part, f"is {found}, and only words of int32 (pack_dtype int32) are read; quantise again"
+            )
+    for part in floats:
+        dtype = store.dtype(f"{module}.{part}")
+        if dtype is None or not dtype.is_floating_point:
+            found = store.dtype_name(f"{module}.{part}")
+            raise _bad(store, module, part, f"is {found} where a float type is expected; quantise again")
+
+
+def _check_g_idx(store: TensorStore, module: str, in_features: int) -> None:
+    shape, dtype = store.shape(f"{module}.g_idx"), store.dtype(f"{module}.g_idx")
+    if shape == (in_features,) and dtype in (torch.int32, torch.int64):
+        return
+    fused = ""
+    if len(shape) == 1 and shape[0] in (2 * in_features, 3 * in_features):
+        fused = " (those of a fused module, saved from a running server)"
+    found = store.dtype_name(f"{module}.g_idx")
+    raise _bad(
+        store, module, "g_idx", f"is {found} {shape}{fused} where int32 ({in_features},) is expected; quantise again"
+    )
+
+
+def read_module(store: TensorStore, module: str, shape: ModuleShape, default_version: ZeroVersion) -> GPTQTensors:
     """Decode one module. `default_version` is used where the zero points themselves do not show their version.
 
-    CheckpointError naming the tensor for non-finite scales, g_idx out of range or unbalanced, and all of
-    `module_shape`.
+    CheckpointError naming the tensor for non-finite scales, zero points that are none, g_idx out of range or
+    unbalanced.
     """
-    shape = module_shape(store, module)
-    scales = store.read(f"{module}.scales").clone()
-    if not bool(torch.isfinite(scales).all()):
-        raise _bad(store, module, "scales", "holds NaN or infinity; download the file again or quantise again")
-    words = store.read(f"{module}.qzeros")
-    version = sniff_zero_version(words, shape.bits) or default_version
-    zeros = unpack_qzeros(words, shape.bits, version)
-    g_idx, group_size, act_order = _groups(store, module, shape)
+    scales = read_scales(store, module).clone()
+    version: ZeroVersion | None = None
+    if shape.float_zeros:
+        zeros = _read_float_zeros(store, module, shape, scales)
+        scales = scales.t().contiguous()
+    else:
+        words = store.read(f"{module}.qzeros")
+        version = sniff_zero_version(words, shape.bits) or default_version
+        zeros = unpack_qzeros(words, shape.bits, version)
+    g_idx, group_size, act_order = read_groups(store, module, shape)
     return GPTQTensors(
         qweight=store.read(f"{module}.qweight"),
         zeros=zeros,
@@ -150,14 +208,27 @@ def read_module(store: TensorStore, module: str, default_version: ZeroVersion) -
     )
 
 
-def sniff_zero_version(qzeros: Tensor, bits: int) -> Literal[1, 2] | None:
-    """Symmetric zeros show their version: all stored values 2**(bits-1) is v2, all one less is v1. Else None."""
-    stored = unpack_qzeros(qzeros, bits, 2)
-    first = int(stored.flatten()[0])
-    middle = 1 << (bits - 1)
-    if first in (middle, middle - 1) and bool((stored == first).all()):
-        return 2 if first == middle else 1
-    return None
+def read_scales(store: TensorStore, module: str) -> Tensor:
+    """As in the file, and finite."""
+    scales = store.read(f"{module}.scales")
+    # A NaN survives minimum and maximum, and this is several times faster than isfinite on float16.
+    low, high = scales.aminmax()
+    if not bool(torch.isfinite(low) & torch.isfinite(high)):
+        raise _bad(store, module, "scales", "holds NaN or infinity; download the file again or quantise again")
+    return scales
+
+
+def _read_float_zeros(store: TensorStore, module: str, shape: ModuleShape, scales: Tensor) -> Tensor:
+    zeros = store.read(f"{module}.zeros")
+    if not bool(torch.isfinite(zeros).all()):
+        raise _bad(store, module, "zeros", "holds NaN or infinity; download the file again or quantise again")
+    whole = whole_zeros(zeros, scales, shape.bits)
+    if whole is None:
+        top = (1 << shape.bits) - 1
+        raise _bad(
+            store, module, "zeros", f"are no zero points from 0 to {top} times their scales; download the file again"
+        )
+    return whole
 
 
 def read_bias(store: TensorStore, module: str) -> Tensor | None:
@@ -189,11 +260,11 @@ def is_permuted(store: TensorStore, module: str, shape: ModuleShape) -> bool:
     return bool(g_idx.any()) and bool((g_idx[1:] < g_idx[:-1]).any())
 
 
-def _groups(store: TensorStore, module: str, shape: ModuleShape) -> tuple[Tensor, int, bool]:
-    """(g_idx, group_size, act_order). Tensors of all zeros although there are groups come from 2023 writers:
-    sequential."""
+def read_groups(store: TensorStore, module: str, shape: ModuleShape) -> tuple[Tensor, int, bool]:
+    """(g_idx int32 [K], group_size, act_order). A g_idx of all zeros although there are groups comes from writers of
+    2023 and means sequential."""
     k, num_groups = shape.in_features, shape.num_groups
-    g_idx = store.read(f"{module}.g_idx").to(torch.int32, copy=True) if f"{module}.g_idx" in store else None
+    g_idx = store.read(f"{module}.g_idx") if f"{module}.g_idx" in store else None
     if g_idx is None or not bool(g_idx.any()):
         size = infer_group_size(k, num_groups)
         if size is None:
@@ -209,18 +280,13 @@ def _groups(store: TensorStore, module: str, shape: ModuleShape) -> tuple[Tensor
         raise _bad(
             store, module, "g_idx", f"names group {low if low < 0 else high} of {num_groups}; download the file again"
         )
+    g_idx = g_idx.to(torch.int32, copy=True)
     counts = torch.bincount(g_idx, minlength=num_groups)
     size = int(counts.max())
     if -(-k // size) != num_groups or bool((counts[:-1] != size).any()):
         raise _bad(store, module, "g_idx", f"does not give {num_groups} groups of equal size; download the file again")
     act_order = not bool((g_idx == torch.arange(k, dtype=torch.int32) // size).all())
     return g_idx, size, act_order
-
-
-def _other_layout(store: TensorStore, module: str) -> str:
-    if f"{module}.zeros" in store:
-        return "a checkpoint of GPTQ-for-LLaMa before 2023-03-20, which is not read yet; quantise again"
-    return "download the file again"
 
 
 def _bad(store: TensorStore, module: str, part: str, what: str) -> CheckpointError:

@@ -3,33 +3,43 @@ and used where tensors cannot tell (the zero version of an asymmetric checkpoint
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+from gptq_api.gptq.claims import Claim, Rule, parse_claim, parse_dynamic, parse_extra_config
 from gptq_api.gptq.errors import CheckpointError
 from gptq_api.gptq.files import read_json
+from gptq_api.gptq.packing import ZeroVersion
+from gptq_api.gptq.tensors import TensorStore
 
+_GPTQ_INSTEAD = "use a GPTQ checkpoint of the model"
 _METHODS = {
-    "awq": ("AWQ", "use a GPTQ checkpoint of the model"),
+    "awq": ("AWQ", _GPTQ_INSTEAD),
     "marlin": ("Marlin-packed GPTQ", "use the original GPTQ checkpoint it was repacked from"),
     "gptq_marlin": ("Marlin-packed GPTQ", "use the original GPTQ checkpoint it was repacked from"),
+    "gptq_marlin_24": ("Marlin-packed GPTQ (2:4 sparse)", _GPTQ_INSTEAD),
     "compressed-tensors": ("compressed-tensors (llm-compressor)", "use a checkpoint written by GPTQModel or AutoGPTQ"),
     "bitblas": ("BitBLAS-packed", "use the original GPTQ checkpoint it was repacked from"),
-    "exl2": ("EXL2 (exllamav2)", "use a GPTQ checkpoint of the model"),
-    "exl3": ("EXL3 (exllamav3)", "use a GPTQ checkpoint of the model"),
-    "gguf": ("GGUF (llama.cpp)", "use a GPTQ checkpoint of the model"),
-    "bitsandbytes": ("bitsandbytes", "use a GPTQ checkpoint of the model"),
-    "aqlm": ("AQLM", "use a GPTQ checkpoint of the model"),
-    "hqq": ("HQQ", "use a GPTQ checkpoint of the model"),
-    "quip": ("QuIP", "use a GPTQ checkpoint of the model"),
-    "fp8": ("FP8", "use a GPTQ checkpoint of the model"),
-    "qqq": ("QQQ", "use a GPTQ checkpoint of the model"),
+    "exl2": ("EXL2 (exllamav2)", _GPTQ_INSTEAD),
+    "exl3": ("EXL3 (exllamav3)", _GPTQ_INSTEAD),
+    "gguf": ("GGUF (llama.cpp)", _GPTQ_INSTEAD),
+    "bitsandbytes": ("bitsandbytes", _GPTQ_INSTEAD),
+    "aqlm": ("AQLM", _GPTQ_INSTEAD),
+    "hqq": ("HQQ", _GPTQ_INSTEAD),
+    "quip": ("QuIP", _GPTQ_INSTEAD),
+    "fp8": ("FP8", _GPTQ_INSTEAD),
+    "fbgemm_fp8": ("FP8", _GPTQ_INSTEAD),
+    "modelopt": ("ModelOpt", _GPTQ_INSTEAD),
+    "mxfp4": ("MXFP4", _GPTQ_INSTEAD),
+    "torchao": ("torchao", _GPTQ_INSTEAD),
+    "qqq": ("QQQ", _GPTQ_INSTEAD),
     "gptq_p": ("GPTQModel's planar gptq_p", "quantise again with format gptq"),
-    "paroquant": ("ParoQuant", "use a GPTQ checkpoint of the model"),
+    "paroquant": ("ParoQuant", _GPTQ_INSTEAD),
     "ipex": ("IPEX-packed", "use the original GPTQ checkpoint"),
 }
-_FORMATS_V1 = {"gptq", "auto_round:auto_gptq", "auto_round:gptq", "autoround:auto_gptq"}
+_AWQ_VERSIONS = ("gemm", "gemv", "gemv_fast", "llm-awq")
+_AUTO_ROUND = ("auto-round", "autoround", "auto_round", "intel/auto-round")
 
 
 @dataclass(frozen=True)
@@ -38,17 +48,17 @@ class QuantConfig:
 
     source: str | None = None
     """the file the values came from; None: there is no quantisation config at all"""
-    bits: int | None = None
-    group_size: int | None = None
-    desc_act: bool | None = None
-    sym: bool | None = None
-    zero_version: Literal[1, 2] | None = None
-    mixed: bool = False
-    """`dynamic` or `extra_config` overrides single modules, so bits and group size are only defaults"""
+    claim: Claim = field(default_factory=Claim)
+    """about every module that no rule names"""
+    rules: tuple[Rule, ...] = ()
+    zero_version: ZeroVersion | None = None
+    lm_head: bool | None = None
+    """whether the head is quantised"""
 
 
-def read_quant_config(folder: Path) -> QuantConfig:
-    """From quantize_config.json, quant_config.json or config.json's quantization_config, in this order.
+def read_quant_config(folder: Path, store: TensorStore | None = None) -> QuantConfig:
+    """From quantize_config.json, quant_config.json, config.json's quantization_config, or what some writers put into
+    the weights file, in this order.
 
     CheckpointError for other quantisation methods and formats, by name, and for files that are not JSON objects.
     """
@@ -64,68 +74,92 @@ def read_quant_config(folder: Path) -> QuantConfig:
             raise CheckpointError(
                 f"{config}: quantization_config is a {type(inner).__name__} where an object is expected"
             )
-    return QuantConfig()
+    return QuantConfig() if store is None else _from_weights_file(store)
 
 
 def parse_quant_config(raw: dict[str, Any], source: str) -> QuantConfig:
-    """Synonyms of five years (w_bit, q_group_size, format/checkpoint_format) in one place."""
+    """One JSON object in any writer's dialect."""
     _refuse_other_methods(raw, source)
-    form = _text(raw, source, "checkpoint_format") or _text(raw, source, "format") or ""
-    packing = _text(raw, source, "packing_format") or ""
-    version: Literal[1, 2] | None = None
-    if form == "gptq_v2":
-        version = 2
-    elif form in _FORMATS_V1 or packing in _FORMATS_V1:
-        version = 1
     pack_dtype = raw.get("pack_dtype")
-    if pack_dtype not in (None, "int32"):
-        raise CheckpointError(f"{source}: pack_dtype {pack_dtype!r} is not supported; quantise again with int32")
+    if pack_dtype not in (None, "int32", "torch.int32"):
+        raise CheckpointError(f"{source}: pack_dtype {pack_dtype!r:.60} is not supported; quantise again with int32")
+    lm_head = raw.get("lm_head")
     return QuantConfig(
         source=source,
-        bits=_number(raw, source, "bits", "w_bit"),
-        group_size=_number(raw, source, "group_size", "q_group_size"),
-        desc_act=_flag(raw, source, "desc_act"),
-        sym=_flag(raw, source, "sym"),
-        zero_version=version,
-        mixed=bool(raw.get("dynamic")) or bool(raw.get("extra_config")),
+        claim=parse_claim(raw, source),
+        rules=parse_dynamic(raw.get("dynamic"), source) + parse_extra_config(raw.get("extra_config"), source),
+        zero_version=_zero_version(raw, source),
+        lm_head=lm_head if isinstance(lm_head, bool) else None,
     )
+
+
+def _zero_version(raw: dict[str, Any], source: str) -> ZeroVersion | None:
+    """GPTQModel names it; AutoRound's own packing stores zero points as they are, its auto_gptq packing less one."""
+    form = _text(raw, source, "checkpoint_format") or _text(raw, source, "format")
+    if form in ("gptq", "gptq_v2"):
+        return 1 if form == "gptq" else 2
+    packing = _auto_round_packing(raw, source)
+    if packing is None:
+        return None
+    return 1 if "gptq" in packing or packing.endswith("_zp") else 2
+
+
+def _auto_round_packing(raw: dict[str, Any], source: str) -> str | None:
+    """ "auto_round:auto_gptq" and the like, wherever the writer's version put it."""
+    for key in ("packing_format", "backend", "checkpoint_format", "format"):
+        value = _text(raw, source, key)
+        if value is not None and value.lower().startswith(("auto_round", "autoround")):
+            return value.lower()
+    return None
 
 
 def _refuse_other_methods(raw: dict[str, Any], source: str) -> None:
     named = [_text(raw, source, key) for key in ("quant_method", "method", "checkpoint_format", "format")]
     if raw.get("is_marlin_format") is True:
         named.append("marlin")
-    if raw.get("version") in ("gemm", "gemv", "gemv_fast") and "gptq" not in named:
+    if str(raw.get("version")).lower() in _AWQ_VERSIONS and "gptq" not in named:
         named.append("awq")
+    packing = _auto_round_packing(raw, source)
+    if packing is not None:
+        named += packing.replace("auto_awq", "awq").split(":")[1:]
     for name in named:
         key = (name or "").lower()
         if key in _METHODS:
             what, remedy = _METHODS[key]
             raise CheckpointError(f"{source} says the checkpoint is {what}, not GPTQ; {remedy}")
+    if packing is not None and any(word in packing for word in ("fp8", "fp4", "llm_compressor", "rrq", "int8_w8a8")):
+        raise CheckpointError(f"{source} names the packing {packing!r:.60}; export it again with --format auto_gptq")
     method = next((name for name in named[:2] if name), "gptq").lower()
-    if method not in ("gptq", "gptq_v2", "auto-round", "autoround", "auto_round", "intel/auto-round"):
-        raise CheckpointError(f"{source} names the quantisation method {method!r}; only GPTQ checkpoints are served")
+    if method not in ("gptq", "gptq_v2", *_AUTO_ROUND):
+        raise CheckpointError(
+            f"{source} names the quantisation method {method!r:.60}; only GPTQ checkpoints are served"
+        )
+    form = next((name for name in named[2:4] if name), "gptq").lower()
+    if form not in ("gptq", "gptq_v2", *_AUTO_ROUND) and packing is None:
+        raise CheckpointError(f"{source} names the format {form!r:.60}; gptq and gptq_v2 are served")
+
+
+def _from_weights_file(store: TensorStore) -> QuantConfig:
+    """TGI's scalar tensors, or the metadata AutoGPTQ gave its safetensors files."""
+    file = store.weights.files[0]
+    found: dict[str, Any] = {}
+    for name, key in (("gptq_bits", "bits"), ("gptq_groupsize", "group_size"), ("gptq_sym", "sym")):
+        if name in store and store.numel(name) == 1:
+            value = store.read(name).item()
+            found[key] = bool(value) if key == "sym" else int(value)
+    if found:
+        return QuantConfig(f"{file} (gptq_bits and others)", parse_claim(found, str(file)))
+    for name, key in (("gptq_bits", "bits"), ("gptq_group_size", "group_size"), ("gptq_desc_act", "desc_act")):
+        text = store.metadata.get(name, "").strip().lower()
+        if key == "desc_act" and text in ("true", "false"):
+            found[key] = text == "true"
+        elif key != "desc_act" and text.removeprefix("-").isdecimal() and len(text) < 7:
+            found[key] = int(text)
+    return QuantConfig(f"{file} (metadata)", parse_claim(found, str(file))) if found else QuantConfig()
 
 
 def _text(raw: dict[str, Any], source: str, key: str) -> str | None:
     value = raw.get(key)
     if value is not None and not isinstance(value, str):
-        raise CheckpointError(f"{source}: {key} is {value!r} where a string is expected")
-    return value
-
-
-def _number(raw: dict[str, Any], source: str, *keys: str) -> int | None:
-    for key in keys:
-        value = raw.get(key)
-        if value is not None:
-            if not isinstance(value, int) or isinstance(value, bool):
-                raise CheckpointError(f"{source}: {key} is {value!r} where an integer is expected")
-            return value
-    return None
-
-
-def _flag(raw: dict[str, Any], source: str, key: str) -> bool | None:
-    value = raw.get(key)
-    if value is not None and not isinstance(value, bool):
-        raise CheckpointError(f"{source}: {key} is {value!r} where true or false is expected")
+        raise CheckpointError(f"{source}: {key} is {value!r:.60} where a string is expected")
     return value

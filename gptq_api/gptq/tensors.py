@@ -3,6 +3,7 @@ asked for; pickles are opened with weights_only, so no code in them can run."""
 
 from __future__ import annotations
 
+import math
 import re
 import zipfile
 from pathlib import Path
@@ -64,12 +65,23 @@ class TensorStore:
             return tuple(reader.get_slice(key).get_shape())
         return tuple(self._tensors[name][0].shape)
 
+    def numel(self, name: str) -> int:
+        return math.prod(self.shape(name))
+
     def dtype(self, name: str) -> torch.dtype | None:
         """From the header alone; None for a type torch does not know or we never use."""
         if name in self._slices:
             reader, key, _ = self._slices[name]
             return _DTYPES.get(reader.get_slice(key).get_dtype())
         return self._tensors[name][0].dtype
+
+    def dtype_name(self, name: str) -> str:
+        """For people: the type as the container calls it, those that torch does not know included."""
+        if name in self._slices:
+            reader, key, _ = self._slices[name]
+            raw = str(reader.get_slice(key).get_dtype())
+            return str(_DTYPES[raw]).removeprefix("torch.") if raw in _DTYPES else raw
+        return str(self._tensors[name][0].dtype).removeprefix("torch.")
 
     def read(self, name: str) -> Tensor:
         """The tensor on the CPU, contiguous. It may share memory with the mapped file: clone what is kept.
@@ -85,10 +97,7 @@ class TensorStore:
                     f"{file}: tensor {key} cannot be read ({error}); download the file again"
                 ) from None
             return tensor
-        tensor, file = self._tensors[name]
-        if tensor.layout != torch.strided or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
-            raise CheckpointError(f"{file}: tensor {name} is larger than its stored data; download the file again")
-        return tensor.contiguous()
+        return self._tensors[name][0].contiguous()
 
     def _open_safetensors(self, file: Path) -> None:
         try:
@@ -123,7 +132,7 @@ class TensorStore:
             if isinstance(key, str) and isinstance(value, Tensor):
                 name = _PREFIX.sub("", key)
                 self._claim(name, file)
-                self._tensors[name] = (value.detach(), file)
+                self._tensors[name] = (_plain(value, name, file), file)
 
     def _claim(self, name: str, file: Path) -> None:
         if name in self:
@@ -134,7 +143,23 @@ class TensorStore:
 
 def _load_pickle(file: Path) -> Any:
     # Only the zip container can be mapped; the older stream format has to be read.
-    return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    mapped = zipfile.is_zipfile(file)
+    if mapped:
+        with zipfile.ZipFile(file) as container:
+            # torch never compresses: a compressed entry could be a thousand times its size in memory.
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in container.infolist()):
+                raise ValueError("a compressed zip file")
+    return torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
+
+
+def _plain(value: Tensor, name: str, file: Path) -> Tensor:
+    """A tensor that is what it says: a few numbers in the file can pretend to be a tensor of any size."""
+    tensor = value.detach()
+    if type(tensor) is not Tensor or tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
+        raise CheckpointError(f"{file}: tensor {name} is no plain tensor; use a .safetensors file")
+    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        raise CheckpointError(f"{file}: tensor {name} is larger than its stored data; download the file again")
+    return tensor
 
 
 def _first_line(error: BaseException) -> str:

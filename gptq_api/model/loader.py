@@ -3,6 +3,7 @@ that takes it."""
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from dataclasses import dataclass
 
@@ -26,6 +27,7 @@ _IGNORED = (
     "gptq_sym",
 )
 """Tensors of older writers that nothing needs: rotary frequencies are computed anew in float32."""
+_LAYER = re.compile(r"^model\.layers\.(\d{1,9})\.")
 _PARTS = ("qweight", "qzeros", "zeros", "scales", "g_idx", "bias", "weight")
 
 
@@ -43,6 +45,8 @@ class _Loader:
         self.checkpoint, self.config, self.device, self.dtype = checkpoint, config, device, dtype
         self.warnings = list(checkpoint.warnings)
         self.paths: Counter[str] = Counter()
+        self.slow: dict[str, Counter[str]] = {}
+        """why -> kinds of modules ("down_proj") that take the slow path for that reason"""
         self.used: set[str] = set()
 
     def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
@@ -66,11 +70,11 @@ class _Loader:
         modules = [self._read(*args) for args in zip(names, [in_features] * len(names), out_features, strict=True)]
         quantised = [m for m in modules if isinstance(m, GPTQTensors)]
         if len(quantised) == len(modules) and _mergeable(quantised):
-            linear: Linear = self._quantised(_merge(quantised))
+            linear: Linear = self._quantised(_merge(quantised), names)
         elif len(modules) == 1:
-            linear = self._one(modules[0])
+            linear = self._one(modules[0], names)
         else:
-            linear = SplitLinear([self._one(module) for module in modules])
+            linear = SplitLinear([self._one(m, [name]) for m, name in zip(modules, names, strict=True)])
         self.paths[linear.path] += 1
         return linear
 
@@ -128,23 +132,41 @@ class _Loader:
             )
         return self.checkpoint.gptq(name)
 
-    def _one(self, module: GPTQTensors | tuple[Tensor, Tensor | None]) -> Linear:
+    def _one(self, module: GPTQTensors | tuple[Tensor, Tensor | None], names: list[str]) -> Linear:
         if isinstance(module, GPTQTensors):
-            return self._quantised(module)
+            return self._quantised(module, names)
         weight, bias = (None if t is None else t.to(device=self.device, dtype=self.dtype) for t in module)
         assert weight is not None
         return DenseLinear(weight, bias)
 
-    def _quantised(self, t: GPTQTensors) -> GPTQLinear:
-        return GPTQLinear.load(
+    def _quantised(self, t: GPTQTensors, names: list[str]) -> GPTQLinear:
+        linear = GPTQLinear.load(
             t.qweight, t.zeros, t.scales, t.g_idx, t.bits, t.group_size, t.bias, self.device, self.dtype
         )
+        _, _, reason = linear.path.partition(": ")
+        if reason:
+            self.slow.setdefault(reason, Counter()).update(name.rpartition(".")[2] for name in names)
+        return linear
 
     def finish(self) -> LoadReport:
+        for name in self.checkpoint.store.names:
+            layer = _LAYER.match(name)
+            if layer and int(layer[1]) >= self.config.num_hidden_layers:
+                raise CheckpointError(
+                    f"{self.checkpoint.store.file(name)}: tensor {name} is beyond the {self.config.num_hidden_layers} "
+                    "layers that config.json gives; use the config.json of this model"
+                )
+            if layer and name not in self.used and name.endswith("norm.weight"):
+                raise CheckpointError(
+                    f"{self.checkpoint.store.file(name)}: tensor {name} is unknown to {self.config.family.title}, "
+                    "which config.json says it is; use the config.json of this model"
+                )
         unused = sorted(n for n in self.checkpoint.store.names - self.used if not n.endswith(_IGNORED))
         if unused:
             more = f" and {len(unused) - 1} more" if len(unused) > 1 else ""
             self.warnings.append(f"tensor {unused[0]}{more} of the checkpoint is not used")
+        for reason, kinds in self.slow.items():
+            self.warnings.append(f"{', '.join(kinds)} ({kinds.total()} modules) take the slow path: {reason}")
         return LoadReport(tuple(self.warnings), dict(self.paths))
 
 
