@@ -15,6 +15,7 @@ from gptq_api.config import (
     QuantizeSettings,
     Settings,
 )
+from gptq_api.hub import HubError, with_local_model
 from gptq_api.settings_source import load_settings
 
 COMMANDS: dict[str, tuple[type[CommandSettings], str]] = {
@@ -60,5 +61,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print(f"gptq-api {name}: {error}", file=sys.stderr)
         return 2
+    try:
+        if isinstance(settings, Settings) and not (isinstance(settings, ChatSettings) and settings.url):
+            settings = with_local_model(settings)
+    except HubError as error:
+        print(f"gptq-api {name}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"\ngptq-api {name}: stopped; the same command goes on with what is missing", file=sys.stderr)
+        return 130
     run: Callable[[CommandSettings], int] = importlib.import_module(f"gptq_api.cli.{name}").run
     return run(settings)

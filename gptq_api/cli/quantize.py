@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from gptq_api.config import QuantizeSettings
+from gptq_api.hub import is_hub_name, local_model
 from gptq_api.text.chat_template import load_chat_template
 from gptq_api.text.samples import SamplesError, encode_documents, hold_out, read_documents, spread, windows
 from gptq_api.text.tokenizer import Tokenizer, load_tokenizer
@@ -57,7 +58,7 @@ def _run(settings: QuantizeSettings) -> None:
     from gptq_api.quantize.work import WorkFolder
 
     console = Console(stderr=True, highlight=False)
-    folder, out = Path(settings.model_path).expanduser(), settings.out.expanduser()
+    folder, out = Path(local_model(settings.model_path, settings.revision)).expanduser(), settings.out.expanduser()
     source = open_dense(folder)
     config = read_config(folder)
     check_shapes(config, settings.bits)
@@ -97,7 +98,7 @@ def _run(settings: QuantizeSettings) -> None:
                 device,
                 bar.report,
             )
-        name = folder.resolve().name
+        name = settings.model_path if is_hub_name(settings.model_path) else folder.resolve().name
         words = Texts(texts.calibration_words, texts.evaluation_words)
         card = model_card(out.resolve().name, name, recipe, words, outcome)
         write_checkpoint(source, config, recipe, card, work, MAX_SHARD_BYTES)

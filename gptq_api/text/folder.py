@@ -20,4 +20,7 @@ def checkpoint_folder(model_path: str) -> Path:
         return path
     if path.is_file():
         return path.parent
-    raise FolderError(f"--model-path {model_path} does not exist: name a checkpoint folder, a file in one, or `demo`")
+    raise FolderError(
+        f"--model-path {model_path} does not exist: name a checkpoint folder, a file in one, a model on the Hugging "
+        "Face hub (OWNER/NAME), or `demo`"
+    )
