@@ -12,8 +12,6 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import RandomModel, Recipe, random_model, write_checkpoint
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from gptq_api.config import Settings
@@ -112,50 +110,6 @@ def test_a_broken_tensor_is_named(name: str, model: RandomModel, tmp_path: Path)
     tensors = model.tensors()
     change(tensors)
     refused(write_checkpoint(tmp_path, model, tensors=tensors), str(tmp_path / "model.safetensors"), *words)
-
-
-FOREIGN: dict[str, tuple[str, str]] = {
-    "model.layers.0.self_attn.q_proj.weight_packed": ("compressed-tensors", "AutoGPTQ"),
-    "model.layers.0.self_attn.q_proj.q_weight": ("EXL2", "GPTQ"),
-    "model.layers.0.self_attn.q_proj.trellis": ("EXL3", "GPTQ"),
-    "model.layers.0.self_attn.q_proj.B": ("Marlin", "repacked"),
-    "model.layers.0.self_attn.q_proj.weight": ("no quantised tensors", "GPTQ"),
-}
-
-
-@pytest.mark.parametrize("tensor", FOREIGN)
-def test_other_formats_are_named_from_their_tensors(tensor: str, model: RandomModel, tmp_path: Path) -> None:
-    refused(write_checkpoint(tmp_path, model, tensors={tensor: torch.ones(4, 4)}), *FOREIGN[tensor])
-
-
-def test_awq_is_named_from_its_shapes(model: RandomModel, tmp_path: Path) -> None:
-    tensors = model.tensors()
-    for name, m in model.modules.items():
-        tensors[f"{name}.qweight"] = torch.zeros(m.q.shape[0], m.q.shape[1] // 8, dtype=torch.int32)
-        del tensors[f"{name}.g_idx"]
-    refused(write_checkpoint(tmp_path, model, tensors=tensors), "AWQ", "use a GPTQ one")
-
-
-@pytest.mark.parametrize(
-    ("config", "words"),
-    [
-        ({"quant_method": "awq", "bits": 4}, ("AWQ", "use a GPTQ")),
-        ({"w_bit": 4, "q_group_size": 128, "version": "gemm"}, ("AWQ",)),
-        ({"quant_method": "gptq", "checkpoint_format": "marlin"}, ("Marlin", "original")),
-        ({"bits": 4, "is_marlin_format": True}, ("Marlin",)),
-        ({"quant_method": "compressed-tensors"}, ("compressed-tensors",)),
-        ({"quant_method": "bitblas"}, ("BitBLAS",)),
-        ({"checkpoint_format": "gptq_p"}, ("gptq_p",)),
-        ({"quant_method": "nonsense"}, ("'nonsense'", "only GPTQ")),
-        ({"bits": "four"}, ("bits is 'four'", "integer")),
-        ({"sym": 1}, ("sym is 1",)),
-        ({"pack_dtype": "int64"}, ("pack_dtype 'int64'",)),
-    ],
-)
-def test_other_methods_are_named_from_the_config(
-    config: dict[str, Any], words: tuple[str, ...], model: RandomModel, tmp_path: Path
-) -> None:
-    refused(write_checkpoint(tmp_path, model, quant_config=config), "quantize_config.json", *words)
 
 
 def test_files_that_are_not_weights(model: RandomModel, tmp_path: Path) -> None:
@@ -272,21 +226,3 @@ def test_settings_are_read_from_the_tensors(bits: int, group_size: int, tmp_path
     summary = summarise(checkpoint)
     assert summary.bits == {bits: 7} and summary.num_sym == 0
     open_checkpoint(tmp_path, None, Expected(bits, group_size, None))
-
-
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(data=st.data())
-def test_flipped_bytes_of_the_header_never_surprise(data: st.DataObject, model: RandomModel, tmp_path: Path) -> None:
-    folder = write_checkpoint(tmp_path, model)
-    file = folder / "model.safetensors"
-    content = bytearray(file.read_bytes())
-    (header,) = struct.unpack("<Q", content[:8])
-    for _ in range(data.draw(st.integers(1, 3))):
-        content[data.draw(st.integers(0, 7 + header))] = data.draw(st.integers(0, 255))
-    file.write_bytes(content)
-    try:
-        checkpoint = open_checkpoint(folder)
-        for module in checkpoint.modules:
-            checkpoint.gptq(module)
-    except CheckpointError:
-        pass

@@ -165,7 +165,8 @@ def _stop_token_ids(service: Service, body: SamplingFields, template_ids: tuple[
         raise bad_request(
             f"Invalid value for 'stop_token_ids': {max(asked)} is not below {ready.vocab_size}.", "stop_token_ids"
         )
-    ends = () if body.ignore_eos else (*ready.eos_token_ids, *template_ids)
+    named = service.tokenizer.end_ids(ready.eos_token_ids, ready.vocab_size)
+    ends = () if body.ignore_eos else (*named, *template_ids)
     return tuple(sorted({*asked, *ends}))
 
 

@@ -82,13 +82,13 @@ class LocalModel:
         prompt = self._fit(messages, report)
         room = self._ready.max_model_len - len(prompt)
         settings, tokenizer, template = self._settings, self._tokenizer, self._template
-        eos = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
+        ends = tokenizer.end_ids(self._ready.eos_token_ids, self._ready.vocab_size)
         params = SamplingParams(
             max_tokens=min(settings.max_tokens or room, room),
             temperature=settings.temperature,
             top_p=settings.top_p,
             seed=random.getrandbits(31) if settings.seed is None else settings.seed,
-            stop_token_ids=tuple(dict.fromkeys((*self._ready.eos_token_ids, *eos, *template.stop_token_ids))),
+            stop_token_ids=tuple(dict.fromkeys((*ends, *template.stop_token_ids))),
         )
         stream = TextStream(tokenizer, stop=template.stop)
         try:

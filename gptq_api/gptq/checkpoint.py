@@ -58,8 +58,7 @@ class Checkpoint:
                 f"{self.store.file(name)}: tensor {name} is {self.store.shape(name)}, config.json gives {shape}; "
                 "use the config.json of this model"
             )
-        dtype = self.store.dtype(name)
-        if dtype is None or not dtype.is_floating_point:
+        if not self.store.is_float(name):
             raise CheckpointError(
                 f"{self.store.file(name)}: tensor {name} is {self.store.dtype_name(name)} where a float type is "
                 "expected; use a GPTQ checkpoint whose other tensors are float16, bfloat16 or float32"

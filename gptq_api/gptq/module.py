@@ -159,8 +159,7 @@ def _check_types(store: TensorStore, module: str, words: tuple[str, ...], floats
                 store, module, part, f"is {found}, and only words of int32 (pack_dtype int32) are read; quantise again"
             )
     for part in floats:
-        dtype = store.dtype(f"{module}.{part}")
-        if dtype is None or not dtype.is_floating_point:
+        if not store.is_float(f"{module}.{part}"):
             found = store.dtype_name(f"{module}.{part}")
             raise _bad(store, module, part, f"is {found} where a float type is expected; quantise again")
 
@@ -235,6 +234,8 @@ def read_bias(store: TensorStore, module: str) -> Tensor | None:
     """None where there is no bias or it is all zeros (AutoGPTQ wrote zeros for every module until March 2024)."""
     if f"{module}.bias" not in store:
         return None
+    if not store.is_float(f"{module}.bias"):
+        raise _bad(store, module, "bias", f"is {store.dtype_name(f'{module}.bias')}, no float type; quantise again")
     bias = store.read(f"{module}.bias").clone()
     if not bool(torch.isfinite(bias).all()):
         raise _bad(store, module, "bias", "holds NaN or infinity; download the file again")

@@ -31,6 +31,10 @@ _DTYPES = {
 }
 
 
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""what can be computed with; the 8-bit types of other quantisations cannot"""
+
+
 class TensorStore:
     """The tensors of a set of weights by canonical name (prefixes such as `base_model.model.` and `module.`
     removed)."""
@@ -74,6 +78,9 @@ class TensorStore:
             reader, key, _ = self._slices[name]
             return _DTYPES.get(reader.get_slice(key).get_dtype())
         return self._tensors[name][0].dtype
+
+    def is_float(self, name: str) -> bool:
+        return self.dtype(name) in _FLOATS
 
     def dtype_name(self, name: str) -> str:
         """For people: the type as the container calls it, those that torch does not know included."""

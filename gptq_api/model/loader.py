@@ -123,7 +123,13 @@ class _Loader:
         shape = self.checkpoint.modules.get(name)
         if shape is None:
             weight = self.checkpoint.tensor(f"{name}.weight", (out_features, in_features))
-            return weight, self.checkpoint.bias(name)
+            bias = self.checkpoint.bias(name)
+            if bias is not None and bias.shape != (out_features,):
+                raise CheckpointError(
+                    f"{self.checkpoint.files[0]}: tensor {name}.bias is {tuple(bias.shape)}, config.json gives "
+                    f"({out_features},); use the config.json of this model"
+                )
+            return weight, bias
         if (shape.in_features, shape.out_features) != (in_features, out_features):
             file = self.checkpoint.store.file(f"{name}.qweight")
             raise CheckpointError(
@@ -149,7 +155,7 @@ class _Loader:
         return linear
 
     def finish(self) -> LoadReport:
-        for name in self.checkpoint.store.names:
+        for name in sorted(self.checkpoint.store.names):
             layer = _LAYER.match(name)
             if layer and int(layer[1]) >= self.config.num_hidden_layers:
                 raise CheckpointError(

@@ -103,6 +103,15 @@ class Tokenizer:
             start += 1
         return [self.bos_token_id, *ids[start:]]
 
+    def end_ids(self, named: Sequence[int], vocab_size: int) -> tuple[int, ...]:
+        """The ids that end a text, of a model with so many: those its config names and this tokenizer's EOS. Where a
+        config calls our BOS an end (LLaMA-1 conversions of 2023: bos 0, eos 1 for what is <s>), it is wrong."""
+        wrong = {self.bos_token_id} - {self.eos_token_id}
+        ends = [token_id for token_id in named if token_id not in wrong]
+        if self.eos_token_id is not None and self.eos_token_id < vocab_size:
+            ends.append(self.eos_token_id)
+        return tuple(dict.fromkeys(ends))
+
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
         """The text of `ids`; bytes that are no UTF-8 become U+FFFD. Control tokens are left out or written as they
         are called in the vocabulary. One leading space is dropped where this tokenizer's encoding adds one."""
