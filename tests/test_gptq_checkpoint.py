@@ -133,6 +133,16 @@ def test_truncated_at_any_length(model: RandomModel, tmp_path: Path) -> None:
             refused(folder, file, "download it again")
 
 
+def test_a_file_that_shrinks_while_it_is_read(model: RandomModel, tmp_path: Path) -> None:
+    file = write_checkpoint(tmp_path, model) / "model.safetensors"
+    checkpoint = open_checkpoint(tmp_path)
+    with file.open("r+b") as handle:
+        handle.truncate(file.stat().st_size // 2)
+    with pytest.raises(CheckpointError, match=r"cannot be read .it has become shorter"):
+        for module in checkpoint.modules:
+            checkpoint.gptq(module)
+
+
 def test_pickled_code_is_never_run(model: RandomModel, tmp_path: Path) -> None:
     write_checkpoint(tmp_path, model, container="pt")
     marker = tmp_path / "executed"

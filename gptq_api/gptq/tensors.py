@@ -10,27 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from gptq_api.gptq.errors import CheckpointError
 from gptq_api.gptq.files import WeightFiles
+from gptq_api.gptq.safetensors_file import SafetensorsFile, first_line
 
 _PREFIX = re.compile(r"^(?:(?:base_model\.model|_orig_mod|module)\.)+")
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-
-
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """what can be computed with; the 8-bit types of other quantisations cannot"""
 
@@ -42,31 +28,32 @@ class TensorStore:
     def __init__(self, weights: WeightFiles) -> None:
         self.weights = weights
         self.metadata: dict[str, str] = {}
-        self._slices: dict[str, tuple[Any, str, Path]] = {}
+        self._entries: dict[str, tuple[SafetensorsFile, str]] = {}
+        """canonical name -> where, and as what"""
         self._tensors: dict[str, tuple[Tensor, Path]] = {}
         for file in weights.files:
             if file.suffix == ".safetensors":
                 self._open_safetensors(file)
             else:
                 self._open_pickle(file)
-        if not self._slices and not self._tensors:
+        if not self._entries and not self._tensors:
             raise CheckpointError(f"{weights.files[0]} holds no tensors; download it again")
 
     @property
     def names(self) -> frozenset[str]:
-        return frozenset(self._slices) | frozenset(self._tensors)
+        return frozenset(self._entries) | frozenset(self._tensors)
 
     def __contains__(self, name: str) -> bool:
-        return name in self._slices or name in self._tensors
+        return name in self._entries or name in self._tensors
 
     def file(self, name: str) -> Path:
-        return self._slices[name][2] if name in self._slices else self._tensors[name][1]
+        return self._entries[name][0].path if name in self._entries else self._tensors[name][1]
 
     def shape(self, name: str) -> tuple[int, ...]:
         """From the header alone."""
-        if name in self._slices:
-            reader, key, _ = self._slices[name]
-            return tuple(reader.get_slice(key).get_shape())
+        if name in self._entries:
+            file, key = self._entries[name]
+            return file.entries[key].shape
         return tuple(self._tensors[name][0].shape)
 
     def numel(self, name: str) -> int:
@@ -74,9 +61,9 @@ class TensorStore:
 
     def dtype(self, name: str) -> torch.dtype | None:
         """From the header alone; None for a type torch does not know or we never use."""
-        if name in self._slices:
-            reader, key, _ = self._slices[name]
-            return _DTYPES.get(reader.get_slice(key).get_dtype())
+        if name in self._entries:
+            file, key = self._entries[name]
+            return file.entries[key].dtype
         return self._tensors[name][0].dtype
 
     def is_float(self, name: str) -> bool:
@@ -84,40 +71,29 @@ class TensorStore:
 
     def dtype_name(self, name: str) -> str:
         """For people: the type as the container calls it, those that torch does not know included."""
-        if name in self._slices:
-            reader, key, _ = self._slices[name]
-            raw = str(reader.get_slice(key).get_dtype())
-            return str(_DTYPES[raw]).removeprefix("torch.") if raw in _DTYPES else raw
+        if name in self._entries:
+            file, key = self._entries[name]
+            dtype = file.entries[key].dtype
+            return file.entries[key].raw_dtype if dtype is None else str(dtype).removeprefix("torch.")
         return str(self._tensors[name][0].dtype).removeprefix("torch.")
 
     def read(self, name: str) -> Tensor:
-        """The tensor on the CPU, contiguous. It may share memory with the mapped file: clone what is kept.
+        """The tensor on the CPU, contiguous. That of a pickle shares memory with the mapped file: clone what is kept.
 
         KeyError for an unknown name (callers check); CheckpointError where the data cannot be read.
         """
-        if name in self._slices:
-            reader, key, file = self._slices[name]
-            try:
-                tensor: Tensor = reader.get_tensor(key)
-            except (SafetensorError, RuntimeError, OSError, ValueError, TypeError) as error:
-                raise CheckpointError(
-                    f"{file}: tensor {key} cannot be read ({error}); download the file again"
-                ) from None
-            return tensor
+        if name in self._entries:
+            file, key = self._entries[name]
+            return file.read(key)
         return self._tensors[name][0].contiguous()
 
-    def _open_safetensors(self, file: Path) -> None:
-        try:
-            reader = safe_open(str(file), framework="pt")
-            keys: list[str] = list(reader.keys())  # type: ignore[no-untyped-call]
-        except (SafetensorError, OSError, ValueError) as error:
-            raise CheckpointError(
-                f"{file} is not a complete safetensors file ({_first_line(error)}); download it again"
-            ) from None
-        self.metadata.update(reader.metadata() or {})  # type: ignore[no-untyped-call]
-        for key in keys:
-            self._claim(_PREFIX.sub("", key), file)
-            self._slices[_PREFIX.sub("", key)] = (reader, key, file)
+    def _open_safetensors(self, path: Path) -> None:
+        file = SafetensorsFile(path)
+        self.metadata.update(file.metadata)
+        for key in file.entries:
+            name = _PREFIX.sub("", key)
+            self._claim(name, path)
+            self._entries[name] = (file, key)
 
     def _open_pickle(self, file: Path) -> None:
         try:
@@ -129,7 +105,7 @@ class TensorStore:
                     f"{file} holds pickled code, which is never run; use a .safetensors file or its state_dict"
                 ) from None
             raise CheckpointError(
-                f"{file} is not a readable torch file ({_first_line(error)}); download it again"
+                f"{file} is not a readable torch file ({first_line(error)}); download it again"
             ) from None
         if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
             state = state["state_dict"]
@@ -167,8 +143,3 @@ def _plain(value: Tensor, name: str, file: Path) -> Tensor:
     if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
         raise CheckpointError(f"{file}: tensor {name} is larger than its stored data; download the file again")
     return tensor
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip().splitlines()
-    return (text[0] if text else type(error).__name__)[:200]

@@ -1,0 +1,100 @@
+"""One safetensors file: the library checks it and reads its header, the data is read by position.
+
+Reading instead of mapping: a mapped file that shrinks kills the process, one larger than memory may not be mapped at
+all, and a page fault per 4 KiB costs several times what a read does.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from gptq_api.gptq.errors import CheckpointError
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor as the header describes it."""
+
+    shape: tuple[int, ...]
+    raw_dtype: str
+    """as the header calls it"""
+    begin: int
+    """position of its data in the file, bytes"""
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """None for a type that GPTQ checkpoints do not use."""
+        return _DTYPES.get(self.raw_dtype)
+
+
+class SafetensorsFile:
+    """Header of the file at `path`; its data is read when asked for."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            # As numpy: torch would map the file writable, for which there must be memory.
+            with safe_open(str(path), framework="numpy"):
+                pass
+            with path.open("rb") as file:
+                length = int.from_bytes(file.read(8), "little")
+                header = json.loads(file.read(length))
+        except (SafetensorError, OSError, RuntimeError, ValueError) as error:
+            raise CheckpointError(
+                f"{path} is not a complete safetensors file ({first_line(error)}); download it again"
+            ) from None
+        self.metadata: dict[str, str] = header.pop("__metadata__", None) or {}
+        self.entries = {
+            name: Entry(tuple(value["shape"]), value["dtype"], 8 + length + value["data_offsets"][0])
+            for name, value in header.items()
+        }
+
+    def read(self, name: str) -> Tensor:
+        """The tensor in memory of its own. CheckpointError where the file has become shorter or cannot be read."""
+        entry = self.entries[name]
+        if entry.dtype is None:
+            raise CheckpointError(f"{self.path}: tensor {name} is {entry.raw_dtype}, a type that is not read")
+        tensor = torch.empty(entry.shape, dtype=entry.dtype)
+        if not tensor.numel():
+            return tensor
+        target = tensor.view(-1).view(torch.uint8).numpy().data
+        assert len(target) == math.prod(entry.shape) * entry.dtype.itemsize
+        try:
+            with self.path.open("rb", buffering=0) as file:
+                file.seek(entry.begin)
+                while target:
+                    count = file.readinto(target)
+                    if not count:
+                        raise OSError("it has become shorter")
+                    target = target[count:]
+        except OSError as error:
+            raise CheckpointError(
+                f"{self.path}: tensor {name} cannot be read ({error}); download the file again"
+            ) from None
+        return tensor
+
+
+def first_line(error: BaseException) -> str:
+    """What a library says went wrong, for a sentence of ours."""
+    text = str(error).strip().splitlines()
+    return (text[0] if text else type(error).__name__)[:200]
