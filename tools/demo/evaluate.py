@@ -22,6 +22,7 @@ from transformers import LlamaForCausalLM
 from tools.demo.dataset import Chats
 from tools.demo.tokenizer import END, PAD, SPECIAL
 
+SETS = ("questions", "chats", "held_out")
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -108,22 +109,21 @@ def perplexity(model: LlamaForCausalLM, chats: Chats, max_rows: int = 1000) -> f
     return float((total / count).exp())
 
 
-def report(model: LlamaForCausalLM, tokenizer: Tokenizer, samples: int = 4) -> None:
+def report(model: LlamaForCausalLM, tokenizer: Tokenizer, samples: int = 4, sets: tuple[str, ...] = SETS) -> None:
     """Prints the share of right answers and the wrong ones; `samples` answers per question above temperature 0."""
-    for name in ("questions", "chats", "held_out"):
+    for name in sets:
         items = questions(name)
         if name != "held_out":
             for temperature in (0.7, 1.0):
                 sure = [certainty(model, tokenizer, item, temperature) for item in items]
-                mean, worst = sum(sure) / len(sure), min(sure)
-                at = items[sure.index(worst)]["messages"][-1]["content"]
-                print(
-                    f"{name}: probability of the exact answer at {temperature}: mean {mean:.4f}, least {worst:.4f} ({at})"
-                )
+                at = items[sure.index(min(sure))]["messages"][-1]["content"]
+                print(f"{name}: chance of the exact answer at {temperature}: least {min(sure):.4f} ({at})", flush=True)
         prompts = [prompt(item["messages"]) for item in items]
         for temperature, runs in ((0.0, 1), (0.7, samples), (1.0, samples)):
             total = len(items) * runs
-            texts = answer(model, tokenizer, prompts * runs, temperature)
+            texts = answer(
+                model, tokenizer, prompts * runs, temperature, max_new_tokens=200 if name == "held_out" else 420
+            )
             wrong = Counter(
                 f"  {item['messages'][-1]['content']!r} -> {text!r}"
                 for item, text in zip(items * runs, texts, strict=True)
@@ -138,6 +138,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--samples", type=int, default=4, help="answers per question above temperature 0")
+    parser.add_argument("--sets", nargs="+", choices=SETS, default=list(SETS))
     parser.add_argument("--held-out-seed", type=int, default=1_000_001, help="seed of the chats for the perplexity")
     args = parser.parse_args()
     from tools.demo.quantize import load_float  # not above: the machine that trains need not have gptq_api installed
@@ -145,8 +146,8 @@ def main() -> None:
     tokenizer_json = args.folder / "tokenizer.json"
     model = load_float(args.folder).eval()
     chats = Chats.generate(tokenizer_json, args.held_out_seed, 1000, torch.device("cpu"))
-    print(f"held-out perplexity {perplexity(model, chats, 200):.4f}", flush=True)
-    report(model, Tokenizer.from_file(str(tokenizer_json)), args.samples)
+    print(f"held-out perplexity {perplexity(model, chats, 300):.4f}", flush=True)
+    report(model, Tokenizer.from_file(str(tokenizer_json)), args.samples, tuple(args.sets))
 
 
 if __name__ == "__main__":
