@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from checkpoints import Recipe, random_model, write_checkpoint
+from layouts import LAYOUTS
 
 from gptq_api.cli.inspect import inspect, run
 from gptq_api.config import InspectSettings, Settings
@@ -35,6 +36,8 @@ def test_as_text(folder: Path) -> None:
         "no",
         "v1",
     )
+    assert lines["4 bits"].startswith(("7 (", "8 (")) and "others" in lines["4 bits"]
+    assert lines["self-check"].startswith("scales finite in 14 of 14 modules")
     assert lines["q_proj"] == "int4"
     assert lines["down_proj"] == "reference: 8 bits (the int4 operator takes 4)"
     assert lines["KV cache"] == f"{2 * 2 * 2 * 32 * 2} bytes per token"
@@ -48,6 +51,20 @@ def test_as_json_and_the_plan_is_what_loading_does(folder: Path, capsys: pytest.
     assert facts["quantisation"]["bits"] == {"4": 12, "8": 2}
     # Merging q, k and v keeps one permutation instead of three; nothing else differs.
     assert abs(facts["weight_bytes"] - runner._model.num_bytes) / runner._model.num_bytes < 0.05
+
+
+def test_windows_and_families_and_old_zeros_are_told(tmp_path: Path) -> None:
+    layout = LAYOUTS["GPTQ-for-LLaMa before 2023-03-20, 4 bits"]
+    layout.write(tmp_path / "old", random_model(layout.recipe))
+    facts = inspect(InspectSettings(model_path=str(tmp_path / "old"), device="cpu"))
+    assert facts["quantisation"]["zero_version"] == {"float": 7} and facts["architecture"]["name"] == "LLaMA"
+    windowed = {"use_sliding_window": True, "sliding_window": 24, "max_window_layers": 1}
+    qwen = random_model(Recipe(family="qwen3", head_dim=32, more_config=windowed))
+    settings = InspectSettings(model_path=str(write_checkpoint(tmp_path / "qwen", qwen)), device="cpu")
+    facts = inspect(settings)
+    assert facts["architecture"]["name"] == "Qwen3" and facts["architecture"]["eos_token_ids"] == (2,)
+    assert facts["architecture"]["sliding_window"] == [{"window": None, "layers": 1}, {"window": 24, "layers": 1}]
+    assert run(settings) == 0
 
 
 def test_a_broken_checkpoint_is_one_sentence_and_status_1(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

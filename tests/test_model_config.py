@@ -116,6 +116,8 @@ def test_the_longest_text(change: dict[str, Any], longest: int) -> None:
         ({"rope_scaling": {"type": "linear", "factor": float("inf")}}, "factor is inf"),
         ({"rope_scaling": LLAMA31_ROPE | {"high_freq_factor": 0.5}}, "not above low_freq_factor"),
         ({"rope_scaling": "linear"}, "rope_scaling is 'linear'"),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 1e6}}}, "parameters per kind of layer are not served"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5 is not served"),
         ({"eos_token_id": "</s>"}, "eos_token_id is '</s>'"),
     ],
 )
