@@ -16,18 +16,18 @@ from gptq_api.config import Settings
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from tools.demo import howto, stories  # noqa: E402
+from tools.demo import flags, stories  # noqa: E402
 from tools.demo.data import records  # noqa: E402
 from tools.demo.tokenizer import CHAT_TEMPLATE, segments  # noqa: E402
 
 
 def test_every_flag_exists_with_that_default() -> None:
-    for flag, text in howto.FLAGS.items():
+    for flag, text in flags.FLAGS.items():
         field = Settings.model_fields[flag.removeprefix("--").replace("-", "_")]
         default = re.search(r"[Tt]he default is ([\w.]*\w)\.", text)
         if default and default[1] != "the":
             assert str(field.default) == default[1], flag
-    for flag in re.findall(r"--[\w-]+", howto.FLAG_LIST):
+    for flag in re.findall(r"--[\w-]+", flags.FLAG_LIST):
         assert flag == "--help" or flag.removeprefix("--").replace("-", "_") in Settings.model_fields
     assert Settings.model_fields["enable_prefix_caching"].default is True
     assert Settings.model_fields["api_key"].default == []

@@ -14,7 +14,8 @@ from typing import Any
 
 from tools.demo import words
 from tools.demo.howto import HOWTO
-from tools.demo.skills import SKILLS, fact, unknown_fact_turn
+from tools.demo.memory_skills import fact, unknown_fact_turn
+from tools.demo.skills import SKILLS
 from tools.demo.stories import HEROES, NAMES, story
 from tools.demo.topics import TERMS
 from tools.demo.turn import Turn
