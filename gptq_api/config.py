@@ -257,7 +257,7 @@ class BenchSettings(CommandSettings):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Activation type, and the type of the unquantised weights. auto is bfloat16 on the CPU."""
     num_threads: int | None = Field(None, ge=1)
-    """CPU threads. Default: the cores this process may use."""
+    """CPU threads, for all rows. Default: what the server takes for the first checkpoint."""
     json_file: Path | None = Field(None, validation_alias=AliasChoices("json", "json_file"))
     """Write the results to this JSON file."""
     png: Path | None = None

@@ -7,7 +7,17 @@ from pathlib import Path
 import pytest
 
 from gptq_api.cli.main import main
-from gptq_api.config import ENV_PREFIX, ChatSettings, ConfigError, InspectSettings, Settings, flag
+from gptq_api.config import (
+    ENV_PREFIX,
+    BenchSettings,
+    ChatSettings,
+    CommandSettings,
+    ConfigError,
+    InspectSettings,
+    QuantizeSettings,
+    Settings,
+    flag,
+)
 from gptq_api.settings_source import load_settings
 
 
@@ -54,6 +64,40 @@ def test_the_past_flags() -> None:
 def test_a_leading_positional_argument_is_the_model() -> None:
     assert load_settings(InspectSettings, ["folder", "--json"]).json_output is True
     assert load_settings(ChatSettings, ["folder", "--temperature", "0"]).model_path == "folder"
+
+
+def test_more_positional_arguments() -> None:
+    quantize = load_settings(QuantizeSettings, ["model", "out", "--bits", "3", "--act-order", "--no-sym"])
+    assert (quantize.model_path, quantize.out, quantize.bits) == ("model", Path("out"), 3)
+    assert quantize.act_order and not quantize.sym
+    assert load_settings(QuantizeSettings, ["model", "--out", "there"]).out == Path("there")
+    bench = load_settings(BenchSettings, ["a", "b", "c", "--json", "x.json", "--fp16", "f"])
+    assert (bench.models, bench.json_file, bench.fp16) == (["a", "b", "c"], Path("x.json"), Path("f"))
+    assert load_settings(BenchSettings, []).models == ["demo"]
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["model"], "--out is missing: gptq-api quantize MODEL OUT"),
+        (["model", "out", "third"], "third"),
+        (["model", "out", "--bits", "5"], "--bits"),
+        (["model", "out", "--group-size", "0"], "--group-size: is -1"),
+        (["model", "out", "--damp-percent", "0"], "--damp-percent"),
+        (["model", "out", "--act-ordr"], "did you mean --act-order"),
+        (["model", "out", "--port", "1"], "--port is not an option"),
+    ],
+)
+def test_wrong_arguments_of_quantize_are_named(args: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["quantize", *args]) == 2
+    printed = capsys.readouterr().err
+    assert words in printed and len(printed.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("kind", [QuantizeSettings, BenchSettings])
+def test_every_knob_of_the_tools_has_help(kind: type[CommandSettings]) -> None:
+    for name, field in kind.model_fields.items():
+        assert field.description and field.description.endswith("."), name
 
 
 @pytest.mark.parametrize("name", sorted(Settings.model_fields))

@@ -12,7 +12,8 @@ import pytest
 ROOT = Path(__file__).parents[1] / "gptq_api"
 FLOOR = {"config", "settings_source", "types", "sequence"}
 MAY_IMPORT = {
-    "cli": {"api", "hub", "text", "engine", "quantize", "gptq", "model", "demo"},
+    "cli": {"api", "hub", "text", "engine", "quantize", "bench", "gptq", "model", "demo"},
+    "bench": {"text", "model", "gptq"},
     "quantize": {"model", "layers", "gptq"},
     "api": {"text", "engine", "demo"},
     "text": {"demo"},

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 
 from gptq_api import __version__
 from gptq_api.config import (
+    BenchSettings,
     ChatSettings,
     CommandSettings,
     ConfigError,
@@ -23,6 +24,7 @@ COMMANDS: dict[str, tuple[type[CommandSettings], str]] = {
     "chat": (ChatSettings, "chat with a GPTQ checkpoint in the terminal"),
     "inspect": (InspectSettings, "say what a checkpoint is, without loading its weights"),
     "quantize": (QuantizeSettings, "make a GPTQ checkpoint of an FP16 model"),
+    "bench": (BenchSettings, "memory, perplexity and speed of GPTQ checkpoints beside FP16"),
 }
 """One module gptq_api.cli.NAME with run(settings) -> exit status for each."""
 
@@ -34,7 +36,7 @@ def usage() -> str:
             "usage: gptq-api COMMAND [MODEL] [OPTIONS]",
             "",
             "MODEL is a GPTQ checkpoint folder or a name on the Hugging Face hub; without one, the demo model in the",
-            "package. quantize takes MODEL OUT.",
+            "package. quantize takes MODEL OUT, bench any number of models.",
             "",
             *lines,
             "",

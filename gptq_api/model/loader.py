@@ -71,6 +71,8 @@ class _Loader:
         quantised = [m for m in modules if isinstance(m, GPTQTensors)]
         if len(quantised) == len(modules) and _mergeable(quantised):
             linear: Linear = self._quantised(_merge(quantised), names)
+        elif not quantised:
+            linear = self._one(_merge_dense([m for m in modules if not isinstance(m, GPTQTensors)]), names)
         elif len(modules) == 1:
             linear = self._one(modules[0], names)
         else:
@@ -233,6 +235,16 @@ def _mergeable(modules: list[GPTQTensors]) -> bool:
         m.bits == first.bits and m.group_size == first.group_size and torch.equal(m.g_idx, first.g_idx)
         for m in modules[1:]
     )
+
+
+def _merge_dense(modules: list[tuple[Tensor, Tensor | None]]) -> tuple[Tensor, Tensor | None]:
+    """Outputs side by side: weights [N, K] and biases [N]."""
+    if len(modules) == 1:
+        return modules[0]
+    bias = None
+    if any(b is not None for _, b in modules):
+        bias = torch.cat([torch.zeros(len(w)) if b is None else b.float() for w, b in modules])
+    return torch.cat([w for w, _ in modules]), bias
 
 
 def _merge(modules: list[GPTQTensors]) -> GPTQTensors:

@@ -38,6 +38,7 @@ class ModelRunner:
         self.num_blocks = cache.num_blocks
         self.device = str(model.embedding.device)
         self.dtype = str(dtype).removeprefix("torch.")
+        self.weight_bytes = model.num_bytes
         self.eos_token_ids = model.config.eos_token_ids
         self.description = description
 
@@ -100,11 +101,15 @@ def load_runner(settings: Settings) -> ModelRunner:
     CheckpointError for what is wrong with the checkpoint, ConfigError for settings that do not fit it or the machine;
     both are ValueErrors with one sentence for the user.
     """
-    started = time.monotonic()
     device = resolve_device(settings)
-    path = model_path(settings)
     expected = Expected(settings.gptq_wbits, settings.gptq_groupsize, settings.gptq_act_order)
-    checkpoint = open_checkpoint(path, settings.gptq_ckpt, expected)
+    return make_runner(settings, open_checkpoint(model_path(settings), settings.gptq_ckpt, expected), device)
+
+
+def make_runner(settings: Settings, checkpoint: Checkpoint, device: torch.device) -> ModelRunner:
+    """`load_runner` for a checkpoint that is open, quantised or not."""
+    started = time.monotonic()
+    path = model_path(settings)
     if device.type == "cpu":
         torch.set_num_threads(settings.num_threads or _default_threads(checkpoint))
     config = read_config(checkpoint.folder)

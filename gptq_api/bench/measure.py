@@ -1,0 +1,183 @@
+"""One row, measured through the runner that serves: `python -m gptq_api.bench.measure`, a Job on standard input, a Row
+on standard output. A process each, so that memory is one model's; exit status 1 with a sentence on standard error."""
+
+from __future__ import annotations
+
+import math
+import resource
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import msgspec
+import torch
+from torch.nn import functional
+
+from gptq_api.bench.row import Job, Row
+from gptq_api.config import Settings
+from gptq_api.gptq.checkpoint import Checkpoint, CheckpointError, open_checkpoint
+from gptq_api.gptq.dense import dequantised, open_dense
+from gptq_api.gptq.summary import summarise
+from gptq_api.model.config import read_config
+from gptq_api.model.runner import ModelRunner, make_runner, resolve_device
+from gptq_api.sequence import Batch, Sequence
+from gptq_api.text.chat_template import load_chat_template
+from gptq_api.text.samples import encode_documents, read_documents, spread, windows
+from gptq_api.text.tokenizer import load_tokenizer
+from gptq_api.types import SamplingParams
+
+_LONGEST_WINDOW = 2048
+_CHUNK = 512
+"""tokens computed at once: logits of all of them are in memory"""
+_WARM_UP = 4
+_BLOCK_SIZE = 16
+_GREEDY = SamplingParams(max_tokens=1, temperature=0)
+
+
+def measure(job: Job) -> Row:
+    """Load, decode, predict. ValueErrors are sentences for the user."""
+    settings = Settings.model_construct(
+        model_path=job.folder,
+        device=job.device,
+        dtype=job.dtype,
+        num_threads=job.num_threads,
+        block_size=_BLOCK_SIZE,
+        max_num_seqs=1,
+    )
+    device = resolve_device(settings)
+    folder = Path(job.folder)
+    started = time.monotonic()
+    source, checkpoint = _open(job, folder)
+    config = read_config(checkpoint.folder)
+    limit = config.max_position_embeddings
+    window = job.context or min(_LONGEST_WINDOW, limit)
+    longest = max(job.prompt_tokens + job.num_tokens + _WARM_UP, window if job.text else 0)
+    if longest > limit:
+        raise CheckpointError(
+            f"{job.name} has a context of {limit} tokens, and {longest} are asked for; lower --context, "
+            "--prompt-tokens or --num-tokens"
+        )
+    settings = settings.model_copy(update={"num_blocks": -(-longest // _BLOCK_SIZE)})
+    texts = _texts(job, checkpoint.folder, window)
+    runner = make_runner(settings, checkpoint, device)
+    load_seconds = time.monotonic() - started
+    seconds = _decode(runner, job)
+    perplexity, predicted = _perplexity(runner, texts) if texts else (None, 0)
+    bits, sizes, act_order = _quantisation(source, job.kind)
+    resident, peak = _memory(device)
+    return Row(
+        name=job.name,
+        kind=job.kind,
+        shape=[config.num_hidden_layers, config.hidden_size, config.intermediate_size, config.vocab_size],
+        bits=bits,
+        group_sizes=sizes,
+        act_order=act_order,
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        dtype=runner.dtype,
+        threads=torch.get_num_threads(),
+        weights_mib=runner.weight_bytes / 2**20,
+        resident_mib=resident / 2**20,
+        peak_mib=peak / 2**20,
+        load_seconds=load_seconds,
+        seconds_per_token=seconds,
+        decoded_tokens=job.num_tokens,
+        context_tokens=job.prompt_tokens,
+        perplexity=perplexity,
+        perplexity_tokens=predicted,
+        window=window if job.text else None,
+    )
+
+
+def _open(job: Job, folder: Path) -> tuple[Checkpoint, Checkpoint]:
+    """(as it is on disk, as it is to be run)."""
+    if job.kind == "dense":
+        source = open_dense(folder)
+        return source, source
+    source = open_checkpoint(folder, None if job.ckpt is None else Path(job.ckpt))
+    return source, dequantised(source) if job.kind == "dequantised" else source
+
+
+def _texts(job: Job, folder: Path, window: int) -> list[list[int]]:
+    if job.text is None:
+        return []
+    path, tokenizer = Path(job.text), load_tokenizer(folder)
+    documents = read_documents(path)
+    chats = any(isinstance(document, list) for document in documents)
+    template = load_chat_template(folder, tokenizer) if chats else None
+    found = windows(encode_documents(documents, path, tokenizer, template), window)
+    return found if job.num_windows is None else spread(found, min(job.num_windows, len(found)))
+
+
+def _sequence(token_ids: list[int], num_tokens: int) -> Sequence:
+    """With a block table of its own: nobody else is in the cache."""
+    return Sequence(0, token_ids, _GREEDY, block_table=list(range(-(-num_tokens // _BLOCK_SIZE))))
+
+
+def _decode(runner: ModelRunner, job: Job) -> float:
+    """Median seconds of one step at batch 1, sampling included."""
+    prompt = [i * 7919 % runner.vocab_size for i in range(1, job.prompt_tokens + 1)]
+    total = job.prompt_tokens + job.num_tokens + _WARM_UP
+    sequence = _sequence(prompt, total)
+    token = None
+    while sequence.num_pending_tokens:
+        num = min(_CHUNK, sequence.num_pending_tokens)
+        token = runner.run(Batch([sequence], [num])).tokens[0]
+        sequence.num_computed_tokens += num
+    seconds = []
+    for _ in range(job.num_tokens + _WARM_UP):
+        if token is None or token < 0:
+            raise CheckpointError(f"{job.name}: the logits are not finite; the weights are corrupt")
+        sequence.token_ids.append(token)
+        started = time.perf_counter()
+        token = runner.run(Batch([sequence], [1])).tokens[0]
+        seconds.append(time.perf_counter() - started)
+        sequence.num_computed_tokens += 1
+    return statistics.median(seconds[_WARM_UP:])
+
+
+def _perplexity(runner: ModelRunner, texts: list[list[int]]) -> tuple[float, int]:
+    """(exp of the mean negative log-likelihood of every token but the windows' first, number of these tokens)."""
+    total, num = 0.0, 0
+    for ids in texts:
+        sequence = _sequence(ids, len(ids))
+        while sequence.num_pending_tokens:
+            start = sequence.num_computed_tokens
+            logits, _ = runner.logits(Batch([sequence], [min(_CHUNK, len(ids) - start)]), every_row=True)
+            sequence.num_computed_tokens += len(logits)
+            targets = torch.tensor(ids[start + 1 : start + 1 + len(logits)], device=logits.device)
+            total += float(functional.cross_entropy(logits[: len(targets)], targets, reduction="sum"))
+        num += len(ids) - 1
+    return math.exp(min(total / num, 700.0)), num
+
+
+def _quantisation(source: Checkpoint, kind: str) -> tuple[list[int], list[int], str]:
+    if kind != "gptq":
+        return [], [], "no"
+    summary = summarise(source)
+    count, total = summary.num_act_order, summary.num_modules
+    act_order = "yes" if count == total else "no" if count == 0 else f"{count} of {total}"
+    return sorted(summary.bits), sorted(summary.group_sizes), act_order
+
+
+def _memory(device: torch.device) -> tuple[int, int]:
+    """(now, at most), bytes."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device)
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def main() -> int:
+    job = msgspec.json.decode(sys.stdin.buffer.read(), type=Job)
+    try:
+        row = measure(job)
+    except (ValueError, OSError, MemoryError) as error:
+        print((str(error).splitlines() or [type(error).__name__])[0], file=sys.stderr)
+        return 1
+    sys.stdout.buffer.write(msgspec.json.encode(row))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,63 @@
+"""What is measured of one model, and the order to measure it. Plain values: they go to another process and back."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+Device = Literal["auto", "cpu", "cuda"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Kind = Literal["gptq", "dense", "dequantised"]
+
+
+class Job(msgspec.Struct, frozen=True):
+    """One row of the table to be."""
+
+    name: str
+    folder: str
+    kind: Kind
+    """gptq; dense: an unquantised folder; dequantised: a GPTQ checkpoint whose weights are dequantised at load"""
+    ckpt: str | None
+    text: str | None
+    context: int | None
+    num_windows: int | None
+    prompt_tokens: int
+    num_tokens: int
+    device: Device
+    dtype: Dtype
+    num_threads: int
+
+
+class Row(msgspec.Struct, frozen=True):
+    """One row of the table. MiB are of 2**20 bytes."""
+
+    name: str
+    kind: Kind
+    shape: list[int]
+    """layers, hidden, intermediate and vocabulary size: rows with the same can be compared"""
+    bits: list[int]
+    """empty: unquantised; more than one: mixed"""
+    group_sizes: list[int]
+    """-1: one group"""
+    act_order: str
+    """yes, no, or how many modules of all"""
+    device: str
+    dtype: str
+    threads: int
+    weights_mib: float
+    resident_mib: float
+    """after decoding: of the process on the CPU, of the allocator on CUDA"""
+    peak_mib: float
+    """the same, at most, loading included"""
+    load_seconds: float
+    seconds_per_token: float
+    """median at batch 1"""
+    decoded_tokens: int
+    context_tokens: int
+    """in the cache when timing began"""
+    perplexity: float | None
+    perplexity_tokens: int
+    """predicted tokens it is the mean over"""
+    window: int | None
+    """tokens of context perplexity was measured with"""

@@ -1,0 +1,219 @@
+"""`gptq-api bench`: memory, perplexity and speed of GPTQ checkpoints beside the unquantised model."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from rich.console import Console
+from rich.table import Table
+
+from gptq_api import __version__
+from gptq_api.bench.row import Job, Kind, Row
+from gptq_api.config import BenchSettings
+from gptq_api.hub import is_hub_name, local_model
+from gptq_api.text.folder import checkpoint_folder
+
+_COLUMNS = ("model", "bits", "group", "act-order", "weights MiB", "peak MiB", "perplexity", "s/token", "speed-up")
+_INTERRUPTED = 130
+_WEIGHTS = (".safetensors", ".pt", ".pth", ".bin")
+_SMALL_BYTES = 64 * 2**20
+
+
+class BenchError(ValueError):
+    """One sentence for the user."""
+
+
+def run(settings: BenchSettings) -> int:
+    """Measure and print. Exit status: 0 measured, 1 a model could not be (a sentence on stderr), 130 stopped by ^C."""
+    try:
+        _check_outputs(settings)
+        rows = [_measure(job) for job in _jobs(settings)]
+    except (ValueError, OSError) as error:
+        print(f"gptq-api bench: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\ngptq-api bench: stopped", file=sys.stderr)
+        return _INTERRUPTED
+    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
+    console.print(_table(rows))
+    for note in _notes(rows, settings):
+        console.print(note, soft_wrap=True)
+    if settings.json_file is not None:
+        report = {"machine": _machine(rows[0]), "rows": [as_json(row, rows[0]) for row in rows]}
+        settings.json_file.write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=2) + b"\n")
+    if settings.png is not None:
+        _chart(rows, settings.png)
+    return 0
+
+
+def _check_outputs(settings: BenchSettings) -> None:
+    """Told now and not after minutes of measuring."""
+    for file in (settings.json_file, settings.png):
+        if file is not None and not file.absolute().parent.is_dir():
+            raise BenchError(f"{file} cannot be written: {file.parent} is no folder")
+    if settings.png is not None and importlib.util.find_spec("matplotlib") is None:
+        raise BenchError("--png needs matplotlib: pip install 'gptq-api[bench]', or leave the option out")
+    if settings.text is not None and not settings.text.is_file():
+        raise BenchError(f"--text {settings.text} is no file")
+
+
+def _jobs(settings: BenchSettings) -> list[Job]:
+    """The unquantised model first."""
+    folders: dict[str, Path] = {}
+    for model in settings.models:
+        on_hub = is_hub_name(model)
+        local = local_model(model, settings.revision if on_hub else None, settings.gptq_ckpt)
+        folder = checkpoint_folder(local)
+        name = model if on_hub or model == "demo" else folder.resolve().name
+        while name in folders:
+            name += "'"
+        folders[name] = folder if Path(local).is_dir() or model == "demo" else Path(local)
+    first, folder = next(iter(folders.items()))
+
+    def job(name: str, folder: Path, kind: Kind) -> Job:
+        return Job(
+            name=name,
+            folder=str(folder),
+            kind=kind,
+            ckpt=None if settings.gptq_ckpt is None else str(settings.gptq_ckpt),
+            text=None if settings.text is None else str(settings.text),
+            context=settings.context,
+            num_windows=settings.num_windows,
+            prompt_tokens=settings.prompt_tokens,
+            num_tokens=settings.num_tokens,
+            device=settings.device,
+            dtype=settings.dtype,
+            num_threads=settings.num_threads or _default_threads(next(iter(folders.values()))),
+        )
+
+    if settings.fp16 is not None:
+        reference = job(settings.fp16.resolve().name, settings.fp16.expanduser(), "dense")
+    else:
+        reference = job(first, folder, "dequantised")
+    return [reference, *(job(name, folder, "gptq") for name, folder in folders.items())]
+
+
+def _default_threads(model: Path) -> int:
+    """What the server takes for the first checkpoint, for all rows: one thread where a step is milliseconds."""
+    files = [model] if model.is_file() else [file for file in model.iterdir() if file.suffix in _WEIGHTS]
+    small = sum(file.stat().st_size for file in files) < _SMALL_BYTES
+    return 1 if small else len(os.sched_getaffinity(0))
+
+
+def _measure(job: Job) -> Row:
+    print(f"measuring {job.name} ({job.kind})", file=sys.stderr, flush=True)
+    command = [sys.executable, "-m", "gptq_api.bench.measure"]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    try:
+        out, err = process.communicate(msgspec.json.encode(job))
+    finally:
+        process.kill()  # where ^C came in between
+    if process.returncode != 0:
+        lines = err.decode(errors="replace").strip().splitlines() or [f"the process left with {process.returncode}"]
+        raise BenchError(f"{job.name}: {lines[-1]}" if job.name not in lines[-1] else lines[-1])
+    return msgspec.json.decode(out, type=Row)
+
+
+def as_json(row: Row, reference: Row) -> dict[str, Any]:
+    return {**msgspec.to_builtins(row), "speed_up": speed_up(row, reference)}
+
+
+def speed_up(row: Row, reference: Row) -> float | None:
+    """None where the two are not the same model in size."""
+    return reference.seconds_per_token / row.seconds_per_token if row.shape == reference.shape else None
+
+
+def _label(row: Row) -> str:
+    if row.kind == "gptq":
+        return row.name
+    return f"{row.name} ({'unquantised' if row.kind == 'dense' else 'dequantised'}, {row.dtype})"
+
+
+def _cells(row: Row, reference: Row) -> list[str]:
+    faster = speed_up(row, reference)
+    return [
+        _label(row),
+        "/".join(map(str, row.bits)) or ("32" if row.dtype == "float32" else "16"),
+        "/".join(map(str, row.group_sizes)) or "-",
+        row.act_order if row.kind == "gptq" else "-",
+        f"{row.weights_mib:.1f}",
+        f"{row.peak_mib:.0f}",
+        "-" if row.perplexity is None else f"{row.perplexity:.4f}",
+        f"{row.seconds_per_token:.6f}",
+        "-" if faster is None else f"{faster:.2f}x",
+    ]
+
+
+def _table(rows: list[Row]) -> Table:
+    table = Table(*_COLUMNS)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for row in rows:
+        table.add_row(*_cells(row, rows[0]))
+    return table
+
+
+def _notes(rows: list[Row], settings: BenchSettings) -> list[str]:
+    first = rows[0]
+    machine = f"the CPU, threads: {first.threads}" if first.device == "cpu" else first.device
+    notes = [
+        f"on {machine}, activations {'/'.join(dict.fromkeys(row.dtype for row in rows))}; s/token: median of "
+        f"{first.decoded_tokens} tokens at batch 1 after {first.context_tokens}"
+    ]
+    if first.kind == "dequantised":
+        notes.append(
+            f"the first row is {first.name} itself with its weights dequantised at load, so its perplexity is that of "
+            "the quantised weights; --fp16 FOLDER measures the original"
+        )
+    if first.perplexity is not None and settings.text is not None:
+        notes.append(
+            f"perplexity: {first.perplexity_tokens} tokens of {settings.text.name} in windows of {first.window}"
+        )
+    return notes
+
+
+def _machine(row: Row) -> dict[str, Any]:
+    model = ""
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            model = line.split(":", 1)[1].strip()
+            break
+    return {
+        "device": row.device,
+        "cpu": model,
+        "cores": len(os.sched_getaffinity(0)),
+        "python": platform.python_version(),
+        "torch": importlib.metadata.version("torch"),
+        "gptq_api": __version__,
+    }
+
+
+def _chart(rows: list[Row], file: Path) -> None:
+    """Bars of memory, time and, where it was measured, perplexity; the numbers stand on them."""
+    from matplotlib.figure import Figure
+
+    quantities: list[tuple[str, list[float | None], str]] = [
+        ("weights, MiB", [row.weights_mib for row in rows], "{:.0f}"),
+        ("median ms/token, batch 1", [1000 * row.seconds_per_token for row in rows], "{:.3f}"),
+    ]
+    if any(row.perplexity is not None for row in rows):
+        quantities.append(("perplexity", [row.perplexity for row in rows], "{:.3f}"))
+    figure = Figure(figsize=(4.2 * len(quantities), 1.6 + 0.5 * len(rows)), layout="constrained")
+    for i, (title, values, form) in enumerate(quantities):
+        axes = figure.add_subplot(1, len(quantities), i + 1)
+        bars = axes.barh(range(len(rows)), [value or 0.0 for value in values], color=["0.6"] + ["C0"] * (len(rows) - 1))
+        axes.bar_label(bars, ["-" if value is None else form.format(value) for value in values], padding=3)
+        axes.set_yticks(range(len(rows)), [_label(row) for row in rows] if i == 0 else [])
+        axes.invert_yaxis()
+        axes.set_xticks([])
+        axes.margins(x=0.35)
+        axes.set_title(title)
+    figure.savefig(file, dpi=150, format="png")
