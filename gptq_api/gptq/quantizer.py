@@ -224,10 +224,10 @@ def quantize(weight: Tensor, factor: Factor, settings: QuantizeSettings) -> Quan
             rounded = params.round(column, maxq)
             q[c] = rounded.to(torch.uint8)
             error = (column - params.scale * (rounded - params.zero)) / upper[c, c]
-            loss += error.double().square().sum() / 2
             block[:, i:] -= error[:, None] * upper[c, c:end]
             errors[:, i] = error
         w[:, end:] -= errors @ upper[begin:end, end:]
+        loss += errors.double().square().sum() / 2
 
     position = torch.arange(num_inputs, device=w.device)
     inverse = torch.argsort(perm)
