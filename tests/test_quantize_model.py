@@ -317,3 +317,15 @@ def test_chats_and_documents_as_calibration(trained: Path, tmp_path: Path) -> No
     file.write_text("\n".join(map(json.dumps, lines)) + "\n")
     assert run(settings(trained, tmp_path / "out", calibration=file, num_samples=10, num_eval_samples=4)) == 0
     assert "10 samples of at most 64 of chats.jsonl" in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_cuda_makes_as_good_a_checkpoint(trained: Path, tmp_path: Path) -> None:
+    """The same texts and recipe: perplexity before is the same, and after differs by what rounding decides."""
+    found = {}
+    for device in ("cpu", "cuda"):
+        assert run(settings(trained, tmp_path / device, device=device, act_order=True)) == 0
+        found[device] = perplexities(tmp_path / device)
+    assert found["cuda"][0] == pytest.approx(found["cpu"][0], rel=1e-4)
+    assert found["cuda"][1] == pytest.approx(found["cpu"][1], rel=0.02)

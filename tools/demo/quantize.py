@@ -2,8 +2,8 @@
 
     python -m tools.demo.quantize FOLDER --out gptq_api/demo/model
 
-Layer by layer, in true-sequential order (k, v, q | o | up, gate | down): what a module sees is what the modules before
-it make after quantisation. The calibration chats come from the generator, with a seed that training did not use.
+The quantising is that of `gptq-api quantize`. The calibration chats come from the generator, with a seed that training
+did not use.
 """
 
 from __future__ import annotations
@@ -11,24 +11,24 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-from dataclasses import replace
+import tempfile
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from gptq_api.gptq.packing import pack_qweight, pack_qzeros, unpack_qweight, unpack_qzeros
-from gptq_api.gptq.quantizer import Hessian, QuantizedLinear, QuantizeSettings, factorize, quantize, round_to_nearest
+from gptq_api.gptq.dense import open_dense
+from gptq_api.gptq.packing import unpack_qweight, unpack_qzeros
+from gptq_api.gptq.quantizer import QuantizedLinear, QuantizeSettings
+from gptq_api.model.config import read_config
+from gptq_api.quantize.block import Texts
+from gptq_api.quantize.driver import Recipe, quantise_model
+from gptq_api.quantize.output import MAX_SHARD_BYTES, write_checkpoint
+from gptq_api.quantize.work import ModuleReport, WorkFolder
 from tools.demo.dataset import Chats
 
-STAGES = (
-    ("self_attn.k_proj", "self_attn.v_proj", "self_attn.q_proj"),
-    ("self_attn.o_proj",),
-    ("mlp.up_proj", "mlp.gate_proj"),
-    ("mlp.down_proj",),
-)
 CALIBRATION_SEED = 2_000_001
 
 
@@ -116,90 +116,34 @@ def spread_channels(model: LlamaForCausalLM, batches: list[tuple[Tensor, Tensor]
         mlp.down_proj.weight.div_(by)
 
 
-Batches = list[tuple[Tensor, Tensor]]
-"""(hidden states [B, L, hidden], bool [B, L]: text and not padding)"""
+def quantise(
+    model: LlamaForCausalLM, source: Path, out: Path, batches: list[tuple[Tensor, Tensor]], recipe: Recipe
+) -> list[ModuleReport]:
+    """`model` as an ordinary GPTQ checkpoint in `out`, with the configs and the tokenizer of `source`. batches: (ids,
+    is text) [B, L]."""
+    with tempfile.TemporaryDirectory() as scratch:
+        floats, checkpoint = Path(scratch) / "floats", Path(scratch) / "checkpoint"
+        model.save_pretrained(floats)
+        raw = json.loads((source / "config.json").read_text())
+        raw.pop("quantization_config", None)
+        (floats / "config.json").write_text(json.dumps({**raw, "dtype": "float32"}))
+        for name in ("generation_config.json", "tokenizer.json", "tokenizer_config.json"):
+            shutil.copyfile(source / name, floats / name)
+        dense, config = open_dense(floats), read_config(floats)
+        texts = [Texts(ids, is_text) for ids, is_text in batches]
+        with WorkFolder(checkpoint, {}) as work:
+            cpu = torch.device("cpu")
+            outcome = quantise_model(dense, config, recipe, texts, [], work, cpu, _print)
+            # Tools disagree on how a v1 file says "zero point 0"; the demo must not depend on it.
+            assert not any(report.num_low_zeros for report in outcome.reports)
+            write_checkpoint(dense, config, recipe, "", work, MAX_SHARD_BYTES)
+        (checkpoint / "README.md").unlink()  # the demo's card is gptq_api/demo/MODEL_CARD.md
+        shutil.copytree(checkpoint, out, dirs_exist_ok=True)
+    return outcome.reports
 
 
-def run_layer(model: LlamaForCausalLM, layer: nn.Module, hidden: Tensor) -> Tensor:
-    positions = torch.arange(hidden.shape[1])[None]
-    rotary = model.model.rotary_emb(hidden, positions)
-    out = layer(hidden, attention_mask=None, position_ids=positions, position_embeddings=rotary)
-    return out[0] if isinstance(out, tuple) else out
-
-
-def hessian_of(model: LlamaForCausalLM, layer: nn.Module, linear: nn.Linear, batches: Batches) -> Tensor:
-    """Of what `linear` sees when `layer` runs over `batches`."""
-    hessian = Hessian(linear.in_features)
-    seen: list[Tensor] = []
-    handle = linear.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    try:
-        for hidden, is_text in batches:
-            run_layer(model, layer, hidden)
-            hessian.add(seen.pop()[is_text])
-    finally:
-        handle.remove()
-    return hessian.matrix()
-
-
-@torch.inference_mode()
-def quantize_model(
-    model: LlamaForCausalLM, batches: list[tuple[Tensor, Tensor]], settings: QuantizeSettings, nearest: bool = False
-) -> dict[str, QuantizedLinear]:
-    """Every Linear of every layer; the model's weights become the dequantised ones. batches: (ids, is text) [B, L]."""
-    done: dict[str, QuantizedLinear] = {}
-    hidden = [] if nearest else [(model.model.embed_tokens(ids), is_text) for ids, is_text in batches]
-    for i, layer in enumerate(model.model.layers):
-        for stage in STAGES:
-            modules = {name: layer.get_submodule(name) for name in stage}
-            if not nearest:
-                factor = factorize(hessian_of(model, layer, next(iter(modules.values())), hidden), settings)
-            for name, module in modules.items():
-                weight = module.weight
-                result = round_to_nearest(weight, settings) if nearest else quantize(weight, factor, settings)
-                # What is stored is float16: the layers that follow shall see that.
-                stored = replace(result, scales=result.scales.half().float())
-                module.weight.copy_(stored.dequantize())
-                done[f"model.layers.{i}.{name}"] = stored
-        hidden = [(run_layer(model, layer, h), is_text) for h, is_text in hidden]
-        print(f"layer {i}: loss {sum(r.loss for n, r in done.items() if f'.{i}.' in n):.4f}", flush=True)
-    return done
-
-
-def save(
-    source: Path, out: Path, model: LlamaForCausalLM, results: dict[str, QuantizedLinear], settings: QuantizeSettings
-) -> None:
-    """An ordinary GPTQ checkpoint: v1 zero points, float16 scales and float16 for all that is not quantised."""
-    out.mkdir(parents=True, exist_ok=True)
-    tensors: dict[str, Tensor] = {}
-    for name, parameter in model.state_dict().items():
-        if name.removesuffix(".weight") not in results and name != "lm_head.weight":
-            tensors[name] = parameter.half().contiguous()
-    for module, result in results.items():
-        # Tools disagree on how a v1 file says "zero point 0"; the demo must not depend on it.
-        assert int(result.zeros.min()) > 0, f"{module} has a zero point of 0"
-        tensors[f"{module}.qweight"] = pack_qweight(result.q, settings.bits).contiguous()
-        tensors[f"{module}.qzeros"] = pack_qzeros(result.zeros, settings.bits).contiguous()
-        tensors[f"{module}.scales"] = result.scales.half().contiguous()
-        tensors[f"{module}.g_idx"] = result.g_idx.contiguous()
-    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
-    quantization = {
-        "bits": settings.bits,
-        "group_size": settings.group_size,
-        "desc_act": settings.desc_act,
-        "static_groups": settings.static_groups,
-        "sym": settings.sym,
-        "true_sequential": True,
-        "damp_percent": settings.damp_percent,
-        "lm_head": False,
-        "quant_method": "gptq",
-        "checkpoint_format": "gptq",
-    }
-    config = json.loads((source / "config.json").read_text())
-    config = {**config, "dtype": "float16", "quantization_config": quantization}
-    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    (out / "quantize_config.json").write_text(json.dumps(quantization, indent=2) + "\n")
-    for name in ("generation_config.json", "tokenizer.json", "tokenizer_config.json"):
-        shutil.copyfile(source / name, out / name)
+def _print(report: ModuleReport) -> None:
+    print(report.module, "" if report.error is None else f"output error {100 * report.error:.3f} %", flush=True)
 
 
 def calibration(tokenizer_json: Path, num: int) -> list[tuple[Tensor, Tensor]]:
@@ -230,8 +174,7 @@ def main() -> None:
     model = load_float(args.folder)
     batches = calibration(args.folder / "tokenizer.json", args.calibration_chats)
     spread_channels(model, batches, args.spread_octaves)
-    results = quantize_model(model, batches, settings, args.nearest)
-    save(args.folder, args.out, model, results, settings)
+    quantise(model, args.folder, args.out, batches, Recipe(settings, nearest=args.nearest))
 
 
 if __name__ == "__main__":
