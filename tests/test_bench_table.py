@@ -87,18 +87,7 @@ def test_rows_against_transformers_and_both_files(
     assert "tokens of LICENSE in windows of 100" in out
 
 
-def test_without_an_fp16_folder_the_first_row_says_what_it_is(
-    folders: dict[str, Path], capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert run(settings(models=[str(folders["gptq"])])) == 0
-    out = capsys.readouterr().out
-    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in out.splitlines() if line.startswith("│")]
-    assert rows[0][0] == "tiny-gptq (dequantised, float32)" and rows[0][1] == "32"
-    assert [row[6] for row in rows] == ["-", "-"]
-    assert "--fp16 FOLDER measures the original" in out
-
-
-def test_the_demo_model_with_no_flags_to_know(tmp_path: Path) -> None:
+def test_the_demo_model_alone_says_what_its_first_row_is(tmp_path: Path) -> None:
     file = tmp_path / "bench.json"
     command = [
         sys.executable,
@@ -117,6 +106,10 @@ def test_the_demo_model_with_no_flags_to_know(tmp_path: Path) -> None:
     rows = json.loads(file.read_text())["rows"]
     assert [(row["name"], row["kind"]) for row in rows] == [("demo", "dequantised"), ("demo", "gptq")]
     assert rows[1]["weights_mib"] < 0.6 * rows[0]["weights_mib"]
+    shown = [[cell.strip() for cell in line.split("│")[1:-1]] for line in done.stdout.splitlines() if line[0] == "│"]
+    assert shown[0][:2] == ["demo (dequantised, bfloat16)", "16"] and shown[1][:4] == ["demo", "4", "32", "yes"]
+    assert [row[6] for row in shown] == ["-", "-"]
+    assert "--fp16 FOLDER measures the original" in done.stdout
 
 
 def refused(capsys: pytest.CaptureFixture[str], **values: Any) -> str:

@@ -52,7 +52,7 @@ def _run(settings: QuantizeSettings) -> None:
     from gptq_api.model.config import read_config
     from gptq_api.model.runner import resolve_device
     from gptq_api.quantize.block import batches
-    from gptq_api.quantize.card import Texts, low_zeros_warning, model_card
+    from gptq_api.quantize.card import TextsInWords, low_zeros_warning, model_card
     from gptq_api.quantize.driver import Recipe, check_shapes, quantise_model
     from gptq_api.quantize.output import MAX_SHARD_BYTES, write_checkpoint
     from gptq_api.quantize.work import WorkFolder
@@ -99,7 +99,7 @@ def _run(settings: QuantizeSettings) -> None:
                 bar.report,
             )
         name = settings.model_path if is_hub_name(settings.model_path) else folder.resolve().name
-        words = Texts(texts.calibration_words, texts.evaluation_words)
+        words = TextsInWords(texts.calibration_words, texts.evaluation_words)
         card = model_card(out.resolve().name, name, recipe, words, outcome)
         write_checkpoint(source, config, recipe, card, work, MAX_SHARD_BYTES)
     low = sum(report.num_low_zeros for report in outcome.reports)

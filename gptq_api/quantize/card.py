@@ -9,14 +9,14 @@ from gptq_api.quantize.driver import Outcome, Recipe
 
 
 @dataclass(frozen=True)
-class Texts:
-    """In words, for the card."""
+class TextsInWords:
+    """What was calibrated and measured on."""
 
     calibration: str
     evaluation: str
 
 
-def model_card(name: str, source: str, recipe: Recipe, texts: Texts, outcome: Outcome) -> str:
+def model_card(name: str, source: str, recipe: Recipe, texts: TextsInWords, outcome: Outcome) -> str:
     """`source`: what the model was called where it came from."""
     s = recipe.settings
     group = "one group per output channel" if s.group_size == -1 else f"groups of {s.group_size}"
