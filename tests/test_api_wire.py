@@ -10,7 +10,7 @@ from typing import Any
 
 import openai
 import pytest
-from server import RawStream, Server, chat_body, stream_chunks
+from server import RawStream, Server, chat_body, stream_chunks, wait_for
 
 LONG = {"ignore_eos": True, "temperature": 0}
 
@@ -150,7 +150,12 @@ def test_request_ids(server: Server) -> None:
 
 def test_the_log_says_one_line_per_request_and_no_text(server: Server) -> None:
     server.post("/v1/chat/completions", chat_body("a very private matter", max_tokens=3), x_request_id="log-test")
-    lines = [line for line in server.log().splitlines() if "log-test" in line]
+
+    def found() -> list[str]:
+        return [line for line in server.log().splitlines() if "log-test" in line]
+
+    wait_for(found, 5)  # it is written once the answer is on its way
+    lines = found()
     assert len(lines) == 1
     assert "status=200" in lines[0] and "tokens_out=" in lines[0] and "ttft_ms=" in lines[0]
     assert "private" not in server.log()
