@@ -125,6 +125,7 @@ def test_bad_inputs_are_one_sentence(
 ) -> None:
     models = [str(folders["gptq"])]
     assert "does not exist" in refused(capsys, models=[str(tmp_path / "nowhere")])
+    assert "--revision main is for models on the hub" in refused(capsys, models=models, revision="main")
     assert "no folder" in refused(capsys, models=models, json_file=tmp_path / "no" / "bench.json")
     assert "--text" in refused(capsys, models=models, text=tmp_path / "none.txt")
     assert "is quantised already" in refused(capsys, models=models, fp16=folders["gptq"])

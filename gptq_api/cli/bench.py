@@ -68,9 +68,11 @@ def _check_outputs(settings: BenchSettings) -> None:
 def _jobs(settings: BenchSettings) -> list[Job]:
     """The unquantised model first."""
     folders: dict[str, Path] = {}
+    none_on_hub = not any(map(is_hub_name, settings.models))
     for model in settings.models:
         on_hub = is_hub_name(model)
-        local = local_model(model, settings.revision if on_hub else None, settings.gptq_ckpt)
+        revision = settings.revision if on_hub or none_on_hub else None
+        local = local_model(model, revision, settings.gptq_ckpt)
         folder = checkpoint_folder(local)
         name = model if on_hub or model == "demo" else folder.resolve().name
         while name in folders:
