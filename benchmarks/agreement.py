@@ -5,7 +5,7 @@ preempted and recomputed; and once more, with its prefix in the cache. Written a
 tokens as alone, per activation type. Prompts are random: half are token ids, half are sentences of the tokenizer's
 own words, lengths 4 to 120 tokens.
 
-    python benchmarks/agreement.py --prompts 1000 --out benchmarks/results/agreement-cpu.json
+    python benchmarks/agreement.py --prompts bfloat16:1000,float32:150 --out benchmarks/results/agreement-cpu.json
 """
 
 from __future__ import annotations
@@ -100,15 +100,14 @@ async def measure(model: str, dtype: str, prompts: list[list[int]], max_tokens: 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="demo")
-    parser.add_argument("--dtypes", default="float32,bfloat16")
-    parser.add_argument("--prompts", type=int, default=1000)
+    parser.add_argument("--prompts", default="bfloat16:1000,float32:150", help="activation type:number of prompts, ...")
     parser.add_argument("--max-tokens", type=int, default=24)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    prompts = random_prompts(args.model, args.prompts, args.seed)
     rows = []
-    for dtype in args.dtypes.split(","):
+    for dtype, count in (item.split(":") for item in args.prompts.split(",")):
+        prompts = random_prompts(args.model, int(count), args.seed)
         rows.append(asyncio.run(measure(args.model, dtype, prompts, args.max_tokens)))
         print(json.dumps(rows[-1]))
     if args.out:
