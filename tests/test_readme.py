@@ -38,6 +38,8 @@ def test_the_sdk_example_streams_the_right_answer(server: Server) -> None:
 def test_the_settings_table_is_up_to_date() -> None:
     check = [sys.executable, str(ROOT / "tools" / "settings_table.py"), "--check"]
     assert subprocess.run(check, check=False).returncode == 0, "run tools/settings_table.py"
+    rows = README.split("| flag | default | |\n")[1].split("<!-- end")[0].splitlines()
+    assert all(row.startswith("|") and row.endswith("|") for row in rows), "a row in two lines is no table"
 
 
 def test_its_files_and_make_targets_exist() -> None:

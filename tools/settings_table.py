@@ -31,7 +31,7 @@ def table() -> str:
     rows = [f"Environment: `{ENV_PREFIX}` and the name in capitals, such as `{ENV_PREFIX}MAX_NUM_SEQS`.", ""]
     rows += ["| flag | default | |", "|---|---|---|"]
     for name, field in Settings.model_fields.items():
-        text = (field.description or "") + choices_of(field.annotation)
+        text = " ".join((field.description or "").split()) + choices_of(field.annotation)
         rows.append(f"| `{flag(name)}` | {default_of(field.get_default(call_default_factory=True))} | {text} |")
     return "\n".join(rows) + "\n"
 

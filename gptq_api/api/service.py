@@ -53,7 +53,7 @@ class Service:
         self.auth = Authenticator(self.settings.api_key)
         identity = f"{__version__} {self.model_name} {ready.device} {ready.dtype} {ready.vocab_size}"
         self.fingerprint = "fp_" + hashlib.sha256(identity.encode()).hexdigest()[:10]
-        self.max_tokens = min(ready.max_model_len, ready.num_blocks * ready.block_size)
+        self.max_tokens = ready.max_model_len
         self.max_token_bytes = max(len(self.tokenizer.token_bytes(i)) for i in range(self.tokenizer.vocab_size))
         # one thread: rendering and encoding must not stand on the event loop, nor take the engine's cores
         self._text_thread = ThreadPoolExecutor(1, thread_name_prefix="text")

@@ -185,7 +185,7 @@ class _Bar:
     """Progress on a terminal; a line per layer elsewhere."""
 
     def __init__(self, console: Console, num_modules: int) -> None:
-        self._console, self._num_modules = console, num_modules
+        self._console = console
         self._progress = Progress(
             TextColumn("{task.description:<36}"),
             BarColumn(),

@@ -67,14 +67,12 @@ class Delta:
 class Generation:
     """One sequence's mailbox. Filling it never blocks; a slow reader gets its tokens merged."""
 
-    __slots__ = ("_delta", "_error", "_news", "finish_reason", "num_cached_tokens", "num_tokens")
+    __slots__ = ("_delta", "_error", "_news", "finish_reason", "num_cached_tokens")
 
     def __init__(self) -> None:
         self.finish_reason: FinishReason | None = None
         self.num_cached_tokens = 0
         """prompt tokens that came from the prefix cache; known with the first token"""
-        self.num_tokens = 0
-        """tokens received so far"""
         self._delta = Delta()
         self._error: Exception | None = None
         self._news = asyncio.Event()
@@ -83,7 +81,6 @@ class Generation:
         self._delta.tokens.append(token)
         if logprobs is not None:
             self._delta.logprobs.append(logprobs)
-        self.num_tokens += 1
         self._news.set()
 
     def finish(self, reason: FinishReason) -> None:
@@ -118,7 +115,6 @@ class EngineClient:
         self.settings = settings
         self.alive = False
         self.stats = _NO_STATS
-        self.num_steps = 0
         self.on_step: Callable[[StepOutput], None] | None = None
         """called with every step's output, for metrics"""
         self._stopping = False
@@ -217,7 +213,6 @@ class EngineClient:
 
     def _deliver(self, step: StepOutput) -> None:
         self.stats = step.stats
-        self.num_steps += 1
         generations = self._generations
         for sequence_id, num_cached in step.cached_tokens.items():
             if generation := generations.get(sequence_id):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import Protocol
 
 from gptq_api.scheduler.scheduler import Scheduler
@@ -21,8 +20,6 @@ class Engine:
 
     def __init__(self, runner: Runner, scheduler: Scheduler) -> None:
         self.runner, self.scheduler = runner, scheduler
-        self.num_steps = 0
-        self.busy_s = 0.0
         self._refused: dict[int, FinishReason] = {}
 
     def add(self, message: Add) -> None:
@@ -41,7 +38,6 @@ class Engine:
 
     def step(self) -> StepOutput:
         """Advance every scheduled sequence once and report what each of them got."""
-        started = time.perf_counter()
         batch = self.scheduler.schedule()
         sampled = self.runner.run(batch) if batch.sequences else Sampled([], [])
         fresh = [seq for seq in batch.sequences if seq.num_output_tokens == 0]
@@ -58,8 +54,6 @@ class Engine:
                     logprobs[seq.sequence_id] = logprob
         finished, self._refused = self._refused, {}
         finished |= {seq.sequence_id: reason for seq, reason in done.items()}
-        self.num_steps += 1
-        self.busy_s += time.perf_counter() - started
         return StepOutput(
             sequence_ids=pack_ids(ids),
             tokens=pack_ids(tokens),

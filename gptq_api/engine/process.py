@@ -76,7 +76,7 @@ def _serve(sock: socket.socket, inbox: Inbox, settings: Settings) -> int:
     gc.collect()
     gc.freeze()  # the weights never die: keep the collector off them
     ready = Ready(
-        max_model_len=min(runner.max_model_len, runner.num_blocks * runner.block_size),
+        max_model_len=runner.max_model_len,
         vocab_size=runner.vocab_size,
         block_size=runner.block_size,
         num_blocks=runner.num_blocks,
