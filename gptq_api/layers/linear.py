@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from gptq_api.kernels import cpu
 from gptq_api.kernels.reference import ReferenceWeight, pad_rows
+from gptq_api.layers.activation import silu_and_multiply
 
 
 class Weight(Protocol):
@@ -33,11 +34,19 @@ class Linear(Protocol):
 
     path: str
     """for people: the kernel, and why where it is a slow one"""
+    perm: Tensor | None
+    """int32 [K]: `forward` takes x[:, perm], which whoever makes x does at no cost; None: x as it is. Only packed CUDA
+    weights of act-order checkpoints have one."""
 
     @property
     def num_bytes(self) -> int: ...
 
-    def forward(self, x: Tensor) -> Tensor: ...
+    def forward(
+        self, x: Tensor, out: Tensor | None = None, *, residual: Tensor | None = None, silu_mul: bool = False
+    ) -> Tensor:
+        """`silu_mul`: SiLU of the first half of y times the second half, [M, N / 2]. Then `residual` is added; it may
+        be `out`, which holds the result where given."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -68,6 +77,7 @@ class GPTQLinear:
 
     def __init__(self, weight: Weight, bias: Tensor | None, path: str) -> None:
         self._weight, self._bias, self.path = weight, bias, path
+        self.perm: Tensor | None = None
 
     @classmethod
     def load(
@@ -98,9 +108,20 @@ class GPTQLinear:
     def num_bytes(self) -> int:
         return self._weight.num_bytes + (0 if self._bias is None else self._bias.numel() * self._bias.element_size())
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(
+        self, x: Tensor, out: Tensor | None = None, *, residual: Tensor | None = None, silu_mul: bool = False
+    ) -> Tensor:
         y = self._weight.matmul(x)
-        return y if self._bias is None else y.add_(self._bias)
+        return _finish(y if self._bias is None else y.add_(self._bias), out, residual, silu_mul)
+
+
+def _finish(y: Tensor, out: Tensor | None, residual: Tensor | None, silu_mul: bool) -> Tensor:
+    """What a fused kernel does on the way, one step after the other."""
+    if silu_mul:
+        y = silu_and_multiply(y)
+    if residual is not None:
+        return torch.add(y, residual, out=out)
+    return y if out is None else out.copy_(y)
 
 
 def _own(tensor: Tensor, device: torch.device) -> Tensor:
@@ -112,6 +133,7 @@ class DenseLinear:
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         self._weight, self._bias = weight, bias
+        self.perm: Tensor | None = None
         self.path = f"dense {str(weight.dtype).removeprefix('torch.')}"
 
     @property
@@ -123,9 +145,11 @@ class DenseLinear:
         """Whether this is the same memory as `weight` (a head tied to the embedding)."""
         return self._weight.data_ptr() == weight.data_ptr()
 
-    def forward(self, x: Tensor) -> Tensor:
-        num_rows = x.shape[0]
-        return functional.linear(pad_rows(x.to(self._weight.dtype)), self._weight, self._bias)[:num_rows]
+    def forward(
+        self, x: Tensor, out: Tensor | None = None, *, residual: Tensor | None = None, silu_mul: bool = False
+    ) -> Tensor:
+        y = functional.linear(pad_rows(x.to(self._weight.dtype)), self._weight, self._bias)[: x.shape[0]]
+        return _finish(y, out, residual, silu_mul)
 
 
 class SplitLinear:
@@ -134,11 +158,14 @@ class SplitLinear:
 
     def __init__(self, parts: list[Linear]) -> None:
         self._parts = parts
+        self.perm: Tensor | None = None
         self.path = " + ".join(dict.fromkeys(part.path for part in parts))
 
     @property
     def num_bytes(self) -> int:
         return sum(part.num_bytes for part in self._parts)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.cat([part.forward(x) for part in self._parts], -1)
+    def forward(
+        self, x: Tensor, out: Tensor | None = None, *, residual: Tensor | None = None, silu_mul: bool = False
+    ) -> Tensor:
+        return _finish(torch.cat([part.forward(x) for part in self._parts], -1), out, residual, silu_mul)
