@@ -253,16 +253,16 @@ FAULTS = """
 import sys
 if "gptq_api.engine.process" in sys.orig_argv:
     from gptq_api.model.runner import ModelRunner
-    run = ModelRunner.run
+    launch = ModelRunner.launch
     def faulty(self, batch):
-        sampled = run(self, batch)
+        sampled = launch(self, batch)
         for i, sequence in enumerate(batch.sequences):
             if sequence.params.seed == 666 and sequence.num_output_tokens == 5:
                 sampled.tokens[i] = -1
             if sequence.params.seed == 667 and sequence.num_output_tokens == 5:
                 raise RuntimeError("injected")
         return sampled
-    ModelRunner.run = faulty
+    ModelRunner.launch = faulty
 """
 
 

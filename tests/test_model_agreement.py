@@ -25,7 +25,7 @@ def load(folder: Path, **settings: Any) -> ModelRunner:
 
 def all_logits(runner: ModelRunner, ids: list[int]) -> torch.Tensor:
     sequence = Sequence(1, list(ids), SamplingParams(max_tokens=1), block_table=list(range(2, 2 + len(ids) // 16 + 1)))
-    return runner.logits(Batch([sequence], [len(ids)]), every_row=True)[0]
+    return runner.logits(Batch.of([sequence], [len(ids)]), every_row=True)[0]
 
 
 def check(model: RandomModel, folder: Path, ids: list[int] = IDS, **settings: Any) -> ModelRunner:

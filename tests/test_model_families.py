@@ -79,13 +79,13 @@ def test_a_row_in_a_window_is_the_same_in_chunks_and_in_company(
     table = list(range(100, 100 + 41))
     one = Sequence(1, list(ids), SamplingParams(max_tokens=1), block_table=table)
     for n in (1, 200, 320, 128):
-        runner.logits(Batch([one], [n]))
+        runner.logits(Batch.of([one], [n]))
         one.num_computed_tokens += n
     others = [
         Sequence(2 + i, LONG[: 90 * i + 1], SamplingParams(max_tokens=1), block_table=list(range(50 * i, 50 * i + 30)))
         for i in (3, 4, 5)
     ]
-    got, _ = runner.logits(Batch([*others, one], [len(s.token_ids) for s in others] + [1]))
+    got, _ = runner.logits(Batch.of([*others, one], [len(s.token_ids) for s in others] + [1]))
     assert one.num_computed_tokens == 649 and torch.equal(got[-1], whole)
 
 

@@ -58,7 +58,7 @@ def sequence(ids: list[int], blocks: Blocks, num_output: int = 30, **params: Any
 
 def step(runner: ModelRunner, sequences: list[Sequence], num_new: list[int]) -> None:
     """What scheduler and engine do around a step."""
-    sampled = runner.run(Batch(sequences, num_new))
+    sampled = runner.launch(Batch.of(sequences, num_new))
     for s, n, token in zip(sequences, num_new, sampled.tokens, strict=True):
         s.num_computed_tokens += n
         if token is not None:
@@ -90,23 +90,23 @@ def test_logits_are_the_same_bits_alone_and_in_company(runner: ModelRunner, num_
     texts = prompts(9, seed=3)
     blocks = Blocks(runner)
     together = [sequence(ids, blocks) for ids in texts]
-    batched, sampling = runner.logits(Batch(together, [len(ids) for ids in texts]))
+    batched, sampling = runner.logits(Batch.of(together, [len(ids) for ids in texts]))
     assert sampling == list(range(9))
     for i, ids in enumerate(texts):
         one = sequence(ids, Blocks(runner, i))
-        assert torch.equal(runner.logits(Batch([one], [len(ids)]))[0][0], batched[i])
+        assert torch.equal(runner.logits(Batch.of([one], [len(ids)]))[0][0], batched[i])
     torch.set_num_threads(1)
 
 
 def test_the_last_logits_of_a_prompt_are_the_same_however_it_is_cut(runner: ModelRunner) -> None:
     ids = prompts(1, seed=4, longest=300)[0] + [7] * 250
     whole = sequence(ids, Blocks(runner))
-    expected = runner.logits(Batch([whole], [len(ids)]))[0]
+    expected = runner.logits(Batch.of([whole], [len(ids)]))[0]
     for cuts in ([1], [16, 17, 100], list(range(1, 40))):
         s = sequence(ids, Blocks(runner, 5))
         for cut in cuts:
             step(runner, [s], [cut - s.num_computed_tokens])
-        got = runner.logits(Batch([s], [s.num_pending_tokens]))[0]
+        got = runner.logits(Batch.of([s], [s.num_pending_tokens]))[0]
         assert torch.equal(got, expected)
 
 
@@ -153,8 +153,8 @@ def test_seeded_sampling_does_not_depend_on_neighbours(runner: ModelRunner) -> N
 def test_logprobs_are_those_of_the_raw_logits(runner: ModelRunner) -> None:
     ids = prompts(1, seed=10)[0]
     s = sequence(ids, Blocks(runner), temperature=0.7, top_logprobs=3, logit_bias={5: 100.0})
-    table = runner.logits(Batch([s], [len(ids)]))[0][0].log_softmax(-1)
-    sampled = runner.run(Batch([s], [len(ids)]))
+    table = runner.logits(Batch.of([s], [len(ids)]))[0][0].log_softmax(-1)
+    sampled = runner.launch(Batch.of([s], [len(ids)]))
     assert sampled.tokens == [5]
     found = sampled.logprobs[0]
     assert found is not None and found.logprob == pytest.approx(table[5].item(), abs=1e-5)
@@ -165,8 +165,8 @@ def test_logprobs_are_those_of_the_raw_logits(runner: ModelRunner) -> None:
 
 def test_a_chunk_that_ends_before_the_last_token_samples_nothing(runner: ModelRunner) -> None:
     s = sequence([5] * 40, Blocks(runner))
-    assert runner.run(Batch([s], [39])).tokens == [None]
-    assert runner.run(Batch([], [])).tokens == []
+    assert runner.launch(Batch.of([s], [39])).tokens == [None]
+    assert runner.launch(Batch.of([], [])).tokens == []
 
 
 def test_not_finite_is_one_sequences_fault_and_leaves_no_trace(folder: Path) -> None:
@@ -177,7 +177,7 @@ def test_not_finite_is_one_sequences_fault_and_leaves_no_trace(folder: Path) -> 
     blocks = Blocks(runner)
     sick = sequence([4, 90, 6], blocks)
     well = sequence(healthy[0], blocks)
-    sampled = runner.run(Batch([sick, well], [3, 4]))
+    sampled = runner.launch(Batch.of([sick, well], [3, 4]))
     assert sampled.tokens == [-1, expected[0][0]]
     # The next owner of the sick sequence's blocks sees them beyond its own end.
     heir = sequence(healthy[1], blocks)

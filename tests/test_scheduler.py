@@ -56,17 +56,19 @@ class World:
         assert batch.num_tokens <= scheduler.max_num_batched_tokens
         assert len(batch.sequences) <= scheduler.max_num_seqs
         assert len(set(batch.sequences)) == len(batch.sequences)
-        for seq, n in zip(batch.sequences, batch.num_new_tokens, strict=True):
+        spans = list(zip(batch.sequences, batch.num_computed_tokens, batch.num_new_tokens, strict=True))
+        for seq, start, n in spans:
             assert seq in scheduler.running and n >= 1
-            for position in range(seq.num_computed_tokens, seq.num_computed_tokens + n):
+            for position in range(start, start + n):
                 self.kv[self.slot(seq, position)] = (seq.cache_salt, tuple(seq.token_ids[: position + 1]))
-        for seq, n in zip(batch.sequences, batch.num_new_tokens, strict=True):  # after all writes: as a layer does
-            for position in range(seq.num_computed_tokens + n):
+        for seq, start, n in spans:  # after all writes: as a layer does
+            assert seq.num_computed_tokens == start + n
+            for position in range(start + n):
                 expected = (seq.cache_salt, tuple(seq.token_ids[: position + 1]))
                 assert self.kv.get(self.slot(seq, position)) == expected, "stale KV read"
+        assert batch.samples == [start + n == len(seq.token_ids) for seq, start, n in spans]
         tokens: list[int | None] = []
-        for seq, n in zip(batch.sequences, batch.num_new_tokens, strict=True):
-            samples = seq.num_computed_tokens + n == len(seq.token_ids)
+        for samples in batch.samples:
             tokens.append(
                 sample.choice([STOP, 1, 2, 3, 4, 5, -1 if sample.random() < 0.02 else 6]) if samples else None
             )
@@ -237,8 +239,7 @@ def test_preemption_takes_the_youngest_and_it_comes_back() -> None:
         if not world.scheduler.has_work():
             break
         batch = world.scheduler.schedule()
-        work = zip(batch.sequences, batch.num_new_tokens, strict=True)
-        tokens = [5 if seq.num_computed_tokens + n == len(seq.token_ids) else None for seq, n in work]
+        tokens = [5 if samples else None for samples in batch.samples]
         finished |= world.scheduler.update(batch, Sampled(tokens, [None] * len(tokens)))
     assert list(finished.values()) == ["length"] * 3
     assert world.scheduler.counters.preemptions > 0

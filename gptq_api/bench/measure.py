@@ -111,7 +111,7 @@ def _texts(job: Job, folder: Path, window: int) -> list[list[int]]:
 
 def _sequence(token_ids: list[int], num_tokens: int) -> Sequence:
     """With a block table of its own: nobody else is in the cache."""
-    return Sequence(0, token_ids, _GREEDY, block_table=list(range(-(-num_tokens // _BLOCK_SIZE))))
+    return Sequence(0, token_ids, _GREEDY, block_table=list(range(-(-num_tokens // _BLOCK_SIZE))), slot=0)
 
 
 def _decode(runner: ModelRunner, job: Job) -> float:
@@ -122,7 +122,8 @@ def _decode(runner: ModelRunner, job: Job) -> float:
     token = None
     while sequence.num_pending_tokens:
         num = min(_CHUNK, sequence.num_pending_tokens)
-        token = runner.run(Batch([sequence], [num])).tokens[0]
+        admitted = int(sequence.num_computed_tokens == 0)
+        token = runner.collect(runner.launch(Batch.of([sequence], [num], admitted))).tokens[0]
         sequence.num_computed_tokens += num
     seconds = []
     for _ in range(job.num_tokens + _WARM_UP):
@@ -130,7 +131,7 @@ def _decode(runner: ModelRunner, job: Job) -> float:
             raise CheckpointError(f"{job.name}: the logits are not finite; the weights are corrupt")
         sequence.token_ids.append(token)
         started = time.perf_counter()
-        token = runner.run(Batch([sequence], [1])).tokens[0]
+        token = runner.collect(runner.launch(Batch.of([sequence], [1]))).tokens[0]
         seconds.append(time.perf_counter() - started)
         sequence.num_computed_tokens += 1
     return statistics.median(seconds[_WARM_UP:])
@@ -143,7 +144,7 @@ def _perplexity(runner: ModelRunner, texts: list[list[int]]) -> tuple[float, int
         sequence = _sequence(ids, len(ids))
         while sequence.num_pending_tokens:
             start = sequence.num_computed_tokens
-            logits, _ = runner.logits(Batch([sequence], [min(_CHUNK, len(ids) - start)]), every_row=True)
+            logits, _ = runner.logits(Batch.of([sequence], [min(_CHUNK, len(ids) - start)]), every_row=True)
             sequence.num_computed_tokens += len(logits)
             targets = torch.tensor(ids[start + 1 : start + 1 + len(logits)], device=logits.device)
             total += float(functional.cross_entropy(logits[: len(targets)], targets, reduction="sum"))

@@ -1,24 +1,36 @@
-"""Engine: the one place where scheduler and model meet. A step is three calls: schedule, run, update."""
+"""Engine: the one place where scheduler and model meet. A step is four calls: schedule, launch, collect, update."""
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 from gptq_api.scheduler.scheduler import Scheduler
 from gptq_api.sequence import Batch, Sampled, Sequence
 from gptq_api.types import Add, EngineStats, FinishReason, StepOutput, TokenLogprobs, pack_ids, unpack_ids
 
+Launched = TypeVar("Launched")
 
-class Runner(Protocol):
+
+class Runner(Protocol[Launched]):
     """What the engine needs of a model: the work of one batch done, K/V written, tokens sampled."""
 
-    def run(self, batch: Batch) -> Sampled: ...
+    lookahead: int
+    """0: a step is collected before the next one is scheduled; 1: afterwards"""
+
+    def launch(self, batch: Batch) -> Launched:
+        """Start a step, after all that were launched before, and do not wait for it. Raises DeviceMemoryError.
+
+        All that is needed of the batch's sequences is read here: they change while the step runs.
+        """
+
+    def collect(self, launched: Launched) -> Sampled:
+        """Wait for the step launched longest ago."""
 
 
-class Engine:
+class Engine(Generic[Launched]):
     """Owns the loop's state. Not thread-safe: add, abort and step are called by one thread."""
 
-    def __init__(self, runner: Runner, scheduler: Scheduler) -> None:
+    def __init__(self, runner: Runner[Launched], scheduler: Scheduler) -> None:
         self.runner, self.scheduler = runner, scheduler
         self._refused: dict[int, FinishReason] = {}
 
@@ -39,7 +51,7 @@ class Engine:
     def step(self) -> StepOutput:
         """Advance every scheduled sequence once and report what each of them got."""
         batch = self.scheduler.schedule()
-        sampled = self.runner.run(batch) if batch.sequences else Sampled([], [])
+        sampled = self.runner.collect(self.runner.launch(batch)) if batch.sequences else Sampled([], [])
         fresh = [seq for seq in batch.sequences if seq.num_output_tokens == 0]
         done = self.scheduler.update(batch, sampled)
 

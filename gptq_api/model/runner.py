@@ -29,6 +29,8 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 class ModelRunner:
     """A loaded model and its KV cache. Not thread-safe: one caller steps it."""
 
+    lookahead = 0
+
     def __init__(self, model: Llama, cache: KVCache, max_model_len: int, dtype: torch.dtype, description: str) -> None:
         self._model, self._cache = model, cache
         self._queries_per_kv = model.config.num_attention_heads // model.config.num_key_value_heads
@@ -43,8 +45,8 @@ class ModelRunner:
         self.description = description
 
     @torch.inference_mode()
-    def run(self, batch: Batch) -> Sampled:
-        """Compute the batch's new tokens and sample for every sequence whose last token is among them.
+    def launch(self, batch: Batch) -> Sampled:
+        """Compute the batch's new tokens and sample where `batch.samples`. On the CPU all is done when it returns.
 
         K and V of all new tokens are written in each layer before attention reads, so sequences of one batch may share
         blocks that are filled in this step. Token ids must be below vocab_size and block tables long enough.
@@ -63,6 +65,10 @@ class ModelRunner:
                     self._cache.scrub(sequences[i].block_table)
         return Sampled(tokens, logprobs)
 
+    def collect(self, launched: Sampled) -> Sampled:
+        """What a launched step sampled."""
+        return launched
+
     @torch.inference_mode()
     def logits(self, batch: Batch, every_row: bool = False) -> tuple[Tensor, list[int]]:
         """Run the model: (float32 [S, V], the batch indices of the S sequences that sample).
@@ -70,8 +76,8 @@ class ModelRunner:
         With `every_row`, the rows of all new tokens in the batch's order; for evaluation.
         """
         spans = [
-            Span(s.num_computed_tokens, n, s.block_table)
-            for s, n in zip(batch.sequences, batch.num_new_tokens, strict=True)
+            Span(start, n, s.block_table)
+            for s, start, n in zip(batch.sequences, batch.num_computed_tokens, batch.num_new_tokens, strict=True)
         ]
         plan = plan_attention(spans, self._cache, self._queries_per_kv, self._model.windows)
         ids: list[int] = []
@@ -79,10 +85,9 @@ class ModelRunner:
         first_row: dict[int, int] = {}
         for i in plan.order:
             start, n = spans[i].num_computed, spans[i].num_tokens
-            token_ids = batch.sequences[i].token_ids
             first_row[i] = len(ids)
-            ids.extend(token_ids[start : start + n])
-            if start + n == len(token_ids):
+            ids.extend(batch.sequences[i].token_ids[start : start + n])
+            if batch.samples[i]:
                 last_row[i] = len(ids) - 1
         sampling = sorted(last_row)
         if every_row:
@@ -221,9 +226,9 @@ def _allocate_cache(
 def _self_check(runner: ModelRunner, checkpoint: Checkpoint) -> None:
     """One token through the whole model: warms it up, and a broken file is told here and not in the answers."""
     sequence = Sequence(
-        0, [min(1, runner.vocab_size - 1)], SamplingParams(max_tokens=1, temperature=0), block_table=[0]
+        0, [min(1, runner.vocab_size - 1)], SamplingParams(max_tokens=1, temperature=0), block_table=[0], slot=0
     )
-    if runner.run(Batch([sequence], [1])).tokens != [-1]:
+    if runner.collect(runner.launch(Batch.of([sequence], [1], num_admitted=1))).tokens != [-1]:
         return
     raise CheckpointError(f"{checkpoint.files[0]}: the logits of one token are not finite; the weights are corrupt")
 

@@ -88,10 +88,15 @@ class BlockManager:
             self._block_of[content] = block_id
             self._hash_of[block_id] = content
 
-    def discard(self, block_table: Sequence[int]) -> None:
-        """Nobody may find these held blocks again: their content is not to be trusted."""
-        for block_id in block_table:
-            self._forget(block_id)
+    def discard(self, hashes: Sequence[bytes]) -> None:
+        """Nobody may find this content again: it is not to be trusted. Whoever holds the blocks keeps them."""
+        for content in hashes:
+            block_id = self._block_of.get(content)
+            if block_id is not None:
+                self._forget(block_id)
+                if self._num_owners[block_id] == 0:
+                    del self._cached[block_id]
+                    self._blank.append(block_id)
 
     def _forget(self, block_id: int) -> None:
         content = self._hash_of[block_id]

@@ -3,10 +3,16 @@
 There is no prefill phase and no decode phase: a step moves num_computed_tokens towards len(token_ids). A sequence one
 token behind is decoding, one further behind is being prefilled, a preempted one is far behind again.
 Membership in `waiting` or `running` is the status. Pure Python; knows neither tensors nor text nor clocks.
+
+A step may be scheduled before the tokens of the one before it are known. Then a sequence has a token in flight: one
+more to compute, without a value here. It costs one surplus step where that token turns out to be a stop token; a
+sequence that reaches max_tokens is known beforehand. Blocks and slots are given back at once, whatever is in flight:
+steps run in the order in which they are scheduled, so the next owner writes after the last one read.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections import deque
 from dataclasses import dataclass
 
@@ -44,6 +50,8 @@ class Scheduler:
         self.enable_prefix_caching = enable_prefix_caching
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # oldest first; the youngest is preempted first
+        self._live: dict[int, Sequence] = {}
+        self._free_slots = list(range(max_num_seqs - 1, -1, -1))
         self.counters = Counters()
 
     def fits(self, seq: Sequence) -> bool:
@@ -55,21 +63,25 @@ class Scheduler:
         if not self.fits(seq):
             raise ValueError(f"sequence {seq.sequence_id} can never fit into the KV cache; admission has to refuse it")
         self.waiting.append(seq)
+        self._live[seq.sequence_id] = seq
+
+    def __contains__(self, seq: Sequence) -> bool:
+        """Whether it is waiting or running still, and not finished or aborted while its token was in flight."""
+        return self._live.get(seq.sequence_id) is seq
 
     def abort(self, sequence_id: int) -> None:
         """Forget a sequence, wherever it is; unknown ids (already finished) are ignored."""
-        for queue in (self.running, self.waiting):
-            for seq in queue:
-                if seq.sequence_id == sequence_id:
-                    queue.remove(seq)
-                    self.blocks.release(seq.block_table)
-                    return
+        seq = self._live.pop(sequence_id, None)
+        if seq is not None:
+            (self.waiting if seq.slot < 0 else self.running).remove(seq)
+            self._give_back(seq)
 
     def has_work(self) -> bool:
         return bool(self.waiting or self.running)
 
     def schedule(self) -> Batch:
-        """Choose the tokens of one step; at least one whenever there is work."""
+        """Choose the tokens of one step, which counts as computed from here on; at least one whenever there is work
+        and no token in flight."""
         taken: dict[Sequence, int] = {}
         budget = self.max_num_batched_tokens
         preempted: set[Sequence] = set()
@@ -81,6 +93,8 @@ class Scheduler:
             if seq in preempted:
                 continue
             n = min(seq.num_pending_tokens, budget)
+            if n == 0:  # its last token is in flight
+                continue
             while not self.blocks.grow(seq.block_table, seq.num_computed_tokens + n):
                 victim = self.preempt_youngest()
                 preempted.add(victim)
@@ -90,11 +104,15 @@ class Scheduler:
             else:
                 taken[seq] = n
                 budget -= n
+        batch = Batch([], [], [], [], 0)
         for seq, n in taken.items():
-            self._register(seq, n)  # only now: until here any of them could still be preempted
+            self._commit(batch, seq, n)  # only now: until here any of them could still be preempted
 
+        num_admitted = 0
         while self.waiting and not preempted and budget and len(self.running) < self.max_num_seqs:
             seq = self.waiting[0]
+            if seq.num_tokens_in_flight:  # preempted: admitted when all its tokens are known
+                break
             num_cached = self._share_prefix(seq)
             n = min(len(seq.token_ids) - num_cached, budget)
             # One spare block per running sequence, or we would preempt in the very next steps.
@@ -102,46 +120,79 @@ class Scheduler:
                 self.blocks.release(seq.block_table)
                 break
             self.running.append(self.waiting.popleft())
+            seq.slot = self._free_slots.pop()
             seq.num_computed_tokens = num_cached
             if seq.num_cached_tokens is None:
                 seq.num_cached_tokens = num_cached
                 self.counters.prefix_queries += seq.num_prompt_tokens
                 self.counters.prefix_hits += num_cached
-            taken[seq] = n
+            self._commit(batch, seq, n)
             budget -= n
-            self._register(seq, n)
-        return Batch(list(taken), list(taken.values()))
+            num_admitted += 1
+        return dataclasses.replace(batch, num_admitted=num_admitted)
 
     def preempt_youngest(self) -> Sequence:
         """Take the youngest running sequence's memory; what it has so far becomes a longer prompt."""
         seq = self.running.pop()
-        self.blocks.release(seq.block_table)
+        self._give_back(seq)
         seq.num_computed_tokens = 0
         self.waiting.appendleft(seq)
         self.counters.preemptions += 1
         return seq
 
     def update(self, batch: Batch, sampled: Sampled) -> dict[Sequence, FinishReason]:
-        """Take in the result of a step; returns the sequences that are done, which hold no memory any more."""
+        """Take in the result of a step; returns the sequences that are done, which hold no memory any more.
+
+        Tokens of sequences that are gone are dropped; one that was preempted meanwhile gets its token.
+        """
         finished: dict[Sequence, FinishReason] = {}
-        for seq, n, token in zip(batch.sequences, batch.num_new_tokens, sampled.tokens, strict=True):
-            seq.num_computed_tokens += n
+        for seq, token in zip(batch.sequences, sampled.tokens, strict=True):
             if token is None:
                 continue
+            seq.num_tokens_in_flight -= 1
             if token < 0:
-                finished[seq] = "error"
-                self.blocks.discard(seq.block_table)
+                self.blocks.discard(seq.block_hashes)
+                reason: FinishReason | None = "error"
             else:
-                seq.token_ids.append(token)
-                if token in seq.params.stop_token_ids:
-                    finished[seq] = "stop"
-                elif seq.num_output_tokens >= seq.params.max_tokens:
-                    finished[seq] = "length"
+                reason = self._append(seq, token) if seq in self else None
+            if reason is not None and seq in self:
+                finished[seq] = reason
+                del self._live[seq.sequence_id]
         if finished:
             self.running = [seq for seq in self.running if seq not in finished]
+            if any(seq.slot < 0 for seq in finished):
+                self.waiting = deque(seq for seq in self.waiting if seq not in finished)
             for seq in finished:
-                self.blocks.release(seq.block_table)
+                self._give_back(seq)
         return finished
+
+    def _append(self, seq: Sequence, token: int) -> FinishReason | None:
+        num_known = seq.num_known_computed_tokens
+        seq.token_ids.append(token)
+        self._register(seq, num_known)
+        if token in seq.params.stop_token_ids:
+            return "stop"
+        return "length" if seq.num_output_tokens >= seq.params.max_tokens else None
+
+    def _give_back(self, seq: Sequence) -> None:
+        """Blocks and slot."""
+        self.blocks.release(seq.block_table)
+        if seq.slot >= 0:
+            self._free_slots.append(seq.slot)
+            seq.slot = -1
+
+    def _commit(self, batch: Batch, seq: Sequence, num_new_tokens: int) -> None:
+        """Enter a sequence into the step, and let others find its blocks that are full once the step has run."""
+        samples = num_new_tokens == seq.num_pending_tokens
+        batch.sequences.append(seq)
+        batch.num_new_tokens.append(num_new_tokens)
+        batch.num_computed_tokens.append(seq.num_computed_tokens)
+        batch.samples.append(samples)
+        num_known = seq.num_known_computed_tokens
+        seq.num_computed_tokens += num_new_tokens
+        if samples:
+            seq.num_tokens_in_flight += 1
+        self._register(seq, num_known)
 
     def _share_prefix(self, seq: Sequence) -> int:
         """Give a sequence without blocks the longest prefix the cache holds; returns its length in tokens.
@@ -154,8 +205,8 @@ class Scheduler:
         self._hash_blocks(seq, num_usable)
         return self.blocks.share(seq.block_table, seq.block_hashes[:num_usable]) * self.blocks.block_size
 
-    def _register(self, seq: Sequence, num_new_tokens: int) -> None:
-        """Let others find the blocks that are full once this step has run.
+    def _register(self, seq: Sequence, num_known_before: int) -> None:
+        """Let others find the blocks that have become full of known tokens.
 
         A sequence scheduled later into the same step may already share them: in every layer the step writes all its
         K/V before attention reads any.
@@ -163,7 +214,7 @@ class Scheduler:
         if not self.enable_prefix_caching:
             return
         size = self.blocks.block_size
-        first, last = seq.num_computed_tokens // size, (seq.num_computed_tokens + num_new_tokens) // size
+        first, last = num_known_before // size, seq.num_known_computed_tokens // size
         if last > first:
             self._hash_blocks(seq, last)
             for i in range(first, last):
