@@ -8,6 +8,7 @@
 
 #include "decode.h"
 #include "dequant.h"
+#include "pack.h"
 #ifdef GPTQ_API_HOPPER
 #include "gemm_wgmma.h"
 #endif
@@ -58,6 +59,16 @@ void gather(std::uintptr_t x, std::uintptr_t perm, std::uintptr_t out, int M, in
   raise_on(gptq::launch_gather(args, as_stream(stream)), shape("gather", M, 0, K));
 }
 
+void pack(std::uintptr_t qweight, std::uintptr_t scales, std::uintptr_t zeros, std::uintptr_t perm, std::uintptr_t columns, std::uintptr_t out, int N,
+          int K, int groups, int group_size, int group_count, std::uintptr_t stream) {
+  gptq::PackArgs args{};
+  args.qweight = pointer<const std::uint32_t>(qweight), args.scales = pointer<const std::uint16_t>(scales);
+  args.zeros = pointer<const std::uint8_t>(zeros), args.perm = pointer<const int>(perm), args.columns = pointer<const int>(columns);
+  args.out = pointer<std::uint8_t>(out);
+  args.N = N, args.K = K, args.group_size = group_size, args.group_count = group_count;
+  raise_on(gptq::launch_pack(args, groups, as_stream(stream)), shape("pack", 0, N, K));
+}
+
 #ifdef GPTQ_API_HOPPER
 void wgmma(std::uintptr_t w, std::uintptr_t x, std::uintptr_t y, std::uintptr_t bias, std::uintptr_t residual, std::uintptr_t workspace, int M, int N, int K,
            int ldx, int ldy, int ldr, int paired, int groups, bool zeros, bool bf16, int tile, int blocks_per_sm, std::uintptr_t stream) {
@@ -87,6 +98,7 @@ PYBIND11_MODULE(_cuda, m, py::mod_gil_not_used()) {
   m.def("decode_gathers", &decode_gathers, free_gil);
   m.def("dequant", &dequant, free_gil);
   m.def("gather", &gather, free_gil);
+  m.def("pack", &pack, free_gil);
 #ifdef GPTQ_API_HOPPER
   m.def("wgmma", &wgmma, free_gil);
   m.def("wgmma_workspace_bytes", &gptq::gemm_wgmma_workspace_bytes);

@@ -17,7 +17,16 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from gptq_api.kernels.layout import STRIP_ROWS, PackedLinear, pack_stream, sort_groups
+from gptq_api.kernels.layout import (
+    CHUNK_K,
+    STRIP_ROWS,
+    PackedLinear,
+    chunk_bytes,
+    groups_per_chunk,
+    pack_stream,
+    pair_order,
+    sort_groups,
+)
 from gptq_api.kernels.reference import unpack
 
 try:
@@ -73,13 +82,14 @@ def pack(
     device: torch.device | str,
     *,
     paired: bool = False,
+    out_order: Tensor | None = None,
 ) -> PackedLinear:
     """int32 qweight [K/8, N], float scales [G, N], uint8 zeros [G, N] (0..16, decoded; None: all 8), int g_idx [K]
     (None: k // group_size).
 
-    Runs on `device` and needs some times the layer's packed bytes there while it runs. Zero points that are all 8 are
-    dropped. `paired`: the first N/2 outputs are gates, the last N/2 ups. Raises ValueError on what the layout cannot
-    hold.
+    Runs on `device`; on CUDA one kernel that needs no memory beside its result. Zero points that are all 8 are
+    dropped. `paired`: the first N/2 outputs are gates, the last N/2 ups. `out_order`: int [N], output i of the result
+    is output out_order[i] of the arguments. Raises ValueError on what the layout cannot hold.
     """
     device = torch.device(device)
     k, n = qweight.shape[0] * 8, qweight.shape[1]
@@ -92,21 +102,50 @@ def pack(
     if offsets is not None and bool((offsets == 8).all()):
         offsets = None
     perm = None if g_idx is None else sort_groups(g_idx.to(device), group_size)
-    weight = _unpack4(qweight.to(device))
-    if perm is not None:
-        weight = weight.index_select(0, perm)
-    data = pack_stream(weight, halves, offsets, group_size, paired=paired)
-    if device.type == "cuda" and _has_wgmma(data.device.index):
-        _workspace(data.device.index, _CAPTURE)
+    if device.type == "cuda":
+        data = _pack_on_device(qweight.to(device), halves, offsets, perm, group_size, _columns(n, paired, out_order))
+        if _has_wgmma(data.device.index):
+            _workspace(data.device.index, _CAPTURE)
+    else:
+        weight = unpack(qweight, 4).to(torch.uint8)
+        if perm is not None:
+            weight = weight.index_select(0, perm)
+        if out_order is not None:
+            weight, halves = weight[:, out_order], halves[:, out_order]
+            offsets = None if offsets is None else offsets[:, out_order]
+        data = pack_stream(weight, halves, offsets, group_size, paired=paired)
     return PackedLinear(data, k, n, group_size, offsets is not None, perm, paired)
 
 
-def _unpack4(qweight: Tensor) -> Tensor:
-    """uint8 [K, N]: by bytes, so that nothing wider than the result is ever held."""
-    if qweight.device.type == "cpu":
-        return unpack(qweight, 4).to(torch.uint8)
-    quarters = qweight.contiguous().view(torch.uint8).view(qweight.shape[0], qweight.shape[1], 4).permute(0, 2, 1)
-    return torch.stack([quarters & 15, quarters >> 4], 2).view(-1, qweight.shape[1])
+def _columns(n: int, paired: bool, out_order: Tensor | None) -> Tensor | None:
+    """Which output each row of the strips is: int [N]; None: in order."""
+    if not paired:
+        return out_order
+    order = pair_order(n)
+    return order if out_order is None else out_order[order.to(out_order.device)]
+
+
+def _pack_on_device(
+    qweight: Tensor, scales: Tensor, zeros: Tensor | None, perm: Tensor | None, group_size: int, columns: Tensor | None
+) -> Tensor:
+    """What `pack_stream` gives, by one kernel."""
+    k, n = qweight.shape[0] * 8, qweight.shape[1]
+    size = k if group_size == -1 else group_size
+    expected = (-(-k // size), n)
+    if tuple(scales.shape) != expected or (zeros is not None and tuple(zeros.shape) != expected):
+        raise ValueError(f"scales {tuple(scales.shape)}: K={k}, N={n} in groups of {group_size} need {expected}")
+    if columns is not None:
+        columns = columns.to(device=qweight.device, dtype=torch.int32).contiguous()
+    qweight, scales = qweight.contiguous(), scales.contiguous()
+    zeros = None if zeros is None else zeros.contiguous()
+    chunks = -(-k // CHUNK_K)
+    shape = (n // STRIP_ROWS, chunks, chunk_bytes(group_size, zeros is not None))
+    data = torch.empty(shape, dtype=torch.uint8, device=qweight.device)
+    sources = (qweight.data_ptr(), scales.data_ptr(), _address(zeros), _address(perm), _address(columns))
+    step = chunks * CHUNK_K if group_size == -1 else group_size
+    with torch.cuda.device(data.device):
+        _cuda.pack(*sources, data.data_ptr(), n, k, groups_per_chunk(group_size), step, scales.shape[0], _stream(data))
+    return data
 
 
 def gemm(

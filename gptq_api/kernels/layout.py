@@ -87,6 +87,11 @@ def _chunk_rows(per_group: Tensor, chunks: int, group_size: int) -> Tensor:
     return per_group[(start // step).clamp_(max=per_group.shape[0] - 1)].view(chunks, groups, -1)
 
 
+def pair_order(n: int) -> Tensor:
+    """Which of N outputs, gates then ups, each row of the strips of a paired weight is: int64 [N]."""
+    return torch.arange(n).view(2, n // STRIP_ROWS, 8).transpose(0, 1).reshape(-1)
+
+
 def pack_stream(
     weight: Tensor, scales: Tensor, zeros: Tensor | None, group_size: int, *, paired: bool = False
 ) -> Tensor:
@@ -104,7 +109,7 @@ def pack_stream(
     if tuple(scales.shape) != expected or (zeros is not None and tuple(zeros.shape) != expected):
         raise ValueError(f"scales {tuple(scales.shape)}: K={k}, N={n} in groups of {group_size} need {expected}")
     if paired:
-        order = torch.arange(n, device=weight.device).view(2, n // STRIP_ROWS, 8).transpose(0, 1).reshape(-1)
+        order = pair_order(n).to(weight.device)
         weight, scales = weight[:, order], scales[:, order]
         zeros = None if zeros is None else zeros[:, order]
     strips, chunks = n // STRIP_ROWS, -(-k // CHUNK_K)

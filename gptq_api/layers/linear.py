@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from gptq_api.kernels import cpu
+from gptq_api.kernels import cpu, gptq
+from gptq_api.kernels.layout import PackedLinear
 from gptq_api.kernels.reference import ReferenceWeight, pad_rows
 from gptq_api.layers.activation import silu_and_multiply
 
@@ -64,8 +65,11 @@ def choose_kernel(
     bits: int, in_features: int, out_features: int, group_size: int, device: torch.device, dtype: torch.dtype
 ) -> KernelChoice:
     """From numbers alone, so that `inspect` can tell without weights."""
-    if device.type != "cpu":
-        return KernelChoice("reference")
+    if device.type == "cuda":
+        if dtype == torch.float32:
+            return KernelChoice("reference (exact)")
+        reason = gptq.refusal(bits, in_features, out_features, group_size) or gptq.unavailable_reason()
+        return KernelChoice("cuda int4" if reason is None else "reference", reason)
     if dtype != torch.bfloat16:
         return KernelChoice("reference (exact)")
     reason = cpu.refusal(bits, in_features, out_features, group_size)
@@ -73,7 +77,7 @@ def choose_kernel(
 
 
 class GPTQLinear:
-    """A quantised Linear; its forward is one call into kernels/."""
+    """A quantised Linear whose kernel computes the product alone: everything on the CPU, and on CUDA the reference."""
 
     def __init__(self, weight: Weight, bias: Tensor | None, path: str) -> None:
         self._weight, self._bias, self.path = weight, bias, path
@@ -92,8 +96,8 @@ class GPTQLinear:
         device: torch.device,
         dtype: torch.dtype,
     ) -> GPTQLinear:
-        """int32 qweight [K * bits / 32, N], uint8 zeros [G, N], scales [G, N], int32 g_idx [K], bias [N]; on the
-        CPU."""
+        """int32 qweight [K * bits / 32, N], uint8 zeros [G, N], scales [G, N], int32 g_idx [K], bias [N]; on the CPU,
+        or on `device` already. Not for what `choose_kernel` gives to "cuda int4"."""
         choice = choose_kernel(bits, g_idx.shape[0], qweight.shape[1], group_size, device, dtype)
         weight: Weight
         if choice.kernel == "int4":
@@ -113,6 +117,39 @@ class GPTQLinear:
     ) -> Tensor:
         y = self._weight.matmul(x)
         return _finish(y if self._bias is None else y.add_(self._bias), out, residual, silu_mul)
+
+
+class PackedGPTQLinear:
+    """A quantised Linear in the packing of the CUDA kernels; product, bias, SiLU * up and residual are one launch.
+
+    `folded`: whoever makes x applies `perm`. Otherwise `perm` is None and the kernel gathers by itself.
+    """
+
+    path = "cuda int4"
+
+    def __init__(self, weight: PackedLinear, bias: Tensor | None, *, folded: bool) -> None:
+        """`bias` [N] on the device in the activations' type, in the order of the weight's outputs."""
+        self.perm = weight.perm if folded else None
+        self._weight, self._bias = weight.without_perm() if folded else weight, bias
+
+    @property
+    def num_bytes(self) -> int:
+        tensors = (self._weight.data, self.perm, self._weight.perm, self._bias)
+        return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+
+    @property
+    def gather(self) -> Tensor | None:
+        """int32 [K]: the order in which the kernel picks its inputs from x; None: as they come."""
+        return self._weight.perm
+
+    def without_gather(self) -> PackedGPTQLinear:
+        """The same weight for an x that comes in the order of `gather` by the way it is made."""
+        return PackedGPTQLinear(self._weight.without_perm(), self._bias, folded=False)
+
+    def forward(
+        self, x: Tensor, out: Tensor | None = None, *, residual: Tensor | None = None, silu_mul: bool = False
+    ) -> Tensor:
+        return gptq.gemm(x, self._weight, out, bias=self._bias, residual=residual, silu_mul=silu_mul)
 
 
 def _finish(y: Tensor, out: Tensor | None, residual: Tensor | None, silu_mul: bool) -> Tensor:
@@ -148,7 +185,13 @@ class DenseLinear:
     def forward(
         self, x: Tensor, out: Tensor | None = None, *, residual: Tensor | None = None, silu_mul: bool = False
     ) -> Tensor:
-        y = functional.linear(pad_rows(x.to(self._weight.dtype)), self._weight, self._bias)[: x.shape[0]]
+        x = x.to(self._weight.dtype)
+        if x.is_cuda and not silu_mul and (self._bias is None or residual is None):
+            added = self._bias if residual is None else residual
+            if added is None:
+                return torch.mm(x, self._weight.t(), out=out)
+            return torch.addmm(added, x, self._weight.t(), out=out)
+        y = functional.linear(pad_rows(x), self._weight, self._bias)[: x.shape[0]]
         return _finish(y, out, residual, silu_mul)
 
 

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from gptq_api.gptq.checkpoint import Checkpoint, CheckpointError, GPTQTensors
+from gptq_api.kernels import gptq
 from gptq_api.layers.attention import Attention
-from gptq_api.layers.linear import DenseLinear, GPTQLinear, Linear, SplitLinear
+from gptq_api.layers.linear import DenseLinear, GPTQLinear, Linear, PackedGPTQLinear, SplitLinear, choose_kernel
 from gptq_api.layers.norm import HeadNorm, RMSNorm
 from gptq_api.layers.rotary import Rotary
 from gptq_api.model.config import LlamaConfig
@@ -65,20 +66,50 @@ class _Loader:
             norm = HeadNorm(q, k, c.num_attention_heads, c.num_key_value_heads, c.rms_norm_eps)
         return Attention(c.num_attention_heads, c.num_key_value_heads, c.head_dim, window, norm)
 
-    def linear(self, names: list[str], in_features: int, out_features: list[int]) -> Linear:
-        """One Linear for modules with the same input, their outputs side by side; merged where the tensors allow it."""
+    def linear(self, names: list[str], in_features: int, out_features: list[int], *, folded: bool = False) -> Linear:
+        """One Linear for modules with the same input, their outputs side by side; merged where the tensors allow it.
+
+        `folded`: an act-order that CUDA kernels would gather by becomes the Linear's `perm`.
+        """
         modules = [self._read(*args) for args in zip(names, [in_features] * len(names), out_features, strict=True)]
-        quantised = [m for m in modules if isinstance(m, GPTQTensors)]
-        if len(quantised) == len(modules) and _mergeable(quantised):
-            linear: Linear = self._quantised(_merge(quantised), names)
-        elif not quantised:
-            linear = self._one(_merge_dense([m for m in modules if not isinstance(m, GPTQTensors)]), names)
-        elif len(modules) == 1:
-            linear = self._one(modules[0], names)
-        else:
-            linear = SplitLinear([self._one(m, [name]) for m, name in zip(modules, names, strict=True)])
+        linear = self._build(modules, names, folded=folded)
         self.paths[linear.path] += 1
         return linear
+
+    def mlp(self, layer: str) -> tuple[Linear, Linear]:
+        """(gate_up, down). On CUDA gate and up write their outputs in the order in which down wants them."""
+        hidden, ffn = self.config.hidden_size, self.config.intermediate_size
+        down_name, names = f"{layer}.mlp.down_proj", [f"{layer}.mlp.{part}_proj" for part in ("gate", "up")]
+        down = self._build([self._read(down_name, ffn, hidden)], [down_name])
+        order = down.gather if isinstance(down, PackedGPTQLinear) else None
+        modules = [self._read(name, hidden, ffn) for name in names]
+        gate_up = self._build(modules, names, folded=True, paired=True, half_order=order)
+        if isinstance(down, PackedGPTQLinear) and isinstance(gate_up, PackedGPTQLinear):
+            down = down.without_gather()
+        self.paths[gate_up.path] += 1
+        self.paths[down.path] += 1
+        return gate_up, down
+
+    def _build(
+        self,
+        modules: list[GPTQTensors | tuple[Tensor, Tensor | None]],
+        names: list[str],
+        *,
+        folded: bool = False,
+        paired: bool = False,
+        half_order: Tensor | None = None,
+    ) -> Linear:
+        """`paired` and `half_order` (int [N / 2], of the outputs of either half) hold where the result is packed."""
+        quantised = [m for m in modules if isinstance(m, GPTQTensors)]
+        if len(quantised) == len(modules) and _mergeable(quantised):
+            merged = _merge(quantised)
+            if not self._takes_packed(merged):
+                return self._quantised(merged, names)
+            order = None if half_order is None else torch.cat((half_order, half_order + merged.out_features // 2))
+            return self._packed(merged, folded=folded, paired=paired, out_order=order)
+        if not quantised:
+            return self._one(_merge_dense([m for m in modules if not isinstance(m, GPTQTensors)]), names)
+        return SplitLinear([self._one(m, [name]) for m, name in zip(modules, names, strict=True)])
 
     def lm_head(self, embedding: Tensor) -> Linear:
         """Tied, untied, duplicated or quantised."""
@@ -147,7 +178,25 @@ class _Loader:
         assert weight is not None
         return DenseLinear(weight, bias)
 
-    def _quantised(self, t: GPTQTensors, names: list[str]) -> GPTQLinear:
+    def _takes_packed(self, t: GPTQTensors) -> bool:
+        choice = choose_kernel(t.bits, t.in_features, t.out_features, t.group_size, self.device, self.dtype)
+        return choice.kernel == "cuda int4"
+
+    def _packed(
+        self, t: GPTQTensors, *, folded: bool = False, paired: bool = False, out_order: Tensor | None = None
+    ) -> PackedGPTQLinear:
+        g_idx = t.g_idx if t.act_order else None
+        weight = gptq.pack(
+            t.qweight, t.scales, t.zeros, g_idx, t.group_size, self.device, paired=paired, out_order=out_order
+        )
+        bias = None if t.bias is None else t.bias.to(device=self.device, dtype=self.dtype)
+        if bias is not None and out_order is not None:
+            bias = bias[out_order]
+        return PackedGPTQLinear(weight, bias, folded=folded)
+
+    def _quantised(self, t: GPTQTensors, names: list[str]) -> Linear:
+        if self._takes_packed(t):
+            return self._packed(t)
         linear = GPTQLinear.load(
             t.qweight, t.zeros, t.scales, t.g_idx, t.bits, t.group_size, t.bias, self.device, self.dtype
         )
@@ -181,10 +230,14 @@ class _Loader:
 def load_llama(
     checkpoint: Checkpoint, config: LlamaConfig, max_model_len: int, device: torch.device, dtype: torch.dtype
 ) -> tuple[Llama, LoadReport]:
-    """Read every tensor once. CheckpointError names the first that is missing, misshapen or not finite."""
+    """Read every tensor once. CheckpointError names the first that is missing, misshapen or not finite.
+
+    On CUDA the qkv, o and gate_up of a layer may have a `perm`, which what comes before them has to apply: the norms to
+    what they write, attention by writing its column j to where j stands in o's. No down and no head has one.
+    """
     load = _Loader(checkpoint, config, device, dtype)
     hidden, heads = config.hidden_size, config.num_attention_heads * config.head_dim
-    kv, ffn = config.num_key_value_heads * config.head_dim, config.intermediate_size
+    kv = config.num_key_value_heads * config.head_dim
     embedding = load.tensor("model.embed_tokens.weight", (config.vocab_size, hidden)).to(device)
     if device.type == "cpu" and config.ties_head(has_head(checkpoint)):
         # One tensor serves both ends; the head wants float32.
@@ -194,15 +247,16 @@ def load_llama(
     windows = [None if w is None or w >= max_model_len else w for w in config.windows]
     for index, window in enumerate(windows):
         name = f"model.layers.{index}"
+        gate_up, down = load.mlp(name)
         layers.append(
             LlamaLayer(
                 input_norm=load.norm(f"{name}.input_layernorm"),
-                qkv=load.linear([f"{name}.self_attn.{p}_proj" for p in "qkv"], hidden, [heads, kv, kv]),
+                qkv=load.linear([f"{name}.self_attn.{p}_proj" for p in "qkv"], hidden, [heads, kv, kv], folded=True),
                 attention=load.attention(name, window),
-                o=load.linear([f"{name}.self_attn.o_proj"], heads, [hidden]),
+                o=load.linear([f"{name}.self_attn.o_proj"], heads, [hidden], folded=True),
                 post_attention_norm=load.norm(f"{name}.post_attention_layernorm"),
-                gate_up=load.linear([f"{name}.mlp.{p}_proj" for p in ("gate", "up")], hidden, [ffn, ffn]),
-                down=load.linear([f"{name}.mlp.down_proj"], ffn, [hidden]),
+                gate_up=gate_up,
+                down=down,
             )
         )
     model = Llama(
@@ -241,10 +295,18 @@ def _merge_dense(modules: list[tuple[Tensor, Tensor | None]]) -> tuple[Tensor, T
     """Outputs side by side: weights [N, K] and biases [N]."""
     if len(modules) == 1:
         return modules[0]
-    bias = None
-    if any(b is not None for _, b in modules):
-        bias = torch.cat([torch.zeros(len(w)) if b is None else b.float() for w, b in modules])
-    return torch.cat([w for w, _ in modules]), bias
+    return torch.cat([w for w, _ in modules]), _merge_biases([b for _, b in modules], [len(w) for w, _ in modules])
+
+
+def _merge_biases(biases: list[Tensor | None], sizes: list[int]) -> Tensor | None:
+    """float32; zeros where a module has none."""
+    given = [b for b in biases if b is not None]
+    if not given:
+        return None
+    device = given[0].device
+    return torch.cat(
+        [torch.zeros(n, device=device) if b is None else b.float() for b, n in zip(biases, sizes, strict=True)]
+    )
 
 
 def _merge(modules: list[GPTQTensors]) -> GPTQTensors:
@@ -252,9 +314,6 @@ def _merge(modules: list[GPTQTensors]) -> GPTQTensors:
     first = modules[0]
     if len(modules) == 1:
         return first
-    bias = None
-    if any(m.bias is not None for m in modules):
-        bias = torch.cat([torch.zeros(m.out_features) if m.bias is None else m.bias.float() for m in modules])
     return GPTQTensors(
         qweight=torch.cat([m.qweight for m in modules], 1),
         zeros=torch.cat([m.zeros for m in modules], 1),
@@ -265,5 +324,5 @@ def _merge(modules: list[GPTQTensors]) -> GPTQTensors:
         act_order=first.act_order,
         sym=all(m.sym for m in modules),
         zero_version=first.zero_version,
-        bias=bias,
+        bias=_merge_biases([m.bias for m in modules], [m.out_features for m in modules]),
     )

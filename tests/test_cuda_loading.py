@@ -1,0 +1,159 @@
+"""How a checkpoint becomes packed weights: the orders of act-order end up in what comes before a product, and nothing
+gathers. On the CPU the kernels are replaced by what `emulate` reads from the packed bytes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import RandomModel, Recipe, random_model, write_checkpoint
+from cuda_weights import random_weight
+from torch import Tensor
+from torch.nn import functional
+
+from gptq_api.gptq.checkpoint import open_checkpoint
+from gptq_api.kernels import gptq
+from gptq_api.kernels.layout import PackedLinear, emulate
+from gptq_api.layers import linear as linear_module
+from gptq_api.layers.linear import KernelChoice, Linear, PackedGPTQLinear, SplitLinear, choose_kernel
+from gptq_api.model import loader
+from gptq_api.model.config import read_config
+from gptq_api.model.llama import LlamaLayer
+
+CPU = torch.device("cpu")
+# Every size a multiple of the strips, K of down with a part of a chunk.
+RECIPE = Recipe(hidden_size=128, intermediate_size=208, num_heads=4, num_kv_heads=2, act_order=True, sym=False)
+
+
+def emulated_gemm(
+    x: Tensor,
+    weight: PackedLinear,
+    out: Tensor | None = None,
+    *,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    silu_mul: bool = False,
+) -> Tensor:
+    assert weight.paired or not silu_mul
+    y = x.double() @ emulate(weight)
+    if bias is not None:
+        y += bias
+    if silu_mul:
+        gate, up = y.chunk(2, 1)
+        y = functional.silu(gate) * up
+    if residual is not None:
+        y += residual
+    return y if out is None else out.copy_(y)
+
+
+@pytest.fixture
+def packed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CPU takes what CUDA would."""
+
+    def choose(bits: int, k: int, n: int, group_size: int, device: torch.device, dtype: torch.dtype) -> KernelChoice:
+        reason = gptq.refusal(bits, k, n, group_size)
+        return KernelChoice("cuda int4" if reason is None else "reference", reason)
+
+    monkeypatch.setattr(loader, "choose_kernel", choose)
+    monkeypatch.setattr(linear_module, "choose_kernel", choose)
+    monkeypatch.setattr(gptq, "gemm", emulated_gemm)
+
+
+def first_layer(folder: Path, model: RandomModel) -> LlamaLayer:
+    checkpoint = open_checkpoint(write_checkpoint(folder, model))
+    llama, _ = loader.load_llama(checkpoint, read_config(folder), 64, CPU, torch.float32)
+    return llama.layers[0]
+
+
+def weight(model: RandomModel, *parts: str) -> Tensor:
+    """float64 [K, N]"""
+    return torch.cat([model.modules[f"model.layers.0.{p}_proj"].dequantised().t() for p in parts], 1).double()
+
+
+def in_order(x: Tensor, linear: Linear) -> Tensor:
+    return x if linear.perm is None else x[:, linear.perm.long()]
+
+
+def test_orders_are_folded_into_what_comes_before(packed: None, tmp_path: Path) -> None:
+    model = random_model(replace(RECIPE, attention_bias=True, mlp_bias=True))
+    layer = first_layer(tmp_path, model)
+    for linear, parts, folds in (
+        (layer.qkv, ("self_attn.q", "self_attn.k", "self_attn.v"), True),
+        (layer.o, ("self_attn.o",), True),
+    ):
+        assert isinstance(linear, PackedGPTQLinear) and linear.gather is None and (linear.perm is not None) is folds
+        w = weight(model, *parts)
+        x = torch.randn(3, w.shape[0], dtype=torch.float64)
+        bias = torch.cat([model.dense[f"model.layers.0.{p}_proj.bias"] for p in parts])
+        assert torch.allclose(linear.forward(in_order(x, linear)), x @ w + bias)
+
+    gate_up, down = layer.gate_up, layer.down
+    assert isinstance(gate_up, PackedGPTQLinear) and gate_up.gather is None and gate_up.perm is not None
+    assert isinstance(down, PackedGPTQLinear) and down.gather is None and down.perm is None
+    x = torch.randn(3, 128, dtype=torch.float64)
+    biases = {p: model.dense[f"model.layers.0.mlp.{p}_proj.bias"].double() for p in ("gate", "up", "down")}
+    inner = functional.silu(x @ weight(model, "mlp.gate") + biases["gate"])
+    inner *= x @ weight(model, "mlp.up") + biases["up"]
+    expected = inner @ weight(model, "mlp.down") + biases["down"] + x
+    found = down.forward(gate_up.forward(in_order(x, gate_up), silu_mul=True), residual=x)
+    assert torch.allclose(found, expected)
+
+
+def test_gates_and_ups_that_cannot_be_merged_leave_the_gather_to_down(packed: None, tmp_path: Path) -> None:
+    model = random_model(replace(RECIPE, own_order=("up_proj", "k_proj")))
+    layer = first_layer(tmp_path, model)
+    assert isinstance(layer.gate_up, SplitLinear) and layer.gate_up.perm is None
+    assert isinstance(layer.qkv, SplitLinear) and layer.qkv.perm is None
+    assert isinstance(layer.down, PackedGPTQLinear) and layer.down.gather is not None and layer.down.perm is None
+    x = torch.randn(3, 128, dtype=torch.float64)
+    inner = functional.silu(x @ weight(model, "mlp.gate")) * (x @ weight(model, "mlp.up"))
+    found = layer.down.forward(layer.gate_up.forward(x, silu_mul=True))
+    assert torch.allclose(found, inner @ weight(model, "mlp.down"))
+
+
+def test_another_width_stays_with_the_reference_beside_packed_neighbours(packed: None, tmp_path: Path) -> None:
+    model = random_model(replace(RECIPE, mixed_bits={"down_proj": 8}))
+    layer = first_layer(tmp_path, model)
+    assert layer.down.perm is None and "8 bits" in layer.down.path
+    x = torch.randn(3, 128)
+    inner = functional.silu(x.double() @ weight(model, "mlp.gate")) * (x.double() @ weight(model, "mlp.up"))
+    found = layer.down.forward(layer.gate_up.forward(in_order(x, layer.gate_up), silu_mul=True).float())
+    assert torch.allclose(found.double(), inner @ weight(model, "mlp.down"), atol=1e-4)
+
+
+@pytest.mark.parametrize("paired", [False, True])
+def test_outputs_are_packed_in_any_order(paired: bool) -> None:
+    w = random_weight(136, 48, 32, asym=True, act_order=True)
+    order = torch.randperm(48)
+    packed = gptq.pack(w.qweight, w.scales, w.zeros, w.g_idx, 32, "cpu", paired=paired, out_order=order)
+    assert torch.equal(emulate(packed), w.dense[:, order])
+
+
+def test_the_kernel_of_a_module_on_cuda_is_told_with_its_reason() -> None:
+    cuda = torch.device("cuda")
+    assert choose_kernel(4, 4096, 4096, 128, cuda, torch.float32) == KernelChoice("reference (exact)")
+    assert "3 bits" in str(choose_kernel(3, 4096, 4096, 128, cuda, torch.float16))
+    choice = choose_kernel(4, 4096, 4096, 128, cuda, torch.float16)
+    assert choice == KernelChoice("cuda int4") if gptq.is_available() else choice.reason == gptq.unavailable_reason()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not gptq.is_available(), reason=gptq.unavailable_reason() or "")
+@pytest.mark.parametrize("group_size", [32, 64, 128, 256, -1])
+@pytest.mark.parametrize("asym", [False, True], ids=["sym", "asym"])
+@pytest.mark.parametrize("act_order", [False, True], ids=["plain", "act-order"])
+@pytest.mark.parametrize(("k", "n"), [(256, 48), (328, 32), (1024, 4096)])
+@pytest.mark.parametrize("paired", [False, True], ids=["", "paired"])
+def test_the_device_packs_the_same_bytes(
+    k: int, n: int, group_size: int, asym: bool, act_order: bool, paired: bool
+) -> None:
+    w = random_weight(k, n, group_size, asym=asym, act_order=act_order)
+    for order in (None, torch.randperm(n)):
+        on_cpu, on_device = (
+            gptq.pack(w.qweight, w.scales, w.zeros, w.g_idx, group_size, device, paired=paired, out_order=order)
+            for device in ("cpu", "cuda")
+        )
+        assert torch.equal(on_cpu.data, on_device.data.cpu())
+        assert (on_cpu.perm is None) == (on_device.perm is None)
