@@ -8,6 +8,7 @@
 
 #include "decode.h"
 #include "dequant.h"
+#include "ops.h"
 #include "pack.h"
 #ifdef GPTQ_API_HOPPER
 #include "gemm_wgmma.h"
@@ -69,6 +70,29 @@ void pack(std::uintptr_t qweight, std::uintptr_t scales, std::uintptr_t zeros, s
   raise_on(gptq::launch_pack(args, groups, as_stream(stream)), shape("pack", 0, N, K));
 }
 
+void embed(std::uintptr_t history, std::uintptr_t row_slot, std::uintptr_t positions, std::uintptr_t table, std::uintptr_t out, int T, int V, int H, int ldh,
+           std::uintptr_t stream) {
+  const gptq::EmbedArgs args{pointer<const int>(history), pointer<const int>(row_slot), pointer<const int>(positions), pointer<const std::uint16_t>(table),
+                             pointer<std::uint16_t>(out), T, V, H, ldh};
+  raise_on(gptq::launch_embed(args, as_stream(stream)), "embed T=" + std::to_string(T) + " H=" + std::to_string(H));
+}
+
+void rms_norm(std::uintptr_t x, std::uintptr_t weight, std::uintptr_t perm, std::uintptr_t out, int T, int H, int ldx, int ldo, float eps, bool bf16,
+              std::uintptr_t stream) {
+  const gptq::RmsNormArgs args{pointer<const std::uint16_t>(x), pointer<const std::uint16_t>(weight), pointer<const int>(perm), pointer<std::uint16_t>(out),
+                               T, H, ldx, ldo, eps};
+  raise_on(gptq::launch_rms_norm(args, bf16, as_stream(stream)), "rms_norm T=" + std::to_string(T) + " H=" + std::to_string(H));
+}
+
+void rope_and_write(std::uintptr_t qkv, std::uintptr_t positions, std::uintptr_t slot_mapping, std::uintptr_t cos_sin, std::uintptr_t cache, std::uintptr_t q_norm,
+                    std::uintptr_t k_norm, int T, int num_heads, int num_kv_heads, int head_dim, int block_size, int ldq, float eps, bool bf16, bool fp8_cache,
+                    std::uintptr_t stream) {
+  const gptq::RopeArgs args{pointer<std::uint16_t>(qkv), pointer<const int>(positions), pointer<const int>(slot_mapping), pointer<const float>(cos_sin),
+                            pointer<void>(cache), pointer<const std::uint16_t>(q_norm), pointer<const std::uint16_t>(k_norm), T, num_heads, num_kv_heads,
+                            head_dim, block_size, ldq, eps};
+  raise_on(gptq::launch_rope_and_write(args, bf16, fp8_cache, as_stream(stream)), "rope_and_write T=" + std::to_string(T));
+}
+
 #ifdef GPTQ_API_HOPPER
 void wgmma(std::uintptr_t w, std::uintptr_t x, std::uintptr_t y, std::uintptr_t bias, std::uintptr_t residual, std::uintptr_t workspace, int M, int N, int K,
            int ldx, int ldy, int ldr, int paired, int groups, bool zeros, bool bf16, int tile, int blocks_per_sm, std::uintptr_t stream) {
@@ -99,6 +123,9 @@ PYBIND11_MODULE(_cuda, m, py::mod_gil_not_used()) {
   m.def("dequant", &dequant, free_gil);
   m.def("gather", &gather, free_gil);
   m.def("pack", &pack, free_gil);
+  m.def("embed", &embed, free_gil);
+  m.def("rms_norm", &rms_norm, free_gil);
+  m.def("rope_and_write", &rope_and_write, free_gil);
 #ifdef GPTQ_API_HOPPER
   m.def("wgmma", &wgmma, free_gil);
   m.def("wgmma_workspace_bytes", &gptq::gemm_wgmma_workspace_bytes);

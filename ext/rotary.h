@@ -1,0 +1,67 @@
+// Eight elements at a time: 16-byte loads and stores, rotation, rounding into a KV cache. One place, so that every kernel that writes keys
+// writes the same bits: explicit rounding, no contraction left to the compiler.
+#pragma once
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_fp8.h>
+
+#include <cstdint>
+
+namespace gptq {
+
+template <bool BF>
+__device__ __forceinline__ void unpack8(float (&to)[8], const uint4& from) {
+  const uint32_t words[4] = {from.x, from.y, from.z, from.w};
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    if constexpr (BF) {
+      to[2 * i] = __uint_as_float(words[i] << 16), to[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
+    } else {
+      const float2 both = __half22float2(*reinterpret_cast<const __half2*>(&words[i]));
+      to[2 * i] = both.x, to[2 * i + 1] = both.y;
+    }
+  }
+}
+
+template <bool BF>
+__device__ __forceinline__ uint4 pack8(const float (&from)[8]) {
+  uint32_t words[4];
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    if constexpr (BF) {
+      const __nv_bfloat162 both = __floats2bfloat162_rn(from[2 * i], from[2 * i + 1]);
+      words[i] = *reinterpret_cast<const uint32_t*>(&both);
+    } else {
+      const __half2 both = __floats2half2_rn(from[2 * i], from[2 * i + 1]);
+      words[i] = *reinterpret_cast<const uint32_t*>(&both);
+    }
+  }
+  return make_uint4(words[0], words[1], words[2], words[3]);
+}
+
+__device__ __forceinline__ uint2 pack8_e4m3(const float (&from)[8]) {
+  uint32_t words[2] = {0, 0};
+#pragma unroll
+  for (int i = 0; i < 4; i++)
+    words[i / 2] |= static_cast<uint32_t>(__nv_cvt_float2_to_fp8x2(make_float2(from[2 * i], from[2 * i + 1]), __NV_SATFINITE, __NV_E4M3)) << (i % 2 * 16);
+  return make_uint2(words[0], words[1]);
+}
+
+// Elements i and i + D/2 of a head, which the rotary embedding turns as a pair.
+__device__ __forceinline__ void rotate8(float (&low)[8], float (&high)[8], const float (&cos)[8], const float (&sin)[8]) {
+#pragma unroll
+  for (int i = 0; i < 8; i++) {
+    const float l = low[i], h = high[i];
+    low[i] = __fmaf_rn(l, cos[i], -__fmul_rn(h, sin[i]));
+    high[i] = __fmaf_rn(h, cos[i], __fmul_rn(l, sin[i]));
+  }
+}
+
+// `values` to element `index` of a cache whose elements are of the activations' type, or e4m3.
+template <bool BF, bool FP8>
+__device__ __forceinline__ void cache8(void* cache, size_t index, const float (&values)[8]) {
+  if constexpr (FP8) *reinterpret_cast<uint2*>(static_cast<uint8_t*>(cache) + index) = pack8_e4m3(values);
+  else *reinterpret_cast<uint4*>(static_cast<uint16_t*>(cache) + index) = pack8<BF>(values);
+}
+
+}  // namespace gptq
