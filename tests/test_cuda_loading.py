@@ -13,7 +13,8 @@ from cuda_weights import random_weight
 from torch import Tensor
 from torch.nn import functional
 
-from gptq_api.gptq.checkpoint import open_checkpoint
+from gptq_api.gptq.checkpoint import CheckpointError, open_checkpoint
+from gptq_api.gptq.device_reader import DeviceReader
 from gptq_api.kernels import gptq
 from gptq_api.kernels.layout import PackedLinear, emulate
 from gptq_api.layers import linear as linear_module
@@ -21,6 +22,7 @@ from gptq_api.layers.linear import KernelChoice, Linear, PackedGPTQLinear, Split
 from gptq_api.model import loader
 from gptq_api.model.config import read_config
 from gptq_api.model.llama import LlamaLayer
+from gptq_api.model.progress import LoadProgress
 
 CPU = torch.device("cpu")
 # Every size a multiple of the strips, K of down with a part of a chunk.
@@ -157,3 +159,49 @@ def test_the_device_packs_the_same_bytes(
         )
         assert torch.equal(on_cpu.data, on_device.data.cpu())
         assert (on_cpu.perm is None) == (on_device.perm is None)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not gptq.is_available(), reason=gptq.unavailable_reason() or "")
+@pytest.mark.parametrize("container", ["safetensors", "sharded", "pt"])
+def test_tensors_read_to_the_device_are_those_of_the_file(container: str, tmp_path: Path) -> None:
+    model = random_model(replace(RECIPE, attention_bias=True, dense=("o_proj",)))
+    checkpoint = open_checkpoint(write_checkpoint(tmp_path, model, container=container))
+    with DeviceReader(torch.device("cuda")) as reader:
+        there = checkpoint.on(reader)
+        there.store.prefetch(checkpoint.store.names)
+        for module in checkpoint.modules:
+            here, found = checkpoint.gptq(module), there.gptq(module)
+            for part in ("qweight", "zeros", "scales", "g_idx"):
+                tensor = getattr(found, part)
+                assert tensor.is_cuda and torch.equal(tensor.cpu(), getattr(here, part))
+            assert (here.act_order, here.group_size, here.sym) == (found.act_order, found.group_size, found.sym)
+        name = "model.layers.0.self_attn.o_proj.weight"
+        assert torch.equal(there.tensor(name, (128, 128)).cpu(), checkpoint.tensor(name, (128, 128)))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not gptq.is_available(), reason=gptq.unavailable_reason() or "")
+def test_a_file_that_shrinks_under_the_device_reader_is_an_error(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path, random_model(RECIPE))
+    checkpoint = open_checkpoint(folder)
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-4096])
+    with DeviceReader(torch.device("cuda")) as reader, pytest.raises(CheckpointError, match="become shorter"):
+        for module in checkpoint.modules:
+            checkpoint.on(reader).gptq(module)
+
+
+def test_progress_is_silent_when_quick_and_a_line_now_and_then_when_not(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with LoadProgress("loading layers", 3) as progress:
+        for _ in range(3):
+            progress.advance()
+    assert capsys.readouterr().err == ""
+    clock = iter([0.0, 1.0, 6.0, 6.0, 7.0, 30.0, 30.0])
+    monkeypatch.setattr("gptq_api.model.progress.time.monotonic", lambda: next(clock))
+    with LoadProgress("loading layers", 5) as progress:
+        for _ in range(4):
+            progress.advance()
+    assert capsys.readouterr().err == "loading layers: 2 of 5\nloading layers: 4 of 5\n"

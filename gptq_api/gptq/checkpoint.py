@@ -3,7 +3,7 @@ are only cross-checked: a flag that contradicts the tensors is an error, a confi
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from gptq_api.gptq.crosscheck import Expected, check_flags, contradictions, look_at_zeros
+from gptq_api.gptq.device_reader import DeviceReader
 from gptq_api.gptq.errors import CheckpointError
 from gptq_api.gptq.files import WeightFiles, candidates
 from gptq_api.gptq.foreign import foreign_checkpoint
@@ -42,6 +43,10 @@ class Checkpoint:
     def files(self) -> tuple[Path, ...]:
         return self.store.weights.files
 
+    def on(self, reader: DeviceReader) -> Checkpoint:
+        """The same checkpoint, its tensors read to the reader's device and checked there."""
+        return replace(self, store=self.store.on(reader))
+
     def has(self, name: str) -> bool:
         return name in self.store
 
@@ -63,7 +68,9 @@ class Checkpoint:
                 f"{self.store.file(name)}: tensor {name} is {self.store.dtype_name(name)} where a float type is "
                 "expected; use a GPTQ checkpoint whose other tensors are float16, bfloat16 or float32"
             )
-        tensor = self.store.read(name).clone()
+        tensor = self.store.read(name)
+        if not tensor.is_cuda:
+            tensor = tensor.clone()
         if not bool(torch.isfinite(tensor).all()):
             raise CheckpointError(
                 f"{self.store.file(name)}: tensor {name} holds NaN or infinity; download the file again"

@@ -3,13 +3,14 @@ against, and the weights of a GPTQ checkpoint as they are after dequantisation."
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from gptq_api.gptq.checkpoint import Checkpoint, CheckpointError
+from gptq_api.gptq.device_reader import DeviceReader
 from gptq_api.gptq.files import WeightFiles, candidates, read_json
 from gptq_api.gptq.packing import unpack_qweight
 from gptq_api.gptq.quant_config import QuantConfig
@@ -60,6 +61,10 @@ class DequantisedCheckpoint(Checkpoint):
     """A GPTQ checkpoint that says it is not one: its modules have a dense float32 `weight`."""
 
     source: Checkpoint
+
+    def on(self, reader: DeviceReader) -> DequantisedCheckpoint:
+        source = self.source.on(reader)
+        return replace(self, store=source.store, source=source)
 
     def has(self, name: str) -> bool:
         return name in self.store or name.removesuffix(".weight") in self.source.modules

@@ -275,7 +275,8 @@ def read_groups(store: TensorStore, module: str, shape: ModuleShape) -> tuple[Te
                 "scales",
                 f"has {num_groups} groups, which no group size gives for {k} inputs; quantise again",
             )
-        return torch.arange(k, dtype=torch.int32) // (size if size > 0 else k), size, False
+        positions = torch.arange(k, dtype=torch.int32, device=store.device)
+        return positions // (size if size > 0 else k), size, False
     low, high = int(g_idx.min()), int(g_idx.max())
     if low < 0 or high >= num_groups:
         raise _bad(
@@ -286,7 +287,8 @@ def read_groups(store: TensorStore, module: str, shape: ModuleShape) -> tuple[Te
     size = int(counts.max())
     if -(-k // size) != num_groups or bool((counts[:-1] != size).any()):
         raise _bad(store, module, "g_idx", f"does not give {num_groups} groups of equal size; download the file again")
-    act_order = not bool((g_idx == torch.arange(k, dtype=torch.int32) // size).all())
+    sequential = torch.arange(k, dtype=torch.int32, device=g_idx.device) // size
+    act_order = not bool((g_idx == sequential).all())
     return g_idx, size, act_order
 
 

@@ -7,7 +7,6 @@ all, and a page fault per 4 KiB costs several times what a read does.
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -77,21 +76,22 @@ class SafetensorsFile:
         tensor = torch.empty(entry.shape, dtype=entry.dtype)
         if not tensor.numel():
             return tensor
-        target = tensor.view(-1).view(torch.uint8).numpy().data
-        assert len(target) == math.prod(entry.shape) * entry.dtype.itemsize
-        try:
-            with self.path.open("rb", buffering=0) as file:
-                file.seek(entry.begin)
-                while target:
-                    count = file.readinto(target)
-                    if not count:
-                        raise OSError("it has become shorter")
-                    target = target[count:]
-        except OSError as error:
-            raise CheckpointError(
-                f"{self.path}: tensor {name} cannot be read ({error}); download the file again"
-            ) from None
+        read_into(self.path, name, entry.begin, tensor.view(-1).view(torch.uint8).numpy().data)
         return tensor
+
+
+def read_into(path: Path, name: str, begin: int, target: memoryview) -> None:
+    """Fill `target` from byte `begin` of the file on. CheckpointError, naming the tensor, where that cannot be."""
+    try:
+        with path.open("rb", buffering=0) as file:
+            file.seek(begin)
+            while target:
+                count = file.readinto(target)
+                if not count:
+                    raise OSError("it has become shorter")
+                target = target[count:]
+    except OSError as error:
+        raise CheckpointError(f"{path}: tensor {name} cannot be read ({error}); download the file again") from None
 
 
 def first_line(error: BaseException) -> str:

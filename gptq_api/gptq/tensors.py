@@ -3,15 +3,18 @@ asked for; pickles are opened with weights_only, so no code in them can run."""
 
 from __future__ import annotations
 
+import copy
 import math
 import re
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from gptq_api.gptq.device_reader import DeviceReader, Fetch
 from gptq_api.gptq.errors import CheckpointError
 from gptq_api.gptq.files import WeightFiles
 from gptq_api.gptq.safetensors_file import SafetensorsFile, first_line
@@ -31,6 +34,9 @@ class TensorStore:
         self._entries: dict[str, tuple[SafetensorsFile, str]] = {}
         """canonical name -> where, and as what"""
         self._tensors: dict[str, tuple[Tensor, Path]] = {}
+        self._reader: DeviceReader | None = None
+        self._fetches: dict[str, Fetch] = {}
+        """what is on its way to the device"""
         for file in weights.files:
             if file.suffix == ".safetensors":
                 self._open_safetensors(file)
@@ -79,13 +85,44 @@ class TensorStore:
 
     def read(self, name: str) -> Tensor:
         """The tensor on the CPU, contiguous. That of a pickle shares memory with the mapped file: clone what is kept.
+        After `on`, in memory of its own on the reader's device.
 
         KeyError for an unknown name (callers check); CheckpointError where the data cannot be read.
         """
+        if self._reader is not None:
+            self.prefetch([name])
+            if name in self._fetches:
+                return self._fetches.pop(name).wait()
+            return self.on_cpu(name).to(self._reader.device)
+        return self.on_cpu(name)
+
+    def on_cpu(self, name: str) -> Tensor:
         if name in self._entries:
             file, key = self._entries[name]
             return file.read(key)
         return self._tensors[name][0].contiguous()
+
+    @property
+    def device(self) -> torch.device:
+        """Where `read` gives tensors."""
+        return torch.device("cpu") if self._reader is None else self._reader.device
+
+    def on(self, reader: DeviceReader) -> TensorStore:
+        """The same tensors, read to the reader's device."""
+        store = copy.copy(self)
+        store._reader, store._fetches = reader, {}
+        return store
+
+    def prefetch(self, names: Iterable[str]) -> None:
+        """Begin to read what will be asked for next. Nothing happens where nothing runs beside the caller: on the CPU,
+        and for pickles."""
+        for name in names:
+            if self._reader is None or name in self._fetches or name not in self._entries:
+                continue
+            file, key = self._entries[name]
+            entry = file.entries[key]
+            if entry.dtype is not None:
+                self._fetches[name] = self._reader.fetch(file.path, key, entry.begin, entry.shape, entry.dtype)
 
     def _open_safetensors(self, path: Path) -> None:
         file = SafetensorsFile(path)

@@ -23,7 +23,7 @@ def sniff_zero_version(qzeros: Tensor, bits: int) -> ZeroVersion | None:
     units = qzeros.reshape(-1, unit)
     versions: tuple[ZeroVersion, ...] = (1, 2)
     for version in versions:
-        pattern = _symmetric_words(bits, version)
+        pattern = _symmetric_words(bits, version).to(units.device)
         # The first unit tells nearly always; only then all of them are looked at.
         if torch.equal(units[0], pattern) and bool((units == pattern).all()):
             return version

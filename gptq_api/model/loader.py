@@ -4,13 +4,15 @@ that takes it."""
 from __future__ import annotations
 
 import re
-from collections import Counter
+from collections import Counter, defaultdict
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from gptq_api.gptq.checkpoint import Checkpoint, CheckpointError, GPTQTensors
+from gptq_api.gptq.device_reader import DeviceReader
 from gptq_api.kernels import gptq
 from gptq_api.layers.attention import Attention
 from gptq_api.layers.linear import DenseLinear, GPTQLinear, Linear, PackedGPTQLinear, SplitLinear, choose_kernel
@@ -18,6 +20,8 @@ from gptq_api.layers.norm import HeadNorm, RMSNorm
 from gptq_api.layers.rotary import Rotary
 from gptq_api.model.config import LlamaConfig
 from gptq_api.model.llama import Llama, LlamaLayer
+from gptq_api.model.merge import merge, merge_dense, mergeable
+from gptq_api.model.progress import LoadProgress
 
 _IGNORED = (
     "rotary_emb.inv_freq",
@@ -101,14 +105,14 @@ class _Loader:
     ) -> Linear:
         """`paired` and `half_order` (int [N / 2], of the outputs of either half) hold where the result is packed."""
         quantised = [m for m in modules if isinstance(m, GPTQTensors)]
-        if len(quantised) == len(modules) and _mergeable(quantised):
-            merged = _merge(quantised)
+        if len(quantised) == len(modules) and mergeable(quantised):
+            merged = merge(quantised)
             if not self._takes_packed(merged):
                 return self._quantised(merged, names)
             order = None if half_order is None else torch.cat((half_order, half_order + merged.out_features // 2))
-            return self._packed(merged, folded=folded, paired=paired, out_order=order)
+            return self._packed(merged, names, folded=folded, paired=paired, out_order=order)
         if not quantised:
-            return self._one(_merge_dense([m for m in modules if not isinstance(m, GPTQTensors)]), names)
+            return self._one(merge_dense([m for m in modules if not isinstance(m, GPTQTensors)]), names)
         return SplitLinear([self._one(m, [name]) for m, name in zip(modules, names, strict=True)])
 
     def lm_head(self, embedding: Tensor) -> Linear:
@@ -183,12 +187,22 @@ class _Loader:
         return choice.kernel == "cuda int4"
 
     def _packed(
-        self, t: GPTQTensors, *, folded: bool = False, paired: bool = False, out_order: Tensor | None = None
+        self,
+        t: GPTQTensors,
+        names: list[str],
+        *,
+        folded: bool = False,
+        paired: bool = False,
+        out_order: Tensor | None = None,
     ) -> PackedGPTQLinear:
         g_idx = t.g_idx if t.act_order else None
-        weight = gptq.pack(
-            t.qweight, t.scales, t.zeros, g_idx, t.group_size, self.device, paired=paired, out_order=out_order
-        )
+        try:
+            weight = gptq.pack(
+                t.qweight, t.scales, t.zeros, g_idx, t.group_size, self.device, paired=paired, out_order=out_order
+            )
+        except ValueError as error:
+            file = self.checkpoint.store.file(f"{names[0]}.qweight")
+            raise CheckpointError(f"{file}: {names[0]}: {error}") from None
         bias = None if t.bias is None else t.bias.to(device=self.device, dtype=self.dtype)
         if bias is not None and out_order is not None:
             bias = bias[out_order]
@@ -196,7 +210,7 @@ class _Loader:
 
     def _quantised(self, t: GPTQTensors, names: list[str]) -> Linear:
         if self._takes_packed(t):
-            return self._packed(t)
+            return self._packed(t, names)
         linear = GPTQLinear.load(
             t.qweight, t.zeros, t.scales, t.g_idx, t.bits, t.group_size, t.bias, self.device, self.dtype
         )
@@ -235,7 +249,18 @@ def load_llama(
     On CUDA the qkv, o and gate_up of a layer may have a `perm`, which what comes before them has to apply: the norms to
     what they write, attention by writing its column j to where j stands in o's. No down and no head has one.
     """
+    with ExitStack() as stack:
+        if device.type == "cuda":
+            checkpoint = checkpoint.on(stack.enter_context(DeviceReader(device)))
+        return _load(checkpoint, config, max_model_len, device, dtype)
+
+
+def _load(
+    checkpoint: Checkpoint, config: LlamaConfig, max_model_len: int, device: torch.device, dtype: torch.dtype
+) -> tuple[Llama, LoadReport]:
     load = _Loader(checkpoint, config, device, dtype)
+    prefetch = _Prefetch(checkpoint)
+    prefetch.layer(0)
     hidden, heads = config.hidden_size, config.num_attention_heads * config.head_dim
     kv = config.num_key_value_heads * config.head_dim
     embedding = load.tensor("model.embed_tokens.weight", (config.vocab_size, hidden)).to(device)
@@ -245,20 +270,24 @@ def load_llama(
     layers = []
     # A window that no text outgrows is none.
     windows = [None if w is None or w >= max_model_len else w for w in config.windows]
-    for index, window in enumerate(windows):
-        name = f"model.layers.{index}"
-        gate_up, down = load.mlp(name)
-        layers.append(
-            LlamaLayer(
-                input_norm=load.norm(f"{name}.input_layernorm"),
-                qkv=load.linear([f"{name}.self_attn.{p}_proj" for p in "qkv"], hidden, [heads, kv, kv], folded=True),
-                attention=load.attention(name, window),
-                o=load.linear([f"{name}.self_attn.o_proj"], heads, [hidden], folded=True),
-                post_attention_norm=load.norm(f"{name}.post_attention_layernorm"),
-                gate_up=gate_up,
-                down=down,
+    with LoadProgress("loading layers", len(windows)) as progress:
+        for index, window in enumerate(windows):
+            prefetch.layer(index + 1)
+            name = f"model.layers.{index}"
+            qkv = [f"{name}.self_attn.{part}_proj" for part in "qkv"]
+            gate_up, down = load.mlp(name)
+            layers.append(
+                LlamaLayer(
+                    input_norm=load.norm(f"{name}.input_layernorm"),
+                    qkv=load.linear(qkv, hidden, [heads, kv, kv], folded=True),
+                    attention=load.attention(name, window),
+                    o=load.linear([f"{name}.self_attn.o_proj"], heads, [hidden], folded=True),
+                    post_attention_norm=load.norm(f"{name}.post_attention_layernorm"),
+                    gate_up=gate_up,
+                    down=down,
+                )
             )
-        )
+            progress.advance()
     model = Llama(
         config=config,
         embedding=embedding,
@@ -272,6 +301,21 @@ def load_llama(
     return model, load.finish()
 
 
+class _Prefetch:
+    """Lets the next layer be read while this one is checked and packed. What nothing will ask for is left out."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._store = checkpoint.store
+        self._names: defaultdict[int, list[str]] = defaultdict(list)
+        for name in sorted(self._store.names):
+            layer = _LAYER.match(name)
+            if layer and not name.endswith(_IGNORED):
+                self._names[int(layer[1])].append(name)
+
+    def layer(self, index: int) -> None:
+        self._store.prefetch(self._names[index])
+
+
 def has_head(checkpoint: Checkpoint) -> bool:
     """Whether the file has an output head of its own, quantised or not."""
     return checkpoint.has("lm_head.weight") or "lm_head" in checkpoint.modules
@@ -281,48 +325,3 @@ def _must_have_bias(config: LlamaConfig, name: str) -> bool:
     if name.endswith((".q_proj", ".k_proj", ".v_proj")):
         return config.attention_bias
     return ".mlp." in name and config.mlp_bias
-
-
-def _mergeable(modules: list[GPTQTensors]) -> bool:
-    first = modules[0]
-    return all(
-        m.bits == first.bits and m.group_size == first.group_size and torch.equal(m.g_idx, first.g_idx)
-        for m in modules[1:]
-    )
-
-
-def _merge_dense(modules: list[tuple[Tensor, Tensor | None]]) -> tuple[Tensor, Tensor | None]:
-    """Outputs side by side: weights [N, K] and biases [N]."""
-    if len(modules) == 1:
-        return modules[0]
-    return torch.cat([w for w, _ in modules]), _merge_biases([b for _, b in modules], [len(w) for w, _ in modules])
-
-
-def _merge_biases(biases: list[Tensor | None], sizes: list[int]) -> Tensor | None:
-    """float32; zeros where a module has none."""
-    given = [b for b in biases if b is not None]
-    if not given:
-        return None
-    device = given[0].device
-    return torch.cat(
-        [torch.zeros(n, device=device) if b is None else b.float() for b, n in zip(biases, sizes, strict=True)]
-    )
-
-
-def _merge(modules: list[GPTQTensors]) -> GPTQTensors:
-    """Outputs side by side: every tensor but g_idx has them as its last dimension."""
-    first = modules[0]
-    if len(modules) == 1:
-        return first
-    return GPTQTensors(
-        qweight=torch.cat([m.qweight for m in modules], 1),
-        zeros=torch.cat([m.zeros for m in modules], 1),
-        scales=torch.cat([m.scales.float() for m in modules], 1),
-        g_idx=first.g_idx,
-        bits=first.bits,
-        group_size=first.group_size,
-        act_order=first.act_order,
-        sym=all(m.sym for m in modules),
-        zero_version=first.zero_version,
-        bias=_merge_biases([m.bias for m in modules], [m.out_features for m in modules]),
-    )

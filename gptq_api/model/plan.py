@@ -11,6 +11,7 @@ import torch
 from gptq_api.gptq.checkpoint import Checkpoint, CheckpointError
 from gptq_api.gptq.module import ModuleShape, infer_group_size
 from gptq_api.kernels import cpu
+from gptq_api.kernels.layout import CHUNK_K, STRIP_ROWS, chunk_bytes
 from gptq_api.layers.linear import choose_kernel
 from gptq_api.model.config import LlamaConfig
 from gptq_api.model.loader import has_head
@@ -69,6 +70,9 @@ def _quantised(shape: ModuleShape, device: torch.device, dtype: torch.dtype) -> 
     packed = k * n * shape.bits // 8
     if choice.kernel == "int4":
         return str(choice), packed + k // (cpu.operator_group(k, group) or k) * n * 4
+    if choice.kernel == "cuda int4":
+        # Zero points counted: the headers do not say whether there are any, and they are a hundredth of the weight.
+        return str(choice), -(-k // CHUNK_K) * (n // STRIP_ROWS) * chunk_bytes(group, has_zeros=True) + k * 4
     return str(choice), packed + shape.num_groups * n * 3 + k * 4
 
 
