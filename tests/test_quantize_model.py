@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import os
@@ -317,6 +318,34 @@ def test_chats_and_documents_as_calibration(trained: Path, tmp_path: Path) -> No
     file.write_text("\n".join(map(json.dumps, lines)) + "\n")
     assert run(settings(trained, tmp_path / "out", calibration=file, num_samples=10, num_eval_samples=4)) == 0
     assert "10 samples of at most 64 of chats.jsonl" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_one_layer_is_resident_whatever_the_depth(tmp_path: Path) -> None:
+    def most_bytes(num_layers: int) -> int:
+        model = train(tmp_path / f"model-{num_layers}", num_layers=num_layers, num_steps=0)
+        source, config = open_dense(model), read_config(model)
+        calibration, _ = texts_of(model)
+        before = {t.untyped_storage().data_ptr() for t in live_tensors()}
+        seen: list[int] = []
+
+        def report(module: ModuleReport) -> None:
+            if not module.module.endswith("down_proj"):
+                return
+            storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in live_tensors()}
+            seen.append(sum(size for pointer, size in storages.items() if pointer not in before))
+
+        with WorkFolder(tmp_path / f"out-{num_layers}", {}) as work:
+            quantise_model(source, config, How(Quantisation(4, 32)), batches(calibration, 512), [], work, CPU, report)
+        assert len(seen) == num_layers
+        return max(seen)
+
+    layer_bytes = 4 * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 160 * 64)
+    assert most_bytes(8) < most_bytes(2) + layer_bytes // 4
+
+
+def live_tensors() -> list[torch.Tensor]:
+    gc.collect()
+    return [item for item in gc.get_objects() if type(item) is torch.Tensor]
 
 
 @pytest.mark.gpu
