@@ -179,6 +179,8 @@ class QuantizeSettings(CommandSettings):
     """Folder to write, which must not exist; work in progress is kept in OUT.partial."""
     revision: str | None = None
     """Branch, tag or commit of a model on the hub. Default: main."""
+    gptq_ckpt: Path | None = None
+    """The weights file, where the folder holds more than one."""
 
     # The format
     bits: Literal[2, 3, 4, 8] = 4

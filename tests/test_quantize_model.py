@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -341,6 +342,19 @@ def test_one_layer_is_resident_whatever_the_depth(tmp_path: Path) -> None:
 
     layer_bytes = 4 * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 160 * 64)
     assert most_bytes(8) < most_bytes(2) + layer_bytes // 4
+
+
+def test_which_weights_of_several(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(trained, model)
+    shutil.copyfile(model / "model.safetensors", model / "ema.safetensors")
+    values: dict[str, Any] = {"nearest": True, "calibration": None, "eval_text": TEXT}
+    assert run(settings(model, tmp_path / "no", **values)) == 1
+    assert "several sets of weights (ema.safetensors, model.safetensors); name one with --gptq-ckpt" in sentence(capsys)
+    assert run(settings(model, tmp_path / "typo", gptq_ckpt=Path("eam.safetensors"), **values)) == 1
+    assert "--gptq-ckpt eam.safetensors: no such file" in sentence(capsys)
+    (model / "ema.safetensors").write_bytes(b"")
+    assert run(settings(model, tmp_path / "out", gptq_ckpt=Path("model.safetensors"), **values)) == 0
 
 
 def live_tensors() -> list[torch.Tensor]:

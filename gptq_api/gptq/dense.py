@@ -19,8 +19,9 @@ from gptq_api.gptq.tensors import TensorStore
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
-def open_dense(folder: Path) -> Checkpoint:
-    """A model folder in float16, bfloat16 or float32, as a Checkpoint without quantised modules.
+def open_dense(folder: Path, ckpt: Path | None = None) -> Checkpoint:
+    """A model folder in float16, bfloat16 or float32 (or the weights file `ckpt` in it), as a Checkpoint without
+    quantised modules.
 
     CheckpointError for what is not a model folder, and for one that is quantised already.
     """
@@ -34,7 +35,7 @@ def open_dense(folder: Path) -> Checkpoint:
         raise CheckpointError(
             f"{folder} is quantised already ({method or 'quantize_config.json'}); use the FP16 model it was made of"
         )
-    store = TensorStore(_weights(folder))
+    store = TensorStore(_weights(folder, ckpt))
     for name in sorted(store.names):
         if name.endswith(".qweight"):
             raise CheckpointError(f"{store.file(name)} is quantised already; use the FP16 model it was made of")
@@ -46,13 +47,15 @@ def open_dense(folder: Path) -> Checkpoint:
     return Checkpoint(folder, store, QuantConfig(), {}, 1, ())
 
 
-def _weights(folder: Path) -> WeightFiles:
+def _weights(folder: Path, ckpt: Path | None) -> WeightFiles:
     """The safetensors where there are both; Mistral's own copy (consolidated) beside them does not count."""
+    if ckpt is not None:
+        return candidates(folder, ckpt)[0]
     sets = [weights for weights in candidates(folder) if not weights.files[0].name.startswith("consolidated")]
     safe = [weights for weights in sets if weights.files[0].suffix == ".safetensors"] or sets
     if len(safe) != 1:
         listed = ", ".join(weights.files[0].name for weights in safe) or "only consolidated weights"
-        raise CheckpointError(f"{folder} holds several sets of weights ({listed}); leave one in it")
+        raise CheckpointError(f"{folder} holds several sets of weights ({listed}); name one with --gptq-ckpt")
     return safe[0]
 
 
