@@ -58,7 +58,8 @@ def _run(settings: QuantizeSettings) -> None:
     from gptq_api.quantize.work import WorkFolder
 
     console = Console(stderr=True, highlight=False)
-    folder, out = Path(local_model(settings.model_path, settings.revision, settings.gptq_ckpt)).expanduser(), settings.out.expanduser()
+    folder = Path(local_model(settings.model_path, settings.revision, settings.gptq_ckpt)).expanduser()
+    out = settings.out.expanduser()
     source = open_dense(folder, settings.gptq_ckpt)
     config = read_config(folder)
     check_shapes(config, settings.bits)
