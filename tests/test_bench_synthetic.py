@@ -1,0 +1,92 @@
+"""Synthetic checkpoints: the same through files and without, of the promised shape, and sane activations."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional
+
+from gptq_api.bench import synthetic
+from gptq_api.config import Settings
+from gptq_api.gptq.checkpoint import open_checkpoint
+from gptq_api.gptq.dense import open_dense
+from gptq_api.gptq.summary import summarise
+from gptq_api.kernels.reference import dequantise
+from gptq_api.model.runner import load_runner, make_runner
+from gptq_api.text.tokenizer import load_tokenizer
+
+TINY = {
+    "hidden_size": 256,
+    "intermediate_size": 384,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 2100,
+    "max_position_embeddings": 128,
+    "rope_theta": 10000.0,
+}
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(synthetic.SHAPES, "tiny", TINY)
+
+
+@pytest.mark.parametrize(("group_size", "act_order"), [(128, False), (128, True), (-1, False)])
+def test_a_written_folder_is_the_checkpoint_in_memory(group_size: int, act_order: bool, tmp_path: Path) -> None:
+    memory = synthetic.synthetic_checkpoint("tiny", tmp_path / "memory", group_size=group_size, act_order=act_order)
+    synthetic.write_folder("tiny", tmp_path / "files", group_size=group_size, act_order=act_order)
+    files = open_checkpoint(tmp_path / "files")
+    assert files.warnings == () and files.modules == memory.modules and files.store.names == memory.store.names
+    for name in memory.store.names:
+        assert (memory.store.shape(name), memory.store.dtype(name)) == (
+            files.store.shape(name),
+            files.store.dtype(name),
+        )
+        if not torch.cuda.is_available():
+            assert torch.equal(memory.store.read(name), files.store.read(name))
+    found = summarise(files)
+    assert found.num_sym == 21 and found.group_sizes == {group_size: 21} and found.num_act_order == 21 * act_order
+    settings = Settings(model_path=str(tmp_path / "files"), device="cpu", dtype="float32", num_threads=1)
+    assert load_runner(settings).vocab_size == 2100
+
+
+def test_linears_with_the_same_input_share_their_order(tmp_path: Path) -> None:
+    checkpoint = synthetic.synthetic_checkpoint("tiny", tmp_path, act_order=True)
+
+    def order(name: str) -> torch.Tensor:
+        return checkpoint.gptq(f"model.layers.1.{name}_proj").g_idx
+
+    assert torch.equal(order("self_attn.q"), order("self_attn.v"))
+    assert torch.equal(order("mlp.gate"), order("mlp.up"))
+    assert not torch.equal(order("mlp.gate"), order("self_attn.q"))
+
+
+def test_a_linear_keeps_activations_of_order_one(tmp_path: Path) -> None:
+    for dense in (False, True):
+        checkpoint = synthetic.synthetic_checkpoint("tiny", tmp_path, dense=dense)
+        name = "model.layers.0.mlp.up_proj"
+        if dense:
+            weight = checkpoint.tensor(f"{name}.weight", (384, 256)).float()
+        else:
+            t = checkpoint.gptq(name)
+            weight = dequantise(t.qweight, t.zeros, t.scales, t.g_idx, 4).t()
+        assert 0.8 < float(functional.linear(torch.randn(64, 256), weight).std()) < 1.2
+
+
+def test_the_unquantised_twin_runs_without_files(tmp_path: Path) -> None:
+    checkpoint = synthetic.synthetic_checkpoint("tiny", tmp_path, dense=True)
+    settings = Settings(model_path=str(tmp_path), device="cpu", dtype="float32", num_threads=1)
+    assert make_runner(settings, checkpoint, torch.device("cpu")).weight_bytes > 2 * 2100 * 256
+    synthetic.write_folder("tiny", tmp_path, dense=True)
+    assert open_dense(tmp_path).modules == {}
+
+
+def test_every_token_of_the_padded_vocabulary_has_a_text(tmp_path: Path) -> None:
+    synthetic.write_small_files("tiny", tmp_path, 128, False)
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.vocab_size == 2100
+    assert all(tokenizer.decode([i]) for i in range(2048, 2100))
+    assert max(tokenizer.encode("Tell me a story about ~2050 foxes.", add_bos=True)) < 2048
