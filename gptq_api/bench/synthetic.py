@@ -1,7 +1,8 @@
 """Models of known shape with random weights: what speed and memory are measured on where no real checkpoint is at hand.
 
 A synthetic checkpoint is read like any other, only that a tensor is drawn when it is asked for, on the device that
-asks; `write_folder` makes files of it. Scales are such that every Linear turns activations of order 1 into such of order 1.
+asks; `write_folder` makes files of it. Scales are such that every Linear turns activations of order 1 into such of
+order 1.
 """
 
 from __future__ import annotations
