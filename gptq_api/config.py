@@ -107,6 +107,8 @@ class Settings(CommandSettings):
     """Time a client may leave a stream unread before it is cancelled."""
     sse_ping_s: float = Field(15.0, gt=0)
     """Seconds between keep-alive comments in a stream."""
+    engine_timeout_s: float = Field(60.0, gt=0)
+    """Seconds an engine that has work may be silent before /health and /ready answer 503; longer than any step."""
     drain_timeout_s: float = Field(30.0, ge=0)
     """Seconds running requests have to finish after SIGTERM or ^C."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"

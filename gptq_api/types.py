@@ -115,11 +115,14 @@ class EngineStats(msgspec.Struct, frozen=True, array_like=True):
     num_prefix_hits: int
     """prompt tokens that were found there, in total"""
     num_batched_tokens: int
-    """tokens computed by this step"""
+    """tokens computed by this step; 0 where there was none"""
 
 
 class StepOutput(msgspec.Struct, frozen=True, tag="step", kw_only=True):
-    """Engine -> API, one per step, columnar: entry i of each column is about sequence_ids[i]."""
+    """Engine -> API, one per step, columnar: entry i of each column is about sequence_ids[i].
+
+    Without any entries when the engine comes to rest after a message that no step has answered, such as an abort.
+    """
 
     sequence_ids: bytes
     """`pack_ids`; only sequences that got a token in this step"""

@@ -246,6 +246,19 @@ def test_preemption_takes_the_youngest_and_it_comes_back() -> None:
     assert all(seq.token_ids[3:] == [5] * 6 for seq in seqs)
 
 
+def test_a_sequence_is_not_admitted_again_before_its_tokens_are_known() -> None:
+    world = World(16, 4, 2, 64)
+    seq = sequence(1, [1] * 5, 4)
+    world.scheduler.add(seq)
+    first = world.scheduler.schedule()
+    assert (first.num_admitted, first.samples, seq.num_tokens_in_flight) == (1, [True], 1)
+    world.scheduler.preempt_youngest()
+    assert world.scheduler.schedule().sequences == []
+    world.scheduler.update(first, Sampled([3], [None]))
+    second = world.scheduler.schedule()
+    assert second.sequences == [seq] and second.num_computed_tokens[0] + second.num_new_tokens[0] == 6
+
+
 def test_what_can_never_fit_is_refused() -> None:
     world = World(4, 4, 4, 64)
     with pytest.raises(ValueError, match="never fit"):

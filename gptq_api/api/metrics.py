@@ -64,7 +64,8 @@ class Metrics:
         self.e2e = histogram("e2e_request_latency_seconds", "Request received to answer complete.", _SECONDS)
 
     def on_step(self, step: StepOutput) -> None:
-        self.iteration_tokens.observe(step.stats.num_batched_tokens)
+        if step.stats.num_batched_tokens:  # otherwise the engine comes to rest
+            self.iteration_tokens.observe(step.stats.num_batched_tokens)
 
     def render(self) -> bytes:
         return generate_latest(self.registry)
@@ -78,9 +79,9 @@ class _EngineCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         engine, stats = self._engine, self._engine.stats
-        # The engine reports with its steps, and an idle engine steps no more: whoever is admitted now counts.
+        # The engine reports with its steps and when it comes to rest; whoever is admitted by now counts.
         waiting = min(stats.num_waiting, engine.num_generations)
-        used = 1 - stats.num_free_blocks / stats.num_blocks if stats.num_blocks and engine.num_generations else 0.0
+        used = 1 - stats.num_free_blocks / stats.num_blocks if stats.num_blocks else 0.0
         gauges = {
             "num_requests_running": ("Sequences being computed.", engine.num_generations - waiting),
             "num_requests_waiting": ("Sequences waiting for a place.", waiting),

@@ -119,6 +119,8 @@ class EngineClient:
         """called with every step's output, for metrics"""
         self._stopping = False
         self._generations: dict[int, Generation] = {}
+        self._num_unfinished = 0
+        self._owed_since: float | None = None  # when the engine last spoke, or was first spoken to; None: it is at rest
         self._ids = itertools.count(1)
         self._finish_times: deque[float] = deque(maxlen=64)
 
@@ -126,6 +128,12 @@ class EngineClient:
     def num_generations(self) -> int:
         """Sequences admitted now, running and waiting."""
         return len(self._generations)
+
+    @property
+    def stalled(self) -> bool:
+        """Whether the engine has work and has not been heard of for settings.engine_timeout_s."""
+        owed_since = self._owed_since
+        return owed_since is not None and time.monotonic() - owed_since > self.settings.engine_timeout_s
 
     @property
     def pid(self) -> int:
@@ -184,14 +192,23 @@ class EngineClient:
             raise EngineFull(len(self._generations), self._retry_after_s())
         sequence_id, generation = next(self._ids), Generation()
         self._generations[sequence_id] = generation
+        self._num_unfinished += 1
         try:
-            self._transport.write(wire.encode(Add(sequence_id, pack_ids(prompt_ids), params, cache_salt)))
+            self._send(Add(sequence_id, pack_ids(prompt_ids), params, cache_salt))
             yield generation
         finally:  # finished, stop string, client gone, error: one door
             del self._generations[sequence_id]
             self._finish_times.append(time.monotonic())
-            if generation.finish_reason is None and self.alive:
-                self._transport.write(wire.encode(Abort(sequence_id)))
+            if generation.finish_reason is None:
+                self._num_unfinished -= 1
+                if self.alive:
+                    self._send(Abort(sequence_id))
+
+    def _send(self, message: Add | Abort) -> None:
+        """Everything that is sent is answered: by a step's output, or by its state when the engine comes to rest."""
+        if self._owed_since is None:
+            self._owed_since = time.monotonic()
+        self._transport.write(wire.encode(message))
 
     def _retry_after_s(self) -> float:
         """When a place should be free: from the rate at which generations ended lately; 1 to 60 s."""
@@ -223,6 +240,9 @@ class EngineClient:
         for sequence_id, reason in step.finished.items():
             if generation := generations.get(sequence_id):
                 generation.finish(reason)
+                self._num_unfinished -= 1
+        at_rest = not (self._num_unfinished or step.stats.num_running or step.stats.num_waiting)
+        self._owed_since = None if at_rest else time.monotonic()
         if self.on_step is not None:
             self.on_step(step)
 

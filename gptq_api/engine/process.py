@@ -87,8 +87,14 @@ def _serve(sock: socket.socket, inbox: Inbox, settings: Settings) -> int:
         description=runner.description,
     )
     sock.sendall(wire.encode(ready))
+    unanswered = False
     while True:
         while not engine.has_work() or not inbox.empty():
+            if (
+                unanswered and inbox.empty()
+            ):  # about to sleep: the API process learns the state
+                sock.sendall(wire.encode(engine.report()))
+                unanswered = False
             match inbox.get():
                 case Add() as message:
                     engine.add(message)
@@ -96,7 +102,11 @@ def _serve(sock: socket.socket, inbox: Inbox, settings: Settings) -> int:
                     engine.abort(sequence_id)
                 case None:
                     return 0
-        sock.sendall(wire.encode(engine.step()))  # one message per step, whatever the batch size
+            unanswered = True
+        output = engine.step()
+        if output is not None:
+            sock.sendall(wire.encode(output))  # one message per step, whatever the batch size
+            unanswered = False
 
 
 if __name__ == "__main__":

@@ -52,6 +52,7 @@ class Scheduler:
         self.running: list[Sequence] = []  # oldest first; the youngest is preempted first
         self._live: dict[int, Sequence] = {}
         self._free_slots = list(range(max_num_seqs - 1, -1, -1))
+        self._budget = max_num_batched_tokens  # less for a while after the device had no memory for a step
         self.counters = Counters()
 
     def fits(self, seq: Sequence) -> bool:
@@ -83,7 +84,7 @@ class Scheduler:
         """Choose the tokens of one step, which counts as computed from here on; at least one whenever there is work
         and no token in flight."""
         taken: dict[Sequence, int] = {}
-        budget = self.max_num_batched_tokens
+        budget = self._budget
         preempted: set[Sequence] = set()
         # Running before waiting: a token owed beats a token promised. A prompt in chunks takes whatever budget it
         # finds, so nobody is admitted behind it until it is done, and those who decode all stand before it.
@@ -140,11 +141,24 @@ class Scheduler:
         self.counters.preemptions += 1
         return seq
 
+    def withdraw(self, batch: Batch) -> None:
+        """Undo `schedule` for the step it chose last, which could not be launched, and choose half as many tokens from
+        now on: one more with every step that succeeds."""
+        size = self.blocks.block_size
+        for seq, start, samples in zip(batch.sequences, batch.num_computed_tokens, batch.samples, strict=True):
+            self.blocks.discard(seq.block_hashes[start // size : seq.num_known_computed_tokens // size])
+            seq.num_computed_tokens = start
+            seq.num_tokens_in_flight -= samples
+        for _ in range(batch.num_admitted):  # they may share blocks that this step was to write
+            self.preempt_youngest()
+        self._budget = max(1, batch.num_tokens // 2)
+
     def update(self, batch: Batch, sampled: Sampled) -> dict[Sequence, FinishReason]:
         """Take in the result of a step; returns the sequences that are done, which hold no memory any more.
 
         Tokens of sequences that are gone are dropped; one that was preempted meanwhile gets its token.
         """
+        self._budget = min(self._budget + 1, self.max_num_batched_tokens)
         finished: dict[Sequence, FinishReason] = {}
         for seq, token in zip(batch.sequences, sampled.tokens, strict=True):
             if token is None:
@@ -152,10 +166,10 @@ class Scheduler:
             seq.num_tokens_in_flight -= 1
             if token < 0:
                 self.blocks.discard(seq.block_hashes)
-                reason: FinishReason | None = "error"
-            else:
-                reason = self._append(seq, token) if seq in self else None
-            if reason is not None and seq in self:
+            if seq not in self:
+                continue
+            reason: FinishReason | None = "error" if token < 0 else self._append(seq, token)
+            if reason is not None:
                 finished[seq] = reason
                 del self._live[seq.sequence_id]
         if finished:

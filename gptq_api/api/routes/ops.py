@@ -20,16 +20,22 @@ def _probe(status: str, code: int) -> Response:
 
 @public.get("/health")
 async def health(service: ServiceDep) -> Response:
-    """Liveness: 503 when the engine is gone and only a restart helps."""
-    return _probe("ok", 200) if service.engine.alive else _probe("engine dead", 503)
+    """Liveness: 503 when the engine is gone, or has been silent for too long over its work: only a restart helps."""
+    fault = _fault(service)
+    return _probe(fault, 503) if fault else _probe("ok", 200)
 
 
 @public.get("/ready")
 async def ready(service: ServiceDep) -> Response:
     """Readiness: 503 also while the server finishes its last requests."""
-    if service.draining:
-        return _probe("shutting down", 503)
-    return _probe("ready", 200) if service.engine.alive else _probe("engine dead", 503)
+    fault = "shutting down" if service.draining else _fault(service)
+    return _probe(fault, 503) if fault else _probe("ready", 200)
+
+
+def _fault(service: ServiceDep) -> str | None:
+    if not service.engine.alive:
+        return "engine dead"
+    return "engine stalled" if service.engine.stalled else None
 
 
 @router.get("/metrics")

@@ -1,0 +1,288 @@
+"""The engine one step ahead of what it knows: the same tokens as one that waits, for any workload."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from toy_runner import NUM_TOKENS, STOP, Step, ToyRunner, expected
+
+from gptq_api.engine.core import Engine
+from gptq_api.scheduler.blocks import BlockManager
+from gptq_api.scheduler.scheduler import Scheduler
+from gptq_api.sequence import Sampled
+from gptq_api.types import Add, SamplingParams, StepOutput, pack_ids, unpack_ids
+
+
+class World:
+    """An engine on a toy runner, and what each sequence got from it."""
+
+    def __init__(
+        self,
+        lookahead: int = 1,
+        num_blocks: int = 64,
+        block_size: int = 4,
+        max_num_seqs: int = 8,
+        budget: int = 64,
+        caching: bool = True,
+        out_of_memory: float = 0.0,
+        max_tokens: int = 10**9,
+    ) -> None:
+        self.runner = ToyRunner(lookahead, max_num_seqs, block_size, out_of_memory, max_tokens)
+        self.blocks = BlockManager(num_blocks, block_size)
+        self.scheduler = Scheduler(self.blocks, max_num_seqs, budget, caching)
+        self.engine: Engine[Step] = Engine(self.runner, self.scheduler)
+        self.prompts: dict[int, tuple[list[int], SamplingParams]] = {}
+        self.tokens: dict[int, list[int]] = {}
+        self.finished: dict[int, str] = {}
+        self.aborted: set[int] = set()
+        self.outputs: list[StepOutput] = []
+
+    def add(self, prompt: list[int], salt: bytes = b"", **params: object) -> int:
+        sequence_id = len(self.prompts) + 1
+        made = SamplingParams(**{"max_tokens": 10, "stop_token_ids": (STOP,), **params})  # type: ignore[arg-type]
+        self.prompts[sequence_id] = (prompt, made)
+        self.tokens[sequence_id] = []
+        self.engine.add(Add(sequence_id, pack_ids(prompt), made, salt))
+        return sequence_id
+
+    def abort(self, sequence_id: int) -> None:
+        self.aborted.add(sequence_id)
+        self.engine.abort(sequence_id)
+
+    def step(self) -> StepOutput | None:
+        output = self.engine.step()
+        slots = [seq.slot for seq in self.scheduler.running]
+        assert len(set(slots)) == len(slots) and min(slots, default=0) >= 0
+        assert all(seq.slot == -1 and not seq.block_table for seq in self.scheduler.waiting)
+        if output is not None:
+            self.outputs.append(output)
+            for sequence_id, token in zip(unpack_ids(output.sequence_ids), unpack_ids(output.tokens), strict=True):
+                assert sequence_id not in self.finished and sequence_id not in self.aborted, "news of the dead"
+                assert token >= 0
+                assert (sequence_id in output.cached_tokens) == (not self.tokens[sequence_id])
+                self.tokens[sequence_id].append(token)
+            for sequence_id, reason in output.finished.items():
+                assert sequence_id not in self.finished and sequence_id not in self.aborted
+                self.finished[sequence_id] = reason
+        return output
+
+    def drain(self, most: int = 20_000) -> None:
+        while self.engine.has_work():
+            self.step()
+            most -= 1
+            assert most, "no end"
+
+    def check(self) -> None:
+        """After the end: everybody got what a lone sequence gets, and all memory is free."""
+        for sequence_id, (prompt, params) in self.prompts.items():
+            tokens, reason = expected(prompt, params)
+            if sequence_id in self.aborted:
+                assert self.tokens[sequence_id] == tokens[: len(self.tokens[sequence_id])]
+            else:
+                assert (self.tokens[sequence_id], self.finished[sequence_id]) == (tokens, reason)
+        assert self.blocks.num_free == self.blocks.num_blocks
+        assert sorted(self.scheduler._free_slots) == list(range(self.scheduler.max_num_seqs))
+        assert not self.scheduler._live
+
+
+@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    seed=st.integers(0, 2**32),
+    lookahead=st.sampled_from([0, 1, 1, 1]),
+    num_blocks=st.integers(2, 40),
+    block_size=st.sampled_from([1, 2, 4, 16]),
+    max_num_seqs=st.integers(1, 8),
+    budget=st.integers(1, 40),
+    num_sequences=st.integers(1, 25),
+    caching=st.booleans(),
+    out_of_memory=st.sampled_from([0.0, 0.0, 0.1, 0.5]),
+)
+def test_random_workloads(
+    seed: int,
+    lookahead: int,
+    num_blocks: int,
+    block_size: int,
+    max_num_seqs: int,
+    budget: int,
+    num_sequences: int,
+    caching: bool,
+    out_of_memory: float,
+) -> None:
+    rng = random.Random(seed)
+    world = World(lookahead, num_blocks, block_size, max_num_seqs, budget, caching, out_of_memory)
+    capacity = num_blocks * block_size
+    stems = [[rng.randrange(1, NUM_TOKENS) for _ in range(capacity)] for _ in range(2)]  # shared beginnings
+    left = num_sequences
+    for _ in range(50_000):
+        if not left and not world.engine.has_work():
+            break
+        while left and rng.random() < 0.3:
+            length = rng.randint(1, max(1, capacity // 2))
+            split = rng.randint(0, length)
+            prompt = rng.choice(stems)[:split] + [rng.randrange(1, NUM_TOKENS) for _ in range(length - split)]
+            most = rng.choice([1, 2, capacity - length, rng.randint(1, max(1, capacity - length))])
+            siblings = rng.choice([1, 1, 3])
+            for i in range(siblings):
+                world.add(
+                    prompt,
+                    rng.choice([b"", b"", b"key"]),
+                    max_tokens=max(1, min(most, capacity - length)),
+                    min_tokens=rng.choice([0, 0, 5]),
+                    stop_token_ids=rng.choice([(), (STOP,), (STOP, 1, 2)]),
+                    seed=i + rng.randrange(2),
+                    logit_bias={1: 1.0} if rng.random() < 0.2 else {},
+                )
+            left -= 1
+        if world.tokens and rng.random() < 0.05:
+            gone = rng.choice(sorted(world.tokens))
+            if gone not in world.finished:
+                world.abort(gone)
+        if world.engine.has_work():
+            world.step()
+    assert not left and not world.engine.has_work()
+    world.check()
+
+
+def first_seed(wanted: Callable[[list[int], str], bool], **params: object) -> int:
+    """A seed with which the prompt of the tests below is answered as wanted."""
+    made = {"max_tokens": 10, "stop_token_ids": (STOP,), **params}
+    return next(s for s in range(10_000) if wanted(*expected(PROMPT, SamplingParams(seed=s, **made))))  # type: ignore[arg-type]
+
+
+PROMPT = [1, 2, 3, 4, 5]
+
+
+def test_a_step_is_launched_before_the_one_before_it_is_collected() -> None:
+    world = World()
+    world.add(PROMPT, max_tokens=6, stop_token_ids=())
+    assert world.step() is None
+    for i in range(6):
+        world.step()
+        assert len(world.tokens[1]) == i + 1, "one token a step, from the second on"
+    assert world.runner.most_in_flight == 2
+    assert not world.engine.has_work()
+    assert world.runner.num_rows == len(PROMPT) + 5, "nothing in surplus where max_tokens is the end"
+    world.check()
+
+
+def test_a_stop_token_costs_one_row_that_nobody_sees() -> None:
+    seed = first_seed(lambda tokens, reason: reason == "stop" and len(tokens) == 4)
+    world = World()
+    world.add(PROMPT, seed=seed)
+    world.drain()
+    assert world.runner.num_rows == len(PROMPT) + 4
+    assert not unpack_ids(world.outputs[-1].tokens) and world.outputs[-1].stats.num_running == 0
+    world.check()
+
+
+def test_one_token_is_reported_without_a_second_step() -> None:
+    world = World()
+    world.add(PROMPT, max_tokens=1)
+    assert world.step() is None
+    assert world.step() is not None and len(world.tokens[1]) == 1
+    assert not world.engine.has_work() and world.runner.num_rows == len(PROMPT)
+    world.check()
+
+
+def test_whoever_arrives_while_a_step_is_in_flight_is_in_the_next_one() -> None:
+    world = World()
+    world.add(PROMPT, max_tokens=8, stop_token_ids=())
+    world.step()
+    world.step()
+    late = world.add([7, 7, 7], max_tokens=1)
+    world.step()  # launches it
+    world.step()  # brings its token
+    assert late in world.finished
+
+
+def test_a_block_that_ends_in_an_unknown_token_is_found_when_it_is_known() -> None:
+    world = World(block_size=4, num_blocks=32)
+    world.add(PROMPT, max_tokens=8, stop_token_ids=())
+    world.drain()
+    answer = world.tokens[1]
+    second = world.add([*PROMPT, *answer], max_tokens=1)
+    world.drain()
+    assert {k: v for o in world.outputs for k, v in o.cached_tokens.items()}[second] == 12  # of 13, the last uncomputed
+    world.check()
+
+
+def test_a_token_arrives_at_a_sequence_that_was_preempted_meanwhile() -> None:
+    world = World(num_blocks=6, block_size=2, max_num_seqs=2)
+    for _ in range(2):
+        world.add([1, 2, 3], max_tokens=9, stop_token_ids=(), seed=len(world.prompts))
+    seen = []
+    collect = world.runner.collect
+
+    def look(launched: Step) -> Sampled:
+        seen.extend(seq for seq in world.scheduler.waiting if seq.num_tokens_in_flight)
+        return collect(launched)
+
+    world.runner.collect = look  # type: ignore[method-assign]
+    world.drain()
+    assert seen and world.scheduler.counters.preemptions > 0
+    world.check()
+
+
+@pytest.mark.parametrize("num_steps", range(1, 8))
+def test_abort_with_a_step_in_flight(num_steps: int) -> None:
+    world = World()
+    gone = world.add(PROMPT, max_tokens=20, stop_token_ids=())
+    stays = world.add(PROMPT, max_tokens=20, stop_token_ids=(), seed=1)
+    for _ in range(num_steps):
+        world.step()
+    world.abort(gone)
+    assert [seq.sequence_id for seq in world.scheduler.running] == [stays]
+    world.add([6, 6], max_tokens=3)  # takes its slot, and its blocks
+    world.drain()
+    assert len(world.tokens[gone]) == num_steps - 1
+    world.check()
+
+
+@pytest.mark.parametrize("aborted", [False, True])
+def test_non_finite_logits_leave_nothing_in_the_cache(aborted: bool) -> None:
+    """Not even where the sequence had gone before that was known."""
+    long = PROMPT * 3
+    params = {"logit_bias": {1: 1.0}, "max_tokens": 5}
+    seed = next(s for s in range(1000) if expected(long, SamplingParams(seed=s, **params)) == ([], "error"))  # type: ignore[arg-type]
+    world = World()
+    sick = world.add(long, seed=seed, **params)
+    world.step()
+    if aborted:
+        world.abort(sick)
+    world.drain()
+    again = world.add(long, max_tokens=1)
+    world.drain()
+    assert world.outputs[-1].cached_tokens[again] == 0
+    world.check()
+
+
+def test_what_the_device_has_no_memory_for_is_done_in_smaller_steps() -> None:
+    world = World(budget=64, max_tokens=10)
+    for i in range(6):
+        world.add([1 + i, *PROMPT * 3], max_tokens=6, seed=i)
+    world.drain()
+    assert max(output.stats.num_batched_tokens for output in world.outputs) <= 10
+    world.check()
+
+
+def test_what_the_device_has_no_memory_for_at_all_ends_with_an_error_and_the_engine_lives() -> None:
+    world = World(max_tokens=0)
+    lost = [world.add(PROMPT), world.add(PROMPT)]
+    world.drain()
+    assert [world.finished[i] for i in lost] == ["error", "error"]
+    world.runner.max_tokens = 10**9
+    well = world.add(PROMPT)
+    world.drain()
+    assert (world.tokens[well], world.finished[well]) == expected(*world.prompts[well])
+
+
+def test_what_can_never_fit_ends_with_an_error() -> None:
+    world = World(num_blocks=2)
+    lost = world.add(PROMPT, max_tokens=4)
+    assert world.engine.has_work()
+    assert world.step() is not None and world.finished == {lost: "error"}
+    assert not world.engine.has_work()
