@@ -90,9 +90,7 @@ def _serve(sock: socket.socket, inbox: Inbox, settings: Settings) -> int:
     unanswered = False
     while True:
         while not engine.has_work() or not inbox.empty():
-            if (
-                unanswered and inbox.empty()
-            ):  # about to sleep: the API process learns the state
+            if unanswered and inbox.empty():  # about to sleep: the API process learns the state
                 sock.sendall(wire.encode(engine.report()))
                 unanswered = False
             match inbox.get():
