@@ -10,6 +10,7 @@
 #include "dequant.h"
 #include "ops.h"
 #include "pack.h"
+#include "sampler.h"
 #ifdef GPTQ_API_HOPPER
 #include "gemm_wgmma.h"
 #endif
@@ -93,6 +94,30 @@ void rope_and_write(std::uintptr_t qkv, std::uintptr_t positions, std::uintptr_t
   raise_on(gptq::launch_rope_and_write(args, bf16, fp8_cache, as_stream(stream)), "rope_and_write T=" + std::to_string(T));
 }
 
+gptq::SamplerRows sampler_rows(std::uintptr_t logits, int S, int V, long long ldl, std::uintptr_t fields, long long ldf) {
+  return {pointer<const float>(logits), S, V, ldl, pointer<const int>(fields), ldf};
+}
+
+void sample(std::uintptr_t logits, int S, int V, long long ldl, std::uintptr_t fields, long long ldf, std::uintptr_t history, long long ldh, int capacity,
+            std::uintptr_t tokens, std::uintptr_t stream) {
+  const gptq::SamplerHistory past{pointer<int>(history), ldh, capacity};
+  raise_on(gptq::launch_sample(sampler_rows(logits, S, V, ldl, fields, ldf), past, pointer<int>(tokens), as_stream(stream)), shape("sample", S, V, 0));
+}
+
+void sample_adjust(std::uintptr_t logits, int S, int V, long long ldl, std::uintptr_t fields, long long ldf, std::uintptr_t history, long long ldh,
+                   int capacity, std::uintptr_t entries, std::uintptr_t out, long long ldo, std::uintptr_t stream) {
+  const gptq::SamplerHistory past{pointer<int>(history), ldh, capacity};
+  raise_on(gptq::launch_sample_adjust(sampler_rows(logits, S, V, ldl, fields, ldf), past, pointer<const int>(entries), pointer<float>(out), ldo,
+                                      as_stream(stream)),
+           shape("sample_adjust", S, V, 0));
+}
+
+void sample_logprobs(std::uintptr_t logits, int S, int V, long long ldl, std::uintptr_t fields, long long ldf, std::uintptr_t tokens, std::uintptr_t out,
+                     std::uintptr_t stream) {
+  raise_on(gptq::launch_sample_logprobs(sampler_rows(logits, S, V, ldl, fields, ldf), pointer<const int>(tokens), pointer<int>(out), as_stream(stream)),
+           shape("sample_logprobs", S, V, 0));
+}
+
 #ifdef GPTQ_API_HOPPER
 void wgmma(std::uintptr_t w, std::uintptr_t x, std::uintptr_t y, std::uintptr_t bias, std::uintptr_t residual, std::uintptr_t workspace, int M, int N, int K,
            int ldx, int ldy, int ldr, int paired, int groups, bool zeros, bool bf16, int tile, int blocks_per_sm, std::uintptr_t stream) {
@@ -126,6 +151,9 @@ PYBIND11_MODULE(_cuda, m, py::mod_gil_not_used()) {
   m.def("embed", &embed, free_gil);
   m.def("rms_norm", &rms_norm, free_gil);
   m.def("rope_and_write", &rope_and_write, free_gil);
+  m.def("sample", &sample, free_gil);
+  m.def("sample_adjust", &sample_adjust, free_gil);
+  m.def("sample_logprobs", &sample_logprobs, free_gil);
 #ifdef GPTQ_API_HOPPER
   m.def("wgmma", &wgmma, free_gil);
   m.def("wgmma_workspace_bytes", &gptq::gemm_wgmma_workspace_bytes);

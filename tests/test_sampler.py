@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from gptq_api.layers.sampler import sample, uniform
+from gptq_api.layers.sampler import random_bits, sample
 from gptq_api.sequence import Sequence
 from gptq_api.types import SamplingParams
 
@@ -118,12 +118,37 @@ def test_the_seed_and_the_position_both_count() -> None:
     assert first != [sample(flat.clone(), [sequence([1] * n, seed=8)])[0][0] for n in range(1, 40)]
 
 
-def test_uniform_numbers() -> None:
-    numbers = torch.tensor([uniform(seed, position) for seed in (0, 1, 2**63, -5) for position in range(2000)])
+def test_random_bits() -> None:
+    pairs = [(seed, position) for seed in (0, 1, 2**63, -5) for position in range(2000)]
+    numbers = torch.tensor([random_bits(*pair) / 2**64 for pair in pairs], dtype=torch.float64)
     assert numbers.min() >= 0 and numbers.max() < 1
     assert (torch.histc(numbers, 10, 0, 1) / 8000 - 0.1).abs().max() < 0.02
-    pairs = numbers.view(4, 2000)
-    assert torch.corrcoef(pairs).fill_diagonal_(0).abs().max() < 0.1
+    assert torch.corrcoef(numbers.view(4, 2000)).fill_diagonal_(0).abs().max() < 0.1
+    # The first two words of Philox4x32-10, key 0 and counter 0, as its authors publish them.
+    assert random_bits(0, 0) == 0xE169C58D_6627E8D5
+    assert random_bits(-1, 3) == random_bits(2**64 - 1, 3) != random_bits(2**32 - 1, 3)
+
+
+@pytest.mark.parametrize("size", [6, 700])
+def test_equally_likely_tokens_rank_by_id_and_are_drawn_in_the_order_of_ids(size: int) -> None:
+    row = torch.zeros(size)
+    row[[3, 5]] = 2.0
+    for params, kept in (
+        ({"top_k": 3}, [0, 3, 5]),
+        ({"top_k": 1}, [3]),
+        ({"top_k": size - 2}, sorted([3, 5, *[i for i in range(size) if i not in (3, 5)][: size - 4]])),
+        ({"top_k": 2, "top_p": 0.5}, [3]),
+        ({"top_k": 2, "top_p": 0.51}, [3, 5]),
+    ):
+        sequences = [sequence(seed=seed, **params) for seed in range(300)]
+        tokens = sample(row.repeat(300, 1), sequences)[0]
+        assert set(tokens) <= set(kept)
+        weights = row[kept].double().exp()
+        for seed, token in enumerate(tokens):
+            draw = random_bits(seed, 1) / 2**64 * weights.sum()
+            edges = weights.cumsum(0)
+            if (edges - draw).abs().min() > 1e-5:
+                assert token == kept[int((edges <= draw).sum())]
 
 
 def test_penalties_and_bias() -> None:

@@ -1,29 +1,45 @@
 """From logits to tokens, for sequences with different parameters in one batch.
 
 The order of the steps is that of `SamplingParams`. A token is a pure function of (seed, position, logits of its row):
-one uniform number is made from (seed, position) and looked up in the row's cumulative distribution, so nothing
-depends on who else is in the batch or in which order. Greedy rows cost one argmax.
+one random number is made from (seed, position) and looked up in the row's cumulative distribution, so nothing depends
+on who else is in the batch or in which order. Greedy rows cost one argmax.
+
+The arithmetic is that of ext/sampler.cu, so that a seed gives the same text on either device: a token's weight is
+exp((logit - best) / temperature) in 40-bit fixed point, whose sums are exact in any order; ranks are by logit, then by
+the lower id; the draw is looked up in the order of ids.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 
 import torch
 from torch import Tensor
 
+from gptq_api.kernels.sampling import inverse_temperature
 from gptq_api.sequence import Sequence
 from gptq_api.types import SamplingParams, TokenLogprobs
 
 _CANDIDATES = 256
-"""top-p looks at so many most likely tokens first; a row whose mass is not in them is sorted whole"""
+"""top-k and top-p look at so many most likely tokens first; a row that needs more is sorted whole"""
+_WEIGHT_ONE = 2.0**40
+_LOWEST = torch.finfo(torch.float32).min
+"""the logit of a forbidden token: not -inf, which would be a broken row"""
 
 
-def uniform(seed: int, position: int) -> float:
-    """A number in [0, 1) from 53 bits of BLAKE2b(seed, position): independent for every pair."""
-    message = (seed & (2**64 - 1)).to_bytes(8, "little") + position.to_bytes(8, "little")
-    return (int.from_bytes(hashlib.blake2b(message, digest_size=8).digest(), "little") >> 11) / 2**53
+def random_bits(seed: int, position: int) -> int:
+    """64 bits of Philox4x32-10 with `seed` as key and `position` as counter: independent for every pair.
+
+    Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
+    """
+    word = 0xFFFFFFFF
+    key0, key1 = seed & word, seed >> 32 & word
+    c0, c1, c2, c3 = position & word, 0, 0, 0
+    for _ in range(10):
+        product0, product1 = 0xD2511F53 * c0, 0xCD9E8D57 * c2
+        c0, c1, c2, c3 = product1 >> 32 ^ c1 ^ key0, product1 & word, product0 >> 32 ^ c3 ^ key1, product0 & word
+        key0, key1 = key0 + 0x9E3779B9 & word, key1 + 0xBB67AE85 & word
+    return c1 << 32 | c0
 
 
 def sample(logits: Tensor, sequences: list[Sequence]) -> tuple[list[int], list[TokenLogprobs | None]]:
@@ -41,6 +57,9 @@ def sample(logits: Tensor, sequences: list[Sequence]) -> tuple[list[int], list[T
     for row, sequence in enumerate(sequences):
         if _adjusts(sequence):
             _adjust(logits[row], sequence)
+            if not bool(logits[row].isfinite().all()):
+                finite[row], all_finite = False, False
+                logits[row] = 0.0
     drawn = [i for i, s in enumerate(sequences) if s.params.temperature > 0]
     tokens: list[int] = logits.argmax(-1).tolist() if len(drawn) < len(sequences) else [0] * len(sequences)
     if drawn:
@@ -84,95 +103,102 @@ def _adjust(logits: Tensor, sequence: Sequence) -> None:
         times = torch.tensor(list(counts.values()), dtype=logits.dtype, device=device)
         logits[ids] -= p.presence_penalty + p.frequency_penalty * times
     if sequence.num_output_tokens < p.min_tokens and p.stop_token_ids:
-        logits[list(p.stop_token_ids)] = -torch.inf
+        logits[list(p.stop_token_ids)] = _LOWEST
 
 
 def _draw(logits: Tensor, sequences: list[Sequence]) -> list[int]:
     """One token for each row [V] with temperature above 0."""
     params = [s.params for s in sequences]
-    temperature = torch.tensor([p.temperature for p in params], dtype=torch.float32, device=logits.device)
+    bits = [random_bits(s.params.seed, len(s.token_ids)) for s in sequences]
+    inverse = _column([inverse_temperature(p.temperature) for p in params], logits)
     # Relative to the best first: the smallest temperatures must not overflow.
-    scaled = (logits - logits.amax(-1, keepdim=True)) / temperature.unsqueeze(1)
-    probabilities = scaled.softmax(-1)
-    draws = [uniform(s.params.seed, len(s.token_ids)) for s in sequences]
+    share = logits.sub(logits.amax(-1, keepdim=True)).mul_(inverse).exp_()
+    weights = (share * _WEIGHT_ONE).to(torch.int64)
     if any(p.min_p > 0 for p in params):
-        min_p = torch.tensor([p.min_p for p in params], dtype=torch.float32, device=logits.device)
-        best = probabilities.amax(-1, keepdim=True)
-        probabilities.masked_fill_(probabilities < best * min_p.unsqueeze(1), 0.0)
+        weights.masked_fill_(share < _column([p.min_p for p in params], logits), 0)
     tokens = [0] * len(sequences)
     plain = [i for i, p in enumerate(params) if not _filters(p)]
     if plain:
-        rows = probabilities if len(plain) == len(params) else probabilities[plain]
-        for i, token in zip(plain, _look_up(rows, [draws[i] for i in plain]), strict=True):
+        rows = weights if len(plain) == len(params) else weights[plain]
+        for i, token in zip(plain, _look_up(rows, [bits[i] for i in plain]), strict=True):
             tokens[i] = token
     filtered = [i for i, p in enumerate(params) if _filters(p)]
     if filtered:
-        rows = probabilities if len(filtered) == len(params) else probabilities[filtered]
-        drawn = _draw_filtered(rows, [params[i] for i in filtered], [draws[i] for i in filtered])
+        whole = len(filtered) == len(params)
+        rows, row_weights = (logits, weights) if whole else (logits[filtered], weights[filtered])
+        drawn = _draw_filtered(rows, row_weights, [params[i] for i in filtered], [bits[i] for i in filtered])
         for i, token in zip(filtered, drawn, strict=True):
             tokens[i] = token
     return tokens
+
+
+def _column(values: list[float], like: Tensor) -> Tensor:
+    return torch.tensor(values, dtype=torch.float32, device=like.device).unsqueeze(1)
 
 
 def _filters(p: SamplingParams) -> bool:
     return p.top_k > 0 or p.top_p < 1.0
 
 
-def _draw_filtered(probabilities: Tensor, params: list[SamplingParams], draws: list[float]) -> list[int]:
+def _draw_filtered(logits: Tensor, weights: Tensor, params: list[SamplingParams], bits: list[int]) -> list[int]:
     """Rows [V] with top-k or top-p: among the most likely candidates where they suffice, else among all."""
-    size = probabilities.shape[1]
-    if size <= _CANDIDATES:
-        return _nucleus(probabilities.sort(-1, descending=True), probabilities.sum(-1), params, draws)
-    best = probabilities.topk(_CANDIDATES, -1)
-    mass = probabilities.sum(-1)
-    inside = best[0].sum(-1)
-    enough = [
-        0 < p.top_k <= _CANDIDATES or (p.top_k <= 0 and covered > p.top_p * total)
-        for p, covered, total in zip(params, inside.tolist(), mass.tolist(), strict=True)
-    ]
+    size = logits.shape[1]
+    mass = weights.sum(-1)
     tokens = [0] * len(params)
-    for wanted in (True, False):
-        rows = [i for i, e in enumerate(enough) if e is wanted]
-        if not rows:
-            continue
-        ranked = (best[0][rows], best[1][rows]) if wanted else probabilities[rows].sort(-1, descending=True)
-        drawn = _nucleus(ranked, mass[rows], [params[i] for i in rows], [draws[i] for i in rows])
-        for i, token in zip(rows, drawn, strict=True):
+    rest = list(range(len(params)))
+    if size > _CANDIDATES:
+        values, ids = logits.topk(_CANDIDATES, -1)
+        ids = ids.sort(-1)[0]
+        ranked, kept = _nucleus(logits.gather(1, ids), weights.gather(1, ids), mass, params)
+        # Of tokens as likely as the last candidate some may be missing: a cut among those is left to the sort.
+        sure = (logits.gather(1, ids) > values[:, -1:]).sum(-1)
+        enough = [p.top_k <= _CANDIDATES and e for p, e in zip(params, (kept.sum(-1) <= sure).tolist(), strict=True)]
+        inside = [i for i in rest if enough[i]]
+        rest = [i for i in rest if not enough[i]]
+        if inside:
+            picked = _draw_kept(weights.gather(1, ids)[inside], ranked[inside], kept[inside], [bits[i] for i in inside])
+            for i, index in zip(inside, picked, strict=True):
+                tokens[i] = int(ids[i, index])
+    if rest:
+        ranked, kept = _nucleus(logits[rest], weights[rest], mass[rest], [params[i] for i in rest])
+        for i, token in zip(rest, _draw_kept(weights[rest], ranked, kept, [bits[i] for i in rest]), strict=True):
             tokens[i] = token
     return tokens
 
 
-def _nucleus(
-    ranked: tuple[Tensor, Tensor], mass: Tensor, params: list[SamplingParams], draws: list[float]
-) -> list[int]:
-    """Ranked (probabilities, ids), both [S, C], best first; `mass` [S] is what the whole row adds up to.
+def _nucleus(logits: Tensor, weights: Tensor, mass: Tensor, params: list[SamplingParams]) -> tuple[Tensor, Tensor]:
+    """Columns of [S, C] from the best down, ids ascending among equals, and which of these ranks stay (bool [S, C]);
+    `mass` [S] is what the whole row weighs.
 
     top-k first, then the smallest head that holds top_p of what top-k left; its last token is the one that reaches it.
     """
-    values, ids = ranked[0].to(torch.float64), ranked[1]
-    device, width = values.device, values.shape[1]
-    top_k = torch.tensor([p.top_k if p.top_k > 0 else width for p in params], device=device)
-    top_p = torch.tensor([p.top_p for p in params], dtype=torch.float64, device=device)
-    values = values.masked_fill(torch.arange(width, device=device) >= top_k.unsqueeze(1), 0.0)
+    ranked = logits.sort(dim=-1, descending=True, stable=True)[1]
+    device, width = logits.device, logits.shape[1]
+    values = weights.gather(1, ranked)
+    top_k = torch.tensor([min(p.top_k, width) if p.top_k > 0 else width for p in params], device=device).unsqueeze(1)
     cumulative = values.cumsum(-1)
-    kept = torch.tensor([p.top_k > 0 for p in params], device=device)
-    total = torch.where(kept, cumulative[:, -1], mass.to(torch.float64))
-    before = cumulative - values
+    limited = torch.tensor([p.top_k > 0 for p in params], device=device)
+    total = torch.where(limited, cumulative.gather(1, top_k - 1).squeeze(1), mass)
+    top_p = torch.tensor([p.top_p for p in params], dtype=torch.float32, device=device).double()
     # The first token always stays, whatever top_p.
-    out = before >= (top_p * total).unsqueeze(1)
-    out[:, 0] = False
-    picked = _look_up(values.masked_fill(out, 0.0), draws)
-    return ids.gather(1, torch.tensor(picked, device=device).unsqueeze(1)).flatten().tolist()
+    need = (top_p * total.double()).ceil().to(torch.int64).clamp(min=1)
+    need = torch.where(top_p < 1.0, need, torch.iinfo(torch.int64).max)
+    return ranked, (torch.arange(width, device=device) < top_k) & (cumulative - values < need.unsqueeze(1))
 
 
-def _look_up(weights: Tensor, draws: list[float]) -> list[int]:
-    """The index at which the cumulative sum of each row [C] passes draw * total: never one of weight 0."""
-    cumulative = weights.cumsum(-1, dtype=torch.float64)
-    targets = torch.tensor(draws, dtype=torch.float64, device=weights.device).unsqueeze(1) * cumulative[:, -1:]
-    index = torch.searchsorted(cumulative, targets, right=True).flatten()
-    # draw * total can round up to the total: then it is the last token of weight above 0.
-    last = (cumulative < cumulative[:, -1:]).sum(-1)
-    return torch.minimum(index, last).tolist()
+def _draw_kept(weights: Tensor, ranked: Tensor, kept: Tensor, bits: list[int]) -> list[int]:
+    """Columns of [S, C], by what is left of their weights."""
+    stays = torch.zeros_like(kept).scatter_(1, ranked, kept)
+    return _look_up(weights * stays, bits)
+
+
+def _look_up(weights: Tensor, bits: list[int]) -> list[int]:
+    """The index at which the cumulative sum of each row [C] passes bits / 2**64 of the total: never one of weight 0."""
+    cumulative = weights.cumsum(-1)
+    targets = [(b * total) >> 64 for b, total in zip(bits, cumulative[:, -1].tolist(), strict=True)]
+    wanted = torch.tensor(targets, dtype=torch.int64, device=weights.device).unsqueeze(1)
+    index: list[int] = torch.searchsorted(cumulative, wanted, right=True).flatten().tolist()
+    return index
 
 
 def _logprobs(raw: Tensor, tokens: list[int], sequences: list[Sequence]) -> list[TokenLogprobs | None]:
