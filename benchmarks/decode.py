@@ -39,7 +39,7 @@ from gptq_api.scheduler.blocks import BlockManager
 from gptq_api.scheduler.scheduler import Scheduler
 from gptq_api.types import Add, SamplingParams, pack_ids
 
-PARTS = ("decode", "long", "prefill", "first", "mixed", "gaps")
+PARTS = ("decode", "long", "prefill", "first", "mixed", "closed", "gaps")
 MIXED_REQUESTS = 256
 """about 530 tokens in and 140 out on average"""
 
@@ -116,6 +116,9 @@ class Measured:
                 self.first_token(length)
         elif part == "mixed":
             self.mixed()
+        elif part == "closed":
+            for batch in batches:
+                self.closed(batch)
         else:
             for batch in (1, 64):
                 self.gaps(batch)
@@ -125,10 +128,10 @@ class Measured:
         self.rows.append(entry)
         print("  ".join(f"{key} {value}" for key, value in entry.items()), flush=True)
 
-    def engine(self) -> Engine[Any]:
+    def engine(self, max_num_seqs: int | None = None) -> Engine[Any]:
         blocks = BlockManager(self.runner.num_blocks, self.runner.block_size)
         budget = self.settings.max_num_batched_tokens or 2048
-        return Engine(self.runner, Scheduler(blocks, self.settings.max_num_seqs, budget, False))
+        return Engine(self.runner, Scheduler(blocks, max_num_seqs or self.settings.max_num_seqs, budget, False))
 
     def add(self, engine: Engine[Any], lengths: list[tuple[int, int]]) -> None:
         """Sequences of (prompt tokens, new tokens)."""
@@ -136,9 +139,9 @@ class Measured:
             ids = self.random.choices(range(6, self.runner.vocab_size), k=prompt)
             engine.add(Add(i, pack_ids(ids), SamplingParams(max_tokens=new, temperature=0)))
 
-    def run(self, lengths: list[tuple[int, int]]) -> tuple[float, list[Step]]:
+    def run(self, lengths: list[tuple[int, int]], max_num_seqs: int | None = None) -> tuple[float, list[Step]]:
         """(when it began, its steps)."""
-        engine = self.engine()
+        engine = self.engine(max_num_seqs)
         self.add(engine, lengths)
         steps = []
         began = time.perf_counter()
@@ -193,6 +196,14 @@ class Measured:
             tokens_out=sum(new for _, new in lengths),
             seconds=round(steps[-1].at - began, 3),
         )
+
+    def closed(self, batch: int, prompt: int = 128, new: int = 128) -> None:
+        """As many users as `batch`, each with the next request when the last one ended: what benchmarks/serve.py sends
+        over HTTP."""
+        requests = max(32, 2 * batch)
+        began, steps = self.run([(prompt, new)] * requests, batch)
+        seconds = steps[-1].at - began
+        self.row("closed", batch=batch, prompt=prompt, new_tokens=new, tok_s=round(requests * new / seconds, 1))
 
     def gaps(self, batch: int, num_steps: int = 24) -> None:
         """From the end of a decode step's last kernel to the beginning of the next step's first, from CUPTI's trace.

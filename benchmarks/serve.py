@@ -4,8 +4,13 @@
     python benchmarks/serve.py --rate 4 --requests 64              # open loop: Poisson arrivals per second
 
 Closed loop: N users, each sends its next request when the last one ended. Open loop: requests arrive at a rate whatever
-the server does. Plain HTTP/1.1 over asyncio sockets, one connection per request, so that the client costs little
-beside the server; works against any OpenAI-compatible server. `--spawn` starts the server itself and stops it again.
+the server does. Plain HTTP/1.1 over asyncio sockets, one connection per request, and many users in several processes,
+so that the client costs little beside the server; works against any OpenAI-compatible server. `--spawn` starts the
+server itself and stops it again. `--in-process` holds the rates against those of the same load without HTTP:
+
+    python benchmarks/decode.py --synthetic llama-13b --variants g128 --parts closed --out results
+    python benchmarks/serve.py --spawn "--model-path /models/llama-13b" --prompt-tokens 128 --max-tokens 128 \
+        --concurrency 1,8,32,64,128,256 --in-process results/decode-nvidia-h200.json
 """
 
 from __future__ import annotations
@@ -13,197 +18,21 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import math
 import os
 import platform
-import random
+import shutil
 import signal
-import statistics
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
+from http_load import Bar, Load, Server, closed_loop, from_several, open_loop, summary
 
-@dataclass
-class Call:
-    """One request as its sender saw it; times in seconds from the moment it was sent."""
-
-    ttft: float | None = None
-    arrivals: list[float] = field(default_factory=list)
-    """when each chunk with text came"""
-    total: float = 0.0
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    error: str | None = None
-
-
-class Server:
-    """Where to send: splits the base URL once."""
-
-    def __init__(self, url: str, api_key: str | None) -> None:
-        parts = urlsplit(url)
-        self.host, self.port = parts.hostname or "127.0.0.1", parts.port or 80
-        self.prefix, self.api_key = parts.path.rstrip("/"), api_key
-
-    async def request(self, method: str, path: str, body: dict[str, Any] | None) -> AsyncIterator[bytes]:
-        """Send; yield the status line first, then the body as it arrives, de-chunked."""
-        payload = b"" if body is None else json.dumps(body).encode()
-        head = [f"{method} {self.prefix}{path} HTTP/1.1", f"Host: {self.host}:{self.port}", "Connection: close"]
-        if body is not None:
-            head += ["Content-Type: application/json", f"Content-Length: {len(payload)}"]
-        if self.api_key:
-            head.append(f"Authorization: Bearer {self.api_key}")
-        reader, writer = await asyncio.open_connection(self.host, self.port, limit=2**20)
-        try:
-            writer.write("\r\n".join(head).encode() + b"\r\n\r\n" + payload)
-            headers = await reader.readuntil(b"\r\n\r\n")
-            yield headers.split(b"\r\n", 1)[0]
-            if b"transfer-encoding: chunked" not in headers.lower():
-                yield await reader.read()
-                return
-            while size := int(await reader.readline(), 16):
-                yield (await reader.readexactly(size + 2))[:-2]
-        finally:
-            writer.close()
-
-    async def json(self, method: str, path: str) -> Any:
-        parts = [part async for part in self.request(method, path, None)]
-        return json.loads(b"".join(parts[1:]))
-
-    async def complete(self, body: dict[str, Any]) -> Call:
-        call, started, buffer = Call(), time.perf_counter(), b""
-        try:
-            parts = self.request("POST", "/chat/completions" if "messages" in body else "/completions", body)
-            status = await anext(parts)
-            if b" 200" not in status:
-                call.error = status.decode() + " " + b"".join([part async for part in parts]).decode()[:200]
-                return call
-            async for part in parts:
-                buffer += part
-                *events, buffer = buffer.split(b"\n\n")
-                for event in events:
-                    self._read(call, event, time.perf_counter() - started)
-        except (OSError, asyncio.IncompleteReadError, ValueError) as error:
-            call.error = f"{type(error).__name__}: {error}"
-        call.total = time.perf_counter() - started
-        if call.error is None and call.ttft is None:
-            call.error = "no text came"
-        return call
-
-    @staticmethod
-    def _read(call: Call, event: bytes, now: float) -> None:
-        if not event.startswith(b"data: ") or event == b"data: [DONE]":
-            return
-        chunk = json.loads(event[6:])
-        if "error" in chunk:
-            call.error = chunk["error"]["message"]
-        if usage := chunk.get("usage"):
-            call.prompt_tokens, call.completion_tokens = usage["prompt_tokens"], usage["completion_tokens"]
-        for choice in chunk.get("choices", []):
-            text = choice.get("text") or choice.get("delta", {}).get("content")
-            if text:
-                call.ttft = now if call.ttft is None else call.ttft
-                call.arrivals.append(now)
-
-
-def percentiles(values: list[float], scale: float = 1e3) -> dict[str, float]:
-    """p50, p90, p99 and mean of seconds, in milliseconds."""
-    if not values:
-        return {}
-    ordered = sorted(values)
-    at = {f"p{q}": ordered[min(len(ordered) - 1, int(len(ordered) * q / 100))] for q in (50, 90, 99)}
-    return {name: round(value * scale, 2) for name, value in (at | {"mean": statistics.fmean(values)}).items()}
-
-
-def summary(calls: list[Call], elapsed: float) -> dict[str, Any]:
-    """One row of the result: rates over the whole run, percentiles over requests and over gaps between chunks."""
-    good = [call for call in calls if call.error is None]
-    gaps = [b - a for call in good for a, b in zip(call.arrivals, call.arrivals[1:], strict=False)]
-    tokens = sum(call.completion_tokens for call in good)
-    return {
-        "requests": len(calls),
-        "failed": len(calls) - len(good),
-        "first_error": next((call.error for call in calls if call.error), None),
-        "elapsed_s": round(elapsed, 3),
-        "prompt_tokens": sum(call.prompt_tokens for call in good),
-        "output_tokens": tokens,
-        "output_tokens_per_s": round(tokens / elapsed, 1),
-        "requests_per_s": round(len(good) / elapsed, 2),
-        "ttft_ms": percentiles([call.ttft for call in good if call.ttft is not None]),
-        "inter_token_ms": percentiles(gaps),
-        "e2e_ms": percentiles([call.total for call in good]),
-    }
-
-
-class Load:
-    """What every request asks for, drawn from a seed so that two runs send the same."""
-
-    def __init__(self, args: argparse.Namespace, model: str) -> None:
-        self.args, self.model, self.rng = args, model, random.Random(args.seed)
-
-    def body(self) -> dict[str, Any]:
-        args = self.args
-        common = {
-            "model": self.model,
-            "stream": True,
-            "stream_options": {"include_usage": True},
-            "temperature": args.temperature,
-            "max_tokens": args.max_tokens,
-            "ignore_eos": True,
-        }
-        if args.prompt_tokens:
-            ids = [self.rng.randrange(10, args.vocab_size) for _ in range(args.prompt_tokens)]
-            return common | {"prompt": ids}
-        return common | {"messages": [{"role": "user", "content": f"{args.prompt} ({self.rng.randrange(10**6)})"}]}
-
-
-async def closed_loop(server: Server, load: Load, users: int, requests: int, bar: Bar) -> tuple[list[Call], float]:
-    bodies = iter([load.body() for _ in range(requests)])
-    calls: list[Call] = []
-
-    async def user() -> None:
-        for body in bodies:
-            calls.append(await server.complete(body))
-            bar.tick(calls[-1])
-
-    started = time.perf_counter()
-    await asyncio.gather(*[user() for _ in range(min(users, requests))])
-    return calls, time.perf_counter() - started
-
-
-async def open_loop(server: Server, load: Load, rate: float, requests: int, bar: Bar) -> tuple[list[Call], float]:
-    async def one(body: dict[str, Any]) -> Call:
-        call = await server.complete(body)
-        bar.tick(call)
-        return call
-
-    started, tasks, due = time.perf_counter(), [], 0.0
-    for _ in range(requests):
-        due += load.rng.expovariate(rate)
-        await asyncio.sleep(max(0.0, started + due - time.perf_counter()))
-        tasks.append(asyncio.create_task(one(load.body())))
-    return list(await asyncio.gather(*tasks)), time.perf_counter() - started
-
-
-class Bar:
-    """A progress line on stderr, rewritten in place on a terminal, silent elsewhere."""
-
-    def __init__(self, name: str, total: int) -> None:
-        self.name, self.total, self.done, self.failed, self.live = name, total, 0, 0, sys.stderr.isatty()
-
-    def tick(self, call: Call) -> None:
-        self.done += 1
-        self.failed += call.error is not None
-        if self.live:
-            filled = "#" * (30 * self.done // self.total)
-            end = "\n" if self.done == self.total else ""
-            failed = f", {self.failed} failed" if self.failed else ""
-            print(f"\r{self.name:>16} [{filled:<30}] {self.done}/{self.total}{failed}", end=end, file=sys.stderr)
+USERS_PER_CLIENT = 32
 
 
 def machine() -> dict[str, Any]:
@@ -213,10 +42,15 @@ def machine() -> dict[str, Any]:
         name = next(
             (line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line), name
         )
+    gpu = None
+    if shutil.which("nvidia-smi"):
+        query = ["nvidia-smi", "--query-gpu=name,driver_version,clocks.max.sm", "--format=csv,noheader"]
+        gpu = subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip() or None
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     return {
         "cpu": name,
         "cores": len(os.sched_getaffinity(0)),
+        "gpu": gpu,
         "python": platform.python_version(),
         "commit": commit.stdout.strip() or None,
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
@@ -238,6 +72,18 @@ async def spawn(options: list[str]) -> tuple[subprocess.Popen[str], str, float]:
             asyncio.get_running_loop().run_in_executor(None, process.stdout.read)
             return process, url, time.perf_counter() - started
     raise SystemExit("the server did not start")
+
+
+def in_process_rate(args: argparse.Namespace, users: int) -> float | None:
+    """Tokens/s of the same load without HTTP, from what benchmarks/decode.py wrote."""
+    if args.in_process is None:
+        return None
+    for model in json.loads(args.in_process.read_text()).values():
+        for row in model["rows"]:
+            same = (row.get("batch"), row.get("prompt"), row.get("new_tokens"))
+            if row["part"] == "closed" and same == (users, args.prompt_tokens, args.max_tokens):
+                return float(row["tok_s"])
+    return None
 
 
 def resident_mib(pid: int) -> float:
@@ -270,8 +116,16 @@ async def run(args: argparse.Namespace) -> dict[str, Any]:
             result["start_to_first_token_s"] = round(start_s + (warm.ttft or 0), 2)
         for users in args.concurrency:
             count = max(args.requests, 2 * users)
-            calls, elapsed = await closed_loop(server, Load(args, model), users, count, Bar(f"{users} users", count))
-            result["rows"].append({"mode": "closed", "concurrency": users} | summary(calls, elapsed))
+            clients = args.clients or min(math.ceil(users / USERS_PER_CLIENT), max(1, result["machine"]["cores"] // 2))
+            if clients > 1:
+                done = await from_several(clients, args, model, users, count)
+            else:
+                done = await closed_loop(server, Load(args, model), users, count, Bar(f"{users} users", count))
+            row = {"mode": "closed", "concurrency": users, "clients": clients}
+            row |= summary(done.calls, done.ended - done.began)
+            if (alone := in_process_rate(args, users)) is not None:
+                row |= {"in_process_tok_s": alone, "share": round(row["output_tokens_per_s"] / alone, 4)}
+            result["rows"].append(row)
         for rate in args.rate:
             name = f"{rate:g} requests/s"
             calls, elapsed = await open_loop(server, Load(args, model), rate, args.requests, Bar(name, args.requests))
@@ -288,13 +142,14 @@ async def run(args: argparse.Namespace) -> dict[str, Any]:
 
 def table(result: dict[str, Any]) -> str:
     lines = [f"{result['model']} on {result['machine']['cpu']}, {result['machine']['cores']} cores", ""]
-    lines.append("| load | requests | failed | tok/s | TTFT p50 / p99 ms | between tokens p50 / p99 ms |")
-    lines.append("|---|---|---|---|---|---|")
+    lines.append("| load | requests | failed | tok/s | of in-process | TTFT p50 / p99 ms | inter-token p50 / p99 ms |")
+    lines.append("|---|---|---|---|---|---|---|")
     for row in result["rows"]:
         name = f"{row['concurrency']} users" if row["mode"] == "closed" else f"{row['rate']:g} req/s"
         ttft, itl = row["ttft_ms"], row["inter_token_ms"]
+        share = f"{row['share']:.1%}" if "share" in row else "-"
         lines.append(
-            f"| {name} | {row['requests']} | {row['failed']} | {row['output_tokens_per_s']} | "
+            f"| {name} | {row['requests']} | {row['failed']} | {row['output_tokens_per_s']} | {share} | "
             f"{ttft.get('p50')} / {ttft.get('p99')} | {itl.get('p50')} / {itl.get('p99')} |"
         )
     return "\n".join(lines)
@@ -308,6 +163,8 @@ def main() -> int:
     parser.add_argument("--model", help="model name; default: the first the server lists")
     parser.add_argument("--api-key", default=os.environ.get("OPENAI_API_KEY"))
     parser.add_argument("--concurrency", type=numbers(int), default=[1, 8, 32], help="closed loop: users, by commas")
+    parser.add_argument("--clients", type=int, default=0, help="processes of the closed loop; default: by its users")
+    parser.add_argument("--in-process", type=Path, help="a result of benchmarks/decode.py with the part `closed`")
     parser.add_argument("--rate", type=numbers(float), default=[], help="open loop: requests per second, by commas")
     parser.add_argument("--requests", type=int, default=32, help="requests per row (at least two per user)")
     parser.add_argument("--max-tokens", type=int, default=64)
