@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch.nn import functional
 
 from gptq_api.bench import synthetic
-from gptq_api.config import Settings
+from gptq_api.bench.measure import measure
+from gptq_api.cli import bench
+from gptq_api.config import BenchSettings, Settings
 from gptq_api.gptq.checkpoint import open_checkpoint
 from gptq_api.gptq.dense import open_dense
 from gptq_api.gptq.summary import summarise
@@ -90,3 +93,29 @@ def test_every_token_of_the_padded_vocabulary_has_a_text(tmp_path: Path) -> None
     assert tokenizer.vocab_size == 2100
     assert all(tokenizer.decode([i]) for i in range(2048, 2100))
     assert max(tokenizer.encode("Tell me a story about ~2050 foxes.", add_bos=True)) < 2048
+
+
+def test_the_table_of_random_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = BenchSettings(synthetic="llama-13b", device="cpu", num_threads=1, num_tokens=6, prompt_tokens=4)
+    jobs = bench._jobs(settings)
+    assert [(job.kind, job.group_size, job.act_order) for job in jobs] == [
+        ("dense", 128, False),
+        ("gptq", 128, True),
+        ("gptq", 128, False),
+        ("gptq", -1, False),
+    ]
+    monkeypatch.setitem(synthetic.SHAPES, "llama-13b", TINY)
+    dense, *quantised = [measure(job) for job in jobs]
+    assert dense.bits == [] and dense.seconds_per_token > 0
+    assert [(row.bits, row.group_sizes, row.act_order) for row in quantised] == [
+        ([4], [128], "yes"),
+        ([4], [128], "no"),
+        ([4], [-1], "no"),
+    ]
+    assert all(row.weights_mib < dense.weights_mib and row.shape == dense.shape for row in quantised)
+
+
+@pytest.mark.parametrize("more", [{"text": Path("a.txt")}, {"fp16": Path("a")}, {"models": ["a"]}, {"revision": "a"}])
+def test_random_weights_go_with_no_model(more: dict[str, Any]) -> None:
+    with pytest.raises(bench.BenchError, match="--synthetic measures random weights"):
+        bench._jobs(BenchSettings(synthetic="llama-7b", **more))

@@ -3,18 +3,23 @@ on standard output. A process each, so that memory is one model's; exit status 1
 
 from __future__ import annotations
 
+import itertools
 import math
 import resource
 import statistics
 import sys
+import tempfile
 import time
+from collections import deque
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import torch
 from torch.nn import functional
 
 from gptq_api.bench.row import Job, Row
+from gptq_api.bench.synthetic import synthetic_checkpoint
 from gptq_api.config import Settings
 from gptq_api.gptq.checkpoint import Checkpoint, CheckpointError, open_checkpoint
 from gptq_api.gptq.dense import dequantised, open_dense
@@ -37,6 +42,21 @@ _GREEDY = SamplingParams(max_tokens=1, temperature=0)
 
 def measure(job: Job) -> Row:
     """Load, decode, predict. ValueErrors are sentences for the user."""
+    if job.synthetic is None:
+        return _measure(job, *_open(job, Path(job.folder)))
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint = synthetic_checkpoint(
+            job.synthetic,
+            Path(folder),
+            group_size=job.group_size,
+            act_order=job.act_order,
+            dense=job.kind == "dense",
+        )
+        return _measure(job, checkpoint, checkpoint)
+
+
+def _measure(job: Job, source: Checkpoint, checkpoint: Checkpoint) -> Row:
+    """`source` is what is on disk, `checkpoint` what is to be run."""
     settings = Settings.model_construct(
         model_path=job.folder,
         device=job.device,
@@ -46,9 +66,7 @@ def measure(job: Job) -> Row:
         max_num_seqs=1,
     )
     device = resolve_device(settings)
-    folder = Path(job.folder)
     started = time.monotonic()
-    source, checkpoint = _open(job, folder)
     config = read_config(checkpoint.folder)
     limit = config.max_position_embeddings
     window = job.context or min(_LONGEST_WINDOW, limit)
@@ -125,16 +143,28 @@ def _decode(runner: ModelRunner, job: Job) -> float:
         admitted = int(sequence.num_computed_tokens == 0)
         token = runner.collect(runner.launch(Batch.of([sequence], [num], admitted))).tokens[0]
         sequence.num_computed_tokens += num
-    seconds = []
-    for _ in range(job.num_tokens + _WARM_UP):
-        if token is None or token < 0:
-            raise CheckpointError(f"{job.name}: the logits are not finite; the weights are corrupt")
-        sequence.token_ids.append(token)
-        started = time.perf_counter()
-        token = runner.collect(runner.launch(Batch.of([sequence], [1]))).tokens[0]
-        seconds.append(time.perf_counter() - started)
+    times = []
+    launched: deque[Any] = deque()
+    for step in range(job.num_tokens + _WARM_UP):
+        if step == 0 or not runner.lookahead:
+            _append(sequence, token, job)
+        # A runner that looks ahead has the token before we do, as in the engine.
+        launched.append(runner.launch(Batch([sequence], [1], [sequence.num_computed_tokens], [True], 0)))
         sequence.num_computed_tokens += 1
-    return statistics.median(seconds[_WARM_UP:])
+        if len(launched) > runner.lookahead:
+            token = runner.collect(launched.popleft()).tokens[0]
+            times.append(time.perf_counter())
+            if runner.lookahead:
+                _append(sequence, token, job)
+    while launched:
+        runner.collect(launched.popleft())
+    return statistics.median(b - a for a, b in itertools.pairwise(times[_WARM_UP - 1 :]))
+
+
+def _append(sequence: Sequence, token: int | None, job: Job) -> None:
+    if token is None or token < 0:
+        raise CheckpointError(f"{job.name}: the logits are not finite; the weights are corrupt")
+    sequence.token_ids.append(token)
 
 
 def _perplexity(runner: ModelRunner, texts: list[list[int]]) -> tuple[float, int]:

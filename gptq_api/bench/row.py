@@ -27,6 +27,11 @@ class Job(msgspec.Struct, frozen=True):
     device: Device
     dtype: Dtype
     num_threads: int
+    synthetic: str | None = None
+    """the shape of random weights, which `folder` does not hold; of `kind` gptq or dense"""
+    group_size: int = 128
+    """of random weights; -1: one group"""
+    act_order: bool = False
 
 
 class Row(msgspec.Struct, frozen=True):

@@ -68,6 +68,47 @@ def _check_outputs(settings: BenchSettings) -> None:
 
 def _jobs(settings: BenchSettings) -> list[Job]:
     """The unquantised model first."""
+    return _synthetic_jobs(settings) if settings.synthetic is not None else _model_jobs(settings)
+
+
+def _synthetic_jobs(settings: BenchSettings) -> list[Job]:
+    """The rows of GPTQ-for-LLaMa's own table."""
+    named = {"--fp16": settings.fp16, "--gptq-ckpt": settings.gptq_ckpt, "--revision": settings.revision}
+    for option, value in ({"--text": settings.text} | named).items():
+        if value is not None:
+            raise BenchError(f"--synthetic measures random weights, which {option} does not go with")
+    if settings.models != ["demo"]:
+        raise BenchError(f"--synthetic measures random weights and no models; leave out {settings.models[0]}")
+    model = settings.synthetic
+
+    def job(name: str, kind: Kind, group_size: int = 128, act_order: bool = False) -> Job:
+        return Job(
+            name=f"{model} {name}",
+            folder="",
+            kind=kind,
+            ckpt=None,
+            text=None,
+            context=None,
+            num_windows=None,
+            prompt_tokens=settings.prompt_tokens,
+            num_tokens=settings.num_tokens,
+            device=settings.device,
+            dtype=settings.dtype,
+            num_threads=settings.num_threads or len(os.sched_getaffinity(0)),
+            synthetic=model,
+            group_size=group_size,
+            act_order=act_order,
+        )
+
+    return [
+        job("random", "dense"),
+        job("g128 act-order", "gptq", act_order=True),
+        job("g128", "gptq"),
+        job("g-1", "gptq", group_size=-1),
+    ]
+
+
+def _model_jobs(settings: BenchSettings) -> list[Job]:
     folders: dict[str, Path] = {}
     none_on_hub = not any(map(is_hub_name, settings.models))
     for model in settings.models:
