@@ -74,15 +74,14 @@ async def spawn(options: list[str]) -> tuple[subprocess.Popen[str], str, float]:
     raise SystemExit("the server did not start")
 
 
-def in_process_rate(args: argparse.Namespace, users: int) -> float | None:
-    """Tokens/s of the same load without HTTP, from what benchmarks/decode.py wrote."""
+def in_process_rate(args: argparse.Namespace, model: str, users: int) -> float | None:
+    """Tokens/s of the same load without HTTP, from what benchmarks/decode.py wrote of a model of that name."""
     if args.in_process is None:
         return None
-    for model in json.loads(args.in_process.read_text()).values():
-        for row in model["rows"]:
-            same = (row.get("batch"), row.get("prompt"), row.get("new_tokens"))
-            if row["part"] == "closed" and same == (users, args.prompt_tokens, args.max_tokens):
-                return float(row["tok_s"])
+    for row in json.loads(args.in_process.read_text()).get(model, {"rows": []})["rows"]:
+        same = (row.get("batch"), row.get("prompt"), row.get("new_tokens"))
+        if row["part"] == "closed" and same == (users, args.prompt_tokens, args.max_tokens):
+            return float(row["tok_s"])
     return None
 
 
@@ -123,7 +122,7 @@ async def run(args: argparse.Namespace) -> dict[str, Any]:
                 done = await closed_loop(server, Load(args, model), users, count, Bar(f"{users} users", count))
             row = {"mode": "closed", "concurrency": users, "clients": clients}
             row |= summary(done.calls, done.ended - done.began)
-            if (alone := in_process_rate(args, users)) is not None:
+            if (alone := in_process_rate(args, model, users)) is not None:
                 row |= {"in_process_tok_s": alone, "share": round(row["output_tokens_per_s"] / alone, 4)}
             result["rows"].append(row)
         for rate in args.rate:

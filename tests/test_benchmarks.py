@@ -1,0 +1,47 @@
+"""What the benchmark scripts compute from what they measure."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> ModuleType:
+    monkeypatch.setattr(sys, "path", [str(BENCHMARKS), *sys.path])
+    return importlib.import_module(request.param)
+
+
+@pytest.mark.parametrize("script", ["decode"], indirect=True)
+def test_the_gap_is_between_kernels_with_the_copy_of_inputs_in_it(script: ModuleType) -> None:
+    events = [
+        (0.0, 10.0, "gemm"),
+        (8.0, 14.0, "sample"),  # overlaps: the later end counts
+        (14.5, 15.0, "Memcpy DtoH (Device -> Pinned)"),
+        (15.5, 16.0, "Memcpy HtoD (Pinned -> Device)"),
+        (17.0, 30.0, "gemm"),
+        (31.0, 33.0, "sample"),
+        (33.5, 34.0, "Memcpy HtoD (Pinned -> Device)"),
+        (35.5, 36.0, "gemm"),
+    ]
+    assert script.step_gaps(events) == [3.0, 2.5]
+    assert script.step_gaps([(0.0, 1.0, "Memcpy HtoD (Pinned -> Device)"), (2.0, 3.0, "gemm")]) == []
+
+
+@pytest.mark.parametrize("script", ["serve"], indirect=True)
+def test_the_share_is_of_the_same_load(script: ModuleType, tmp_path: Path) -> None:
+    file = tmp_path / "decode.json"
+    file.write_text(
+        '{"llama-7b": {"rows": [{"part": "decode", "batch": 8, "new_tokens": 128, "tok_s": 1.0},'
+        '{"part": "closed", "batch": 8, "prompt": 128, "new_tokens": 128, "tok_s": 500.0}]}}'
+    )
+    parser_like = type("Args", (), {"in_process": file, "prompt_tokens": 128, "max_tokens": 128})
+    assert script.in_process_rate(parser_like, "llama-7b", 8) == 500.0
+    assert script.in_process_rate(parser_like, "llama-7b", 32) is None
+    assert script.in_process_rate(parser_like, "llama-13b", 8) is None
