@@ -94,6 +94,13 @@ void rope_and_write(std::uintptr_t qkv, std::uintptr_t positions, std::uintptr_t
   raise_on(gptq::launch_rope_and_write(args, bf16, fp8_cache, as_stream(stream)), "rope_and_write T=" + std::to_string(T));
 }
 
+void scatter_columns(std::uintptr_t x, std::uintptr_t index, std::uintptr_t query_start, std::uintptr_t tiles, int W, int ldx, int num_tiles, int tile_rows,
+                     std::uintptr_t stream) {
+  const gptq::ScatterArgs args{pointer<std::uint16_t>(x), pointer<const int>(index), pointer<const int>(query_start), pointer<const int>(tiles),
+                               W, ldx, num_tiles, tile_rows};
+  raise_on(gptq::launch_scatter_columns(args, as_stream(stream)), "scatter_columns W=" + std::to_string(W));
+}
+
 gptq::SamplerRows sampler_rows(std::uintptr_t logits, int S, int V, long long ldl, std::uintptr_t fields, long long ldf) {
   return {pointer<const float>(logits), S, V, ldl, pointer<const int>(fields), ldf};
 }
@@ -151,6 +158,7 @@ PYBIND11_MODULE(_cuda, m, py::mod_gil_not_used()) {
   m.def("embed", &embed, free_gil);
   m.def("rms_norm", &rms_norm, free_gil);
   m.def("rope_and_write", &rope_and_write, free_gil);
+  m.def("scatter_columns", &scatter_columns, free_gil);
   m.def("sample", &sample, free_gil);
   m.def("sample_adjust", &sample_adjust, free_gil);
   m.def("sample_logprobs", &sample_logprobs, free_gil);

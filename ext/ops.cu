@@ -185,6 +185,48 @@ __global__ void __launch_bounds__(256) rope_kernel(const RopeArgs a) {
   }
 }
 
+// ---- columns into another order, in place --------------------------------------------------------------------------------------------
+// Scattered stores of two bytes to memory are what this is for avoiding: a row is put in order in shared memory. A block takes kScatterRows rows of
+// a tile and uses the two halves of shared memory in turn.
+constexpr int kScatterRows = 8;
+
+template <int N>
+__global__ void __launch_bounds__(512) scatter_kernel(const ScatterArgs a) {
+  extern __shared__ __align__(16) uint16_t rows[];
+  uint4 to[N] = {};  // eight indices of 16 bits
+#pragma unroll
+  for (int j = 0; j < N; j++) {
+    const int k = (j * blockDim.x + threadIdx.x) * kVector;
+    if (k >= a.W) continue;
+    const int4 p = *reinterpret_cast<const int4*>(a.index + k), q = *reinterpret_cast<const int4*>(a.index + k + 4);
+    to[j] = make_uint4(p.x | p.y << 16, p.z | p.w << 16, q.x | q.y << 16, q.z | q.w << 16);
+  }
+  grid_launch_dependents();
+  grid_wait();
+  const int sequence = a.tiles[2 * blockIdx.y];
+  if (sequence < 0) return;
+  const int first = a.query_start[sequence], begin = first + a.tiles[2 * blockIdx.y + 1] + blockIdx.x * kScatterRows;
+  const int end = min(min(begin + kScatterRows, begin - static_cast<int>(blockIdx.x) * kScatterRows + a.tile_rows), a.query_start[sequence + 1]);
+  uint16_t* half = rows;
+  for (int row = begin; row < end; row++, half = half == rows ? rows + a.W : rows) {
+    uint16_t* x = a.x + static_cast<size_t>(row) * a.ldx;
+#pragma unroll
+    for (int j = 0; j < N; j++) {
+      const int k = (j * blockDim.x + threadIdx.x) * kVector;
+      if (k >= a.W) continue;
+      const uint4 v = load16(x + k);
+      const auto put = [&](uint32_t at, uint32_t both) { half[at & 0xffff] = both & 0xffff, half[at >> 16] = both >> 16; };
+      put(to[j].x, v.x), put(to[j].y, v.y), put(to[j].z, v.z), put(to[j].w, v.w);
+    }
+    __syncthreads();
+#pragma unroll
+    for (int j = 0; j < N; j++) {
+      const int k = (j * blockDim.x + threadIdx.x) * kVector;
+      if (k < a.W) store16(x + k, load16(half + k));
+    }
+  }
+}
+
 // ---- launching ---------------------------------------------------------------------------------------------------------------------
 // All kernels ask for the same division of shared memory and L1, or they could not overlap; set once per kernel and device.
 template <auto kernel, typename Args>
@@ -194,7 +236,7 @@ cudaError_t launch(dim3 grid, int threads, int smem, const Args& args, cudaStrea
   if (const cudaError_t status = current_device(device); status != cudaSuccess) return status;
   if (device.id >= 64 || !done[device.id].load(std::memory_order_acquire)) {
     cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
-    if (status == cudaSuccess) status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, 4 * kMaxNormWidth);
+    if (status == cudaSuccess) status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, 4 * kMaxWidth);
     if (status != cudaSuccess) return status;
     if (device.id < 64) done[device.id].store(true, std::memory_order_release);
   }
@@ -228,6 +270,12 @@ cudaError_t norm(const RmsNormArgs& a, cudaStream_t stream) {
   return norm<BF, PERM, 4>(a, stream);
 }
 
+template <int N>
+cudaError_t scatter(const ScatterArgs& a, cudaStream_t stream) {
+  const dim3 grid((a.tile_rows + kScatterRows - 1) / kScatterRows, a.num_tiles);
+  return launch<scatter_kernel<N>>(grid, warps_for((a.W / kVector + N - 1) / N), 4 * a.W, a, stream);
+}
+
 template <bool BF, bool FP8, int L>
 cudaError_t rope(const RopeArgs& a, cudaStream_t stream) {
   const int heads = a.num_heads + 2 * a.num_kv_heads, per_block = 256 / L;
@@ -250,7 +298,7 @@ cudaError_t launch_embed(const EmbedArgs& a, cudaStream_t stream) {
 }
 
 cudaError_t launch_rms_norm(const RmsNormArgs& a, bool bf16, cudaStream_t stream) {
-  if (a.H > kMaxNormWidth || a.H % kVector) return cudaErrorInvalidValue;
+  if (a.H > kMaxWidth || a.H % kVector) return cudaErrorInvalidValue;
   if (bf16) return a.perm ? norm<true, true>(a, stream) : norm<true, false>(a, stream);
   return a.perm ? norm<false, true>(a, stream) : norm<false, false>(a, stream);
 }
@@ -259,6 +307,12 @@ cudaError_t launch_rope_and_write(const RopeArgs& a, bool bf16, bool fp8_cache, 
   if (a.head_dim % 16 || a.head_dim > 256) return cudaErrorInvalidValue;
   if (bf16) return fp8_cache ? rope<true, true>(a, stream) : rope<true, false>(a, stream);
   return fp8_cache ? rope<false, true>(a, stream) : rope<false, false>(a, stream);
+}
+
+cudaError_t launch_scatter_columns(const ScatterArgs& a, cudaStream_t stream) {
+  if (a.W > kMaxWidth || a.W % kVector) return cudaErrorInvalidValue;
+  if (a.W <= 2 * 512 * kVector) return scatter<2>(a, stream);
+  return scatter<4>(a, stream);
 }
 
 }  // namespace gptq

@@ -24,7 +24,7 @@ struct RmsNormArgs {
   int T, H, ldx, ldo;
   float eps;
 };
-constexpr int kMaxNormWidth = 16384;
+constexpr int kMaxWidth = 16384;  // two rows of 16-bit elements fit into shared memory
 cudaError_t launch_rms_norm(const RmsNormArgs& args, bool bf16, cudaStream_t stream);
 
 struct RopeArgs {
@@ -39,5 +39,14 @@ struct RopeArgs {
   float eps;
 };
 cudaError_t launch_rope_and_write(const RopeArgs& args, bool bf16, bool fp8_cache, cudaStream_t stream);
+
+struct ScatterArgs {
+  uint16_t* x;             // [T, W], row stride ldx: x[row, index[j]] = x[row, j]
+  const int* index;        // [W], a permutation
+  const int* query_start;  // [S + 1]: first row of each sequence
+  const int* tiles;        // [num_tiles, 2]: sequence (-1: idle), first row within it
+  int W, ldx, num_tiles, tile_rows;
+};
+cudaError_t launch_scatter_columns(const ScatterArgs& args, cudaStream_t stream);
 
 }  // namespace gptq

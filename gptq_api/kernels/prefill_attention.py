@@ -1,0 +1,121 @@
+"""Causal attention of prompts over the paged KV cache: a Triton kernel, compiled at its first use."""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from gptq_api.kernels.ops import scatter_columns
+
+__all__ = ["TILE_ROWS", "prefill_attention", "refusal"]
+
+TILE_ROWS = 128
+"""query rows of one tile"""
+HEAD_DIMS = (64, 80, 96, 128, 256)
+
+
+def refusal(head_dim: int, block_size: int) -> str | None:
+    """Why the kernel does not serve such a cache; None where it does."""
+    if head_dim not in HEAD_DIMS:
+        return f"head dimension {head_dim}; prefill attention holds {', '.join(map(str, HEAD_DIMS))}"
+    if block_size < 8 or block_size & (block_size - 1):
+        return f"KV cache blocks of {block_size} tokens; prefill attention needs a power of two, at least 8"
+    return None
+
+
+def prefill_attention(
+    qkv: Tensor,
+    kv_layer: Tensor,
+    block_tables: Tensor,
+    context_lens: Tensor,
+    query_start: Tensor,
+    tiles: Tensor,
+    out: Tensor,
+    num_heads: int,
+    scale: float,
+    window: int | None = None,
+    out_index: Tensor | None = None,
+) -> Tensor:
+    """out[row, h * D + d] = softmax(q . K^T * scale) V for the rows of `tiles`; other rows of `out` are left alone.
+
+    qkv fp16 or bf16 [T, (num_heads + 2 * kv_heads) * D], contiguous, q rotated; kv_layer [blocks, 2, kv_heads,
+    block_size, D] of that type or e4m3 (also viewed as uint8), the step's own keys and values written. int32 on the
+    device: block_tables [S, max_blocks], context_lens [S] (tokens the last new row sees, itself included), query_start
+    [S + 1] (first row of each sequence), tiles [max_tiles, 2] = (sequence, first row within it): TILE_ROWS rows from
+    there or what the sequence has left; sequence -1: idle. A row sees all tokens up to its own, with `window` only the
+    last so many. out_index int32 [num_heads * D]: column j goes to out[:, out_index[j]]. The grid depends on max_tiles
+    alone, so the call may be captured into a CUDA graph. Raises ValueError on what does not fit.
+    """
+    _, _, num_kv_heads, block_size, head_dim = kv_layer.shape
+    _check(qkv, kv_layer, out, num_heads, window)
+    for name, tensor, dims in (
+        ("block_tables", block_tables, 2),
+        ("context_lens", context_lens, 1),
+        ("query_start", query_start, 1),
+        ("tiles", tiles, 2),
+        ("out_index", out_index, 1),
+    ):
+        if tensor is not None and (tensor.dtype != torch.int32 or tensor.dim() != dims or tensor.stride(-1) != 1):
+            raise ValueError(f"{name} {list(tensor.shape)} {tensor.dtype}, expected int32 of {dims} dimensions")
+    if out_index is not None and out_index.shape[0] != num_heads * head_dim:
+        raise ValueError(f"out_index of {out_index.shape[0]}, expected {num_heads * head_dim}")
+    if tiles.shape[0] == 0:
+        return out
+    from gptq_api.kernels.prefill_attention_kernel import prefill_attention_kernel
+
+    kv = kv_layer.view(torch.float8_e4m3fn) if kv_layer.dtype == torch.uint8 else kv_layer
+    overlap, num_sms = _device(qkv.device)
+    # too few tiles to give every multiprocessor two: halves of them, with the same bits
+    rows = TILE_ROWS // 2 if num_heads * tiles.shape[0] < 2 * num_sms else TILE_ROWS
+    wide = head_dim > 128
+    prefill_attention_kernel[(num_heads, tiles.shape[0] * (TILE_ROWS // rows))](
+        *(qkv, kv, block_tables, context_lens, query_start, tiles, out),
+        *(block_tables.stride(0), 0 if window is None else window, scale * math.log2(math.e)),
+        NUM_HEADS=num_heads,
+        NUM_KV_HEADS=num_kv_heads,
+        HEAD_DIM=head_dim,
+        PADDED_DIM=1 << (head_dim - 1).bit_length(),
+        BLOCK_SIZE=block_size,
+        TILE_ROWS=TILE_ROWS,
+        ROWS=rows,
+        TILE_KEYS=64,
+        WINDOW=window is not None,
+        OVERLAP=overlap,
+        num_warps=rows // 16,
+        num_stages=2,
+        # two programs share a multiprocessor: one multiplies while the other takes its exponentials
+        maxnreg=128 if rows == TILE_ROWS and not wide else None,
+        launch_pdl=overlap,
+    )
+    if out_index is not None:
+        scatter_columns(out, out_index, query_start, tiles, TILE_ROWS)
+    return out
+
+
+@cache
+def _device(device: torch.device) -> tuple[bool, int]:
+    """(whether it has programmatic dependent launch, its multiprocessors)"""
+    properties = torch.cuda.get_device_properties(device)
+    return properties.major >= 9, properties.multi_processor_count
+
+
+def _check(qkv: Tensor, kv_layer: Tensor, out: Tensor, num_heads: int, window: int | None) -> None:
+    _, kv, num_kv_heads, block_size, head_dim = kv_layer.shape
+    if (reason := refusal(head_dim, block_size)) is not None:
+        raise ValueError(reason)
+    if qkv.dtype not in (torch.float16, torch.bfloat16):
+        raise ValueError(f"qkv of {qkv.dtype}; prefill attention takes float16 and bfloat16")
+    if num_heads % num_kv_heads:
+        raise ValueError(f"{num_heads} heads over {num_kv_heads} KV heads")
+    width = (num_heads + 2 * num_kv_heads) * head_dim
+    for name, tensor, columns in (("qkv", qkv, width), ("out", out, num_heads * head_dim)):
+        if tensor.shape != (qkv.shape[0], columns) or tensor.dtype != qkv.dtype or not tensor.is_contiguous():
+            expected = f"contiguous {[qkv.shape[0], columns]} {qkv.dtype}"
+            raise ValueError(f"{name} {list(tensor.shape)} {tensor.dtype}, expected {expected}")
+    if kv != 2 or kv_layer.dtype not in (qkv.dtype, torch.uint8, torch.float8_e4m3fn) or not kv_layer.is_contiguous():
+        raise ValueError(f"kv_layer {list(kv_layer.shape)} {kv_layer.dtype}, expected contiguous {qkv.dtype} or e4m3")
+    if window is not None and window < 1:
+        raise ValueError(f"window {window}, expected at least 1")
