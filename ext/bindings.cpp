@@ -6,6 +6,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "attention_decode.h"
 #include "decode.h"
 #include "dequant.h"
 #include "ops.h"
@@ -125,6 +126,25 @@ void sample_logprobs(std::uintptr_t logits, int S, int V, long long ldl, std::ui
            shape("sample_logprobs", S, V, 0));
 }
 
+void attention_decode(std::uintptr_t qkv, std::uintptr_t cache, std::uintptr_t block_tables, std::uintptr_t context_lens, std::uintptr_t query_start,
+                      std::uintptr_t out, std::uintptr_t out_index, std::uintptr_t positions, std::uintptr_t slot_mapping, std::uintptr_t cos_sin,
+                      std::uintptr_t q_norm, std::uintptr_t k_norm, std::uintptr_t workspace, float eps, float scale, int ldqkv, int ldo, int table_stride,
+                      int sequences, int heads, int kv_heads, int block_size, int head_dim, int window, bool prefetch, bool bf16, bool fp8,
+                      int blocks_per_sm, std::uintptr_t stream) {
+  gptq::AttentionDecodeArgs args{};
+  args.qkv = pointer<const std::uint16_t>(qkv), args.cache = pointer<std::uint8_t>(cache);
+  args.block_tables = pointer<const int>(block_tables), args.context_lens = pointer<const int>(context_lens);
+  args.query_start = pointer<const int>(query_start);
+  args.out = pointer<std::uint16_t>(out), args.out_index = pointer<const int>(out_index);
+  args.positions = pointer<const int>(positions), args.slot_mapping = pointer<const int>(slot_mapping), args.cos_sin = pointer<const float>(cos_sin);
+  args.q_norm = pointer<const std::uint16_t>(q_norm), args.k_norm = pointer<const std::uint16_t>(k_norm), args.workspace = pointer<void>(workspace);
+  args.eps = eps, args.scale = scale, args.ldqkv = ldqkv, args.ldo = ldo, args.table_stride = table_stride, args.sequences = sequences;
+  args.heads = heads, args.kv_heads = kv_heads, args.block_size = block_size, args.window = window, args.prefetch = prefetch;
+  raise_on(gptq::launch_attention_decode(args, head_dim, bf16, fp8, blocks_per_sm, as_stream(stream)),
+           "attention_decode sequences=" + std::to_string(sequences) + " heads=" + std::to_string(heads) + "/" + std::to_string(kv_heads) +
+               " head_dim=" + std::to_string(head_dim));
+}
+
 #ifdef GPTQ_API_HOPPER
 void wgmma(std::uintptr_t w, std::uintptr_t x, std::uintptr_t y, std::uintptr_t bias, std::uintptr_t residual, std::uintptr_t workspace, int M, int N, int K,
            int ldx, int ldy, int ldr, int paired, int groups, bool zeros, bool bf16, int tile, int blocks_per_sm, std::uintptr_t stream) {
@@ -162,6 +182,9 @@ PYBIND11_MODULE(_cuda, m, py::mod_gil_not_used()) {
   m.def("sample", &sample, free_gil);
   m.def("sample_adjust", &sample_adjust, free_gil);
   m.def("sample_logprobs", &sample_logprobs, free_gil);
+  m.def("attention_decode", &attention_decode, free_gil);
+  m.def("attention_decode_takes", &gptq::attention_decode_takes);
+  m.def("attention_decode_workspace_bytes", &gptq::attention_decode_workspace_bytes);
 #ifdef GPTQ_API_HOPPER
   m.def("wgmma", &wgmma, free_gil);
   m.def("wgmma_workspace_bytes", &gptq::gemm_wgmma_workspace_bytes);

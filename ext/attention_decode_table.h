@@ -1,0 +1,10 @@
+// The instantiations, a translation unit for each type so that two cores compile side by side.
+#pragma once
+
+namespace gptq {
+
+// Null for a head_dim that is none of 64, 128, 256.
+const void* attention_decode_fp16(int head_dim, bool fp8);
+const void* attention_decode_bf16(int head_dim, bool fp8);
+
+}  // namespace gptq
