@@ -186,13 +186,11 @@ __global__ void __launch_bounds__(256) rope_kernel(const RopeArgs a) {
 }
 
 // ---- columns into another order, in place --------------------------------------------------------------------------------------------
-// Scattered stores of two bytes to memory are what this is for avoiding: a row is put in order in shared memory. A block takes kScatterRows rows of
-// a tile and uses the two halves of shared memory in turn.
-constexpr int kScatterRows = 8;
-
+// Scattered stores of two bytes to memory are what this is for avoiding: a row is put in order in shared memory. A block takes `rows` rows of a tile
+// and uses the two halves of shared memory in turn.
 template <int N>
-__global__ void __launch_bounds__(512) scatter_kernel(const ScatterArgs a) {
-  extern __shared__ __align__(16) uint16_t rows[];
+__global__ void __launch_bounds__(512) scatter_kernel(const ScatterArgs a, int rows) {
+  extern __shared__ __align__(16) uint16_t halves[];
   uint4 to[N] = {};  // eight indices of 16 bits
 #pragma unroll
   for (int j = 0; j < N; j++) {
@@ -205,32 +203,39 @@ __global__ void __launch_bounds__(512) scatter_kernel(const ScatterArgs a) {
   grid_wait();
   const int sequence = a.tiles[2 * blockIdx.y];
   if (sequence < 0) return;
-  const int first = a.query_start[sequence], begin = first + a.tiles[2 * blockIdx.y + 1] + blockIdx.x * kScatterRows;
-  const int end = min(min(begin + kScatterRows, begin - static_cast<int>(blockIdx.x) * kScatterRows + a.tile_rows), a.query_start[sequence + 1]);
-  uint16_t* half = rows;
-  for (int row = begin; row < end; row++, half = half == rows ? rows + a.W : rows) {
-    uint16_t* x = a.x + static_cast<size_t>(row) * a.ldx;
+  const int first = blockIdx.x * rows, tile = a.query_start[sequence] + a.tiles[2 * blockIdx.y + 1];
+  const int end = min(tile + min(first + rows, a.tile_rows), a.query_start[sequence + 1]);
+  const auto load = [&](uint4 (&v)[N], int row) {
 #pragma unroll
     for (int j = 0; j < N; j++) {
       const int k = (j * blockDim.x + threadIdx.x) * kVector;
-      if (k >= a.W) continue;
-      const uint4 v = load16(x + k);
-      const auto put = [&](uint32_t at, uint32_t both) { half[at & 0xffff] = both & 0xffff, half[at >> 16] = both >> 16; };
-      put(to[j].x, v.x), put(to[j].y, v.y), put(to[j].z, v.z), put(to[j].w, v.w);
+      v[j] = k < a.W && row < end ? load16(a.x + static_cast<size_t>(row) * a.ldx + k) : uint4{};
     }
+  };
+  uint4 next[N];
+  load(next, tile + first);
+  uint16_t* half = halves;
+  for (int row = tile + first; row < end; row++, half = half == halves ? halves + a.W : halves) {
+#pragma unroll
+    for (int j = 0; j < N; j++) {
+      const auto put = [&](uint32_t at, uint32_t both) { half[at & 0xffff] = both & 0xffff, half[at >> 16] = both >> 16; };
+      const uint4 v = next[j];
+      if ((j * blockDim.x + threadIdx.x) * kVector < a.W) put(to[j].x, v.x), put(to[j].y, v.y), put(to[j].z, v.z), put(to[j].w, v.w);
+    }
+    load(next, row + 1);
     __syncthreads();
 #pragma unroll
     for (int j = 0; j < N; j++) {
       const int k = (j * blockDim.x + threadIdx.x) * kVector;
-      if (k < a.W) store16(x + k, load16(half + k));
+      if (k < a.W) store16(a.x + static_cast<size_t>(row) * a.ldx + k, load16(half + k));
     }
   }
 }
 
 // ---- launching ---------------------------------------------------------------------------------------------------------------------
 // All kernels ask for the same division of shared memory and L1, or they could not overlap; set once per kernel and device.
-template <auto kernel, typename Args>
-cudaError_t launch(dim3 grid, int threads, int smem, const Args& args, cudaStream_t stream) {
+template <auto kernel, typename... Args>
+cudaError_t launch(dim3 grid, int threads, int smem, cudaStream_t stream, const Args&... args) {
   static std::atomic<bool> done[64];
   Device device;
   if (const cudaError_t status = current_device(device); status != cudaSuccess) return status;
@@ -250,7 +255,7 @@ cudaError_t launch(dim3 grid, int threads, int smem, const Args& args, cudaStrea
   attribute.val.programmaticStreamSerializationAllowed = 1;
   config.attrs = &attribute;
   config.numAttrs = device.capability >= 90 ? 1 : 0;
-  return cudaLaunchKernelEx(&config, kernel, args);
+  return cudaLaunchKernelEx(&config, kernel, args...);
 }
 
 int warps_for(int threads) { return (threads + 31) / 32 * 32; }
@@ -260,7 +265,7 @@ cudaError_t norm(const RmsNormArgs& a, cudaStream_t stream) {
   Device device;
   if (const cudaError_t status = current_device(device); status != cudaSuccess) return status;
   const int threads = warps_for((a.H / kVector + N - 1) / N);
-  return launch<rms_norm_kernel<BF, PERM, N>>(dim3(std::min(a.T, 4 * device.sms)), threads, PERM ? 4 * a.H : 0, a, stream);
+  return launch<rms_norm_kernel<BF, PERM, N>>(dim3(std::min(a.T, 4 * device.sms)), threads, PERM ? 4 * a.H : 0, stream, a);
 }
 
 template <bool BF, bool PERM>
@@ -272,16 +277,19 @@ cudaError_t norm(const RmsNormArgs& a, cudaStream_t stream) {
 
 template <int N>
 cudaError_t scatter(const ScatterArgs& a, cudaStream_t stream) {
-  const dim3 grid((a.tile_rows + kScatterRows - 1) / kScatterRows, a.num_tiles);
-  return launch<scatter_kernel<N>>(grid, warps_for((a.W / kVector + N - 1) / N), 4 * a.W, a, stream);
+  Device device;
+  if (const cudaError_t status = current_device(device); status != cudaSuccess) return status;
+  const int rows = std::clamp(a.num_tiles * a.tile_rows / (4 * device.sms), 1, 8);
+  const dim3 grid((a.tile_rows + rows - 1) / rows, a.num_tiles);
+  return launch<scatter_kernel<N>>(grid, warps_for((a.W / kVector + N - 1) / N), 4 * a.W, stream, a, rows);
 }
 
 template <bool BF, bool FP8, int L>
 cudaError_t rope(const RopeArgs& a, cudaStream_t stream) {
   const int heads = a.num_heads + 2 * a.num_kv_heads, per_block = 256 / L;
   const auto grid = [&](int each) { return dim3((heads + per_block * each - 1) / (per_block * each), a.T); };
-  if (a.T < 128) return launch<rope_kernel<BF, FP8, L, 1>>(grid(1), 256, 0, a, stream);
-  return launch<rope_kernel<BF, FP8, L, 4>>(grid(4), 256, 0, a, stream);
+  if (a.T < 128) return launch<rope_kernel<BF, FP8, L, 1>>(grid(1), 256, 0, stream, a);
+  return launch<rope_kernel<BF, FP8, L, 4>>(grid(4), 256, 0, stream, a);
 }
 
 template <bool BF, bool FP8>
@@ -294,7 +302,7 @@ cudaError_t rope(const RopeArgs& a, cudaStream_t stream) {
 }  // namespace
 
 cudaError_t launch_embed(const EmbedArgs& a, cudaStream_t stream) {
-  return launch<embed_kernel>(dim3(a.T), warps_for(std::clamp(a.H / kVector / 2, 32, 512)), 0, a, stream);
+  return launch<embed_kernel>(dim3(a.T), warps_for(std::clamp(a.H / kVector / 2, 32, 512)), 0, stream, a);
 }
 
 cudaError_t launch_rms_norm(const RmsNormArgs& a, bool bf16, cudaStream_t stream) {

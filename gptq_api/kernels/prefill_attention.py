@@ -47,7 +47,8 @@ def prefill_attention(
     [S + 1] (first row of each sequence), tiles [max_tiles, 2] = (sequence, first row within it): TILE_ROWS rows from
     there or what the sequence has left; sequence -1: idle. A row sees all tokens up to its own, with `window` only the
     last so many. out_index int32 [num_heads * D]: column j goes to out[:, out_index[j]]. The grid depends on max_tiles
-    alone, so the call may be captured into a CUDA graph. Raises ValueError on what does not fit.
+    alone, so the call may be captured into a CUDA graph, once it has been compiled by a call outside. Raises ValueError
+    on what does not fit.
     """
     _, _, num_kv_heads, block_size, head_dim = kv_layer.shape
     _check(qkv, kv_layer, out, num_heads, window)
