@@ -23,7 +23,8 @@ COPY gptq_api gptq_api
 RUN /venv/bin/python -m build --wheel --outdir /wheels .
 
 FROM nvidia/cuda:${CUDA}-base-ubuntu24.04 AS runtime-cuda
-RUN apt-get update && apt-get install -y --no-install-recommends python3 python3-venv && rm -rf /var/lib/apt/lists/*
+# gcc and the headers: triton builds the launcher of a kernel where it runs
+RUN apt-get update && apt-get install -y --no-install-recommends python3 python3-venv python3-dev gcc libc6-dev && rm -rf /var/lib/apt/lists/*
 
 FROM python:${PYTHON}-slim AS runtime-cpu
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import math
 from dataclasses import dataclass
@@ -12,13 +11,12 @@ import torch
 from torch import Tensor
 
 from gptq_api.kernels import gptq
-from gptq_api.kernels.prefill_attention import TILE_ROWS, prefill_attention
+from gptq_api.kernels.prefill_attention import TILE_ROWS, prefill_attention, unavailable_reason
 
-HAS_TRITON = importlib.util.find_spec("triton") is not None
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not gptq.is_available(), reason=gptq.unavailable_reason() or "available"),
-    pytest.mark.skipif(not HAS_TRITON, reason="needs triton, which CUDA builds of torch bring"),
+    pytest.mark.skipif(unavailable_reason() is not None, reason=unavailable_reason() or "available"),
 ]
 ERROR = {torch.float16: 1e-3, torch.bfloat16: 8e-3}
 MIXED = ((1, 1), (5, 5), (130, 130), (1, 300), (128, 128), (70, 200), (257, 400))

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
+import os
+import shutil
 from functools import cache
 
 import torch
@@ -10,11 +13,23 @@ from torch import Tensor
 
 from gptq_api.kernels.ops import scatter_columns
 
-__all__ = ["TILE_ROWS", "prefill_attention", "refusal"]
+__all__ = ["TILE_ROWS", "prefill_attention", "refusal", "unavailable_reason"]
 
 TILE_ROWS = 128
 """query rows of one tile"""
 HEAD_DIMS = (64, 80, 96, 128, 256)
+
+
+def unavailable_reason() -> str | None:
+    """Why the kernel cannot be compiled here, for people; None where it can. To be asked at start: the first prompt is
+    too late."""
+    if importlib.util.find_spec("triton") is None:
+        return "prefill attention needs triton, which the CUDA builds of torch bring; this torch came without"
+    if not os.environ.get("CC") and not any(map(shutil.which, ("gcc", "clang"))):
+        return (
+            "triton builds its launcher with a C compiler and Python's headers; install gcc and python3-dev, or set CC"
+        )
+    return None
 
 
 def refusal(head_dim: int, block_size: int) -> str | None:
