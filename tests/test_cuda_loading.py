@@ -19,7 +19,7 @@ from gptq_api.kernels import gptq
 from gptq_api.kernels.layout import PackedLinear, emulate
 from gptq_api.layers import linear as linear_module
 from gptq_api.layers.linear import KernelChoice, Linear, PackedGPTQLinear, SplitLinear, choose_kernel
-from gptq_api.model import loader
+from gptq_api.model import loader, plan
 from gptq_api.model.config import read_config
 from gptq_api.model.llama import LlamaLayer
 from gptq_api.model.progress import LoadProgress
@@ -123,6 +123,19 @@ def test_another_width_stays_with_the_reference_beside_packed_neighbours(packed:
     inner = functional.silu(x.double() @ weight(model, "mlp.gate")) * (x.double() @ weight(model, "mlp.up"))
     found = layer.down.forward(layer.gate_up.forward(in_order(x, layer.gate_up), silu_mul=True).float())
     assert torch.allclose(found.double(), inner @ weight(model, "mlp.down"), atol=1e-4)
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+def test_the_plan_foresees_the_memory_of_packed_weights(
+    packed: None, act_order: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan, "choose_kernel", loader.choose_kernel)
+    checkpoint = open_checkpoint(write_checkpoint(tmp_path, random_model(replace(RECIPE, act_order=act_order))))
+    config = read_config(tmp_path)
+    llama, _ = loader.load_llama(checkpoint, config, 64, CPU, torch.float32)
+    planned = plan.plan_serving(checkpoint, config, CPU, torch.float32)
+    assert planned.paths["q_proj"] == planned.paths["down_proj"] == "cuda int4"
+    assert planned.weight_bytes == pytest.approx(llama.num_bytes, rel=0.05)
 
 
 @pytest.mark.parametrize("paired", [False, True])
