@@ -43,20 +43,22 @@ __global__ void __launch_bounds__(kThreads) adjust_kernel(const SamplerRows a, c
   __syncthreads();
   for (int i = threadIdx.x; i < size; i += kThreads) {
     const uint32_t s = state[i];
+    const float add = bias[i];
+    if (x == y && !s && add == 0.f) continue;
     float v = x[i];
-    if (bias[i] != 0.f) v = __fadd_rn(v, bias[i]);
+    if (add != 0.f) v = __fadd_rn(v, add);
     if (s & kSeen && repetition != 1.f) v = v > 0.f ? __fdiv_rn(v, repetition) : __fmul_rn(v, repetition);
     if (s & kCount) v = __fsub_rn(v, __fadd_rn(presence, __fmul_rn(frequency, static_cast<float>(s & kCount))));
     // The lowest number instead of -inf, and not over what is not finite: the row has to be recognised as such.
     if (s & kForbidden && fabsf(v) <= FLT_MAX) v = -FLT_MAX;
-    if (x != y || s || bias[i] != 0.f) y[i] = v;
+    y[i] = v;
   }
 }
 
 }  // namespace
 
 cudaError_t launch_sample_adjust(const SamplerRows& rows, const SamplerHistory& history, const int* entries, float* out, long long ldo, cudaStream_t stream) {
-  return launch_overlapped(adjust_kernel, dim3((rows.V + kSlice - 1) / kSlice, rows.S), kThreads, stream, rows, history, entries, out, ldo);
+  return launch_overlapped(adjust_kernel, dim3((rows.V + kSlice - 1) / kSlice, rows.S), kThreads, 1, stream, rows, history, entries, out, ldo);
 }
 
 }  // namespace gptq

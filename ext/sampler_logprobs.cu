@@ -28,7 +28,7 @@ __global__ void __launch_bounds__(kRowThreads, 1) logprobs_kernel(const SamplerR
     if (threadIdx.x == 0) ids[0] = -1;
     return;
   }
-  const Row row(a, r);
+  const Row row = Row(a, r).part(warp, kRowWarps);
   u64 mine = best_below(row, ~0ull);
   u64 best = block_max(mine, scratch);
   const float highest = key_value(best);
@@ -52,7 +52,7 @@ __global__ void __launch_bounds__(kRowThreads, 1) logprobs_kernel(const SamplerR
 }  // namespace
 
 cudaError_t launch_sample_logprobs(const SamplerRows& rows, const int* tokens, int* out, cudaStream_t stream) {
-  return launch_overlapped(logprobs_kernel, dim3(rows.S), kRowThreads, stream, rows, tokens, out);
+  return launch_overlapped(logprobs_kernel, dim3(rows.S), kRowThreads, 1, stream, rows, tokens, out);
 }
 
 }  // namespace gptq

@@ -1,4 +1,4 @@
-// What the sampler's kernels share: one block per row, each warp walks its own contiguous part of the row.
+// What the sampler's kernels share: blocks that belong to one row, each warp of which walks its own contiguous part of the row.
 #pragma once
 #include <cfloat>
 #include <cstdint>
@@ -29,29 +29,32 @@ __device__ __forceinline__ float key_value(u64 key) {
   return __uint_as_float(ordered & 0x80000000u ? ordered & 0x7fffffffu : ~ordered);
 }
 
-// One row, and the chunks of it that belong to the calling warp.
+// A part of one row.
 struct Row {
   const float* x;
   int first, last, end;  // chunks [first, last), elements below `end`
-  bool aligned;           // x is 16-byte aligned
+  bool aligned;          // x is 16-byte aligned
 
-  __device__ __forceinline__ Row(const SamplerRows& a, int row) {
-    x = a.logits + row * a.ldl;
-    const int chunks = (a.V + kRowChunk - 1) / kRowChunk, warp = threadIdx.x >> 5;
-    first = static_cast<int>(static_cast<long long>(chunks) * warp / kRowWarps);
-    last = static_cast<int>(static_cast<long long>(chunks) * (warp + 1) / kRowWarps);
-    end = min(last * kRowChunk, a.V);
-    aligned = (reinterpret_cast<uintptr_t>(x) & 15) == 0;
+  __device__ __forceinline__ Row(const SamplerRows& a, int row)
+      : x(a.logits + row * a.ldl), first(0), last((a.V + kRowChunk - 1) / kRowChunk), end(a.V), aligned((reinterpret_cast<uintptr_t>(x) & 15) == 0) {}
+
+  // The `index`-th of so many equal parts.
+  __device__ __forceinline__ Row part(int index, int parts) const {
+    Row r = *this;
+    const int chunks = last - first;  // below 2^20, and not more than 2^9 parts
+    r.first = first + chunks * index / parts, r.last = first + chunks * (index + 1) / parts;
+    r.end = min(end, r.last * kRowChunk);
+    return r;
   }
 
-  // The lane's four elements of a chunk; `fill` beyond the warp's part.
+  // The lane's four elements of a chunk; `fill` beyond the part.
   __device__ __forceinline__ float4 load(int chunk, float fill) const {
     const int i = chunk * kRowChunk + (threadIdx.x & 31) * 4;
     if (aligned && i + 3 < end) return *reinterpret_cast<const float4*>(x + i);
     return make_float4(i < end ? x[i] : fill, i + 1 < end ? x[i + 1] : fill, i + 2 < end ? x[i + 2] : fill, i + 3 < end ? x[i + 3] : fill);
   }
 
-  // f(value, id) for every element of the warp's part, ids of a lane ascending; `U` chunks in flight.
+  // f(value, id) for every element of the part, by one warp, ids of a lane ascending; `U` chunks in flight.
   template <int U, typename F>
   __device__ __forceinline__ void each(float fill, F&& f) const {
 #pragma unroll 1
@@ -132,20 +135,22 @@ __device__ __forceinline__ u64 random_bits(uint32_t key0, uint32_t key1, uint32_
   return static_cast<u64>(c1) << 32 | c0;
 }
 
-// Programmatic dependent launch where the device has it.
+// Programmatic dependent launch where the device has it, in clusters of so many blocks.
 template <typename... P, typename... A>
-cudaError_t launch_overlapped(void (*kernel)(P...), dim3 grid, int threads, cudaStream_t stream, const A&... args) {
+cudaError_t launch_overlapped(void (*kernel)(P...), dim3 grid, int threads, int cluster, cudaStream_t stream, const A&... args) {
   Device device;
   if (const cudaError_t status = current_device(device); status != cudaSuccess) return status;
   cudaLaunchConfig_t config = {};
   config.gridDim = grid;
   config.blockDim = dim3(threads);
   config.stream = stream;
-  cudaLaunchAttribute attribute = {};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  config.attrs = &attribute;
-  config.numAttrs = device.capability >= 90 ? 1 : 0;
+  cudaLaunchAttribute attributes[2] = {};
+  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[0].val.programmaticStreamSerializationAllowed = 1;
+  attributes[1].id = cudaLaunchAttributeClusterDimension;
+  attributes[1].val.clusterDim.x = cluster, attributes[1].val.clusterDim.y = attributes[1].val.clusterDim.z = 1;
+  config.attrs = attributes;
+  config.numAttrs = device.capability < 90 ? 0 : cluster > 1 ? 2 : 1;
   return cudaLaunchKernelEx(&config, kernel, args...);
 }
 

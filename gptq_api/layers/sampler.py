@@ -142,54 +142,63 @@ def _filters(p: SamplingParams) -> bool:
 
 def _draw_filtered(logits: Tensor, weights: Tensor, params: list[SamplingParams], bits: list[int]) -> list[int]:
     """Rows [V] with top-k or top-p: among the most likely candidates where they suffice, else among all."""
-    size = logits.shape[1]
     mass = weights.sum(-1)
     tokens = [0] * len(params)
     rest = list(range(len(params)))
-    if size > _CANDIDATES:
-        values, ids = logits.topk(_CANDIDATES, -1)
-        ids = ids.sort(-1)[0]
-        ranked, kept = _nucleus(logits.gather(1, ids), weights.gather(1, ids), mass, params)
+    if logits.shape[1] > _CANDIDATES:
+        values, ids = _ties_by_id(*logits.topk(_CANDIDATES, -1))
+        values_weights = weights.gather(1, ids)
+        kept = _nucleus(values_weights, mass, params)
         # Of tokens as likely as the last candidate some may be missing: a cut among those is left to the sort.
-        sure = (logits.gather(1, ids) > values[:, -1:]).sum(-1)
-        enough = [p.top_k <= _CANDIDATES and e for p, e in zip(params, (kept.sum(-1) <= sure).tolist(), strict=True)]
+        fits = (kept.sum(-1) <= (values > values[:, -1:]).sum(-1)).tolist()
+        enough = [p.top_k <= _CANDIDATES and e for p, e in zip(params, fits, strict=True)]
         inside = [i for i in rest if enough[i]]
         rest = [i for i in rest if not enough[i]]
         if inside:
-            picked = _draw_kept(weights.gather(1, ids)[inside], ranked[inside], kept[inside], [bits[i] for i in inside])
-            for i, index in zip(inside, picked, strict=True):
-                tokens[i] = int(ids[i, index])
+            drawn = _draw_kept(ids[inside], (values_weights * kept)[inside], [bits[i] for i in inside])
+            for i, token in zip(inside, drawn, strict=True):
+                tokens[i] = token
     if rest:
-        ranked, kept = _nucleus(logits[rest], weights[rest], mass[rest], [params[i] for i in rest])
-        for i, token in zip(rest, _draw_kept(weights[rest], ranked, kept, [bits[i] for i in rest]), strict=True):
+        ids = logits[rest].sort(dim=-1, descending=True, stable=True)[1]
+        ranked = weights[rest].gather(1, ids)
+        kept = _nucleus(ranked, mass[rest], [params[i] for i in rest])
+        for i, token in zip(rest, _draw_kept(ids, ranked * kept, [bits[i] for i in rest]), strict=True):
             tokens[i] = token
     return tokens
 
 
-def _nucleus(logits: Tensor, weights: Tensor, mass: Tensor, params: list[SamplingParams]) -> tuple[Tensor, Tensor]:
-    """Columns of [S, C] from the best down, ids ascending among equals, and which of these ranks stay (bool [S, C]);
-    `mass` [S] is what the whole row weighs.
+def _ties_by_id(values: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Columns of [S, C], values descending -> the same, ids ascending among equal values."""
+    if not bool((values[:, 1:] == values[:, :-1]).any()):
+        return values, ids
+    ids, order = ids.sort(-1)
+    values, order = values.gather(1, order).sort(dim=-1, descending=True, stable=True)
+    return values, ids.gather(1, order)
+
+
+def _nucleus(weights: Tensor, mass: Tensor, params: list[SamplingParams]) -> Tensor:
+    """Weights [S, C], best first -> which of them stay, bool [S, C]; `mass` [S] is what the whole row weighs.
 
     top-k first, then the smallest head that holds top_p of what top-k left; its last token is the one that reaches it.
     """
-    ranked = logits.sort(dim=-1, descending=True, stable=True)[1]
-    device, width = logits.device, logits.shape[1]
-    values = weights.gather(1, ranked)
+    device, width = weights.device, weights.shape[1]
     top_k = torch.tensor([min(p.top_k, width) if p.top_k > 0 else width for p in params], device=device).unsqueeze(1)
-    cumulative = values.cumsum(-1)
+    cumulative = weights.cumsum(-1)
     limited = torch.tensor([p.top_k > 0 for p in params], device=device)
     total = torch.where(limited, cumulative.gather(1, top_k - 1).squeeze(1), mass)
     top_p = torch.tensor([p.top_p for p in params], dtype=torch.float32, device=device).double()
     # The first token always stays, whatever top_p.
     need = (top_p * total.double()).ceil().to(torch.int64).clamp(min=1)
     need = torch.where(top_p < 1.0, need, torch.iinfo(torch.int64).max)
-    return ranked, (torch.arange(width, device=device) < top_k) & (cumulative - values < need.unsqueeze(1))
+    return (torch.arange(width, device=device) < top_k) & (cumulative - weights < need.unsqueeze(1))
 
 
-def _draw_kept(weights: Tensor, ranked: Tensor, kept: Tensor, bits: list[int]) -> list[int]:
-    """Columns of [S, C], by what is left of their weights."""
-    stays = torch.zeros_like(kept).scatter_(1, ranked, kept)
-    return _look_up(weights * stays, bits)
+def _draw_kept(ids: Tensor, weights: Tensor, bits: list[int]) -> list[int]:
+    """One of the ids [S, C] by weights [S, C], looked up in the order of ids."""
+    ids, order = ids.sort(-1)
+    picked = torch.tensor(_look_up(weights.gather(1, order), bits), device=ids.device)
+    tokens: list[int] = ids.gather(1, picked.unsqueeze(1)).flatten().tolist()
+    return tokens
 
 
 def _look_up(weights: Tensor, bits: list[int]) -> list[int]:
