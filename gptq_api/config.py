@@ -73,6 +73,8 @@ class Settings(CommandSettings):
     """KV cache blocks. Default: what the memory setting of the device allows."""
     kv_cache_mib: int = Field(512, ge=1)
     """Memory for the KV cache on the CPU, MiB."""
+    kv_cache_dtype: Literal["auto", "fp8"] = "auto"
+    """Type of the KV cache on CUDA. auto is that of the activations; fp8 (e4m3) takes half the memory and bandwidth."""
     gpu_memory_utilization: float = Field(0.9, gt=0, le=1)
     """Share of the GPU's memory for weights, KV cache and workspace together."""
     max_num_seqs: int = Field(256, ge=1, le=4096)

@@ -25,7 +25,8 @@ from gptq_api.gptq.checkpoint import Checkpoint, CheckpointError, open_checkpoin
 from gptq_api.gptq.dense import dequantised, open_dense
 from gptq_api.gptq.summary import summarise
 from gptq_api.model.config import read_config
-from gptq_api.model.runner import ModelRunner, make_runner, resolve_device
+from gptq_api.model.loaded import LoadedRunner
+from gptq_api.model.runner import make_runner, resolve_device
 from gptq_api.sequence import Batch, Sequence
 from gptq_api.text.chat_template import load_chat_template
 from gptq_api.text.samples import encode_documents, read_documents, spread, windows
@@ -132,7 +133,7 @@ def _sequence(token_ids: list[int], num_tokens: int) -> Sequence:
     return Sequence(0, token_ids, _GREEDY, block_table=list(range(-(-num_tokens // _BLOCK_SIZE))), slot=0)
 
 
-def _decode(runner: ModelRunner, job: Job) -> float:
+def _decode(runner: LoadedRunner, job: Job) -> float:
     """Median seconds of one step at batch 1, sampling included."""
     prompt = [i * 7919 % runner.vocab_size for i in range(1, job.prompt_tokens + 1)]
     total = job.prompt_tokens + job.num_tokens + _WARM_UP
@@ -167,7 +168,7 @@ def _append(sequence: Sequence, token: int | None, job: Job) -> None:
     sequence.token_ids.append(token)
 
 
-def _perplexity(runner: ModelRunner, texts: list[list[int]]) -> tuple[float, int]:
+def _perplexity(runner: LoadedRunner, texts: list[list[int]]) -> tuple[float, int]:
     """(exp of the mean negative log-likelihood of every token but the windows' first, number of these tokens)."""
     total, num = 0.0, 0
     for ids in texts:

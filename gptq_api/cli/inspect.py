@@ -30,6 +30,7 @@ def inspect(settings: InspectSettings) -> dict[str, Any]:
     from gptq_api.gptq.checkpoint import Expected, open_checkpoint
     from gptq_api.gptq.summary import summarise
     from gptq_api.model import runner
+    from gptq_api.model.cache_plan import cache_dtype, cache_memory, num_cache_blocks
     from gptq_api.model.config import read_config
     from gptq_api.model.loader import has_head
     from gptq_api.model.plan import plan_serving
@@ -42,9 +43,10 @@ def inspect(settings: InspectSettings) -> dict[str, Any]:
     plan = plan_serving(checkpoint, config, device, dtype)
     summary = summarise(checkpoint)
     length = settings.max_model_len or config.max_position_embeddings
-    memory = runner.cache_memory(settings, device, plan.weight_bytes)
-    block_bytes = plan.kv_bytes_per_token * settings.block_size
-    num_blocks = runner.num_cache_blocks(settings, block_bytes, length, memory)
+    memory = cache_memory(settings, device, plan.weight_bytes)
+    token_bytes = config.kv_elements_per_token * cache_dtype(settings, device, dtype).itemsize
+    block_bytes = token_bytes * settings.block_size
+    num_blocks = num_cache_blocks(settings, block_bytes, length, memory)
     return {
         "path": str(checkpoint.folder),
         "layout": checkpoint.layout,
@@ -79,7 +81,7 @@ def inspect(settings: InspectSettings) -> dict[str, Any]:
         "dtype": str(dtype).removeprefix("torch."),
         "paths": plan.paths,
         "weight_bytes": plan.weight_bytes,
-        "kv_bytes_per_token": plan.kv_bytes_per_token,
+        "kv_bytes_per_token": token_bytes,
         "kv_cache_bytes": num_blocks * block_bytes,
         "kv_cache_tokens": num_blocks * settings.block_size,
         "max_model_len": length,

@@ -209,7 +209,7 @@ class Attention:
         """`window`: a token sees so many tokens, its own included; None: all before it. It must be among those the
         step was planned for."""
         self._num_heads, self._num_kv_heads, self._head_dim = num_heads, num_kv_heads, head_dim
-        self._window, self._qk_norm = window, qk_norm
+        self.window, self.qk_norm = window, qk_norm
 
     def forward(self, qkv: Tensor, cos: Tensor, sin: Tensor, layer: int, cache: KVCache, plan: Plan) -> Tensor:
         """qkv [M, (heads + 2 * kv heads) * head_dim], overwritten -> [M, heads * head_dim] of the cache's type.
@@ -219,8 +219,8 @@ class Attention:
         heads, kv_heads, dim = self._num_heads, self._num_kv_heads, self._head_dim
         qk = qkv[:, : (heads + kv_heads) * dim]
         by_head = qk.to(torch.float32).view(-1, heads + kv_heads, dim)
-        if self._qk_norm is not None:
-            by_head = self._qk_norm.forward(by_head)
+        if self.qk_norm is not None:
+            by_head = self.qk_norm.forward(by_head)
         rotated = rotate(by_head, cos, sin)
         qk.copy_(rotated.view(qk.shape))
         qkv = qkv.to(cache.dtype)
@@ -235,7 +235,7 @@ class Attention:
         context = group.context.view(n, -1, 2, kv_heads, dim)
         q = qkv[group.start : group.start + n * t, : heads * dim].view(n, t, kv_heads, share, dim)
         q = q.permute(0, 2, 3, 1, 4).reshape(n, kv_heads, share * t, dim)
-        mask = group.masks[self._window]
+        mask = group.masks[self.window]
         q = functional.pad(q, (0, 0, 0, mask.shape[2] - share * t))
         out = functional.scaled_dot_product_attention(
             q, context[:, :, 0].transpose(1, 2), context[:, :, 1].transpose(1, 2), attn_mask=mask

@@ -169,29 +169,29 @@ class DenseLinear:
     """An unquantised Linear: a weight [N, K] of one float type; activations are cast to it."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
-        self._weight, self._bias = weight, bias
+        self.weight, self._bias = weight, bias
         self.perm: Tensor | None = None
         self.path = f"dense {str(weight.dtype).removeprefix('torch.')}"
 
     @property
     def num_bytes(self) -> int:
         bias = 0 if self._bias is None else self._bias.numel() * self._bias.element_size()
-        return self._weight.numel() * self._weight.element_size() + bias
+        return self.weight.numel() * self.weight.element_size() + bias
 
     def shares(self, weight: Tensor) -> bool:
         """Whether this is the same memory as `weight` (a head tied to the embedding)."""
-        return self._weight.data_ptr() == weight.data_ptr()
+        return self.weight.data_ptr() == weight.data_ptr()
 
     def forward(
         self, x: Tensor, out: Tensor | None = None, *, residual: Tensor | None = None, silu_mul: bool = False
     ) -> Tensor:
-        x = x.to(self._weight.dtype)
+        x = x.to(self.weight.dtype)
         if x.is_cuda and not silu_mul and (self._bias is None or residual is None):
             added = self._bias if residual is None else residual
             if added is None:
-                return torch.mm(x, self._weight.t(), out=out)
-            return torch.addmm(added, x, self._weight.t(), out=out)
-        y = functional.linear(pad_rows(x), self._weight, self._bias)[: x.shape[0]]
+                return torch.mm(x, self.weight.t(), out=out)
+            return torch.addmm(added, x, self.weight.t(), out=out)
+        y = functional.linear(pad_rows(x), self.weight, self._bias)[: x.shape[0]]
         return _finish(y, out, residual, silu_mul)
 
 

@@ -51,6 +51,11 @@ class Rotary:
         cos, sin = angles.cos() * self._scale, angles.sin() * self._scale
         return torch.cat((cos, cos), -1).unsqueeze(1), torch.cat((-sin, sin), -1).unsqueeze(1)
 
+    def cos_sin(self, num_positions: int) -> Tensor:
+        """float32 [num_positions, head_dim]: half a row of cosines, then the sines as they are."""
+        angles = torch.arange(num_positions, device=self._frequencies.device).unsqueeze(1) * self._frequencies
+        return torch.cat((angles.cos(), angles.sin()), -1) * self._scale
+
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """float32 [M, heads, head_dim] rotated; LLaMA pairs dimension i with i + head_dim / 2, so a roll brings the

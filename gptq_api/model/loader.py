@@ -267,6 +267,8 @@ def _load(
     if device.type == "cpu" and config.ties_head(has_head(checkpoint)):
         # One tensor serves both ends; the head wants float32.
         embedding = embedding.to(torch.float32)
+    elif device.type == "cuda":
+        embedding = embedding.to(dtype)
     layers = []
     # A window that no text outgrows is none.
     windows = [None if w is None or w >= max_model_len else w for w in config.windows]

@@ -1,5 +1,5 @@
 """What serving a checkpoint would take, from its headers alone: which kernel takes each kind of module, and the
-memory."""
+memory of the weights."""
 
 from __future__ import annotations
 
@@ -24,7 +24,6 @@ class ServingPlan:
     paths: dict[str, str]
     """kind of module ("q_proj") -> kernel, with the reason where it is a slow one"""
     weight_bytes: int
-    kv_bytes_per_token: int
 
 
 def plan_serving(checkpoint: Checkpoint, config: LlamaConfig, device: torch.device, dtype: torch.dtype) -> ServingPlan:
@@ -45,9 +44,7 @@ def plan_serving(checkpoint: Checkpoint, config: LlamaConfig, device: torch.devi
             paths[kind].append(path)
         total += size
     total += _ends(checkpoint, config, device, dtype)
-    return ServingPlan(
-        {kind: "; ".join(found) for kind, found in paths.items()}, total, config.kv_elements_per_token * dtype.itemsize
-    )
+    return ServingPlan({kind: "; ".join(found) for kind, found in paths.items()}, total)
 
 
 def linears(config: LlamaConfig) -> Iterator[tuple[str, int, int]]:
@@ -83,7 +80,7 @@ def _ends(checkpoint: Checkpoint, config: LlamaConfig, device: torch.device, dty
     head_bytes = 4 if device.type == "cpu" else dtype.itemsize
     if config.ties_head(has_head(checkpoint)):
         return elements * head_bytes
-    stored = checkpoint.float_dtype.itemsize
+    stored = dtype.itemsize if device.type == "cuda" else checkpoint.float_dtype.itemsize
     if "lm_head" in checkpoint.modules:
         return elements * stored + _quantised(checkpoint.modules["lm_head"], device, dtype)[1]
     _check_dense(checkpoint, "lm_head.weight", (config.vocab_size, config.hidden_size))

@@ -15,8 +15,11 @@ from gptq_api.config import BenchSettings, ConfigError, QuantizeSettings, Settin
 from gptq_api.gptq.checkpoint import Checkpoint, CheckpointError, Expected, open_checkpoint
 from gptq_api.layers.attention import KVCache, Span, plan_attention
 from gptq_api.layers.sampler import sample
+from gptq_api.model import cuda_load
+from gptq_api.model.cache_plan import cache_memory, does_not_fit, plan_cache
 from gptq_api.model.config import LlamaConfig, read_config
 from gptq_api.model.llama import Llama
+from gptq_api.model.loaded import LoadedRunner
 from gptq_api.model.loader import LoadReport, load_llama
 from gptq_api.sequence import Batch, Sampled, Sequence
 from gptq_api.types import SamplingParams, TokenLogprobs
@@ -31,18 +34,18 @@ class ModelRunner:
 
     lookahead = 0
 
-    def __init__(self, model: Llama, cache: KVCache, max_model_len: int, dtype: torch.dtype, description: str) -> None:
+    def __init__(self, model: Llama, cache: KVCache, max_model_len: int, dtype: torch.dtype) -> None:
         self._model, self._cache = model, cache
         self._queries_per_kv = model.config.num_attention_heads // model.config.num_key_value_heads
         self.max_model_len = max_model_len
         self.vocab_size = model.config.vocab_size
         self.block_size = cache.block_size
-        self.num_blocks = cache.num_blocks
+        self.num_blocks, self.cache_bytes = cache.num_blocks, cache.num_bytes
         self.device = str(model.embedding.device)
         self.dtype = str(dtype).removeprefix("torch.")
-        self.weight_bytes = model.num_bytes
+        self.weight_bytes, self.workspace_bytes = model.num_bytes, 0
         self.eos_token_ids = model.config.eos_token_ids
-        self.description = description
+        self.description = ""
 
     @torch.inference_mode()
     def launch(self, batch: Batch) -> Sampled:
@@ -100,7 +103,7 @@ class ModelRunner:
         return self._model.forward(token_ids_tensor, self._cache, plan, rows), sampling
 
 
-def load_runner(settings: Settings) -> ModelRunner:
+def load_runner(settings: Settings) -> LoadedRunner:
     """Load the checkpoint the settings name and make it ready to step.
 
     CheckpointError for what is wrong with the checkpoint, ConfigError for settings that do not fit it or the machine;
@@ -111,30 +114,32 @@ def load_runner(settings: Settings) -> ModelRunner:
     return make_runner(settings, open_checkpoint(model_path(settings), settings.gptq_ckpt, expected), device)
 
 
-def make_runner(settings: Settings, checkpoint: Checkpoint, device: torch.device) -> ModelRunner:
+def make_runner(settings: Settings, checkpoint: Checkpoint, device: torch.device) -> LoadedRunner:
     """`load_runner` for a checkpoint that is open, quantised or not."""
     started = time.monotonic()
-    path = model_path(settings)
     if device.type == "cpu":
         torch.set_num_threads(settings.num_threads or _default_threads(checkpoint))
     config = read_config(checkpoint.folder)
     dtype = resolve_dtype(settings, device, checkpoint)
+    if device.type == "cuda" and dtype != torch.float32:
+        reason = cuda_load.refusal(config, settings.block_size)
+        if reason is not None:
+            _log.warning("the CUDA kernels do not serve this: %s. It runs slowly, in float32", reason)
+            dtype = torch.float32
     max_model_len = settings.max_model_len or config.max_position_embeddings
     model, report = load_llama(checkpoint, config, max_model_len, device, dtype)
-    cache, max_model_len = _allocate_cache(settings, config, device, dtype, max_model_len)
+    runner: LoadedRunner
+    if device.type == "cuda" and dtype != torch.float32:
+        runner = cuda_load.make_cuda_runner(settings, model, max_model_len, token_budget(settings, device), dtype)
+    else:
+        cache, max_model_len = _allocate_cache(settings, config, device, dtype, max_model_len)
+        runner = ModelRunner(model, cache, max_model_len, dtype)
     for warning in report.warnings:
         _log.warning("%s", warning)
-    description = _describe(
-        settings.model_path if settings.model_path == "demo" else path.name,
-        checkpoint,
-        model,
-        report,
-        cache,
-        dtype,
-        time.monotonic() - started,
-    )
-    runner = ModelRunner(model, cache, max_model_len, dtype, description)
     _self_check(runner, checkpoint)
+    name = "demo" if settings.model_path == "demo" else model_path(settings).name
+    seconds = time.monotonic() - started
+    runner.description = f"{name}: {_described(checkpoint, config, report, runner)}; loaded in {seconds:.1f} s"
     return runner
 
 
@@ -144,6 +149,11 @@ def _default_threads(checkpoint: Checkpoint) -> int:
     (measured)."""
     packed = sum(m.in_features * m.out_features * m.bits // 8 for m in checkpoint.modules.values())
     return 1 if packed < _SMALL_MODEL_BYTES else len(os.sched_getaffinity(0))
+
+
+def token_budget(settings: Settings, device: torch.device) -> int:
+    """Tokens computed in one step."""
+    return settings.max_num_batched_tokens or (512 if device.type == "cpu" else 2048)
 
 
 def model_path(settings: Settings) -> Path:
@@ -174,79 +184,35 @@ def resolve_device(settings: Settings | QuantizeSettings | BenchSettings) -> tor
     return torch.device("cuda", torch.cuda.current_device()) if wants_cuda else torch.device("cpu")
 
 
-def num_cache_blocks(settings: Settings, block_bytes: int, max_model_len: int, memory_bytes: int) -> int:
-    """As many as asked for, or as fit the memory, but no more than max_num_seqs full sequences can use."""
-    most = settings.max_num_seqs * -(-max_model_len // settings.block_size)
-    return settings.num_blocks or min(most, memory_bytes // block_bytes)
-
-
-def cache_memory(settings: Settings, device: torch.device, weight_bytes: int) -> int:
-    """Bytes the settings leave for the KV cache; `weight_bytes` of weights are not on the device yet."""
-    if device.type == "cpu":
-        return settings.kv_cache_mib * 2**20
-    free, total = torch.cuda.mem_get_info(device)
-    return max(0, int(free - (1 - settings.gpu_memory_utilization) * total) - weight_bytes)
-
-
 def _allocate_cache(
     settings: Settings, config: LlamaConfig, device: torch.device, dtype: torch.dtype, max_model_len: int
 ) -> tuple[KVCache, int]:
-    """(cache, max_model_len): the length is cut to what the cache holds, unless the user asked for it."""
-    block_bytes = config.kv_elements_per_token * settings.block_size * dtype.itemsize
-    knob = f"--kv-cache-mib {settings.kv_cache_mib}"
-    if device.type == "cuda":
-        knob = f"--gpu-memory-utilization {settings.gpu_memory_utilization:g}"
+    """(cache, max_model_len it serves)."""
     memory = cache_memory(settings, device, 0)
-    num_blocks = num_cache_blocks(settings, block_bytes, max_model_len, memory)
-    if num_blocks < 1:
-        raise ConfigError(f"{knob} does not hold one KV cache block of {block_bytes / 2**20:.1f} MiB; raise it")
-    capacity = num_blocks * settings.block_size
-    if capacity < max_model_len and settings.max_model_len is not None:
-        raise ConfigError(
-            f"--max-model-len {max_model_len} needs {-(-max_model_len // settings.block_size)} KV cache blocks, "
-            f"{num_blocks} are there; lower it or raise {knob}"
-        )
+    num_blocks, max_model_len = plan_cache(settings, config, device, dtype, max_model_len, memory)
+    size = settings.block_size
+    shape = (config.num_hidden_layers, num_blocks, size, config.num_key_value_heads, config.head_dim)
     try:
-        cache = KVCache(
-            config.num_hidden_layers,
-            num_blocks,
-            settings.block_size,
-            config.num_key_value_heads,
-            config.head_dim,
-            dtype,
-            device,
-        )
+        return KVCache(*shape, dtype, device), max_model_len
     except (RuntimeError, OSError):
-        raise ConfigError(
-            f"a KV cache of {num_blocks * block_bytes >> 20} MiB does not fit in memory; lower {knob}"
-        ) from None
-    return cache, min(max_model_len, capacity)
+        raise does_not_fit(settings, device) from None
 
 
-def _self_check(runner: ModelRunner, checkpoint: Checkpoint) -> None:
+def _self_check(runner: LoadedRunner, checkpoint: Checkpoint) -> None:
     """One token through the whole model: warms it up, and a broken file is told here and not in the answers."""
-    sequence = Sequence(
-        0, [min(1, runner.vocab_size - 1)], SamplingParams(max_tokens=1, temperature=0), block_table=[0], slot=0
-    )
-    if runner.collect(runner.launch(Batch.of([sequence], [1], num_admitted=1))).tokens != [-1]:
-        return
-    raise CheckpointError(f"{checkpoint.files[0]}: the logits of one token are not finite; the weights are corrupt")
+    token = min(1, runner.vocab_size - 1)
+    params = SamplingParams(max_tokens=1, temperature=0)
+    batch = Batch.of([Sequence(0, [token], params, block_table=[0], slot=0)], [1], num_admitted=1)
+    if runner.collect(runner.launch(batch)).tokens == [-1]:
+        raise CheckpointError(f"{checkpoint.files[0]}: the logits of one token are not finite; the weights are corrupt")
 
 
-def _describe(
-    name: str,
-    checkpoint: Checkpoint,
-    model: Llama,
-    report: LoadReport,
-    cache: KVCache,
-    dtype: torch.dtype,
-    seconds: float,
-) -> str:
+def _described(checkpoint: Checkpoint, config: LlamaConfig, report: LoadReport, runner: LoadedRunner) -> str:
     bits = "/".join(str(b) for b in sorted({m.bits for m in checkpoint.modules.values()}))
     paths = ", ".join(f"{count} x {name}" for name, count in report.paths.items())
+    workspace = f", workspace {runner.workspace_bytes / 2**20:.0f} MiB" if runner.workspace_bytes else ""
     return (
-        f"{name}: {model.config.family.title}, {bits}-bit GPTQ ({checkpoint.layout}), "
-        f"{str(dtype).removeprefix('torch.')}; {paths}; "
-        f"weights {model.num_bytes / 2**20:.0f} MiB, KV cache {cache.num_bytes / 2**20:.0f} MiB "
-        f"({cache.num_blocks * cache.block_size} tokens); loaded in {seconds:.1f} s"
+        f"{config.family.title}, {bits}-bit GPTQ ({checkpoint.layout}), {runner.dtype}; {paths}; "
+        f"weights {runner.weight_bytes / 2**20:.0f} MiB, KV cache {runner.cache_bytes / 2**20:.0f} MiB "
+        f"({runner.num_blocks * runner.block_size} tokens){workspace}"
     )

@@ -1,0 +1,103 @@
+"""CUDA graphs of whole steps: captured once per shape, replayed ever after.
+
+A decode step of a 13B is 200 kernels of a few microseconds each; the host cannot launch them that fast one by one.
+"""
+
+from __future__ import annotations
+
+import bisect
+import logging
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from gptq_api.model.cuda_inputs import StepShape
+
+_log = logging.getLogger(__name__)
+_SMALL_BATCHES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256)
+MAX_MIXED_ROWS = 512
+"""larger steps keep the device busy for longer than the host needs to launch their kernels, without padding"""
+_MIXED_ROWS = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+_WIDTHS = (128, 512, 2048, 8192)
+
+
+class Buckets:
+    """The shapes that steps are padded to, so that few graphs serve all."""
+
+    def __init__(self, max_num_seqs: int, max_num_batched_tokens: int, max_blocks: int, tile_rows: int) -> None:
+        self._decode = _capped((*_SMALL_BATCHES, *range(384, max_num_seqs, 128)), max_num_seqs)
+        self._mixed = _capped(_MIXED_ROWS, min(MAX_MIXED_ROWS, max_num_batched_tokens))
+        self._widths = _capped(_WIDTHS, max_blocks)
+        self._max_num_seqs, self._tile_rows = max_num_seqs, tile_rows
+
+    @property
+    def start_shapes(self) -> list[StepShape]:
+        """What is captured before the first request: decode steps of every batch size, with the smallest tables."""
+        return [StepShape(rows, rows, self._widths[0], 0) for rows in reversed(self._decode)]
+
+    def decode_shape(self, num_sequences: int, num_blocks: int) -> StepShape:
+        """`num_blocks`: of the longest context."""
+        rows = self._decode[bisect.bisect_left(self._decode, num_sequences)]
+        return StepShape(rows, rows, self._width(num_blocks), 0)
+
+    def mixed_shape(self, num_rows: int, num_sequences: int, num_blocks: int) -> StepShape | None:
+        """None where the step is too large for a graph."""
+        at = bisect.bisect_left(self._mixed, num_rows)
+        if at == len(self._mixed):
+            return None
+        rows = self._mixed[at]
+        sequences = min(rows, self._max_num_seqs)
+        # Each sequence with two rows or more may waste all but one row of its last tile.
+        tiles = rows // self._tile_rows + min(sequences, rows // 2)
+        return StepShape(rows, sequences, self._width(num_blocks), tiles)
+
+    def _width(self, num_blocks: int) -> int:
+        return self._widths[bisect.bisect_left(self._widths, num_blocks)]
+
+
+class Graphs:
+    """`body` on static memory, by shape. A shape's first step runs kernel by kernel, which also compiles and loads what
+    must not be compiled or loaded during a capture; its second is captured, and from then on replayed."""
+
+    def __init__(self, body: Callable[[StepShape], Tensor]) -> None:
+        """`body` returns a tensor that stays where it is: every later step of that shape leaves its result there."""
+        self._body = body
+        self._pool = torch.cuda.graph_pool_handle()
+        self._captured: dict[StepShape, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self._seen: set[StepShape] = set()
+        self._refused: set[StepShape] = set()
+
+    def run(self, shape: StepShape, capture: bool = True) -> Tensor:
+        """`capture`: whether this shape will come again. Runs on the current stream, not the default one."""
+        if shape in self._captured:
+            graph, result = self._captured[shape]
+            graph.replay()
+            return result
+        if capture and shape in self._seen and shape not in self._refused:
+            captured = self._capture(shape)
+            if captured is not None:
+                captured[0].replay()
+                return captured[1]
+        elif capture:
+            self._seen.add(shape)
+        return self._body(shape)
+
+    def _capture(self, shape: StepShape) -> tuple[torch.cuda.CUDAGraph, Tensor] | None:
+        graph = torch.cuda.CUDAGraph()
+        try:
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                result = self._body(shape)
+            finally:
+                graph.capture_end()
+        except RuntimeError as error:  # out of memory is one
+            self._refused.add(shape)
+            _log.warning("steps of %s run without a CUDA graph: %s", shape, str(error).partition("\n")[0])
+            return None
+        self._captured[shape] = graph, result
+        return graph, result
+
+
+def _capped(sizes: tuple[int, ...], largest: int) -> list[int]:
+    return [*(size for size in sizes if size < largest), largest]

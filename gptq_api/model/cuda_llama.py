@@ -1,0 +1,136 @@
+"""The forward pass of model/llama.py on CUDA: the same weights, fused kernels, buffers that stay where they are.
+
+Nothing here waits for the device, allocates (but for modules on the reference path) or looks at the numbers in a
+tensor, so that a step can be captured into a CUDA graph. The residual stream has the activations' type. Permutations
+of act-order checkpoints are applied by whoever writes a Linear's input.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gptq_api.kernels import ops
+from gptq_api.kernels.decode_attention import RotaryInputs, decode_attention, decode_attention_workspace
+from gptq_api.kernels.prefill_attention import prefill_attention
+from gptq_api.layers.linear import DenseLinear, Linear
+from gptq_api.layers.norm import RMSNorm
+from gptq_api.model.cuda_inputs import StepInputs
+from gptq_api.model.llama import Llama, LlamaLayer
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """A LlamaLayer with what its kernels want to know, in their types."""
+
+    input_norm: Tensor
+    qkv: Linear
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+    window: int | None
+    out_index: Tensor | None
+    """column j of the attention goes to out_index[j]"""
+    o: Linear
+    post_attention_norm: Tensor
+    gate_up: Linear
+    down: Linear
+
+    @classmethod
+    def of(cls, layer: LlamaLayer, dtype: torch.dtype) -> _Layer:
+        norms = layer.attention.qk_norm
+        return cls(
+            input_norm=_weight(layer.input_norm, dtype),
+            qkv=layer.qkv,
+            q_norm=None if norms is None else norms.q_weight.to(dtype).contiguous(),
+            k_norm=None if norms is None else norms.k_weight.to(dtype).contiguous(),
+            window=layer.attention.window,
+            out_index=None if layer.o.perm is None else torch.argsort(layer.o.perm).to(torch.int32),
+            o=layer.o,
+            post_attention_norm=_weight(layer.post_attention_norm, dtype),
+            gate_up=layer.gate_up,
+            down=layer.down,
+        )
+
+
+def _weight(norm: RMSNorm, dtype: torch.dtype) -> Tensor:
+    return norm.weight.to(dtype)
+
+
+class CudaLlama:
+    """A Llama on the device with buffers for steps of up to `max_rows` tokens and `max_sequences` sequences."""
+
+    def __init__(self, model: Llama, max_rows: int, max_sequences: int, max_model_len: int, dtype: torch.dtype) -> None:
+        self.config, self.num_bytes, self.dtype = model.config, model.num_bytes, dtype
+        self._embedding, self._lm_head, c = model.embedding, model.lm_head, model.config
+        self._layers = [_Layer.of(layer, dtype) for layer in model.layers]
+        self._norm = _weight(model.norm, dtype)
+        self._cos_sin = model.rotary.cos_sin(max_model_len)
+        self._num_heads, self._eps, self._scale = c.num_attention_heads, c.rms_norm_eps, c.head_dim**-0.5
+        self.device = device = model.embedding.device
+        heads, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+
+        def buffer(rows: int, columns: int, kind: torch.dtype = dtype) -> Tensor:
+            # Zeros: rows of padding are computed with, and what memory holds by chance may be NaN.
+            return torch.zeros(rows, columns, dtype=kind, device=device)
+
+        self._x, self._normed = buffer(max_rows, c.hidden_size), buffer(max_rows, c.hidden_size)
+        self._qkv, self._attended = buffer(max_rows, heads + 2 * kv), buffer(max_rows, heads)
+        self._gated = buffer(max_rows, c.intermediate_size)
+        self._last = buffer(max_sequences, c.hidden_size)
+        self._logits = buffer(max_sequences, c.vocab_size, torch.float32)
+        self._workspace = decode_attention_workspace(
+            max_sequences, c.num_attention_heads, c.num_key_value_heads, c.head_dim, device
+        )
+
+    def forward(
+        self, inputs: StepInputs[Tensor], history: Tensor, cache: list[Tensor], decode: bool, every_row: bool = False
+    ) -> Tensor:
+        """K and V of the step's rows are in `cache` afterwards. Returns float32 logits [S, V] of `last_rows`, in a
+        buffer that the next step overwrites; with `every_row` those of all rows, [T, V], in memory of their own.
+
+        `decode`: every sequence has one row, in the order of the rows.
+        """
+        rows = inputs.positions.shape[0]
+        x, normed = self._x[:rows], self._normed[:rows]
+        ops.embed(history, inputs.row_slot, inputs.positions, self._embedding, x)
+        for layer, kv in zip(self._layers, cache, strict=True):
+            ops.rms_norm(x, layer.input_norm, self._eps, normed, layer.qkv.perm)
+            qkv = layer.qkv.forward(normed, self._qkv[:rows])
+            attended = self._attend(qkv, layer, kv, inputs, decode)
+            layer.o.forward(attended, x, residual=x)
+            ops.rms_norm(x, layer.post_attention_norm, self._eps, normed, layer.gate_up.perm)
+            gated = layer.gate_up.forward(normed, self._gated[:rows], silu_mul=True)
+            layer.down.forward(gated, x, residual=x)
+        if every_row:
+            ops.rms_norm(x, self._norm, self._eps, normed)
+            return self._head(normed, torch.empty(rows, self._logits.shape[1], device=x.device))
+        if not decode:
+            x = torch.index_select(x, 0, inputs.last_rows, out=self._last[: len(inputs.last_rows)])
+        num = len(inputs.last_rows)
+        return self._head(ops.rms_norm(x, self._norm, self._eps, normed[:num]), self._logits[:num])
+
+    def _attend(self, qkv: Tensor, layer: _Layer, kv: Tensor, inputs: StepInputs[Tensor], decode: bool) -> Tensor:
+        out = self._attended[: len(qkv)]
+        where = (inputs.block_tables, inputs.context_lens, inputs.query_start)
+        rotary = None
+        norms = (layer.q_norm, layer.k_norm, self._eps)
+        if decode:
+            rotary = RotaryInputs(inputs.positions, inputs.slot_mapping, self._cos_sin, *norms)
+        else:
+            ops.rope_and_write(qkv, inputs.positions, inputs.slot_mapping, self._cos_sin, kv, self._num_heads, *norms)
+        index, window = layer.out_index, layer.window
+        shared = (self._num_heads, self._scale)
+        # What a pure decode step reads of the cache was there before its first kernel.
+        decode_attention(qkv, kv, *where, out, *shared, self._workspace, window, index, rotary, prefetch=decode)
+        if not decode:
+            prefill_attention(qkv, kv, *where, inputs.tiles, out, *shared, window, index)
+        return out
+
+    def _head(self, x: Tensor, out: Tensor) -> Tensor:
+        head = self._lm_head
+        if isinstance(head, DenseLinear):
+            # Logits are never rounded to 16 bits: the greedy token would be decided by it.
+            return torch.mm(x, head.weight.t(), out_dtype=torch.float32, out=out)
+        return out.copy_(head.forward(x))

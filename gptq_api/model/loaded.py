@@ -1,0 +1,41 @@
+"""What a loaded model is to those who step it, on whatever device it is."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from gptq_api.sequence import Batch, Sampled
+
+
+class LoadedRunner(Protocol):
+    """Not thread-safe: one caller steps it."""
+
+    lookahead: int
+    """0: a step is collected before the next one is launched; 1: afterwards"""
+    max_model_len: int
+    vocab_size: int
+    block_size: int
+    num_blocks: int
+    cache_bytes: int
+    weight_bytes: int
+    workspace_bytes: int
+    """activations and what else a step needs; 0 where it comes and goes"""
+    device: str
+    dtype: str
+    eos_token_ids: tuple[int, ...]
+    description: str
+    """one line for the log"""
+
+    def launch(self, batch: Batch) -> Any:
+        """Start a step. Raises DeviceMemoryError."""
+
+    def collect(self, launched: Any) -> Sampled:
+        """What `launch` returned becomes what the step sampled."""
+
+    def logits(self, batch: Batch, every_row: bool = False) -> tuple[Tensor, list[int]]:
+        """Run the model without sampling: (float32 [S, V], the batch indices of the S sequences that would sample).
+
+        With `every_row`, the rows of all new tokens in the batch's order; for evaluation.
+        """
