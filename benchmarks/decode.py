@@ -34,7 +34,7 @@ from gptq_api.config import Settings
 from gptq_api.engine.core import Engine
 from gptq_api.gptq.checkpoint import Checkpoint, open_checkpoint
 from gptq_api.gptq.dense import dequantised
-from gptq_api.model.runner import make_runner
+from gptq_api.model.runner import make_runner, token_budget
 from gptq_api.scheduler.blocks import BlockManager
 from gptq_api.scheduler.scheduler import Scheduler
 from gptq_api.types import Add, SamplingParams, pack_ids
@@ -130,7 +130,7 @@ class Measured:
 
     def engine(self, max_num_seqs: int | None = None) -> Engine[Any]:
         blocks = BlockManager(self.runner.num_blocks, self.runner.block_size)
-        budget = self.settings.max_num_batched_tokens or 2048
+        budget = token_budget(self.settings, torch.device(self.runner.device))
         return Engine(self.runner, Scheduler(blocks, max_num_seqs or self.settings.max_num_seqs, budget, False))
 
     def add(self, engine: Engine[Any], lengths: list[tuple[int, int]]) -> None:
