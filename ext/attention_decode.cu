@@ -21,10 +21,6 @@ int smem_of(bool fp8, int part_heads, bool small) {
 int parts_of(int group) { return (group + kPartHeads - 1) / kPartHeads; }
 int part_heads_of(int group) { return (group + parts_of(group) - 1) / parts_of(group); }
 
-size_t slot_bytes(const Device& device, int head_dim, int part_heads) {
-  return size_t{4} * device.sms * kBlocksPerSM * kSlotsPerBlock * slot_floats(head_dim, part_heads);
-}
-
 // Limits of a kernel on a device, set at its first launch there. All kernels ask for the same carveout, or they could not overlap.
 cudaError_t prepare(const void* kernel, int index, const Device& device) {
   constexpr int kDevices = 64;
@@ -40,11 +36,10 @@ cudaError_t prepare(const void* kernel, int index, const Device& device) {
 
 bool attention_decode_takes(int head_dim) { return attention_decode_fp16(head_dim, false) != nullptr; }
 
-size_t attention_decode_workspace_bytes(int sequences, int heads, int kv_heads, int head_dim) {
+size_t attention_decode_workspace_bytes(int heads, int kv_heads, int head_dim) {
   Device device;
   if (current_device(device) != cudaSuccess) return 0;
-  const int group = heads / kv_heads;
-  return slot_bytes(device, head_dim, part_heads_of(group)) + size_t{4} * sequences * kv_heads * parts_of(group);
+  return size_t{4} * device.sms * kBlocksPerSM * kMaxChunks * slot_floats(head_dim, part_heads_of(heads / kv_heads));
 }
 
 cudaError_t launch_attention_decode(AttentionDecodeArgs args, int head_dim, bool bf16, bool fp8, int blocks_per_sm, cudaStream_t stream) {
@@ -58,7 +53,6 @@ cudaError_t launch_attention_decode(AttentionDecodeArgs args, int head_dim, bool
   const int group = args.heads / args.kv_heads;
   args.parts = parts_of(group), args.part_heads = part_heads_of(group);
   for (args.block_shift = 3; 1 << args.block_shift < size;) args.block_shift++;
-  args.counters = reinterpret_cast<int*>(static_cast<uint8_t*>(args.workspace) + slot_bytes(device, head_dim, args.part_heads));
 
   const bool small = has_small_shared_memory(device.capability);
   const int smem = (head_dim == 64 ? smem_of<64> : head_dim == 128 ? smem_of<128> : smem_of<256>)(fp8, args.part_heads, small);

@@ -22,15 +22,14 @@ struct AttentionDecodeArgs {
   const float* cos_sin;    // [positions, head_dim]
   const uint16_t* q_norm;  // [head_dim] or null
   const uint16_t* k_norm;
-  void* workspace;  // attention_decode_workspace_bytes, zero before the first launch
+  void* workspace;  // attention_decode_workspace_bytes, every byte 255 before the first launch; launches leave it so
   float eps, scale;
   int ldqkv, ldo, table_stride;
   int sequences, heads, kv_heads, block_size;  // block_size: a power of two from 8
   int window;                                  // tokens a row sees, itself included; 0: all
   bool prefetch;  // block tables, lengths and the cache's older tokens were complete before the chain of dependent launches this is in began
   // Filled in by launch_attention_decode:
-  int* counters;       // of an item's chunks that are done; zero between launches
-  int block_shift;     // log2 of block_size
+  int block_shift;        // log2 of block_size
   int parts, part_heads;  // the query heads of a key head in parts of at most 8
 };
 
@@ -39,7 +38,7 @@ bool attention_decode_takes(int head_dim);
 // blocks_per_sm 0: chosen here. The bits of a result do not depend on it.
 cudaError_t launch_attention_decode(AttentionDecodeArgs args, int head_dim, bool bf16, bool fp8, int blocks_per_sm, cudaStream_t stream);
 
-// For launches of up to `sequences` sequences on the current device; 0 where there is none.
-size_t attention_decode_workspace_bytes(int sequences, int heads, int kv_heads, int head_dim);
+// For launches on the current device; 0 where there is none.
+size_t attention_decode_workspace_bytes(int heads, int kv_heads, int head_dim);
 
 }  // namespace gptq

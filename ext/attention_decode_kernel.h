@@ -4,8 +4,7 @@
 // with dimensions as rows.
 //
 // At the end of a chunk the warps' results are added in their order, each warp adding a quarter of the dimensions. Chunks are added in their
-// order too: those from the beginning of an item at once, later ones through the workspace by whichever block comes last, so that no sum
-// depends on timing, batch or grid.
+// order too, by the block that has the item's first one; other blocks leave theirs in the workspace. No sum depends on timing, batch or grid.
 //
 // Tokens outside the context (or the window, or in no block) are never read; their keys and values are zeros and their weights exactly 0.
 #pragma once
@@ -23,9 +22,13 @@ class AttentionBlock {
   const int warp, lane;
   const uint32_t ring, sums, maxima;  // shared: copies; results of warps for each other, or queries; [warp][head] (maximum, sum)
   int* const scratch;
-  Cuts cuts;
   uint32_t q[D / 16][2];
-  NewRow<D, BF, FP8> fresh;
+
+  // What an item reads of qkv, a step before it is needed.
+  struct Rows {
+    uint4 query[2];
+    NewRow<D, BF, FP8> fresh;
+  };
 
  public:
   __device__ __forceinline__ AttentionBlock(const AttentionDecodeArgs& args, uint8_t* smem)
@@ -42,39 +45,51 @@ class AttentionBlock {
     bool waited = !a.prefetch;
     if (waited) grid_wait();
     const Stretch stretch = find_stretch(a, scratch);
-    cuts = stretch.cuts;
-    Cursor c = stretch.begin;
-    TileLoader<D, FP8> loader(a, ring, c, stretch.steps);
-#pragma unroll
-    for (int i = 0; i < Shape::kDepth; i++) loader.next(i % 2 != 0);
+    TileLoader<D, FP8> loader(a, ring, stretch.begin, stretch.steps);
+#pragma unroll 1
+    for (int i = 0; i < Shape::kDepth; i++) loader.next(i & 1);
 
+    Cursor c = stretch.begin;
+    Rows rows;
+    NewRow<D, BF, FP8> fresh;
     Partial<Shape::kTiles> chunk;
     Partial<Shape::kOwn> total;
-    int entry = 0, first_chunk = 0;
+    int first_chunk = 0;
+    uint32_t entry = 0;
     const auto take = [&] {  // the oldest entry of the ring
       cp_async_wait<Shape::kDepth - 1>();
       __syncwarp();
-      const uint32_t tile = ring + entry * Shape::kEntry;
-      if (++entry == Shape::kDepth) entry = 0;
+      const uint32_t tile = ring + entry;
+      entry = entry == (Shape::kDepth - 1) * Shape::kEntry ? 0 : entry + Shape::kEntry;
       return tile;
     };
 #pragma unroll 1
-    for (int i = 0; i < stretch.steps; i++, advance(c, a)) {
+    for (int left = stretch.steps; left > 0; left--) {
+      const bool item_ends = c.step + 1 == c.span.count;
       const int in_chunk = c.step & ((1 << c.span.chunk_shift) - 1), index = c.step >> c.span.chunk_shift;
-      if (i == 0 || c.step == 0) {
+      if (left == stretch.steps || c.step == 0) {
         first_chunk = index;
-        start_item(c, [&] {
+        Rotation<D, BF> rotation;
+        if (a.cos_sin) rotation.load(a, c.span.row, dimension());
+        if (left == stretch.steps) {
           if (!waited) grid_wait();
           waited = true;
-        });
+          load_rows(rows, c);
+        }
+        start_item(rows, fresh, rotation, c);
       }
-      if (in_chunk == 0) chunk.clear();
-      const bool sees = c.sees(warp), writes = fresh.is_in(a, c, warp);
+      Cursor next = c;
+      if (left > 1) {
+        advance(next, a);
+        if (item_ends) load_rows(rows, next);
+      }
+      const bool sees = c.sees(warp), writes = item_ends && NewRow<D, BF, FP8>::is_here(a, c, warp);
       const uint32_t keys = take();
       uint32_t weights[2][2];
+      if (in_chunk == 0) chunk.clear();
       if (sees) {
         if (writes) fresh.put(a, c, keys, false);
-        softmax(chunk, weights, keys, c);
+        softmax(chunk, weights, keys, c, in_chunk == 0);
       }
       __syncwarp();
       loader.next(Shape::kDepth % 2 != 0);
@@ -86,19 +101,20 @@ class AttentionBlock {
       __syncwarp();
       loader.next(Shape::kDepth % 2 == 0);
 
-      const bool item_ends = c.step + 1 == c.span.count, part_ends = item_ends || i + 1 == stretch.steps;
-      if (!item_ends && in_chunk + 1 < 1 << c.span.chunk_shift) continue;
-      const Partial<Shape::kOwn> sum = add_warps(chunk);
-      if (first_chunk) store(sum, blockIdx.x * kSlotsPerBlock + index - first_chunk);
-      else if (index) add(total, sum);
-      else total = sum;
-      if (!part_ends) continue;
-      if (!first_chunk && item_ends) {
-        write(total, c);
-        continue;
+      if (item_ends || in_chunk + 1 == 1 << c.span.chunk_shift) {
+        const Partial<Shape::kOwn> sum = add_warps(chunk);
+        if (first_chunk) {
+          store(sum, stretch.index * kMaxChunks + index - first_chunk);
+        } else {
+          if (index) add(total, sum);
+          else total = sum;
+          if (item_ends || left == 1) {
+            if (!item_ends) add_later(total, c, index + 1, stretch.cuts);
+            write(total, c);
+          }
+        }
       }
-      if (!first_chunk) store(total, blockIdx.x * kSlotsPerBlock + kMaxChunks);
-      if (is_last(c, index + 1 - first_chunk)) write(add_parts(c), c);
+      c = next;
     }
     if (!waited) grid_wait();
     if (stretch.padded) clear_padding();
@@ -107,45 +123,42 @@ class AttentionBlock {
  private:
   __device__ __forceinline__ int slot_lane() const { return (lane & 3) * 8 + (lane >> 2); }
   __device__ __forceinline__ bool has_head() const { return 2 * (lane & 3) < a.part_heads; }
-  __device__ __forceinline__ int first_head(const Cursor& c) const {
-    return c.head / a.parts * (a.heads / a.kv_heads) + c.head % a.parts * a.part_heads;
-  }
-  __device__ __forceinline__ int head_count(const Cursor& c) const {
-    return min(a.part_heads, (c.head / a.parts + 1) * (a.heads / a.kv_heads) - first_head(c));
+  __device__ __forceinline__ int first_head(const Cursor& c) const { return c.kv_head * (a.heads / a.kv_heads) + c.part * a.part_heads; }
+  __device__ __forceinline__ int head_count(const Cursor& c) const { return min(a.part_heads, a.heads / a.kv_heads - c.part * a.part_heads); }
+  // Of a head, D / 16 threads each have eight elements from here on and the eight they are rotated with.
+  __device__ __forceinline__ int dimension() const { return threadIdx.x % kLanes * 8; }
+
+  __device__ __forceinline__ void load_rows(Rows& rows, const Cursor& c) const {
+    const uint16_t* row = a.qkv + static_cast<size_t>(c.span.row) * a.ldqkv + dimension();
+    rows.query[0] = rows.query[1] = uint4{};
+    const int head = threadIdx.x / kLanes;
+    if (head < head_count(c)) {
+      const uint16_t* from = row + (first_head(c) + head) * D;
+      rows.query[0] = *reinterpret_cast<const uint4*>(from), rows.query[1] = *reinterpret_cast<const uint4*>(from + D / 2);
+    }
+    rows.fresh.load(a, c, row, warp);
   }
 
-  // Queries of an item into fragments, and the new key and value. `wait` is called before anything is read that an earlier kernel may write.
-  template <typename Wait>
-  __device__ __forceinline__ void start_item(const Cursor& c, Wait wait) {
-    const int of_head = threadIdx.x / kLanes, d = threadIdx.x % kLanes * 8;
-    const bool mine = of_head < head_count(c);
-    Rotation<D, BF> rotation;
-    if (a.cos_sin) rotation.load(a, c.span.row, d);
-    wait();
-    const uint16_t* row = a.qkv + static_cast<size_t>(c.span.row) * a.ldqkv + d;
-    uint4 low = {}, high = {};
-    if (mine) {
-      const uint16_t* from = row + (first_head(c) + of_head) * D;
-      low = *reinterpret_cast<const uint4*>(from), high = *reinterpret_cast<const uint4*>(from + D / 2);
-    }
-    fresh.load(a, c, row, warp);
-    if (a.cos_sin || (FP8 && BF)) {
+  // Queries into fragments, the new key and value into the cache's type.
+  __device__ __forceinline__ void start_item(const Rows& rows, NewRow<D, BF, FP8>& fresh, const Rotation<D, BF>& rotation, const Cursor& c) {
+    uint4 low = rows.query[0], high = rows.query[1];
+    fresh = rows.fresh;
+    if (a.cos_sin) {
       float x[8], y[8];
       unpack8<BF>(x, low);
       unpack8<BF>(y, high);
-      if (a.cos_sin) {
-        rotation.apply(x, y, a.q_norm, a.eps, d);
-        low = pack8<BF>(x), high = pack8<BF>(y);
-        fresh.prepare(a, rotation, d);
-      }
-      if constexpr (FP8 && BF) {
-        unpack8<BF>(x, low);
-        unpack8<BF>(y, high);
-        low = pack8_saturated(x), high = pack8_saturated(y);
-      }
+      rotation.apply(x, y, a.q_norm, a.eps, dimension());
+      low = pack8<BF>(x), high = pack8<BF>(y);
+      if (NewRow<D, BF, FP8>::is_here(a, c, warp)) fresh.prepare(a, rotation, dimension());
     }
-    if (mine) {
-      const uint32_t to = sums + of_head * Shape::kQueryStride + d * 2;
+    if constexpr (FP8 && BF) {
+      float x[8], y[8];
+      unpack8<BF>(x, low);
+      unpack8<BF>(y, high);
+      low = pack8_saturated(x), high = pack8_saturated(y);
+    }
+    if (const int head = threadIdx.x / kLanes; head < head_count(c)) {
+      const uint32_t to = sums + head * Shape::kQueryStride + dimension() * 2;
       sts128(to, low);
       sts128(to + D, high);
     }
@@ -159,37 +172,40 @@ class AttentionBlock {
   }
 
   // Scores of the tile into weights, as B fragments; maximum, sum and values of the chunk so far brought to the new maximum.
-  __device__ __forceinline__ void softmax(Partial<Shape::kTiles>& chunk, uint32_t (&weights)[2][2], uint32_t keys, const Cursor& c) {
+  __device__ __forceinline__ void softmax(Partial<Shape::kTiles>& chunk, uint32_t (&weights)[2][2], uint32_t keys, const Cursor& c, bool first) {
     float s[2][4] = {};
     scores<D, FP8, kBF>(s, keys, q, lane);
+    const int token = c.first_token(warp);
+    if (token < c.span.low || token + kTile > c.span.length)
+#pragma unroll
+      for (int m = 0; m < 2; m++)
+#pragma unroll
+        for (int k = 0; k < 4; k++) {
+          const int at = token + (lane >> 2) + 16 * m + 8 * (k >> 1);
+          s[m][k] = at >= c.span.low && at < c.span.length ? s[m][k] : -INFINITY;
+        }
     const float scale = a.scale * 1.44269504f;
-    const int token = c.first_token(warp) + (lane >> 2);
-    float max[2] = {chunk.max[0], chunk.max[1]};
-#pragma unroll
-    for (int m = 0; m < 2; m++)
-#pragma unroll
-      for (int k = 0; k < 4; k++) {
-        const int at = token + 16 * m + 8 * (k >> 1);
-        s[m][k] = at >= c.span.low && at < c.span.length ? s[m][k] * scale : -INFINITY;
-        max[k & 1] = fmaxf(max[k & 1], s[m][k]);
-      }
     float base[2];
 #pragma unroll
     for (int h = 0; h < 2; h++) {
+      float max = fmaxf(fmaxf(s[0][h], s[0][h + 2]), fmaxf(s[1][h], s[1][h + 2]));
 #pragma unroll
-      for (int step = 4; step < 32; step <<= 1) max[h] = fmaxf(max[h], __shfl_xor_sync(~0u, max[h], step));
-      base[h] = finite_or_zero(max[h]);
-      const float before = exp2_fast(chunk.max[h] - base[h]);
-      chunk.max[h] = max[h];
-      chunk.sum[h] *= before;
+      for (int step = 4; step < 32; step <<= 1) max = fmaxf(max, __shfl_xor_sync(~0u, max, step));
+      max = fmaxf(max * scale, chunk.max[h]);
+      base[h] = finite_or_zero(max);
+      if (!first) {
+        const float before = exp2_fast(chunk.max[h] - base[h]);
+        chunk.sum[h] *= before;
 #pragma unroll
-      for (int i = 0; i < Shape::kTiles; i++) chunk.o[i][h] *= before, chunk.o[i][h + 2] *= before;
+        for (int i = 0; i < Shape::kTiles; i++) chunk.o[i][h] *= before, chunk.o[i][h + 2] *= before;
+      }
+      chunk.max[h] = max;
     }
 #pragma unroll
     for (int m = 0; m < 2; m++) {
 #pragma unroll
       for (int k = 0; k < 4; k++) {
-        s[m][k] = exp2_fast(s[m][k] - base[k & 1]);
+        s[m][k] = exp2_fast(__fmaf_rn(s[m][k], scale, -base[k & 1]));
         chunk.sum[k & 1] += s[m][k];
       }
       weights[m][0] = transpose8x8(pack2<kBF>(s[m][0], s[m][1]));
@@ -240,83 +256,86 @@ class AttentionBlock {
     return sum;
   }
 
-  // ---- partial results in the workspace ----
+  // ---- chunks in the workspace: every thread reads back what its like has written ----
   __device__ __forceinline__ float4* slot(int index) const {
-    return reinterpret_cast<float4*>(static_cast<float*>(a.workspace) + static_cast<size_t>(index) * slot_floats(D, a.part_heads));
+    return static_cast<float4*>(a.workspace) + static_cast<size_t>(index) * (slot_floats(D, a.part_heads) / 4);
   }
+  __device__ __forceinline__ int place(int i) const { return (warp * Shape::kOwn + i) * head_lanes(a.part_heads) + slot_lane(); }
+  __device__ __forceinline__ int top_place() const { return Shape::kTiles * head_lanes(a.part_heads) + warp * 4 + (lane & 3); }
+
   __device__ __forceinline__ void store(const Partial<Shape::kOwn>& sum, int index) {
-    float4* to = slot(index);
-    const int lanes = head_lanes(a.part_heads);
-    if (has_head())
+    const auto put = [&](float4* to, float x, float y, float z, float w) {
+      const auto real = [](float v) { return __float_as_uint(v) == kEmpty ? __uint_as_float(0x7fffffffu) : v; };
+      store_exchanged(to, make_float4(real(x), real(y), real(z), real(w)));
+    };
+    if (!has_head()) return;
 #pragma unroll
-      for (int i = 0; i < Shape::kOwn; i++)
-        to[(warp * Shape::kOwn + i) * lanes + slot_lane()] = make_float4(sum.o[i][0], sum.o[i][1], sum.o[i][2], sum.o[i][3]);
-    if (threadIdx.x < 4) to[Shape::kTiles * lanes + lane] = make_float4(sum.max[0], sum.sum[0], sum.max[1], sum.sum[1]);
-  }
-  __device__ __forceinline__ Partial<Shape::kOwn> fetch(int index) const {
-    const float4* from = slot(index);
-    const int lanes = head_lanes(a.part_heads);
-    Partial<Shape::kOwn> sum;
-    const float4 top = __ldcg(from + Shape::kTiles * lanes + (lane & 3));
-    sum.max[0] = top.x, sum.sum[0] = top.y, sum.max[1] = top.z, sum.sum[1] = top.w;
-#pragma unroll
-    for (int i = 0; i < Shape::kOwn; i++) {
-      const float4 v = has_head() ? __ldcg(from + (warp * Shape::kOwn + i) * lanes + slot_lane()) : float4{};
-      sum.o[i][0] = v.x, sum.o[i][1] = v.y, sum.o[i][2] = v.z, sum.o[i][3] = v.w;
-    }
-    return sum;
+    for (int i = 0; i < Shape::kOwn; i++) put(slot(index) + place(i), sum.o[i][0], sum.o[i][1], sum.o[i][2], sum.o[i][3]);
+    if (lane < 4) put(slot(index) + top_place(), sum.max[0], sum.sum[0], sum.max[1], sum.sum[1]);
   }
 
-  // Whether this block, with `done` chunks of the item stored, is the last of those that share it.
-  __device__ __forceinline__ bool is_last(const Cursor& c, int done) {
-    __syncthreads();
-    if (threadIdx.x == 0) {
-      int* counter = a.counters + c.sequence * a.kv_heads * a.parts + c.head;
-      __threadfence();
-      const bool last = atomicAdd(counter, done) + done == c.span.chunks();
-      if (last) *counter = 0;  // for the next launch
-      __threadfence();
-      scratch[0] = last;
-    }
-    __syncthreads();
-    return scratch[0];
-  }
-
-  __device__ __forceinline__ Partial<Shape::kOwn> add_parts(const Cursor& c) const {
-    const int chunks = c.span.chunks(), shift = c.span.chunk_shift, beginner = cuts.block_of(c.origin);
-    const int block = cuts.block_of(c.origin + (min(lane, chunks - 1) << shift));
-    const int its_first = (cuts.at(block) - c.origin + (1 << shift) - 1) >> shift;
-    const int index = block * kSlotsPerBlock + (lane == 0 ? kMaxChunks : lane - its_first);
-    const uint32_t later = __ballot_sync(~0u, lane < chunks && block != beginner);
-    Partial<Shape::kOwn> total = fetch(__shfl_sync(~0u, index, 0));
+  // total += the item's chunks from `begin` on, which other blocks leave in the workspace; it is empty again afterwards.
+  __device__ __forceinline__ void add_later(Partial<Shape::kOwn>& total, const Cursor& c, int begin, const Cuts& cuts) {
+    const int chunks = c.span.chunks(), shift = c.span.chunk_shift, stretch = cuts.stretch_of(c.origin + (min(lane, chunks - 1) << shift));
+    const int its_first = (cuts.at(stretch) - c.origin + (1 << shift) - 1) >> shift, index = stretch * kMaxChunks + lane - its_first;
     constexpr int kAtOnce = 4;
 #pragma unroll 1
-    for (int chunk = later ? __ffs(later) - 1 : chunks; chunk < chunks; chunk += kAtOnce) {
-      Partial<Shape::kOwn> next[kAtOnce];
+    for (int chunk = begin; chunk < chunks; chunk += kAtOnce) {
+      float4* from[kAtOnce];
+      float4 top[kAtOnce], o[kAtOnce][Shape::kOwn];
 #pragma unroll
-      for (int k = 0; k < kAtOnce; k++) next[k] = fetch(__shfl_sync(~0u, index, min(chunk + k, chunks - 1)));
+      for (int k = 0; k < kAtOnce; k++) from[k] = slot(__shfl_sync(~0u, index, min(chunk + k, chunks - 1)));
+      bool there;
+      do {
+        there = true;
+        if (has_head()) {
 #pragma unroll
-      for (int k = 0; k < kAtOnce; k++)
-        if (chunk + k < chunks) add(total, next[k]);
+          for (int k = 0; k < kAtOnce; k++) {
+            top[k] = load_exchanged(from[k] + top_place());
+#pragma unroll
+            for (int i = 0; i < Shape::kOwn; i++) o[k][i] = load_exchanged(from[k] + place(i));
+          }
+#pragma unroll
+          for (int k = 0; k < kAtOnce; k++) {
+            there &= is_there(top[k]);
+#pragma unroll
+            for (int i = 0; i < Shape::kOwn; i++) there &= is_there(o[k][i]);
+          }
+        }
+      } while (!__all_sync(~0u, there));
+      const float4 empty = make_float4(__uint_as_float(kEmpty), __uint_as_float(kEmpty), __uint_as_float(kEmpty), __uint_as_float(kEmpty));
+#pragma unroll
+      for (int k = 0; k < kAtOnce; k++) {
+        if (chunk + k >= chunks || !has_head()) continue;
+        if (lane < 4) store_exchanged(from[k] + top_place(), empty);
+        Partial<Shape::kOwn> next;
+        next.max[0] = top[k].x, next.sum[0] = top[k].y, next.max[1] = top[k].z, next.sum[1] = top[k].w;
+#pragma unroll
+        for (int i = 0; i < Shape::kOwn; i++) {
+          store_exchanged(from[k] + place(i), empty);
+          next.o[i][0] = o[k][i].x, next.o[i][1] = o[k][i].y, next.o[i][2] = o[k][i].z, next.o[i][3] = o[k][i].w;
+        }
+        add(total, next);
+      }
     }
-    return total;
   }
 
   __device__ __forceinline__ void write(const Partial<Shape::kOwn>& total, const Cursor& c) {
-    const int first = first_head(c), count = head_count(c);
+    const int count = head_count(c), column = (first_head(c) + 2 * (lane & 3)) * D + output_dimension<FP8>(warp * Shape::kOwn, 0, lane);
     uint16_t* out = a.out + static_cast<size_t>(c.span.row) * a.ldo;
 #pragma unroll
     for (int h = 0; h < 2; h++) {
-      const int head = 2 * (lane & 3) + h;
-      if (head >= count) continue;
+      if (2 * (lane & 3) + h >= count) continue;
       const float scale = 1.f / total.sum[h];
+      const auto put = [&](auto place_of) {
 #pragma unroll
-      for (int i = 0; i < Shape::kOwn; i++)
+        for (int i = 0; i < Shape::kOwn; i++)
 #pragma unroll
-        for (int k = h; k < 4; k += 2) {
-          const int column = (first + head) * D + output_dimension<FP8>(warp * Shape::kOwn + i, k, lane);
-          out[a.out_index ? a.out_index[column] : column] = to_16bit<BF>(total.o[i][k] * scale);
-        }
+          for (int k = h; k < 4; k += 2)
+            out[place_of(column + h * D + output_dimension<FP8>(i, k, 0))] = to_16bit<BF>(total.o[i][k] * scale);
+      };
+      if (a.out_index) put([&](int at) { return a.out_index[at]; });
+      else put([](int at) { return at; });
     }
   }
 

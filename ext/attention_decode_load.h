@@ -8,15 +8,27 @@ namespace gptq {
 template <int D, bool FP8>
 class TileLoader {
   using Shape = AttentionShape<D, FP8>;
+  static constexpr int kGroup = 8;                   // rows that are in one block for certain
+  static constexpr int kRows = 32 / Shape::kChunks;  // rows of one instruction: the warp's 512 bytes are contiguous
   const AttentionDecodeArgs& a;
   const uint32_t ring;
   const int warp, lane;
+  const uint32_t plane;  // bytes of the keys of one head in one block
+  const uint32_t first_piece;  // where a lane's piece of a group's first row goes, in the group
   Cursor c;
-  int left, fill = 0, block_id = -1;
+  int left, block_id = -1;
+  uint32_t fill = 0;
 
  public:
   __device__ __forceinline__ TileLoader(const AttentionDecodeArgs& args, uint32_t ring_, const Cursor& begin, int steps)
-      : a(args), ring(ring_), warp(threadIdx.x >> 5), lane(threadIdx.x & 31), c(begin), left(steps) {
+      : a(args),
+        ring(ring_),
+        warp(__shfl_sync(~0u, threadIdx.x >> 5, 0)),
+        lane(threadIdx.x & 31),
+        plane(args.block_size * Shape::kRow),
+        first_piece(lane / Shape::kChunks * Shape::kRow + swizzled<Shape::kChunks>(lane % Shape::kChunks, lane / Shape::kChunks) * 16),
+        c(begin),
+        left(steps) {
     look_up();
   }
 
@@ -24,36 +36,51 @@ class TileLoader {
   __device__ __forceinline__ void next(bool values) {
     if (left > 0 && c.sees(warp)) copy(values);
     cp_async_commit();
-    if (++fill == Shape::kDepth) fill = 0;
+    fill = fill == (Shape::kDepth - 1) * Shape::kEntry ? 0 : fill + Shape::kEntry;
     if (!values || left == 0 || --left == 0) return;
     advance(c, a);
     look_up();
   }
 
  private:
-  // Blocks of the cursor's tile, a lane each where it spans several.
+  // Blocks of the cursor's tile, a lane each where it spans several; 0 in the others, so that a vote can ask for -1.
   __device__ __forceinline__ void look_up() {
+    block_id = 0;
+    const int first = c.first_token(warp), index = (first >> a.block_shift) + lane;
+    if (left == 0 || index > (first + kTile - 1) >> a.block_shift) return;
     block_id = -1;
-    if (left == 0) return;
-    const int index = (c.first_token(warp) >> a.block_shift) + lane;
-    if (lane <= kTile >> a.block_shift && index <= (c.span.length - 1) >> a.block_shift)
+    if (index <= (c.span.length - 1) >> a.block_shift)
       block_id = a.block_tables[static_cast<size_t>(c.sequence) * a.table_stride + index];
   }
 
   __device__ __forceinline__ void copy(bool values) {
-    constexpr int kRows = 32 / Shape::kChunks;  // of one instruction
-    const int first = c.first_token(warp), end = a.cos_sin ? c.span.length - 1 : c.span.length;
-    const int chunk = lane % Shape::kChunks, row0 = lane / Shape::kChunks;
-    const size_t plane = static_cast<size_t>(a.block_size) * Shape::kRow;  // keys of one head in one block
-    const uint8_t* base = a.cache + (c.head / a.parts + (values ? a.kv_heads : 0)) * plane + chunk * 16;
-    const uint32_t entry = ring + fill * Shape::kEntry;
+    const int first = c.first_token(warp), end = a.cos_sin ? c.span.length - 1 : c.span.length, within = first & (a.block_size - 1);
+    const uint8_t* base = a.cache + static_cast<size_t>(c.kv_head + (values ? a.kv_heads : 0)) * plane + lane * 16;
+    const uint32_t entry = ring + fill + first_piece, block_bytes = 2 * a.kv_heads * plane;
+    const auto source = [&](int group) {
+      const int at = within + group * kGroup, block = __shfl_sync(~0u, block_id, at >> a.block_shift);
+      return base + static_cast<uint64_t>(static_cast<uint32_t>(max(block, 0))) * block_bytes + (at & (a.block_size - 1)) * Shape::kRow;
+    };
+    const auto target = [&](int group, int k) { return (entry ^ (Shape::kChunks >= 8 ? k * kRows * 16 : 0)) + (group * kGroup + k * kRows) * Shape::kRow; };
+    if (first >= c.span.low && first + kTile <= end && __all_sync(~0u, block_id >= 0)) {
 #pragma unroll
-    for (int i = 0; i < kTile / kRows; i++) {
-      const int row = i * kRows + row0, token = first + row;
-      const int block = __shfl_sync(~0u, block_id, (token >> a.block_shift) - (first >> a.block_shift));
-      const bool there = token >= c.span.low && token < end && block >= 0;
-      const size_t offset = there ? 2 * a.kv_heads * plane * block + (token & (a.block_size - 1)) * Shape::kRow : 0;
-      cp_async16_or_zero(entry + row * Shape::kRow + swizzled<Shape::kChunks>(chunk, row) * 16, base + offset, there);
+      for (int group = 0; group < kTile / kGroup; group++) {
+        const uint8_t* from = source(group);
+#pragma unroll
+        for (int k = 0; k < kGroup / kRows; k++) cp_async16(target(group, k), from + k * kRows * Shape::kRow);
+      }
+      return;
+    }
+#pragma unroll 1
+    for (int group = 0; group < kTile / kGroup; group++) {
+      const uint8_t* from = source(group);
+      const bool mapped = __shfl_sync(~0u, block_id, (within + group * kGroup) >> a.block_shift) >= 0;
+#pragma unroll
+      for (int k = 0; k < kGroup / kRows; k++) {
+        const int token = first + group * kGroup + k * kRows + lane / Shape::kChunks;
+        const bool there = mapped && token >= c.span.low && token < end;
+        cp_async16_or_zero(target(group, k), there ? from + k * kRows * Shape::kRow : a.cache, there);
+      }
     }
   }
 };
@@ -102,25 +129,24 @@ class NewRow {
   using Shape = AttentionShape<D, FP8>;
   static constexpr int kLanes = D / 16;
   uint4 half[2];
-  bool here = false;
 
   __device__ __forceinline__ static int part() { return (threadIdx.x & 31) / kLanes; }  // 0: key, 1: value, else nothing
 
  public:
-  __device__ __forceinline__ bool is_in(const AttentionDecodeArgs& a, const Cursor& c, int warp) const {
-    return a.cos_sin && c.step + 1 == c.span.count && (c.span.length - 1) / kTile % kAttentionWarps == warp;
+  // Whether the item's new row is in this warp's tiles.
+  __device__ __forceinline__ static bool is_here(const AttentionDecodeArgs& a, const Cursor& c, int warp) {
+    return a.cos_sin && (c.span.length - 1) / kTile % kAttentionWarps == warp;
   }
 
   // `row`: of qkv, at the lane's dimension.
   __device__ __forceinline__ void load(const AttentionDecodeArgs& a, const Cursor& c, const uint16_t* row, int warp) {
-    here = a.cos_sin && (c.span.length - 1) / kTile % kAttentionWarps == warp;
-    if (!here || part() > 1) return;
-    const uint16_t* from = row + (a.heads + c.head / a.parts + part() * a.kv_heads) * D;
+    if (!is_here(a, c, warp) || part() > 1) return;
+    const uint16_t* from = row + (a.heads + c.kv_head + part() * a.kv_heads) * D;
     half[0] = *reinterpret_cast<const uint4*>(from), half[1] = *reinterpret_cast<const uint4*>(from + D / 2);
   }
 
+  // The whole warp calls.
   __device__ __forceinline__ void prepare(const AttentionDecodeArgs& a, const Rotation<D, BF>& rotation, int d) {
-    if (!here) return;
     float key[2][8];
     unpack8<BF>(key[0], half[0]);
     unpack8<BF>(key[1], half[1]);
@@ -144,10 +170,10 @@ class NewRow {
   __device__ __forceinline__ void put(const AttentionDecodeArgs& a, const Cursor& c, uint32_t tile, bool values) const {
     if (part() == values) {
       const int d = (threadIdx.x & 31) % kLanes * 8, row = (c.span.length - 1) % kTile, slot = a.slot_mapping[c.span.row];
-      const int plane = c.head / a.parts + values * a.kv_heads;
+      const int plane = c.kv_head + values * a.kv_heads;
       const size_t at = static_cast<size_t>(slot >> a.block_shift) * 2 * a.kv_heads + plane;
       uint8_t* to = a.cache + (at * a.block_size + (slot & (a.block_size - 1))) * Shape::kRow;
-      const bool cached = slot >= 0 && c.head % a.parts == 0;
+      const bool cached = slot >= 0 && c.part == 0;
 #pragma unroll
       for (int i = 0; i < 2; i++) {
         const int byte = (d + i * D / 2) * Shape::kElement;

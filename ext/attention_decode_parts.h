@@ -46,8 +46,10 @@ constexpr int attention_smem(int part_heads, bool small) {
   const int ring = small ? AttentionShape<D, FP8, true>::kRing : AttentionShape<D, FP8, false>::kRing;
   return ring + exchange_bytes<D>(part_heads) + kAttentionWarps * kPartHeads * 8 + 64;
 }
-// Floats of a partial result: the fragments, then (maximum, sum) of each head.
-__host__ __device__ constexpr int slot_floats(int head_dim, int part_heads) { return head_dim / 16 * head_lanes(part_heads) * 4 + 2 * kPartHeads; }
+// Floats of a chunk's result in the workspace: the fragments, then for each warp (maximum, sum) of each head.
+__host__ __device__ constexpr int slot_floats(int head_dim, int part_heads) {
+  return head_dim / 16 * head_lanes(part_heads) * 4 + kAttentionWarps * 2 * kPartHeads;
+}
 
 // 16 bytes, or 16 zeros.
 __device__ __forceinline__ void cp_async16_or_zero(uint32_t dst, const void* src, bool there) {
@@ -72,6 +74,21 @@ __device__ __forceinline__ void sts128(uint32_t addr, const uint4& v) {
 }
 __device__ __forceinline__ void sts64(uint32_t addr, uint32_t x, uint32_t y) {
   asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(addr), "r"(x), "r"(y) : "memory");
+}
+
+// What another block reads while both run. A word is either there or kEmpty, a NaN that no arithmetic makes, so nothing need be ordered: a fence
+// would wait for every load in flight on the multiprocessor, the next kernel's among them.
+constexpr uint32_t kEmpty = 0xffffffffu;
+__device__ __forceinline__ float4 load_exchanged(const float4* from) {
+  float4 v;
+  asm volatile("ld.volatile.global.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "l"(from) : "memory");
+  return v;
+}
+__device__ __forceinline__ void store_exchanged(float4* to, const float4& v) {
+  asm volatile("st.volatile.global.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w) : "memory");
+}
+__device__ __forceinline__ bool is_there(const float4& v) {
+  return __float_as_uint(v.x) != kEmpty && __float_as_uint(v.y) != kEmpty && __float_as_uint(v.z) != kEmpty && __float_as_uint(v.w) != kEmpty;
 }
 
 // Where 16-byte piece `chunk` of row `row` of a tile lies: eight rows of a column of pieces never meet in a bank.

@@ -1,7 +1,7 @@
 // Who computes what, decided on the device from context_lens: nothing of it is known when a graph is captured.
 //
 // A step is 128 tokens of one (sequence, head group). All steps of a launch stand in one line: sequence by sequence, head by head, token by
-// token; every block takes an equal stretch of it. Consecutive steps of an item form chunks (one step each up to 4096 tokens of context); a
+// token; every block takes an equal stretch of it, the first block the last one. Consecutive steps of an item form chunks (one step each up to 4096 tokens of context); a
 // chunk belongs to the block whose stretch holds its first step. Where chunks begin depends on the row's own context and window only, so the
 // result's bits depend neither on the batch nor on the number of blocks.
 #pragma once
@@ -15,7 +15,6 @@ constexpr int kTile = 32;  // tokens of a warp in a step
 constexpr int kStep = kTile * kAttentionWarps;
 constexpr int kMaxChunks = 32;                // of an item: what a lane each can look up
 constexpr int kPartHeads = 8;                 // query heads served together: the columns of an mma
-constexpr int kSlotsPerBlock = kMaxChunks + 1;  // partial results: of chunks in the middle of an item, and of the beginning of one
 
 // The tokens one sequence's row sees: [low, length), in steps first .. first + count - 1.
 struct Span {
@@ -42,11 +41,11 @@ __device__ __forceinline__ bool is_padding(const AttentionDecodeArgs& a, int s) 
   return a.context_lens[s] <= 0 && a.query_start[s + 1] - a.query_start[s] == 1;
 }
 
-// Where the line is cut: block b's stretch begins at cut(b), block_of is its inverse.
+// Where the line is cut: stretch b begins at at(b), stretch_of is its inverse.
 struct Cuts {
   int total, blocks;
   __device__ __forceinline__ int at(int b) const { return static_cast<int>(static_cast<uint64_t>(b) * total / blocks); }
-  __device__ __forceinline__ int block_of(int step) const {
+  __device__ __forceinline__ int stretch_of(int step) const {
     return static_cast<int>(((static_cast<uint64_t>(step) + 1) * blocks - 1) / total);
   }
 };
@@ -54,7 +53,7 @@ struct Cuts {
 // A place in the line.
 struct Cursor {
   Span span;
-  int sequence, head;  // head: group of query heads, 0 .. kv_heads * parts - 1
+  int sequence, kv_head, part;  // part: of the query heads that share the key head
   int step;            // of the item
   int origin;          // where the item begins in the line
 
@@ -69,8 +68,10 @@ __device__ __forceinline__ void advance(Cursor& c, const AttentionDecodeArgs& a)
   if (++c.step < c.span.count) return;
   c.step = 0;
   c.origin += c.span.count;
-  if (++c.head < a.kv_heads * a.parts) return;
-  c.head = 0;
+  if (++c.part < a.parts) return;
+  c.part = 0;
+  if (++c.kv_head < a.kv_heads) return;
+  c.kv_head = 0;
   do {
     if (++c.sequence >= a.sequences) return;
     c.span = span_of(a, c.sequence);
@@ -80,7 +81,7 @@ __device__ __forceinline__ void advance(Cursor& c, const AttentionDecodeArgs& a)
 struct Stretch {
   Cuts cuts;
   Cursor begin;
-  int steps;
+  int index, steps;
   bool padded;  // some sequence has a row and no context: a row that fills up a batch
 };
 
@@ -113,7 +114,9 @@ __device__ __forceinline__ Stretch find_stretch(const AttentionDecodeArgs& a, in
   stretch.cuts.total = total;
   stretch.cuts.blocks = min(static_cast<int>(gridDim.x), total);
   if (blockIdx.x >= stretch.cuts.blocks) return stretch;
-  const int begin = stretch.cuts.at(blockIdx.x), end = stretch.cuts.at(blockIdx.x + 1);
+  // Backwards: the block that begins an item waits for those that go on with it, and they have started before it.
+  stretch.index = stretch.cuts.blocks - 1 - blockIdx.x;
+  const int begin = stretch.cuts.at(stretch.index), end = stretch.cuts.at(stretch.index + 1);
   int* found = scratch + kAttentionWarps;
   const auto contains = [&](int step) { return before <= step && step < before + mine; };
   if (contains(begin) || contains(end)) {
@@ -135,7 +138,7 @@ __device__ __forceinline__ Stretch find_stretch(const AttentionDecodeArgs& a, in
   c.sequence = found[0];
   c.span = span_of(a, c.sequence);
   const int inside = begin - found[1], step = inside % c.span.count;
-  c.head = inside / c.span.count;
+  c.kv_head = inside / c.span.count / a.parts, c.part = inside / c.span.count % a.parts;
   c.origin = begin - step;
   c.step = to_chunk(c.span, step);
   int stop = end;

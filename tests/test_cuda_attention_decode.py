@@ -64,7 +64,7 @@ class Case:
         self.starts = torch.arange(rows + 1, dtype=torch.int32, device="cuda")
         width = (self.num_heads + 2 * heads) * dim
         self.qkv = torch.randn(rows, width, generator=g, device="cuda").to(self.dtype)
-        self.workspace = decode_attention_workspace(rows, self.num_heads, heads, dim, "cuda")
+        self.workspace = decode_attention_workspace(self.num_heads, heads, dim, "cuda")
         self.scale = dim**-0.5
 
     def slots(self) -> Tensor:
@@ -212,7 +212,7 @@ def test_bits_depend_neither_on_the_batch_nor_on_the_run() -> None:
     pick = torch.arange(200, device="cuda") % len(lengths)
     many.tables, many.lens, many.qkv, many.cache = case.tables[pick], case.lens[pick], case.qkv[pick], case.cache
     many.starts = torch.arange(201, dtype=torch.int32, device="cuda")
-    many.workspace = decode_attention_workspace(200, 10, 2, 128, "cuda")
+    many.workspace = decode_attention_workspace(10, 2, 128, "cuda")
     assert torch.equal(many.run(), together[pick])
 
 
@@ -270,7 +270,7 @@ def test_what_an_e4m3_cache_costs() -> None:
 def test_refusals() -> None:
     case = Case([5], 4, 2, 64, torch.float16)
     with pytest.raises(ValueError, match="head dimension 80"):
-        decode_attention_workspace(1, 4, 2, 80, "cuda")
+        decode_attention_workspace(4, 2, 80, "cuda")
     with pytest.raises(ValueError, match="prefetch without rotary"):
         case.run(prefetch=True)
     with pytest.raises(ValueError, match="workspace"):

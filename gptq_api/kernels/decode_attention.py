@@ -41,16 +41,14 @@ class RotaryInputs:
     eps: float = 0.0
 
 
-def decode_attention_workspace(
-    max_num_seqs: int, num_heads: int, num_kv_heads: int, head_dim: int, device: torch.device | str
-) -> Tensor:
-    """For calls with up to `max_num_seqs` sequences, one after another: a few MiB, 35 with 8 query heads per key head.
-    Every call leaves it as it found it; calls that may overlap (other streams) need one each."""
+def decode_attention_workspace(num_heads: int, num_kv_heads: int, head_dim: int, device: torch.device | str) -> Tensor:
+    """For calls of this shape with any number of sequences, one after another: a few MiB, 35 with 8 query heads per key
+    head. Every call leaves it as it found it; calls that may overlap (other streams) need one each."""
     _check_head_dim(head_dim)
     device = torch.device(device)
     with torch.cuda.device(device):
-        size = _cuda.attention_decode_workspace_bytes(max_num_seqs, num_heads, num_kv_heads, head_dim)
-    return torch.zeros(size, dtype=torch.uint8, device=device)
+        size = _cuda.attention_decode_workspace_bytes(num_heads, num_kv_heads, head_dim)
+    return torch.full((size,), 255, dtype=torch.uint8, device=device)
 
 
 def decode_attention(
@@ -124,7 +122,7 @@ def decode_attention(
     if sequences == 0 or rows == 0:
         return out
     with torch.cuda.device(qkv.device):
-        needed = _cuda.attention_decode_workspace_bytes(sequences, num_heads, num_kv_heads, head_dim)
+        needed = _cuda.attention_decode_workspace_bytes(num_heads, num_kv_heads, head_dim)
         if workspace.numel() * workspace.element_size() < needed or workspace.device != qkv.device:
             raise ValueError(f"workspace {_described(workspace)}, expected {needed} bytes on {qkv.device}")
         _cuda.attention_decode(
