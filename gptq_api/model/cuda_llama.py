@@ -80,9 +80,7 @@ class CudaLlama:
         self._gated = buffer(max_rows, c.intermediate_size)
         self._last = buffer(max_sequences, c.hidden_size)
         self._logits = buffer(max_sequences, c.vocab_size, torch.float32)
-        self._workspace = decode_attention_workspace(
-            max_sequences, c.num_attention_heads, c.num_key_value_heads, c.head_dim, device
-        )
+        self._workspace = decode_attention_workspace(c.num_attention_heads, c.num_key_value_heads, c.head_dim, device)
 
     def forward(
         self, inputs: StepInputs[Tensor], history: Tensor, cache: list[Tensor], decode: bool, every_row: bool = False
