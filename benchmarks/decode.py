@@ -217,7 +217,7 @@ class Measured:
         for _ in range(8):
             engine.step()
         activities = [torch.profiler.ProfilerActivity.CUDA]
-        with torch.profiler.profile(activities=activities) as profile:
+        with torch.profiler.profile(activities=activities, acc_events=True) as profile:
             for _ in range(num_steps):
                 engine.step()
             torch.cuda.synchronize()
