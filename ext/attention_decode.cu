@@ -58,8 +58,10 @@ cudaError_t launch_attention_decode(AttentionDecodeArgs args, int head_dim, bool
   const int smem = (head_dim == 64 ? smem_of<64> : head_dim == 128 ? smem_of<128> : smem_of<256>)(fp8, args.part_heads, small);
   if (smem > device.smem) return cudaErrorInvalidConfiguration;
   const int resident = 2 * (smem + 1024) <= device.smem + 1024 ? kBlocksPerSM : 1;
-  const int64_t steps = int64_t{args.sequences} * args.kv_heads * args.parts * ((int64_t{args.table_stride} * size + kStep - 1) / kStep);
-  const int per_sm = blocks_per_sm ? std::min(blocks_per_sm, kBlocksPerSM) : resident;
+  const int64_t items = int64_t{args.sequences} * args.kv_heads * args.parts;
+  const int64_t steps = items * ((int64_t{args.table_stride} * size + kStep - 1) / kStep);
+  // Where there is little to do, the next kernel's weights are better company for a block than a second block: 8 us a layer at batch 1.
+  const int per_sm = blocks_per_sm ? std::min(blocks_per_sm, kBlocksPerSM) : 2 * items <= device.sms ? 1 : resident;
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned>(std::min<int64_t>(steps, device.sms * per_sm)));
   config.blockDim = dim3(kAttentionThreads);

@@ -109,3 +109,14 @@ def test_decode_keeps_its_registers_and_instructions(tmp_path: Path) -> None:
 def test_other_architectures_compile_without_spills(arch: str, tmp_path: Path) -> None:
     _, log = compile_for(arch, "decode_bf16.cu", tmp_path)
     assert all(spills == 0 for _, spills in usage(log).values())
+
+
+@needs_nvcc
+def test_decode_attention_leaves_room_for_the_next_product(tmp_path: Path) -> None:
+    """A block of four warps beside one of the decode product's; nothing spilled at the sizes that have to be fast."""
+    _, log = compile_for("90", "attention_decode_bf16.cu", tmp_path)
+    kernels = usage(log)
+    assert len(kernels) == 6
+    for name, (registers, spills) in kernels.items():
+        assert -(-registers // 8) * 8 * 4 * 32 + TWO_BLOCKS_OF_14_WARPS * 14 * 32 <= 65536, name
+        assert spills == 0 or "ILi256E" in name, name
