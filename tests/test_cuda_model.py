@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import Recipe, random_model, write_checkpoint
+from server import Server
 
 from gptq_api.config import Settings
 from gptq_api.demo import DEMO_PATH
@@ -124,9 +125,21 @@ def test_the_readmes_questions_get_the_answers_of_the_cpu(demo: LoadedRunner) ->
 
 def test_preemption_chunks_and_prefix_hits_change_no_answer(demo: LoadedRunner) -> None:
     eos = {**GREEDY, "stop_token_ids": demo.eos_token_ids}
-    crowded = run(demo, questions(), [eos] * len(QUESTIONS), num_blocks=60, budget=48, steps_between=1)
+    twice = questions() + questions()
+    small_blocks = load("demo", dtype=demo.dtype, block_size=8, num_blocks=80)
+    crowded = run(small_blocks, twice, [eos] * len(twice), budget=48)
     assert crowded.num_preemptions > 0 and crowded.num_prefix_hits > 0
-    assert crowded.tokens == cpu_answers()
+    assert [crowded.tokens[i] for i in range(len(twice))] == [
+        cpu_answers()[i % len(QUESTIONS)] for i in range(len(twice))
+    ]
+
+
+def test_the_server_answers_from_the_device() -> None:
+    with Server("--device", "cuda") as server:
+        for entry in QUESTIONS[:3]:
+            reply = server.chat(entry["question"], temperature=0).json()
+            assert reply["choices"][0]["message"]["content"] == entry["exact"]
+        assert "cuda int4" in server.log()
 
 
 def rambling(num: int, seed: int = 1) -> list[list[int]]:
@@ -248,10 +261,9 @@ def test_what_the_kernels_do_not_take_runs_in_float32(recipe: Recipe, more: dict
 
 
 def test_not_finite_is_one_sequences_fault_and_leaves_no_trace(tmp_path: Path) -> None:
-    model = random_model(FAST)
-    model.dense["model.embed_tokens.weight"][90] = torch.nan
-    folder = write_checkpoint(tmp_path, model)
-    runner = load(folder, num_blocks=24, max_num_seqs=4)
+    runner = load(write_checkpoint(tmp_path, random_model(FAST)), num_blocks=24, max_num_seqs=64)
+    assert isinstance(runner, CudaRunner)
+    runner._model._embedding[90] = torch.nan
     healthy = [[5, 6, 7, 8], [9] * 100, [11] * 17]
     greedy: dict[str, Any] = {"max_tokens": 8, "temperature": 0.0}
     expected = run(runner, healthy, [greedy] * 3).tokens
@@ -278,8 +290,8 @@ def test_memory_is_planned(tmp_path: Path) -> None:
     torch.cuda.empty_cache()
     _, total = torch.cuda.mem_get_info()
     free_before = torch.cuda.mem_get_info()[0]
-    runner = load(folder, max_num_seqs=256, num_blocks=None, gpu_memory_utilization=0.3)
+    runner = load(folder, max_num_seqs=256, num_blocks=None, gpu_memory_utilization=0.2)
     used = free_before - torch.cuda.mem_get_info()[0]
-    assert used < 0.3 * total
-    assert used > 0.3 * total - (total - free_before) - 2**30
+    assert used < 0.2 * total
+    assert used > 0.2 * total - (total - free_before) - 2**30
     assert f"KV cache {runner.cache_bytes / 2**20:.0f} MiB" in runner.description and "workspace" in runner.description

@@ -58,9 +58,11 @@ def _read(sock: socket.socket, inbox: Inbox) -> None:
 
 
 def _serve(sock: socket.socket, inbox: Inbox, settings: Settings) -> int:
+    import torch
+
     from gptq_api.engine.core import Engine
     from gptq_api.gptq.errors import CheckpointError
-    from gptq_api.model.runner import load_runner
+    from gptq_api.model.runner import load_runner, token_budget
     from gptq_api.scheduler.blocks import BlockManager
     from gptq_api.scheduler.scheduler import Scheduler
 
@@ -69,7 +71,7 @@ def _serve(sock: socket.socket, inbox: Inbox, settings: Settings) -> int:
     except (CheckpointError, ConfigError, MemoryError, OSError) as error:
         sock.sendall(wire.encode(Failed(str(error) or f"{type(error).__name__} while loading the model")))
         return 1
-    budget = settings.max_num_batched_tokens or (512 if runner.device == "cpu" else 2048)
+    budget = token_budget(settings, torch.device(runner.device))
     blocks = BlockManager(runner.num_blocks, runner.block_size)
     scheduler = Scheduler(blocks, settings.max_num_seqs, budget, settings.enable_prefix_caching)
     engine = Engine(runner, scheduler)

@@ -19,6 +19,8 @@ _SMALL_BATCHES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 80, 96, 112, 128, 160, 192, 22
 MAX_MIXED_ROWS = 512
 """larger steps keep the device busy for longer than the host needs to launch their kernels, without padding"""
 _MIXED_ROWS = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+_MIXED_SEQUENCES = (8, 64)
+_MIXED_TILES = (1, 4, 16, 64)
 _WIDTHS = (128, 512, 2048, 8192)
 
 
@@ -27,9 +29,12 @@ class Buckets:
 
     def __init__(self, max_num_seqs: int, max_num_batched_tokens: int, max_blocks: int, tile_rows: int) -> None:
         self._decode = _capped((*_SMALL_BATCHES, *range(384, max_num_seqs, 128)), max_num_seqs)
-        self._mixed = _capped(_MIXED_ROWS, min(MAX_MIXED_ROWS, max_num_batched_tokens))
+        most_rows = min(MAX_MIXED_ROWS, max_num_batched_tokens)
+        self._mixed = _capped(_MIXED_ROWS, most_rows)
+        self._sequences = _capped(_MIXED_SEQUENCES, max_num_seqs)
+        # Each sequence with two rows or more may waste all but one row of its last tile.
+        self._tiles = _capped(_MIXED_TILES, most_rows // tile_rows + min(max_num_seqs, max(1, most_rows // 2)))
         self._widths = _capped(_WIDTHS, max_blocks)
-        self._max_num_seqs, self._tile_rows = max_num_seqs, tile_rows
 
     @property
     def start_shapes(self) -> list[StepShape]:
@@ -38,22 +43,22 @@ class Buckets:
 
     def decode_shape(self, num_sequences: int, num_blocks: int) -> StepShape:
         """`num_blocks`: of the longest context."""
-        rows = self._decode[bisect.bisect_left(self._decode, num_sequences)]
+        rows = _at_least(num_sequences, self._decode)
         return StepShape(rows, rows, self._width(num_blocks), 0)
 
-    def mixed_shape(self, num_rows: int, num_sequences: int, num_blocks: int) -> StepShape | None:
+    def mixed_shape(self, num_rows: int, num_sequences: int, num_tiles: int, num_blocks: int) -> StepShape | None:
         """None where the step is too large for a graph."""
-        at = bisect.bisect_left(self._mixed, num_rows)
-        if at == len(self._mixed):
+        if num_rows > self._mixed[-1]:
             return None
-        rows = self._mixed[at]
-        sequences = min(rows, self._max_num_seqs)
-        # Each sequence with two rows or more may waste all but one row of its last tile.
-        tiles = rows // self._tile_rows + min(sequences, rows // 2)
-        return StepShape(rows, sequences, self._width(num_blocks), tiles)
+        return StepShape(
+            _at_least(num_rows, self._mixed),
+            _at_least(num_sequences, self._sequences),
+            self._width(num_blocks),
+            _at_least(num_tiles, self._tiles),
+        )
 
     def _width(self, num_blocks: int) -> int:
-        return self._widths[bisect.bisect_left(self._widths, num_blocks)]
+        return _at_least(num_blocks, self._widths)
 
 
 class Graphs:
@@ -101,3 +106,7 @@ class Graphs:
 
 def _capped(sizes: tuple[int, ...], largest: int) -> list[int]:
     return [*(size for size in sizes if size < largest), largest]
+
+
+def _at_least(size: int, sizes: list[int]) -> int:
+    return sizes[bisect.bisect_left(sizes, size)]

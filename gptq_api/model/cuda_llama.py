@@ -107,7 +107,7 @@ class CudaLlama:
         if not decode:
             x = torch.index_select(x, 0, inputs.last_rows, out=self._last[: len(inputs.last_rows)])
         num = len(inputs.last_rows)
-        return self._head(ops.rms_norm(x, self._norm, self._eps, normed[:num]), self._logits[:num])
+        return self._head(ops.rms_norm(x, self._norm, self._eps, self._normed[:num]), self._logits[:num])
 
     def _attend(self, qkv: Tensor, layer: _Layer, kv: Tensor, inputs: StepInputs[Tensor], decode: bool) -> Tensor:
         out = self._attended[: len(qkv)]

@@ -224,13 +224,13 @@ class CudaRunner:
     def _shape(self, step: Step, exact: bool) -> tuple[StepShape, bool]:
         """(shape, whether it is one of the few that steps are padded to)."""
         num_blocks, num = step.num_blocks(self._cache.block_size), len(step.slots)
+        tiles = 0 if step.decode else max(1, step.num_tiles(TILE_ROWS))
         if not exact:
             if step.decode:
                 return self._buckets.decode_shape(num, num_blocks), True
-            shape = self._buckets.mixed_shape(step.num_rows, num, num_blocks)
+            shape = self._buckets.mixed_shape(step.num_rows, num, tiles, num_blocks)
             if shape is not None:
                 return shape, True
-        tiles = 0 if step.decode else max(1, step.num_tiles(TILE_ROWS))
         return StepShape(step.num_rows, num, num_blocks, tiles), False
 
     def _copy_in(self, stage: _Stage, shape: StepShape) -> StepInputs[Tensor]:

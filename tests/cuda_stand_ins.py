@@ -1,0 +1,163 @@
+"""The CUDA kernels of a step in plain torch, row by row, and a torch.cuda that does everything at once: the host's side
+of model/cuda_runner.py runs on a CPU with them, and only that is what they are for."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from gptq_api.kernels import ops, sampling
+from gptq_api.kernels.decode_attention import RotaryInputs
+from gptq_api.kernels.sampling import SamplingInputs
+from gptq_api.model import cuda_graphs, cuda_llama, cuda_runner
+
+TILE_ROWS = 8
+
+
+def embed(history: Tensor, row_slot: Tensor, positions: Tensor, table: Tensor, out: Tensor) -> None:
+    for row, (slot, position) in enumerate(zip(row_slot.tolist(), positions.tolist(), strict=True)):
+        out[row] = 0 if position < 0 else table[int(history[slot, position])]
+
+
+def _normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return torch.nn.functional.rms_norm(x.float(), x.shape[-1:], weight.float(), eps)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor, perm: Tensor | None = None) -> Tensor:
+    y = _normed(x, weight, eps)
+    return out.copy_(y if perm is None else y[:, perm.long()])
+
+
+def rope_and_write(
+    qkv: Tensor,
+    positions: Tensor,
+    slot_mapping: Tensor,
+    cos_sin: Tensor,
+    kv_layer: Tensor,
+    num_heads: int,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    eps: float = 0.0,
+) -> None:
+    _, _, kv_heads, size, dim = kv_layer.shape
+    for row, (position, slot) in enumerate(zip(positions.tolist(), slot_mapping.tolist(), strict=True)):
+        if position < 0:
+            continue
+        heads = qkv[row].view(-1, dim)
+        for norm, part in ((q_norm, heads[:num_heads]), (k_norm, heads[num_heads : num_heads + kv_heads])):
+            if norm is not None:
+                part.copy_(_normed(part, norm, eps))
+        cos, sin = cos_sin[position].chunk(2)
+        low, high = heads[: num_heads + kv_heads].clone().chunk(2, -1)
+        heads[: num_heads + kv_heads] = torch.cat((low * cos - high * sin, high * cos + low * sin), -1)
+        if slot >= 0:
+            kv_layer[slot // size, 0, :, slot % size] = heads[num_heads : num_heads + kv_heads]
+            kv_layer[slot // size, 1, :, slot % size] = heads[num_heads + kv_heads :]
+
+
+def _attend(
+    qkv: Tensor, kv: Tensor, table: Tensor, visible: int, row: int, out: Tensor, heads: int, scale: float, window: Any
+) -> None:
+    _, _, kv_heads, size, dim = kv.shape
+    blocks = kv[table[: -(-visible // size)].long()].permute(1, 2, 0, 3, 4).reshape(2, kv_heads, -1, dim)
+    first = 0 if window is None else max(0, visible - window)
+    k, v = blocks[:, :, first:visible]
+    q = qkv[row].view(-1, dim)[:heads].view(kv_heads, -1, dim)
+    out[row] = ((q @ k.transpose(1, 2) * scale).softmax(-1) @ v).flatten()
+
+
+def decode_attention(
+    qkv: Tensor,
+    kv_layer: Tensor,
+    block_tables: Tensor,
+    context_lens: Tensor,
+    query_start: Tensor,
+    out: Tensor,
+    num_heads: int,
+    scale: float,
+    workspace: Tensor,
+    window: int | None = None,
+    out_index: Tensor | None = None,
+    rotary: RotaryInputs | None = None,
+    *,
+    prefetch: bool = False,
+) -> None:
+    assert prefetch == (rotary is not None) and out_index is None
+    if rotary is not None:
+        r = rotary
+        rope_and_write(qkv, r.positions, r.slot_mapping, r.cos_sin, kv_layer, num_heads, r.q_norm, r.k_norm, r.eps)
+    starts = query_start.tolist()
+    for i, visible in enumerate(context_lens.tolist()):
+        if visible and starts[i + 1] - starts[i] == 1:
+            _attend(qkv, kv_layer, block_tables[i], visible, starts[i], out, num_heads, scale, window)
+
+
+def prefill_attention(
+    qkv: Tensor,
+    kv_layer: Tensor,
+    block_tables: Tensor,
+    context_lens: Tensor,
+    query_start: Tensor,
+    tiles: Tensor,
+    out: Tensor,
+    num_heads: int,
+    scale: float,
+    window: int | None = None,
+    out_index: Tensor | None = None,
+) -> None:
+    starts, lens = query_start.tolist(), context_lens.tolist()
+    for i, first in tiles.tolist():
+        if i < 0:
+            continue
+        rows = starts[i + 1] - starts[i]
+        assert rows > 1 and first % TILE_ROWS == 0
+        for row in range(first, min(rows, first + TILE_ROWS)):
+            visible = lens[i] - rows + row + 1
+            _attend(qkv, kv_layer, block_tables[i], visible, starts[i] + row, out, num_heads, scale, window)
+
+
+def sample(logits: Tensor, inputs: SamplingInputs, history: Tensor, out_tokens: Tensor) -> None:
+    """Greedy."""
+    for row, (slot, length) in enumerate(inputs.packed[:2].t().tolist()):
+        finite = bool(logits[row].isfinite().all())
+        out_tokens[row] = int(logits[row].argmax()) if slot >= 0 and finite else -1
+        if slot >= 0:
+            history[slot, length] = max(int(out_tokens[row]), 0)
+
+
+class _Nothing:
+    """An event, a stream."""
+
+    def __init__(self, *_: Any, **__: Any) -> None: ...
+
+    def record(self) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+
+def install(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until the end of the test."""
+    zeros = torch.zeros
+    for module, name, value in (
+        (ops, "embed", embed),
+        (ops, "rms_norm", rms_norm),
+        (ops, "rope_and_write", rope_and_write),
+        (cuda_llama, "decode_attention", decode_attention),
+        (cuda_llama, "decode_attention_workspace", lambda *_: None),
+        (cuda_llama, "prefill_attention", prefill_attention),
+        (cuda_runner, "TILE_ROWS", TILE_ROWS),
+        (sampling, "sample", sample),
+        (cuda_graphs.Graphs, "run", lambda graphs, shape, capture=True: graphs._body(shape)),
+        (torch.cuda, "Event", _Nothing),
+        (torch.cuda, "Stream", _Nothing),
+        (torch.cuda, "stream", lambda _: contextlib.nullcontext()),
+        (torch.cuda, "graph_pool_handle", lambda: None),
+        (torch, "zeros", lambda *shape, pin_memory=False, **kind: zeros(*shape, **kind)),
+        (torch.Tensor, "pin_memory", lambda tensor: tensor),
+        (torch, "mm", lambda x, w, out_dtype, out: torch.matmul(x, w, out=out)),
+    ):
+        monkeypatch.setattr(module, name, value)
