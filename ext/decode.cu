@@ -12,35 +12,39 @@ namespace {
 
 constexpr int kReserved = 1024;  // shared memory the driver keeps per block
 constexpr int kDevices = 64;
+constexpr int kGoodDepth = 4;    // slots; with less, memory waits for the multiprocessors
+constexpr int kOverlapMaxM = 4;  // tokens up to which x leaves room for two generations of blocks
+constexpr int kShareMinM = 2;    // tokens from which blocks bring x in together
 
 struct Shape {
-  int cluster, depth, buffers, smem;
+  int split;  // blocks that share k
+  DecodePlan plan;
 };
 
-// By K, format and device alone, so that the order of a row's sum is the same for every M: x of 8 tokens must fit. Halves of x are also faster to
-// bring in: at K = 5120 a cluster of 2 costs nothing at M=1 and saves 5 % at M=8; at 4096 it costs 5 %.
-int cluster_for(int K, int chunk, const Device& device) {
-  const int nch = (K + kChunkK - 1) / kChunkK;
-  int cluster = K <= 4096 ? 1 : 2;
-  while (cluster < kMaxCluster && DecodeSmem(8, nch, 1, cluster, 2, 1, chunk, false).total > device.smem) cluster *= 2;
-  return cluster;
+// By K, format and device alone, so that the order of a row's sum is the same for every M: x of 8 tokens must fit beside a ring. As few as possible:
+// where sums cross blocks, a kernel ends half a microsecond later.
+int split_for(int K, int groups, bool zeros, const Device& device) {
+  int split = 1;
+  while (split < kMaxCluster && plan_decode(8, K, 1, split, kGoodDepth, 1, groups, zeros, false).total > device.smem) split *= 2;
+  return split;
 }
 
-// A ring of three slots such that two generations of blocks share a multiprocessor (the next kernel's rings then fill while this one drains), else
-// the deepest ring that fits alone.
-bool choose_shape(Shape& shape, const Device& device, int M, int K, int column_tiles, int chunk, bool gather) {
-  const int nch = (K + kChunkK - 1) / kChunkK, cluster = cluster_for(K, chunk, device), half = (device.smem + kReserved) / 2 - kReserved;
-  struct Try {
-    int budget, depth, buffers;
+// For few tokens a ring such that two generations of blocks share a multiprocessor (the next kernel's ring then fills while this one drains), else the
+// deepest that fits alone. By M rather than by what would just fit: kernels of both kinds in a row do not overlap at all.
+bool choose_shape(Shape& shape, const Device& device, int M, int K, int column_tiles, int groups, bool zeros, bool gather) {
+  const int split = split_for(K, groups, zeros, device);
+  const auto fits = [&](int budget, int depth, int least) {
+    for (; depth >= least; depth--)
+      for (int buffers = kMaxBuffers; buffers > 0; buffers--) {
+        const DecodePlan plan = plan_decode(M, K, column_tiles, split, depth, buffers, groups, zeros, gather);
+        if (plan.total > budget) continue;
+        shape = {split, plan};
+        return true;
+      }
+    return false;
   };
-  for (const Try t : {Try{half, 3, 2}, Try{half, 3, 1}, Try{device.smem, 4, 2}, Try{device.smem, 3, 2}, Try{device.smem, 3, 1}, Try{device.smem, 2, 2},
-                      Try{device.smem, 2, 1}, Try{device.smem, 1, 1}}) {
-    const int total = DecodeSmem(M, nch, column_tiles, cluster, t.depth, t.buffers, chunk, gather).total;
-    if (total > t.budget) continue;
-    shape = {cluster, t.depth, t.buffers, total};
-    return true;
-  }
-  return false;
+  if (M <= kOverlapMaxM && fits((device.smem + kReserved) / 2 - kReserved, kGoodDepth + 1, kGoodDepth - 1)) return true;
+  return fits(device.smem, kMaxDepth, 1);
 }
 
 // A kernel's limits are properties of it on a device, set at its first launch there. All ask for the largest shared memory of a multiprocessor:
@@ -79,7 +83,7 @@ cudaError_t resident_clusters(int& count, int cluster, const Device& device) {
 }
 
 cudaError_t launch_rows(DecodeArgs args, int groups, bool zeros, bool bf16, const Device& device, cudaStream_t stream) {
-  const int tiles = args.M <= 8 ? 1 : 2, chunk = chunk_bytes(groups, zeros), strips = args.N / kStripRows;
+  const int tiles = args.M <= 8 ? 1 : 2, strips = args.N / kStripRows;
   const void* kernel = bf16 ? decode_bf16(groups, zeros, tiles) : decode_fp16(groups, zeros, tiles);
   const int index = (((tiles - 1) * 3 + groups / 2) * 2 + zeros) * 2 + bf16;
   if (const cudaError_t status = prepare(kernel, index, device); status != cudaSuccess) return status;
@@ -90,22 +94,33 @@ cudaError_t launch_rows(DecodeArgs args, int groups, bool zeros, bool bf16, cons
   if (takes_portable_kernel(device.capability)) {
     config.gridDim = dim3(std::min(strips, 2 * device.sms));
     config.blockDim = dim3(kPortableWarps * 32);
-    config.dynamicSmemBytes = portable_smem(tiles, chunk);
+    config.dynamicSmemBytes = portable_smem(tiles, chunk_bytes(groups, zeros));
   } else {
     Shape shape;
-    if (!choose_shape(shape, device, args.M, args.K, tiles, chunk, args.perm != nullptr)) return cudaErrorInvalidConfiguration;
+    if (!choose_shape(shape, device, args.M, args.K, tiles, groups, zeros, args.perm != nullptr)) return cudaErrorInvalidConfiguration;
+    // x of 8 tokens is as much as the weights of a small linear; read once for two blocks, it takes the L2 half the time. But never so that M decides
+    // which block has which strips.
+    bool share_x = device.capability == 90 && shape.split == 1 && !args.perm && args.M >= kShareMinM && strips >= device.sms;
     int clusters;
-    if (const cudaError_t status = resident_clusters(clusters, shape.cluster, device); status != cudaSuccess) return status;
-    args.depth = shape.depth;
-    args.buffers = shape.buffers;
-    config.gridDim = dim3(std::min(clusters, strips) * shape.cluster);
+    if (share_x) {
+      if (const cudaError_t status = resident_clusters(clusters, 2, device); status != cudaSuccess) return status;
+      share_x = 2 * clusters == device.sms;
+    }
+    const int cluster = share_x ? 2 : shape.split;
+    if (const cudaError_t status = resident_clusters(clusters, cluster, device); status != cudaSuccess) return status;
+    const int owners = share_x ? 2 * clusters : std::min(clusters, strips);  // blocks, or clusters, with strips of their own
+    args.plan = shape.plan;
+    args.plan.share_x = share_x;
+    args.plan.strips = strips / owners;
+    args.plan.spare = strips % owners;
+    config.gridDim = dim3(share_x ? owners : owners * cluster);
     config.blockDim = dim3(kDecodeThreads);
-    config.dynamicSmemBytes = shape.smem;
+    config.dynamicSmemBytes = shape.plan.total;
     attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
-    if (shape.cluster > 1) {
+    if (cluster > 1) {
       attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
-      attributes[config.numAttrs++].val.clusterDim = {static_cast<unsigned>(shape.cluster), 1, 1};
+      attributes[config.numAttrs++].val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
     }
   }
   void* pointers[] = {&args};
@@ -118,7 +133,7 @@ bool decode_gathers(int M, int K, int groups, bool zeros) {
   Device device;
   Shape shape;
   if (current_device(device) != cudaSuccess) return false;
-  return takes_portable_kernel(device.capability) || (M <= 2 && choose_shape(shape, device, M, K, 1, chunk_bytes(groups, zeros), true));
+  return takes_portable_kernel(device.capability) || (M <= 2 && choose_shape(shape, device, M, K, 1, groups, zeros, true));
 }
 
 cudaError_t launch_decode(DecodeArgs args, int groups, bool zeros, bool bf16, cudaStream_t stream) {
@@ -127,7 +142,7 @@ cudaError_t launch_decode(DecodeArgs args, int groups, bool zeros, bool bf16, cu
   if (const cudaError_t status = current_device(device); status != cudaSuccess) return status;
   // As many rows at a time as x fits in shared memory.
   Shape shape;
-  const bool sixteen = takes_portable_kernel(device.capability) || choose_shape(shape, device, std::min(args.M, 16), args.K, 2, chunk_bytes(groups, zeros), false);
+  const bool sixteen = takes_portable_kernel(device.capability) || choose_shape(shape, device, std::min(args.M, 16), args.K, 2, groups, zeros, false);
   const int step = sixteen ? 16 : 8;
   for (int row = 0; row < args.M; row += step) {
     DecodeArgs part = args;

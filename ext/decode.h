@@ -6,6 +6,18 @@
 
 namespace gptq {
 
+// What a block would else have to divide for before it can ask for its first weights.
+struct DecodePlan {
+  int depth, buffers;  // ring slots, exchange areas
+  int flight;          // slots asked for at once before the block begins
+  bool share_x;        // the blocks of a cluster have strips of their own and all of k, and bring x in together
+  int share;           // chunks of a strip that one block of a cluster takes
+  int strips, spare;   // of a cluster; that many clusters have one strip more
+  int ring, x, raw, sums, red, got, total;  // of shared memory
+  int x_stride, raw_stride;  // elements between tokens, in chunk order and unsorted
+  int red_lanes;             // float4 slots per column tile and warp: lanes whose columns hold no token leave nothing
+};
+
 struct DecodeArgs {
   const uint8_t* w;          // strip stream
   const uint16_t* x;         // [M, K], row stride ldx elements (a multiple of 8), 16-byte aligned
@@ -16,8 +28,9 @@ struct DecodeArgs {
   int M, N, K;               // N % 16 == 0, K % 8 == 0
   int ldx, ldy, ldr;
   int paired;  // 1: rows g, g+8 of a strip are outputs i and N/2+i. 2: the same, and y = silu(row i) * row (N/2+i)
-  int depth, buffers;  // ring slots, exchange areas; chosen by launch_decode
+  DecodePlan plan;  // by launch_decode
 };
+
 
 constexpr int kDecodeMaxM = 32;  // beyond 16 in two launches
 

@@ -1,20 +1,23 @@
 // The decode kernel. Weights are the A operand of mma.m16n8k16 (16 rows of a strip), tokens its 8 columns, so one instruction stream
 // serves 1..8 tokens, and a second tile of columns 9..16.
 //
-// A block owns consecutive strips, two at a time. One warp brings them in with bulk copies, 12 chunks of both strips to a slot of a
-// ring; 12 warps take one chunk (of both) of every slot, whatever pair of strips it belongs to, so all have the same work. Where a
-// warp's next chunk is of another pair it leaves its sums in an exchange area; one more warp adds the 12 (always in the same order),
-// applies bias, SiLU and residual and stores, while the others go on. No block-wide barrier, no atomics, no workspace. Which warp adds
-// what depends on K, N and the number of multiprocessors, never on M, so a row's bits do not depend on who else is in the batch.
+// A block owns consecutive strips, two at a time. One warp brings them in with bulk copies, a chunk of both strips for each of 8 warps to a
+// slot of a ring; the 8 take a chunk (of both) of every slot, whatever pair of strips it belongs to, so all have the same work. A warp that
+// is through with a pair leaves its sums in an exchange area; one more warp adds the 8 (always in the same order), applies bias, SiLU and
+// residual and stores, while the others go on. No block-wide barrier, no atomics, no workspace. Which warp adds what depends on K, N and the
+// number of multiprocessors, never on M, so a row's bits do not depend on who else is in the batch.
 //
-// For long k a cluster of blocks splits it: each stages its part of x only, and sums meet through distributed shared memory.
+// For long k a cluster of blocks splits it: each stages its part of x only, adds its own warps' sums, and those of the blocks meet through
+// distributed shared memory. Otherwise, where tokens are several, blocks bring x in together, each a part of it for both.
 //
-// Programmatic dependent launch: the ring is filled before grid_wait(), the next kernel is let in at once, and registers and shared
-// memory are kept at half of a multiprocessor's so that its ring fills while this one drains.
+// Programmatic dependent launch: weights are asked for before grid_wait(), the next kernel is let in at once, and for few tokens registers
+// and shared memory are kept at half of a multiprocessor's so that its ring fills while this one drains. What a block does before its first
+// copy costs as much as a small linear's weights: no division, no loop over barriers.
 //
-// Measured on an H200, what bounds it beyond memory is instructions: one chain of mma per strip beats two, and 12 warps with strips in
-// pairs beat 16 with single ones.
+// The sums of x that take out the zero points depend on x alone: the first pair computes them by mma beside its products and leaves them.
 #pragma once
+#include <type_traits>
+
 #include "decode_parts.h"
 #include "decode_portable.h"
 
@@ -28,27 +31,29 @@ __global__ void __launch_bounds__(kDecodeThreads, NT == 1 ? kBlocksPerSM : 1) de
 #elif defined(__CUDA_ARCH__)
   constexpr int kChunk = Chunk<G, ZP>::kBytes, kHalf = kMathWarps * kChunk, kSlot = kPair * kHalf;
   const int warp = __shfl_sync(~0u, threadIdx.x >> 5, 0), lane = threadIdx.x & 31;  // shfl: so that the compiler knows it for uniform
-  const int rank = cluster_rank(), cluster = cluster_size(), depth = a.depth, buffers = a.buffers;
+  const int cluster = a.plan.share_x ? 1 : cluster_size(), rank = cluster > 1 ? cluster_rank() : 0, depth = a.plan.depth, buffers = a.plan.buffers;
   const int nch = (a.K + kChunkK - 1) / kChunkK;
-  const DecodeSmem at(a.M, nch, NT, cluster, depth, buffers, kChunk, a.perm != nullptr);
+  const DecodePlan& at = a.plan;
   const uint32_t base = smem_addr(smem);
-  const uint32_t full = base, free = full + 8 * kMaxDepth;                     // of the ring
-  const uint32_t sent = free + 8 * kMaxDepth, taken = sent + 8 * kMaxBuffers;  // of the exchange area; taken[block][buffer]
-  const uint32_t x_bar = taken + 8 * kMaxBuffers * kMaxCluster;
-  const int unit = at.red_lanes * 16, set = kMathWarps * kPair * NT * unit;  // bytes of a warp's sums of a column tile; of a block's of a pair
+  const uint32_t full = base + 8 * kFull, free = base + 8 * kFree, sent = base + 8 * kSent, read = base + 8 * kRead;
+  const uint32_t got = base + 8 * kGot, credit = base + 8 * kCredit, sums_bar = base + 8 * kSums, x_bar = base + 8 * kX;
+  const int tasks = kPair * NT * at.red_lanes, set = tasks * 16;  // float4 of a warp's sums of a pair
 
   grid_launch_dependents();
 
   // This cluster's strips, and this block's chunks of each.
-  const int strips = a.N / kStripRows, clusters = gridDim.x / cluster, id = blockIdx.x / cluster;
-  const int first = static_cast<int>(static_cast<int64_t>(id) * strips / clusters);
-  const int count = static_cast<int>(static_cast<int64_t>(id + 1) * strips / clusters) - first;
-  const int share = (nch + cluster - 1) / cluster, chunk0 = rank * share, chunks = max(0, min(share, nch - chunk0));
+  const int id = cluster > 1 ? cluster_id() : blockIdx.x, first = id * at.strips + min(id, at.spare), count = at.strips + (id < at.spare);
+  const int share = at.share, chunk0 = rank * share, chunks = max(0, min(share, nch - chunk0));
   const int pairs = (count + 1) / 2, items = pairs * chunks, double_items = count / 2 * chunks;  // the last pair may be a single strip
+  const int parts = (chunks + kMathWarps - 1) / kMathWarps;  // of x
 
   // The producer's place: the next chunk, how many of its strip's share are left, and the slot it goes to.
   const uint8_t* src = a.w + (static_cast<size_t>(first) * nch + chunk0) * kChunk;
   int left = chunks, next = 0, fill = 0;
+  const auto advance = [&](int now) {
+    next += now, left -= now, src += static_cast<size_t>(now) * kChunk;
+    if (left == 0) left = chunks, src += static_cast<size_t>(2 * nch - chunks) * kChunk;
+  };
   const auto fetch = [&] {
     if (next >= items) return;
     const uint32_t bar = full + 8 * fill;
@@ -62,29 +67,46 @@ __global__ void __launch_bounds__(kDecodeThreads, NT == 1 ? kBlocksPerSM : 1) de
         bulk_load(dst, src, now * kChunk, bar);
         if (next < double_items) bulk_load(dst + kHalf, src + static_cast<size_t>(nch) * kChunk, now * kChunk, bar);
       }
-      next += now;
-      dst += now * kChunk, src += static_cast<size_t>(now) * kChunk, rest -= now, left -= now;
-      if (left == 0) left = chunks, src += static_cast<size_t>(2 * nch - chunks) * kChunk;
+      rest -= now, dst += now * kChunk;
+      advance(now);
     }
     if (++fill == depth) fill = 0;
   };
   if (warp == kMathWarps) {
-    if (lane < kMaxDepth) mbar_init(full + 8 * lane, 1);
-    else if (lane < 2 * kMaxDepth) mbar_init(full + 8 * lane, kMathWarps);  // = free
+    if (elect()) {  // one thread and constant addresses: lanes would take turns
+#pragma unroll
+      for (int i = 0; i < kMaxDepth; i++) mbar_init(full + 8 * i, 1), mbar_init(free + 8 * i, kMathWarps);
+    }
     mbar_init_fence();
     __syncwarp();
 #pragma unroll 1
-    for (int i = 0; i < depth; i++) fetch();  // weights never depend on the kernel before
+    for (int i = 0; i < at.flight; i++) fetch();  // weights never depend on the kernel before
   } else if (warp == kMathWarps + 1) {
-    if (lane < kMaxBuffers) mbar_init(sent + 8 * lane, kMathWarps + 1);  // this block's warps, and the count of what others send
-    if (lane < kMaxBuffers * kMaxCluster) mbar_init(taken + 8 * lane, 1);
-    if (lane == 31) mbar_init(x_bar, 32);
+    if (elect()) {
+#pragma unroll
+      for (int i = 0; i < kMaxBuffers; i++) mbar_init(sent + 8 * i, kMathWarps), mbar_init(read + 8 * i, 1);
+#pragma unroll
+      for (int i = 0; i < kTurns; i++) mbar_init(got + 8 * i, 1);
+      if (cluster > 1) {
+#pragma unroll
+        for (int i = 0; i < kTurns * kMaxCluster; i++) mbar_init(credit + 8 * i, 1);
+      }
+      mbar_init(sums_bar, kMathWarps);
+#pragma unroll
+      for (int i = 0; i < kMaxParts; i++) mbar_init(x_bar + 8 * i, 1);
+    }
     mbar_init_fence();
   }
-  if (cluster > 1) cluster_sync();
+  if (cluster > 1 || at.share_x) cluster_sync();
   else __syncthreads();
 
   if (warp == kMathWarps) {
+    // The rest of the ring no faster than it arrives, or x of the kernel before this one would queue behind it.
+#pragma unroll 1
+    for (int i = at.flight; i < depth && next < items; i++) {
+      mbar_wait(full + 8 * (i - at.flight), 0);
+      fetch();
+    }
     int slot = 0;
     uint32_t phase = 0;
 #pragma unroll 1
@@ -99,11 +121,11 @@ __global__ void __launch_bounds__(kDecodeThreads, NT == 1 ? kBlocksPerSM : 1) de
   if (warp < kMathWarps) {
     const int k0 = chunk0 * kChunkK, length = max(0, min(a.K - k0, chunks * kChunkK));
     const int2* perm = reinterpret_cast<const int2*>(a.perm + (a.perm ? k0 : 0));
-    if (a.perm)  // constant as well: into the cache while x is on its way
+    int seen = parts;  // parts of x known to have arrived
+    if (a.perm) {  // constant as well: into the cache while x is on its way
       for (int i = threadIdx.x * 16; i < length / 2; i += kMathWarps * 32 * 16) asm volatile("prefetch.global.L1 [%0];" ::"l"(perm + i));
-    grid_wait();
-    mbar_wait(x_bar, 0);
-    if (a.perm) {
+      grid_wait();
+      mbar_wait(x_bar, 0);
       const uint16_t* raw = reinterpret_cast<const uint16_t*>(smem + at.raw);
       uint32_t* sorted = reinterpret_cast<uint32_t*>(smem + at.x);
 #pragma unroll 1
@@ -114,6 +136,9 @@ __global__ void __launch_bounds__(kDecodeThreads, NT == 1 ? kBlocksPerSM : 1) de
           sorted[i] = raw[from.x] | static_cast<uint32_t>(raw[from.y]) << 16;
         }
       asm volatile("bar.sync 1, %0;" ::"n"(kMathWarps * 32) : "memory");
+    } else {
+      seen = 0;
+      grid_wait();
     }
 
     uint32_t x_lane[NT];
@@ -123,93 +148,168 @@ __global__ void __launch_bounds__(kDecodeThreads, NT == 1 ? kBlocksPerSM : 1) de
     const uint32_t lane_slot = ((lane & 3) * 8 + (lane >> 2)) * 16;
     const bool has_token = (lane & 3) * 8 < at.red_lanes;
     float acc[kPair][NT][4] = {};
-    int pair = 0, now = 0, c = warp, slot = 0, buffer = 0, owner = 0;
-    uint32_t phase = 0, round = 1;
-    while (c >= chunks && now < pairs) c -= chunks, now++;
+    const uint32_t chunk_first = base + at.ring + warp * kChunk;
+    uint32_t phase = 0, round = 1, chunk = chunk_first;
+    int c = warp, slot = 0, buffer = 0;
+    // This warp's chunks of a pair, or of a single strip.
+    const auto multiply = [&](auto strips_of_pair, auto sums_of_x) {
+      constexpr bool kFirst = decltype(sums_of_x)::value == Sums::kLeave;
 #pragma unroll 1
-    for (int item = warp;; item += kMathWarps) {
-      const int target = item < items ? now : pairs;
-#pragma unroll 1
-      for (; pair < target; pair++) {  // leave the sums of a finished pair with the block that adds them
-        mbar_wait(taken + 8 * (owner * kMaxBuffers + buffer), round);
-        const uint32_t dst = base + at.red + (buffer * cluster + rank) * set + warp * kPair * NT * unit + lane_slot, bar = sent + 8 * buffer;
-        if (owner == rank) {
-#pragma unroll
-          for (int i = 0; i < kPair * NT; i++)
-            if (has_token) sts128(dst + i * unit, acc[i / NT][i % NT]);
-          __syncwarp();
-          if (elect()) mbar_arrive(bar);
-        } else {
-          const uint32_t remote = map_to_rank(dst, owner), remote_bar = map_to_rank(bar, owner);
-#pragma unroll
-          for (int i = 0; i < kPair * NT; i++)
-            if (has_token) remote_store(remote + i * unit, acc[i / NT][i % NT], remote_bar);
-        }
-#pragma unroll
-        for (int i = 0; i < kPair * NT * 4; i++) acc[i / 4 / NT][i / 4 % NT][i % 4] = 0.f;
-        if (++owner == cluster) {
-          owner = 0;
-          if (++buffer == buffers) buffer = 0, round ^= 1;
-        }
+      for (; c < chunks; c += kMathWarps) {
+        if (kFirst && seen < parts) mbar_wait(x_bar + 8 * seen++, 0);
+        mbar_wait(full + 8 * slot, phase);
+        const uint32_t x_at = c * (kChunkK * 2);
+        const auto load_x = [&](int n, int u, uint32_t (&b)[4]) { ldmatrix_x4(b, x_lane[n] + x_at + u * 64); };
+        const uint32_t sums = base + at.sums + c * (G * NT * 32);
+        chunk_mma<decltype(strips_of_pair)::value, NT, G, ZP, BF, decltype(sums_of_x)::value>(acc, chunk, kHalf, sums, lane, load_x);
+        __syncwarp();
+        if (lane == 0) mbar_arrive(free + 8 * slot);
+        slot++, chunk += kSlot;
+        if (slot == depth) slot = 0, phase ^= 1, chunk = chunk_first;
       }
-      if (item >= items) break;
-      mbar_wait(full + 8 * slot, phase);
-      const uint32_t x_at = c * (kChunkK * 2), chunk = base + at.ring + slot * kSlot + warp * kChunk;
-      const auto load_x = [&](int n, int u, uint32_t (&b)[4]) { ldmatrix_x4(b, x_lane[n] + x_at + u * 64); };
-      if (item < double_items) chunk_mma<2, NT, G, ZP, BF>(acc, chunk, kHalf, lane, load_x);
-      else chunk_mma<1, NT, G, ZP, BF>(acc, chunk, kHalf, lane, load_x);
+      c -= chunks;
+    };
+    using One = std::integral_constant<int, 1>;
+    using Two = std::integral_constant<int, 2>;
+#pragma unroll 1
+    for (int pair = 0; pair < pairs; pair++) {
+      if (2 * pair + 1 == count) {
+#pragma unroll 1
+        while (seen < parts) mbar_wait(x_bar + 8 * seen++, 0);
+        multiply(One{}, std::integral_constant<Sums, Sums::kCompute>{});
+      } else if (pair == 0) {
+        multiply(Two{}, std::integral_constant<Sums, Sums::kLeave>{});
+        if (pairs > 1) {  // from here on, what others left as well
+          __syncwarp();
+          if (lane == 0) mbar_arrive(sums_bar);
+#pragma unroll 1
+          while (seen < parts) mbar_wait(x_bar + 8 * seen++, 0);
+        }
+      } else {
+        if (pair == 1) mbar_wait(sums_bar, 0);
+        multiply(Two{}, std::integral_constant<Sums, Sums::kFind>{});
+      }
+      // Leave the sums with the warp that adds them.
+      mbar_wait(read + 8 * buffer, round);
+      const uint32_t dst = base + at.red + (buffer * kMathWarps + warp) * set + lane_slot;
+#pragma unroll
+      for (int i = 0; i < kPair * NT; i++)
+        if (has_token) sts128(dst + i * at.red_lanes * 16, acc[i / NT][i % NT]);
       __syncwarp();
-      if (elect()) mbar_arrive(free + 8 * slot);
-      if (++slot == depth) slot = 0, phase ^= 1;
-      c += kMathWarps;
-      while (c >= chunks) c -= chunks, now++;
+      if (lane == 0) mbar_arrive(sent + 8 * buffer);
+#pragma unroll
+      for (int i = 0; i < kPair * NT * 4; i++) acc[i / 4 / NT][i / 4 % NT][i % 4] = 0.f;
+      if (++buffer == buffers) buffer = 0, round ^= 1;
     }
     return;
   }
 
-  // ---- the warp that stages x, then adds and stores ----
+  // ---- the warp that adds and stores ----
   grid_wait();
-  {
+  if (!a.perm) {
     const int k0 = chunk0 * kChunkK, padded = chunks * kChunkK, length = max(0, min(a.K - k0, padded));
+    if (lane < a.M)
+      for (int k = length; k < padded; k++) reinterpret_cast<uint16_t*>(smem + at.x)[lane * at.x_stride + k] = 0;
+    __syncwarp();
 #pragma unroll 1
-    for (int m = lane; m < a.M; m += 32)  // k beyond K: the weights are 0 there, x must not be NaN
-      for (int k = length; k < padded; k++) reinterpret_cast<uint16_t*>(smem + at.x)[m * at.x_stride + k] = 0;
-    // To be sorted, x comes whole; else this block's share of it.
-    const int from = a.perm ? 0 : k0, bytes = 2 * (a.perm ? a.K : length), stride = a.perm ? at.raw_stride : at.x_stride;
-    mbar_expect(x_bar, (a.M + 31 - lane) / 32 * bytes);
-#pragma unroll 1
-    for (int m = lane; m < a.M; m += 32)
-      if (bytes > 0) bulk_load(base + (a.perm ? at.raw : at.x) + m * stride * 2, a.x + static_cast<size_t>(m) * a.ldx + from, bytes, x_bar);
+    for (int part = 0; part < parts; part++) {
+      const int from = part * kMathWarps * kChunkK, bytes = 2 * max(0, min(length - from, kMathWarps * kChunkK));
+      if (lane == 0) mbar_expect(x_bar + 8 * part, a.M * bytes);
+      const uint32_t dst = base + at.x + (lane * at.x_stride + from) * 2;
+      const uint16_t* row = a.x + static_cast<size_t>(lane) * a.ldx + k0 + from;
+      if (lane >= a.M || bytes <= 0) continue;
+      if (!at.share_x) bulk_load(dst, row, bytes, x_bar + 8 * part);
+      else if (lane % cluster_size() == cluster_rank()) bulk_load_everywhere(dst, row, bytes, x_bar + 8 * part, (1 << cluster_size()) - 1);
+    }
   }
-  int buffer = 0;
-  uint32_t phase = 0;
-#pragma unroll 1
-  for (int pair = rank; pair < pairs; pair += cluster) {
-    if (lane == 0) mbar_expect(sent + 8 * buffer, (cluster - 1) * set);
-    mbar_wait(sent + 8 * buffer, phase);
-    const uint32_t red = base + at.red + buffer * cluster * set + lane * 16;
-    if (lane < at.red_lanes) {
+  if (a.perm) {  // to be sorted, x comes whole
+    if (lane == 0) mbar_expect(x_bar, a.M * a.K * 2);
+    const int length = max(0, min(a.K - chunk0 * kChunkK, chunks * kChunkK));
+    if (lane < a.M) {
+      for (int k = length; k < chunks * kChunkK; k++) reinterpret_cast<uint16_t*>(smem + at.x)[lane * at.x_stride + k] = 0;
+      bulk_load(base + at.raw + lane * at.raw_stride * 2, a.x + static_cast<size_t>(lane) * a.ldx, a.K * 2, x_bar);
+    }
+  }
+  constexpr int kPasses = kPair * NT;  // task lane + 32 i in pass i
+  const auto exists = [&](int i, int pair) { return lane + 32 * i < tasks && 2 * pair + (NT > 1 ? i / NT : lane + 32 * i >= at.red_lanes) < count; };
+  const auto load = [&](Outputs<BF>(&out)[kPasses], int pair) {
 #pragma unroll
-      for (int i = 0; i < kPair * NT; i++) {
-        const int strip = 2 * pair + i / NT;
-        if (strip >= count) break;
-        float v[4] = {0.f, 0.f, 0.f, 0.f};
-#pragma unroll 6
-        for (int w = 0; w < kMathWarps * cluster; w++) {
-          const uint4 f = lds128(red + (w * kPair * NT + i) * unit);
-          v[0] += __uint_as_float(f.x), v[1] += __uint_as_float(f.y), v[2] += __uint_as_float(f.z), v[3] += __uint_as_float(f.w);
+    for (int i = 0; i < kPasses; i++)
+      if (exists(i, pair)) {
+        const int task = lane + 32 * i, strip = NT > 1 ? i / NT : task >= at.red_lanes, place = NT > 1 ? lane : task - strip * at.red_lanes;
+        out[i].load(a, first + 2 * pair + strip, place & 7, i % NT * 8 + (place >> 3) * 2);
+      }
+  };
+  const auto sum_up = [&](float(&v)[kPasses][4], uint32_t from, int terms) {
+#pragma unroll
+    for (int i = 0; i < kPasses; i++) {
+#pragma unroll
+      for (int j = 0; j < 4; j++) v[i][j] = 0.f;
+      if (lane + 32 * i < tasks) {
+#pragma unroll
+        for (int w = 0; w < kMathWarps; w++) {
+          if (w == terms) break;
+          const uint4 f = lds128(from + w * set + (lane + 32 * i) * 16);
+          v[i][0] += __uint_as_float(f.x), v[i][1] += __uint_as_float(f.y), v[i][2] += __uint_as_float(f.z), v[i][3] += __uint_as_float(f.w);
         }
-        store_sums<BF>(a, v, first + strip, lane & 7, i % NT * 8 + (lane >> 3) * 2);
       }
     }
+  };
+  // The sums of a pair of this block meet a pair later, so that blocks need not wait for one another in turn.
+  int due = -1, due_turn = 0;
+  uint32_t due_phase = 0;
+  const auto finish_due = [&] {
+    Outputs<BF> out[kPasses];
+    load(out, due);
+    if (lane == 0) mbar_expect(got + 8 * due_turn, (cluster - 1) * set);
+    mbar_wait(got + 8 * due_turn, due_phase);
+    float v[kPasses][4];
+    sum_up(v, base + at.got + due_turn * cluster * set, cluster);
     __syncwarp();
-    if (pair + buffers * cluster < pairs && lane < cluster) {
-      const uint32_t bar = taken + 8 * (rank * kMaxBuffers + buffer);
-      if (lane == rank) mbar_arrive(bar);
-      else remote_arrive(map_to_rank(bar, lane));
-    }
+    if (due + kTurns * cluster < pairs && lane < cluster && lane != rank) remote_arrive(map_to_rank(credit + 8 * (rank * kTurns + due_turn), lane));
+#pragma unroll
+    for (int i = 0; i < kPasses; i++)
+      if (exists(i, due)) out[i].store(a, v[i]);
+    due = -1;
+  };
+  int buffer = 0, owner = 0, turn = 0;
+  uint32_t phase = 0, turn_phase = 0;
+#pragma unroll 1
+  for (int pair = 0; pair < pairs; pair++) {
+    Outputs<BF> out[kPasses];
+    if (cluster == 1) load(out, pair);
+    mbar_wait(sent + 8 * buffer, phase);
+    float v[kPasses][4];
+    sum_up(v, base + at.red + buffer * kMathWarps * set, kMathWarps);
+    __syncwarp();
+    if (lane == 0) mbar_arrive(read + 8 * buffer);
     if (++buffer == buffers) buffer = 0, phase ^= 1;
+    if (cluster == 1) {
+#pragma unroll
+      for (int i = 0; i < kPasses; i++)
+        if (exists(i, pair)) out[i].store(a, v[i]);
+      continue;
+    }
+    const uint32_t area = base + at.got + (turn * cluster + rank) * set + lane * 16;
+    if (owner == rank) {
+#pragma unroll
+      for (int i = 0; i < kPasses; i++)
+        if (lane + 32 * i < tasks) sts128(area + i * 512, v[i]);
+      due = pair, due_turn = turn, due_phase = turn_phase;
+    } else {
+      mbar_wait(credit + 8 * (owner * kTurns + turn), turn_phase ^ 1);
+      const uint32_t remote = map_to_rank(area, owner), bar = map_to_rank(got + 8 * turn, owner);
+#pragma unroll
+      for (int i = 0; i < kPasses; i++)
+        if (lane + 32 * i < tasks) remote_store(remote + i * 512, v[i], bar);
+      if (due >= 0) finish_due();
+    }
+    if (++owner == cluster) {
+      owner = 0;
+      if (++turn == kTurns) turn = 0, turn_phase ^= 1;
+    }
   }
+  if (due >= 0) finish_due();
 #endif
 }
 

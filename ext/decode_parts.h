@@ -1,44 +1,60 @@
 // What the decode kernels are made of: the plan of shared memory, clusters, the product of one chunk, and the end of a row.
 #pragma once
+#include <algorithm>
+
 #include "decode.h"
 #include "layout.h"
 #include "ptx.h"
 
 namespace gptq {
 
-constexpr int kMathWarps = 12;
-constexpr int kPair = 2;      // strips a warp works on at a time: they share x, and what a loop costs
-constexpr int kMaxDepth = 8;  // slots of the ring
+constexpr int kMathWarps = 8;
+constexpr int kPair = 2;        // strips a warp works on at a time: they share x, and what a loop costs
+constexpr int kMaxDepth = 8;    // slots of the ring
 constexpr int kMaxBuffers = 2;  // of the exchange area
-constexpr int kMaxCluster = 8;
+constexpr int kTurns = 2;       // sums of other blocks that one block can hold at a time
+constexpr int kMaxCluster = 8;  // no more than kMathWarps, whose sums and those of other blocks are added by the same lines
+constexpr int kMaxParts = 16;   // of x, which arrives kMathWarps chunks at a time
 constexpr int kDecodeThreads = (kMathWarps + 2) * 32;
+constexpr int kInFlight = 2;     // slots of a ring that is filled for the first time
 constexpr int kBlocksPerSM = 2;  // this kernel's, and the next one's
 
 // Before sm_90 there are no bulk copies; the consumer GPUs since have them, but not the shared memory for this kernel's ring beside x.
 inline bool takes_portable_kernel(int capability) { return capability < 90 || capability >= 120; }
 
-// Shared memory, computed alike by host and device.
-struct DecodeSmem {
-  int ring, x, raw, red, total;
-  int x_stride;   // elements between tokens: 16 bytes more than a multiple of 128, so that ldmatrix meets no bank twice
-  int raw_stride;  // the same where whole rows are kept unsorted
-  int red_lanes;  // float4 slots per column tile and warp: lanes whose columns hold no token send nothing
-  __host__ __device__ DecodeSmem(int M, int nch, int nt, int cluster, int depth, int buffers, int chunk, bool gather) {
-    x_stride = (nch + cluster - 1) / cluster * kChunkK + 8;
-    red_lanes = nt > 1 ? 32 : 8 * (M >= 7 ? 4 : (M + 1) / 2);
-    raw_stride = nch * kChunkK + 8;
-    ring = 512;  // after the barriers
-    x = ring + depth * kPair * kMathWarps * chunk;
-    raw = x + M * x_stride * 2;
-    red = raw + (gather ? M * raw_stride * 2 : 0);
-    total = red + buffers * cluster * kMathWarps * kPair * nt * red_lanes * 16;
-  }
-};
+// Barriers, at the start of shared memory.
+constexpr int kFull = 0, kFree = kFull + kMaxDepth;                   // of the ring
+constexpr int kSent = kFree + kMaxDepth, kRead = kSent + kMaxBuffers;  // of the warps' sums
+constexpr int kGot = kRead + kMaxBuffers, kCredit = kGot + kTurns;     // of other blocks' sums; kCredit[owner][turn]
+constexpr int kSums = kCredit + kTurns * kMaxCluster, kX = kSums + 1, kBarriers = kX + kMaxParts;
+
+// Where things are in shared memory, in bytes from its start.
+inline DecodePlan plan_decode(int M, int K, int nt, int cluster, int depth, int buffers, int groups, bool zeros, bool gather) {
+  const int nch = (K + kChunkK - 1) / kChunkK, share = (nch + cluster - 1) / cluster, chunk = chunk_bytes(groups, zeros);
+  DecodePlan p = {};
+  p.depth = depth, p.flight = std::min(depth, kInFlight), p.buffers = buffers, p.share = share;
+  p.x_stride = share * kChunkK + 8;  // ldmatrix then meets no bank twice
+  p.raw_stride = nch * kChunkK + 8;
+  p.red_lanes = nt > 1 ? 32 : 8 * (M >= 7 ? 4 : (M + 1) / 2);
+  p.ring = (kBarriers * 8 + 127) / 128 * 128;
+  p.x = p.ring + depth * kPair * kMathWarps * chunk;
+  p.raw = p.x + M * p.x_stride * 2;
+  p.sums = p.raw + (gather ? M * p.raw_stride * 2 : 0);
+  p.red = p.sums + share * groups * nt * 32;
+  p.got = p.red + buffers * kMathWarps * kPair * nt * p.red_lanes * 16;
+  p.total = p.got + (cluster > 1 ? kTurns * cluster * kPair * nt * p.red_lanes * 16 : 0);
+  return p;
+}
 
 #if __CUDA_ARCH__ >= 900
 __device__ __forceinline__ uint32_t cluster_rank() {
   uint32_t r;
   asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(r));
+  return r;
+}
+__device__ __forceinline__ uint32_t cluster_id() {
+  uint32_t r;
+  asm("mov.u32 %0, %%clusterid.x;" : "=r"(r));
   return r;
 }
 __device__ __forceinline__ uint32_t cluster_size() {
@@ -64,12 +80,16 @@ __device__ __forceinline__ void cluster_sync() {
 }
 #endif
 
+// Whether chunk_mma computes the sums of x, or computes and leaves them, or finds them.
+enum class Sums { kCompute, kLeave, kFind };
+
 // One chunk of S strips, `apart` bytes from each other in shared memory, against NT column tiles: acc += scale * (sum v x - z sum x), group by group.
-// load_x(n, u, b): the B fragments of tokens 8n.. for the two k16 steps from k = 32u of the chunk.
-template <int S, int NT, int G, bool ZP, bool BF, typename LoadX>
-__device__ __forceinline__ void chunk_mma(float (&acc)[kPair][NT][4], uint32_t chunk, int apart, int lane, const LoadX& load_x) {
+// load_x(n, u, b): the B fragments of tokens 8n.. for the two k16 steps from k = 32u of the chunk. `sums`: [group][8 NT] float.
+template <int S, int NT, int G, bool ZP, bool BF, Sums kSumsOfX, typename LoadX>
+__device__ __forceinline__ void chunk_mma(float (&acc)[kPair][NT][4], uint32_t chunk, int apart, uint32_t sums, int lane, const LoadX& load_x) {
   using C = Chunk<G, ZP>;
   using O = Offset<BF, ZP>;
+  constexpr bool kFind = kSumsOfX == Sums::kFind;
   const uint32_t ones[4] = {O::kRowG, O::kRowG8, O::kRowG, O::kRowG8};
   constexpr int kUnits = 4 / G;  // of 32 k, in a group
   uint4 q[S];
@@ -88,7 +108,8 @@ __device__ __forceinline__ void chunk_mma(float (&acc)[kPair][NT][4], uint32_t c
 #pragma unroll
       for (int j = 0; j < 2; j++) {
 #pragma unroll
-        for (int n = 0; n < NT; n++) mma_m16n8k16<BF>(off[n], ones, b[n][2 * j], b[n][2 * j + 1]);
+        for (int n = 0; n < NT; n++)
+          if constexpr (!kFind) mma_m16n8k16<BF>(off[n], ones, b[n][2 * j], b[n][2 * j + 1]);
 #pragma unroll
         for (int s = 0; s < S; s++) {
           uint32_t a[4];
@@ -97,6 +118,18 @@ __device__ __forceinline__ void chunk_mma(float (&acc)[kPair][NT][4], uint32_t c
           for (int n = 0; n < NT; n++) mma_m16n8k16<BF>(part[s][n], a, b[n][2 * j], b[n][2 * j + 1]);
         }
       }
+    }
+#pragma unroll
+    for (int n = 0; n < NT; n++) {
+      const uint32_t at = sums + (group * NT + n) * 32 + (lane & 3) * 8;
+      if constexpr (kSumsOfX == Sums::kLeave) {
+        if (lane < 4) sts64(at, off[n][0], off[n][1]);
+      }
+      if constexpr (kFind) {
+        const float2 found = lds64(at);
+        off[n][0] = found.x, off[n][1] = found.y;
+      }
+      off[n][2] = off[n][0] * O::kG8, off[n][3] = off[n][1] * O::kG8;
     }
 #pragma unroll
     for (int s = 0; s < S; s++) {
@@ -119,34 +152,46 @@ __device__ __forceinline__ void chunk_mma(float (&acc)[kPair][NT][4], uint32_t c
   }
 }
 
-// Bias, SiLU(gate)*up, residual, and the store, for one lane's four sums of a strip's column tile.
+// Where one lane's four sums of a strip go: rows r0, r1 of tokens token, token + 1. What is added to them can be loaded before they exist.
 template <bool BF>
-__device__ __forceinline__ void store_sums(const DecodeArgs& a, float (&v)[4], int strip, int g, int token) {
-  using O = Offset<BF, false>;
-  const int r0 = a.paired ? strip * 8 + g : strip * kStripRows + g;
-  const int r1 = a.paired ? a.N / 2 + r0 : r0 + 8;
+struct Outputs {
+  int r0, r1, token;
+  float bias[2], residual[4];
+
+  __device__ __forceinline__ void load(const DecodeArgs& a, int strip, int g, int first_token) {
+    r0 = a.paired ? strip * 8 + g : strip * kStripRows + g;
+    r1 = a.paired ? a.N / 2 + r0 : r0 + 8;
+    token = first_token;
+    bias[0] = a.bias ? from_16bit<BF>(a.bias[r0]) : 0.f;
+    bias[1] = a.bias ? from_16bit<BF>(a.bias[r1]) : 0.f;
 #pragma unroll
-  for (int i = 0; i < 4; i++) v[i] *= i < 2 ? O::kUnscaleG : O::kUnscaleG8;
-  if (a.bias) {
-    const float b0 = from_16bit<BF>(a.bias[r0]), b1 = from_16bit<BF>(a.bias[r1]);
-    v[0] += b0, v[1] += b0, v[2] += b1, v[3] += b1;
-  }
+    for (int i = 0; i < 4; i++) residual[i] = 0.f;
+    if (!a.residual) return;
 #pragma unroll
-  for (int i = 0; i < 2; i++) {
-    if (token + i >= a.M) continue;
-    uint16_t* y = a.y + static_cast<size_t>(token + i) * a.ldy;
-    const uint16_t* res = a.residual ? a.residual + static_cast<size_t>(token + i) * a.ldr : nullptr;
-    if (a.paired == 2) {
-      float out = __fdividef(v[i], 1.f + __expf(-v[i])) * v[2 + i];
-      if (res) out += from_16bit<BF>(res[r0]);
-      y[r0] = to_16bit<BF>(out);
-    } else {
-      float o0 = v[i], o1 = v[2 + i];
-      if (res) o0 += from_16bit<BF>(res[r0]), o1 += from_16bit<BF>(res[r1]);
-      y[r0] = to_16bit<BF>(o0);
-      y[r1] = to_16bit<BF>(o1);
+    for (int i = 0; i < 2; i++) {
+      if (token + i >= a.M) continue;
+      const uint16_t* from = a.residual + static_cast<size_t>(token + i) * a.ldr;
+      residual[i] = from_16bit<BF>(from[r0]);
+      if (a.paired != 2) residual[2 + i] = from_16bit<BF>(from[r1]);
     }
   }
-}
+
+  __device__ __forceinline__ void store(const DecodeArgs& a, float (&v)[4]) const {
+    using O = Offset<BF, false>;
+#pragma unroll
+    for (int i = 0; i < 4; i++) v[i] = v[i] * (i < 2 ? O::kUnscaleG : O::kUnscaleG8) + bias[i / 2];
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      if (token + i >= a.M) continue;
+      uint16_t* y = a.y + static_cast<size_t>(token + i) * a.ldy;
+      if (a.paired == 2) {
+        y[r0] = to_16bit<BF>(__fdividef(v[i], 1.f + __expf(-v[i])) * v[2 + i] + residual[i]);
+      } else {
+        y[r0] = to_16bit<BF>(v[i] + residual[i]);
+        y[r1] = to_16bit<BF>(v[2 + i] + residual[2 + i]);
+      }
+    }
+  }
+};
 
 }  // namespace gptq

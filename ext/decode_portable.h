@@ -46,7 +46,7 @@ __device__ __forceinline__ void decode_portable(const DecodeArgs& a, uint8_t* sm
           else b[i] = k < a.K ? *reinterpret_cast<const uint32_t*>(x + k) : 0u;
         }
       };
-      chunk_mma<1, NT, G, ZP, BF>(acc, smem_addr(ring) + (c / kPortableWarps % kPortableDepth) * C::kBytes, 0, lane, load_x);
+      chunk_mma<1, NT, G, ZP, BF, Sums::kCompute>(acc, smem_addr(ring) + (c / kPortableWarps % kPortableDepth) * C::kBytes, 0, 0, lane, load_x);
       __syncwarp();
     }
     __syncthreads();  // the sums of the strip before have been read
@@ -59,7 +59,9 @@ __device__ __forceinline__ void decode_portable(const DecodeArgs& a, uint8_t* sm
         const float4 f = red[w * NT * 32 + threadIdx.x];
         v[0] += f.x, v[1] += f.y, v[2] += f.z, v[3] += f.w;
       }
-      store_sums<BF>(a, v, strip, lane & 7, warp * 8 + (lane >> 3) * 2);
+      Outputs<BF> out;
+      out.load(a, strip, lane & 7, warp * 8 + (lane >> 3) * 2);
+      out.store(a, v);
     }
   }
 }
