@@ -15,8 +15,10 @@ EXT = Path(__file__).parent.parent / "ext"
 NVCC = shutil.which("nvcc")
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="needs nvcc")
 CUOBJDUMP = shutil.which("cuobjdump")
-TWO_BLOCKS_OF_14_WARPS = 72
-ONE_BLOCK_OF_14_WARPS = 144
+DECODE_THREADS = 10 * 32
+TWO_DECODE_BLOCKS = 65536 // (2 * DECODE_THREADS) // 8 * 8
+"""registers of a thread with which two blocks, this kernel's and the next one's, share a multiprocessor"""
+ONE_DECODE_BLOCK = 65536 // DECODE_THREADS // 8 * 8
 
 
 def configure(tmp_path: Path, cuda: str, compiler: str) -> subprocess.CompletedProcess[str]:
@@ -80,6 +82,22 @@ def usage(log: str) -> dict[str, tuple[int, int]]:
     return {name: (int(registers), int(spills)) for name, spills, registers in found}
 
 
+def loops(sass: str) -> dict[int, int]:
+    """Products in the body of a loop -> the most instructions of a body with so many. A pair of strips whose sums of x
+    are known takes 16, as does a single strip that computes them, in fewer instructions. Unconditional jumps back are
+    waits repeated out of line, no loops."""
+    lines = re.findall(r"/\*([0-9a-f]{4,5})\*/\s+(@!?U?P\d+\s+)?([A-Z0-9_.]+)([^;]*);", sass)
+    found: dict[int, int] = {}
+    for end, (address, condition, opcode, operands) in enumerate(lines):
+        target = re.search(r"0x([0-9a-f]+)", operands)
+        if not condition or opcode != "BRA" or target is None or int(target[1], 16) >= int(address, 16):
+            continue
+        body = [line for line in lines[: end + 1] if int(line[0], 16) >= int(target[1], 16)]
+        products = sum(line[2].startswith("HMMA") for line in body)
+        found[products] = max(len(body), found.get(products, 0))
+    return found
+
+
 @needs_nvcc
 def test_decode_keeps_its_registers_and_instructions(tmp_path: Path) -> None:
     cubin, log = compile_for("90", "decode_fp16.cu", tmp_path)
@@ -87,7 +105,7 @@ def test_decode_keeps_its_registers_and_instructions(tmp_path: Path) -> None:
     assert len(kernels) == 12
     for name, (registers, spills) in kernels.items():
         narrow = "ILi1E" in name
-        assert registers <= (TWO_BLOCKS_OF_14_WARPS if narrow else ONE_BLOCK_OF_14_WARPS), name
+        assert registers <= (TWO_DECODE_BLOCKS if narrow else ONE_DECODE_BLOCK), name
         assert spills <= 16, name  # of what is computed once, before the loop
     if CUOBJDUMP is None:
         return
@@ -101,7 +119,8 @@ def test_decode_keeps_its_registers_and_instructions(tmp_path: Path) -> None:
             f"{name}: a fence waits for every load in flight"
         )
         if "ILi1ELi1ELb0E" in name:
-            assert len(opcodes) < 2000, name
+            assert 16 in loops(function), name
+            assert loops(function)[16] <= 160, name  # for a chunk of a pair: time follows it
 
 
 @needs_nvcc
@@ -118,5 +137,5 @@ def test_decode_attention_leaves_room_for_the_next_product(tmp_path: Path) -> No
     kernels = usage(log)
     assert len(kernels) == 6
     for name, (registers, spills) in kernels.items():
-        assert -(-registers // 8) * 8 * 4 * 32 + TWO_BLOCKS_OF_14_WARPS * 14 * 32 <= 65536, name
+        assert -(-registers // 8) * 8 * 4 * 32 + TWO_DECODE_BLOCKS * DECODE_THREADS <= 65536, name
         assert spills == 0 or "ILi256E" in name, name
