@@ -1,5 +1,7 @@
 #include "dequant.h"
 
+#include <algorithm>
+
 #include "device.h"
 #include "layout.h"
 #include "ptx.h"
@@ -47,8 +49,34 @@ __global__ void __launch_bounds__(kWarps * 32) dequant_kernel(const DequantArgs 
   }
 }
 
-__global__ void __launch_bounds__(256) gather_kernel(const GatherArgs a) {
-  const int k = (blockIdx.x * 256 + threadIdx.x) * 2;
+constexpr int kGatherThreads = 256, kGatherRows = 4;
+
+// A block stages up to kGatherRows whole rows in shared memory and writes `units` x 8 columns of each, 16 bytes at a time.
+__global__ void __launch_bounds__(kGatherThreads) gather_kernel(const GatherArgs a, int rows, int units) {
+  extern __shared__ uint4 staged[];
+  const int row_units = a.K / 8, first = blockIdx.x * rows, here = min(rows, a.M - first);
+  grid_launch_dependents();
+  grid_wait();
+  for (int r = 0; r < here; r++) {
+    const uint4* from = reinterpret_cast<const uint4*>(a.x + static_cast<size_t>(first + r) * a.ldx);
+    for (int i = threadIdx.x; i < row_units; i += kGatherThreads) staged[r * row_units + i] = from[i];
+  }
+  __syncthreads();
+  const int end = min(row_units, static_cast<int>(blockIdx.y + 1) * units);
+  for (int i = blockIdx.y * units + threadIdx.x; i < end; i += kGatherThreads) {
+    const int4 low = reinterpret_cast<const int4*>(a.perm)[2 * i], high = reinterpret_cast<const int4*>(a.perm)[2 * i + 1];
+    const uint16_t* row = reinterpret_cast<const uint16_t*>(staged);
+    uint16_t* out = a.out + static_cast<size_t>(first) * a.ldo + 8 * i;
+    for (int r = 0; r < here; r++, row += a.K, out += a.ldo) {
+      const auto pair = [&](int k0, int k1) { return row[k0] | static_cast<uint32_t>(row[k1]) << 16; };
+      *reinterpret_cast<uint4*>(out) = make_uint4(pair(low.x, low.y), pair(low.z, low.w), pair(high.x, high.y), pair(high.z, high.w));
+    }
+  }
+}
+
+// Where a row does not fit into shared memory.
+__global__ void __launch_bounds__(kGatherThreads) gather_unstaged_kernel(const GatherArgs a) {
+  const int k = (blockIdx.x * kGatherThreads + threadIdx.x) * 2;
   const int2 from = k < a.K ? *reinterpret_cast<const int2*>(a.perm + k) : make_int2(0, 0);
   grid_launch_dependents();
   grid_wait();
@@ -79,18 +107,34 @@ cudaError_t launch_dequant(const DequantArgs& a, int groups, bool zeros, bool bf
 }
 
 cudaError_t launch_gather(const GatherArgs& a, cudaStream_t stream) {
+  const auto aligned = [](const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; };
+  if (a.M <= 0 || a.K % 8 || a.ldx % 8 || a.ldo % 8 || !aligned(a.x) || !aligned(a.out) || !aligned(a.perm)) return cudaErrorInvalidValue;
   Device device;
   if (const cudaError_t status = current_device(device); status != cudaSuccess) return status;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3((a.K / 2 + 255) / 256, a.M < 1024 ? a.M : 1024);
-  config.blockDim = dim3(256);
-  config.stream = stream;
   cudaLaunchAttribute attribute = {};
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.blockDim = dim3(kGatherThreads);
+  config.stream = stream;
   config.attrs = &attribute;
   config.numAttrs = device.capability >= 90 ? 1 : 0;
-  return cudaLaunchKernelEx(&config, gather_kernel, a);
+  const int row_bytes = 2 * a.K;
+  if (row_bytes > device.smem) {
+    config.gridDim = dim3((a.K / 2 + kGatherThreads - 1) / kGatherThreads, a.M < 1024 ? a.M : 1024);
+    return cudaLaunchKernelEx(&config, gather_unstaged_kernel, a);
+  }
+  // More rows share one reading of perm, while every multiprocessor has a block; few rows are cut into slices of columns.
+  const int rows = std::max(1, std::min({kGatherRows, device.smem / 2 / row_bytes, a.M / device.sms}));
+  const int blocks = (a.M + rows - 1) / rows, row_units = a.K / 8;
+  const int slices = std::max(1, std::min(device.sms / blocks, (row_units + kGatherThreads - 1) / kGatherThreads));
+  const int units = (row_units + slices - 1) / slices;
+  config.gridDim = dim3(blocks, (row_units + units - 1) / units);
+  config.dynamicSmemBytes = rows * row_bytes;
+  if (config.dynamicSmemBytes > 48 * 1024)
+    if (const cudaError_t status = cudaFuncSetAttribute(gather_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.smem); status != cudaSuccess)
+      return status;
+  return cudaLaunchKernelEx(&config, gather_kernel, a, rows, units);
 }
 
 }  // namespace gptq

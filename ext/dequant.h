@@ -17,9 +17,9 @@ struct DequantArgs {
 cudaError_t launch_dequant(const DequantArgs& args, int groups, bool zeros, bool bf16, cudaStream_t stream);
 
 struct GatherArgs {
-  const uint16_t* x;     // [M, K], row stride ldx
+  const uint16_t* x;  // [M, K], row stride ldx
   const int* perm;    // [K]
-  uint16_t* out;         // [M, K], row stride ldo: out[:, k] = x[:, perm[k]]
+  uint16_t* out;      // [M, K], row stride ldo: out[:, k] = x[:, perm[k]]. All three 16-byte aligned, K and strides multiples of 8
   int M, K, ldx, ldo;
 };
 
