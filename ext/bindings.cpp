@@ -147,12 +147,13 @@ void attention_decode(std::uintptr_t qkv, std::uintptr_t cache, std::uintptr_t b
 
 #ifdef GPTQ_API_HOPPER
 void wgmma(std::uintptr_t w, std::uintptr_t x, std::uintptr_t y, std::uintptr_t bias, std::uintptr_t residual, std::uintptr_t workspace, int M, int N, int K,
-           int ldx, int ldy, int ldr, int paired, int groups, bool zeros, bool bf16, int tile, int blocks_per_sm, std::uintptr_t stream) {
+           int ldx, int ldy, int ldr, int paired, int groups, bool zeros, bool bf16, int tile, int sharing, int split,
+           std::uintptr_t stream) {
   gptq::WgmmaGemm call{};
   call.weight = pointer<void>(w), call.x = pointer<void>(x), call.y = pointer<void>(y), call.bias = pointer<void>(bias);
   call.residual = pointer<void>(residual), call.workspace = pointer<void>(workspace);
   call.m = M, call.n = N, call.k = K, call.ldx = ldx, call.ldy = ldy, call.ldr = ldr;
-  call.paired = paired, call.groups = groups, call.zeros = zeros, call.bf16 = bf16, call.tile = tile, call.blocks_per_sm = blocks_per_sm;
+  call.paired = paired, call.groups = groups, call.zeros = zeros, call.bf16 = bf16, call.tile = tile, call.sharing = sharing, call.split = split;
   raise_on(gptq::gemm_wgmma(call, as_stream(stream)), shape("wgmma", M, N, K));
 }
 #endif

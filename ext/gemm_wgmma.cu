@@ -1,12 +1,13 @@
-// 4-bit GEMM for M >= 16 on sm_90a: how the kernel of gemm_wgmma_kernel.h works, and which of its shapes serves what.
+// 4-bit GEMM for M >= 9 on sm_90a: how the kernel of gemm_wgmma_kernel.h works, and which of its shapes serves what.
 //
-// A block owns tiles of 128 to 256 output rows x 16 to 256 tokens. Its first warpgroups own 64 rows each: a warp reads the int4 fragments of its
-// strip from shared memory, dequantises and scales them in registers while the tensor cores work on the step before, and issues wgmma with
-// them as A; the tokens are B, read from shared memory. One more warp feeds a ring of slots (128 k each): one tensor-map load for the weights,
-// two for the tokens, halved and multicast where two blocks of a cluster work on neighbouring rows and the same tokens.
+// A block owns tiles of 128 or 192 output rows x 16 to 256 tokens. Its first warpgroups own 64 rows each: a warp reads the int4 fragments of its
+// strip from shared memory, dequantises them in registers while the tensor cores work on the step before, and issues wgmma with them as A; the
+// tokens are B, read from shared memory. Scales go to the sums of a group, in fp32, where registers allow a second set of accumulators, and
+// into the operand for wide tiles. One more warp feeds a ring of slots (128 k each): one tensor-map load for the weights, two for the tokens,
+// halved and multicast where two blocks of a cluster work on neighbouring rows and the same tokens.
 //
-// Work is divided evenly whatever the shape: tiles that do not fill a whole wave of blocks are cut along k ("stream-k") into equal ranges of
-// chunks. The block that holds a tile's first chunk owns the tile; the others leave fp32 partial sums in the workspace, and the owner adds
+// Tiles that do not fill whole waves of blocks are cut along k ("stream-k") into equal ranges of chunks, unless idle blocks cost less than adding
+// up. The block that holds a tile's first chunk owns the tile; the others leave fp32 partial sums in the workspace, and the owner adds
 // them in order of k, so results are the same bits every time. An owner waits only for blocks with lower indices, which start first: two
 // such kernels sharing a GPU cannot wait for each other in a circle.
 #include "gemm_wgmma.h"
@@ -65,20 +66,43 @@ bool map_tokens(CUtensorMap& map, const WgmmaGemm& call, int tokens) {
 
 struct Choice {
   WgmmaTile tile;
-  int blocks_per_sm;
+  WgmmaSharing sharing;
 };
 
-// Measured on an H200 with LLaMA 7B and 13B shapes. Up to 64 tokens the issue slots and the memory system are the limit: large n takes four
-// consumer warpgroups in one block, small n two blocks side by side, whose tails overlap better. Above, tiles with fewer padded tokens win
-// unless the wider tile saves more; its cluster of two halves the traffic of the tokens.
-Choice choose(int m, int n) {
-  const bool large = n > 16384;
-  if (m <= 16) return large ? Choice{WgmmaTile::k256x16, 1} : Choice{WgmmaTile::k128x16, 2};
-  if (m <= 32) return large ? Choice{WgmmaTile::k256x32, 1} : Choice{WgmmaTile::k128x32, 2};
-  if (m <= 64) return large ? Choice{WgmmaTile::k256x64, 1} : Choice{WgmmaTile::k128x64, 2};
-  const int narrow = (m + 127) / 128 * 128, wide = (m + 255) / 256 * 256;
-  if (m <= 128 || (m <= 256 && n <= 8192) || narrow * 1.06 < wide) return {WgmmaTile::k192x128, 1};
-  return {WgmmaTile::k128x256, 1};
+// A tile for more than 32 tokens. `percent`: its time per chunk over what the tensor cores need, measured on an H200 on LLaMA 7B and 13B linears.
+struct Candidate {
+  WgmmaTile tile;
+  int rows, tokens, cluster, percent;
+  bool scaled;
+};
+constexpr Candidate kCandidates[] = {
+    {WgmmaTile::k128x64, 128, 64, 1, 150, false},   {WgmmaTile::k192x64, 192, 64, 1, 140, false},   {WgmmaTile::k192x96, 192, 96, 1, 109, false},
+    {WgmmaTile::k128x128, 128, 128, 1, 116, false}, {WgmmaTile::k192x128, 192, 128, 1, 103, true},  {WgmmaTile::k128x192, 128, 192, 2, 96, true},
+    {WgmmaTile::k128x256, 128, 256, 2, 97, true},
+};
+constexpr int kCutCost = 8;                 // cutting tiles along k takes as long as so many chunks: partial sums are written, awaited and read
+constexpr int64_t kFewWeights = 1 << 20;  // an operand's rounding errors average out over many scales only; below, the exact tiles cost nothing
+
+// In chunks per block. `clusters` work at a time.
+int64_t whole_time(int64_t tiles, int clusters, int chunks) { return (tiles + clusters - 1) / clusters * chunks; }
+int64_t cut_time(int64_t tiles, int clusters, int chunks) { return (tiles * chunks + clusters - 1) / clusters + (tiles % clusters != 0 ? kCutCost : 0); }
+
+// Up to 32 tokens memory and issue slots are the limit. Two blocks on a multiprocessor hide most; a short launch gains more where the next one
+// starts beside it. Above, the tile that is done first: fewer padded tokens, fuller waves, less to add up.
+Choice choose(int m, int n, int chunks, int sms) {
+  const int64_t units = static_cast<int64_t>(n / kStripRows) * chunks;
+  if (m <= 16) return {WgmmaTile::k128x16, units > 50000 ? WgmmaSharing::kTwo : WgmmaSharing::kHalf};
+  if (m <= 32) return {WgmmaTile::k128x32, units > 32000 ? WgmmaSharing::kTwo : WgmmaSharing::kHalf};
+  Choice best = {};
+  int64_t least = INT64_MAX;
+  for (const Candidate& c : kCandidates) {
+    if (c.scaled && units * kStripRows * kChunkK < kFewWeights) continue;
+    const int rows = c.rows * c.cluster, clusters = sms / c.cluster;
+    const int64_t tiles = static_cast<int64_t>((m + c.tokens - 1) / c.tokens) * ((n + rows - 1) / rows);
+    const int64_t time = std::min(whole_time(tiles, clusters, chunks), cut_time(tiles, clusters, chunks)) * c.rows * c.tokens * c.percent;
+    if (time < least) least = time, best = {c.tile, WgmmaSharing::kOne};
+  }
+  return best;
 }
 
 }  // namespace
@@ -89,16 +113,18 @@ cudaError_t gemm_wgmma(const WgmmaGemm& call, cudaStream_t stream) {
   const auto aligned = [](const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; };
   if (call.m <= 0 || call.n <= 0 || call.k <= 0 || call.n % 16 || call.k % 8 || call.ldx % 8 || call.ldy % 8 || call.ldr % 8) return cudaErrorInvalidValue;
   if (!aligned(call.weight) || !aligned(call.x) || !aligned(call.y) || !aligned(call.residual) || !aligned(call.workspace)) return cudaErrorInvalidValue;
-  if ((call.groups != 1 && call.groups != 2 && call.groups != 4) || call.paired < 0 || call.paired > 2 || (call.paired == 2 && call.residual != nullptr) ||
-      call.tile < 0 || call.tile > static_cast<int>(WgmmaTile::kLast) || call.blocks_per_sm < 0 || call.blocks_per_sm > 2)
+  if ((call.groups != 0 && call.groups != 1 && call.groups != 2 && call.groups != 4) || call.paired < 0 || call.paired > 2 || (call.paired == 2 && call.residual != nullptr) ||
+      call.tile < 0 || call.tile > static_cast<int>(WgmmaTile::kLast) || call.sharing < 0 || call.sharing > static_cast<int>(WgmmaSharing::kHalf) || call.split < 0 ||
+      call.split > static_cast<int>(WgmmaSplit::kWhole))
     return cudaErrorInvalidValue;
   Device device;
   if (const cudaError_t status = current_device(device); status != cudaSuccess) return status;
   if (device.capability != 90) return cudaErrorNoKernelImageForDevice;
 
-  Choice choice = choose(call.m, call.n);
-  if (call.tile != 0) choice = {static_cast<WgmmaTile>(call.tile), std::max(call.blocks_per_sm, 1)};
-  const WgmmaKernel kernel = (call.bf16 ? wgmma_bf16 : wgmma_fp16)(choice.tile, call.groups == 1);
+  const int chunks = (call.k + kChunkK - 1) / kChunkK;
+  Choice choice = choose(call.m, call.n, chunks, device.sms);
+  if (call.tile != 0) choice = {static_cast<WgmmaTile>(call.tile), call.sharing == 0 ? WgmmaSharing::kOne : static_cast<WgmmaSharing>(call.sharing)};
+  const WgmmaKernel kernel = (call.bf16 ? wgmma_bf16 : wgmma_fp16)(choice.tile, call.groups <= 1);
 
   WgmmaParams p = {};
   p.y = static_cast<uint16_t*>(call.y);
@@ -109,33 +135,39 @@ cudaError_t gemm_wgmma(const WgmmaGemm& call, cudaStream_t stream) {
   p.m = call.m;
   p.n = call.n;
   p.strips = call.n / kStripRows;
-  p.chunks = (call.k + kChunkK - 1) / kChunkK;
-  p.chunk_bytes = chunk_bytes(call.groups, call.zeros);
+  p.chunks = chunks;
+  p.chunk_bytes = chunk_bytes(std::max(call.groups, 1), call.zeros);
   p.ldy = call.ldy;
   p.ldr = call.ldr;
-  p.groups = call.groups;
+  p.groups = std::max(call.groups, 1);
+  p.one_group = call.groups == 0;
   p.zeros = call.zeros;
   p.paired = call.paired;
   p.m_tiles = (p.m + kernel.tokens - 1) / kernel.tokens;
   p.n_tiles = (p.strips + kernel.strips * kernel.cluster - 1) / (kernel.strips * kernel.cluster);
   p.tiles = p.m_tiles * p.n_tiles;
 
-  // Tiles that fill whole waves of clusters stay whole; the rest, and one wave with it, is cut into equal parts along k.
+  // Whole tiles where that is sooner. Otherwise tiles that fill whole waves of clusters stay whole; the rest, and one wave with it, is cut into
+  // equal parts along k. Not with half a multiprocessor each: whole tiles would leave some with two blocks and others with none.
   const size_t partial = sizeof(float) * kernel.strips * kStripRows * kernel.tokens;
-  const int blocks = std::min({device.sms * choice.blocks_per_sm, kMaxBlocks, static_cast<int>(kPartialBytes / partial)});
+  const int wanted = device.sms * (choice.sharing == WgmmaSharing::kTwo ? 2 : 1);
+  const int blocks = std::min({wanted, kMaxBlocks, static_cast<int>(kPartialBytes / partial)});
   p.clusters = std::min(blocks / kernel.cluster, p.tiles * p.chunks);
   const int over = p.tiles % p.clusters;
-  p.split_tiles = p.tiles < p.clusters || over == 0 ? over : over + p.clusters;
+  bool whole = choice.sharing != WgmmaSharing::kHalf && whole_time(p.tiles, p.clusters, chunks) < cut_time(p.tiles, p.clusters, chunks);
+  if (call.split != 0) whole = call.split == static_cast<int>(WgmmaSplit::kWhole);
+  p.split_tiles = whole ? 0 : p.tiles < p.clusters || over == 0 ? over : over + p.clusters;
+  if (whole) p.clusters = std::min(p.clusters, p.tiles);
 
   const int slot = kernel.tokens * kChunkK * 2 + wgmma_weight_bytes(kernel.strips, p.chunk_bytes), barriers = 16;
-  p.stages = ((device.smem + 1024) / choice.blocks_per_sm - 1024 - kernel.turn_bytes) / (slot + barriers);
+  p.stages = ((device.smem + 1024) / (choice.sharing == WgmmaSharing::kOne ? 1 : 2) - 1024 - kernel.turn_bytes) / (slot + barriers);
   if (p.stages < 2) return cudaErrorInvalidConfiguration;
 
   CUtensorMap weights, tokens;
   if (!map_weight(weights, call, p, kernel.strips) || !map_tokens(tokens, call, kernel.tokens / kernel.cluster)) return cudaErrorInvalidValue;
 
   static std::atomic<uint64_t> prepared[2][2][static_cast<int>(WgmmaTile::kLast) + 1];  // a bit per device
-  std::atomic<uint64_t>& mine = prepared[call.bf16][call.groups == 1][static_cast<int>(choice.tile)];
+  std::atomic<uint64_t>& mine = prepared[call.bf16][call.groups <= 1][static_cast<int>(choice.tile)];
   if (device.id >= 64 || !(mine.load(std::memory_order_relaxed) >> device.id & 1)) {
     if (const cudaError_t status = cudaFuncSetAttribute(kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize, device.smem); status != cudaSuccess)
       return status;

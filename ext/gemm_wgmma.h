@@ -1,4 +1,4 @@
-// y = epilogue(x @ W^T) for M from 16 up on sm_90a: weights stay 4-bit in memory and become the A operand of wgmma in registers.
+// y = epilogue(x @ W^T) for M from 9 up on sm_90a: weights stay 4-bit in memory and become the A operand of wgmma in registers.
 //
 // To bind: fill a WgmmaGemm and call gemm_wgmma(). It launches on `stream`, allocates nothing, may be captured, and returns what the CUDA
 // runtime returned (cudaErrorInvalidValue where the arguments break a rule below). Always a programmatic dependent launch: weights are
@@ -21,11 +21,11 @@ struct WgmmaGemm {
                          // may overlap in time must not share it.
   int m, n, k;           // n % 16 == 0, k % 8 == 0
   int ldx, ldy, ldr;     // in elements
-  int groups;            // scale groups per 128 k: 1 (group 128 and above, or one group), 2, 4
+  int groups;            // scale groups per 128 k: 1 (group 128 and above), 2, 4; or 0: one group for all of k
   bool zeros;            // the stream carries zero points
   bool bf16;             // type of x, y, bias, residual; otherwise fp16
   int paired;            // 1: rows g, g+8 of a strip are outputs i and n/2 + i, i = 8*strip + g. 2: the same, and y = silu(row i) * (row n/2 + i)
-  int tile, blocks_per_sm;  // for tests and tuning: a WgmmaTile and 1 or 2; 0 lets the function choose
+  int tile, sharing, split;  // for tests and tuning: a WgmmaTile, WgmmaSharing, WgmmaSplit; 0 lets the function choose
 };
 
 size_t gemm_wgmma_workspace_bytes();

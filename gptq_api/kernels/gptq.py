@@ -5,9 +5,9 @@
 Everything runs on the current stream of x's device and may be captured into a CUDA graph. Shapes, types, devices and
 alignment are checked here; the extension below takes addresses. Knows nothing about checkpoints or models.
 
-Which kernel: up to 32 rows the decode kernel, whose cost is the bytes of the weight (16 rows at a time; same bits for a
-row at any M); from 33 on the wgmma kernel where the device is a Hopper; elsewhere the weight as a 16-bit matrix and
-torch.mm.
+Which kernel: up to 8 rows the decode kernel, whose cost is the bytes of the weight (same bits for a row at any M); from
+9 on the wgmma kernel where the device is a Hopper; elsewhere the decode kernel up to 32 rows (16 at a time), then the
+weight as a 16-bit matrix and torch.mm.
 """
 
 from __future__ import annotations
@@ -266,6 +266,11 @@ def _workspace(device_index: int, stream: int) -> Tensor:
     return torch.zeros(_cuda.wgmma_workspace_bytes(), dtype=torch.uint8, device=torch.device("cuda", device_index))
 
 
+def _one_group(w: PackedLinear) -> bool:
+    """Whether scales and zero points do not change along k."""
+    return w.groups_per_chunk == 1 and not 0 < w.group_size < w.in_features
+
+
 def _wgmma(
     x: Tensor, w: PackedLinear, out: Tensor, bias: Tensor | None, residual: Tensor | None, silu_mul: bool
 ) -> None:
@@ -280,7 +285,8 @@ def _wgmma(
     if add is not None and (add.stride(0) % 8 or add.data_ptr() % 16):
         add = add.contiguous()
     addresses = (w.data.data_ptr(), x.data_ptr(), y.data_ptr(), _address(bias), _address(add), workspace.data_ptr())
-    _cuda.wgmma(*addresses, *_sizes(x, w, y, add, silu_mul), 0, 0, stream)
+    *shape, groups, zeros, bf16 = _sizes(x, w, y, add, silu_mul)
+    _cuda.wgmma(*addresses, *shape, 0 if _one_group(w) else groups, zeros, bf16, 0, 0, 0, stream)
     if silu_mul and residual is not None:
         y += residual
     if not fits:
