@@ -1,4 +1,5 @@
-# Two commands: `make serve` sets up and serves the demo model, `make test` sets up and runs the tests.
+# Two commands: `make serve` sets up and serves the demo model, `make test` sets up and runs the tests. `make gpu` tests and
+# measures what needs a GPU.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -7,7 +8,7 @@ GPTQ_API_CUDA ?= $(shell nvidia-smi >/dev/null 2>&1 && echo auto || echo off)
 export GPTQ_API_CUDA
 ARGS ?=
 
-.PHONY: serve chat test lint clean
+.PHONY: serve chat test lint gpu clean
 
 serve: $(VENV)/.installed
 	$(VENV)/bin/gptq-api serve $(ARGS)
@@ -22,6 +23,12 @@ lint: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+
+gpu: $(VENV)/.installed-dev
+	$(VENV)/bin/python -m pytest -m gpu $(ARGS)
+	$(VENV)/bin/python benchmarks/gemm.py --out benchmarks/results
+	$(VENV)/bin/python benchmarks/sanitize.py --out benchmarks/results
+	$(VENV)/bin/python benchmarks/decode.py --synthetic llama-13b --out benchmarks/results
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
