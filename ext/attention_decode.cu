@@ -24,7 +24,7 @@ int part_heads_of(int group) { return (group + parts_of(group) - 1) / parts_of(g
 // Limits of a kernel on a device, set at its first launch there. All kernels ask for the same carveout, or they could not overlap.
 cudaError_t prepare(const void* kernel, int index, const Device& device) {
   constexpr int kDevices = 64;
-  static std::atomic<bool> done[kDevices][12];
+  static std::atomic<bool> done[kDevices][8];
   if (device.id < kDevices && done[device.id][index].load(std::memory_order_acquire)) return cudaSuccess;
   cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.smem);
   if (status == cudaSuccess) status = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
@@ -48,14 +48,14 @@ cudaError_t launch_attention_decode(AttentionDecodeArgs args, int head_dim, bool
   if (!kernel || args.sequences < 1 || args.heads % args.kv_heads || size < 8 || (size & (size - 1))) return cudaErrorInvalidValue;
   Device device;
   if (const cudaError_t status = current_device(device); status != cudaSuccess) return status;
-  const int index = ((head_dim == 64 ? 0 : head_dim == 128 ? 1 : 2) * 2 + bf16) * 2 + fp8;
+  const int index = ((head_dim == 64 ? 0 : 1) * 2 + bf16) * 2 + fp8;
   if (const cudaError_t status = prepare(kernel, index, device); status != cudaSuccess) return status;
   const int group = args.heads / args.kv_heads;
   args.parts = parts_of(group), args.part_heads = part_heads_of(group);
   for (args.block_shift = 3; 1 << args.block_shift < size;) args.block_shift++;
 
   const bool small = has_small_shared_memory(device.capability);
-  const int smem = (head_dim == 64 ? smem_of<64> : head_dim == 128 ? smem_of<128> : smem_of<256>)(fp8, args.part_heads, small);
+  const int smem = (head_dim == 64 ? smem_of<64> : smem_of<128>)(fp8, args.part_heads, small);
   if (smem > device.smem) return cudaErrorInvalidConfiguration;
   const int resident = 2 * (smem + 1024) <= device.smem + 1024 ? kBlocksPerSM : 1;
   const int64_t items = int64_t{args.sequences} * args.kv_heads * args.parts;

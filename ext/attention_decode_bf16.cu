@@ -8,7 +8,6 @@ const void* attention_decode_bf16(int head_dim, bool fp8) {
   switch (head_dim) {
     case 64: return pick(attention_decode_kernel<64, true, false>, attention_decode_kernel<64, true, true>);
     case 128: return pick(attention_decode_kernel<128, true, false>, attention_decode_kernel<128, true, true>);
-    case 256: return pick(attention_decode_kernel<256, true, false>, attention_decode_kernel<256, true, true>);
     default: return nullptr;
   }
 }

@@ -8,7 +8,6 @@ const void* attention_decode_fp16(int head_dim, bool fp8) {
   switch (head_dim) {
     case 64: return pick(attention_decode_kernel<64, false, false>, attention_decode_kernel<64, false, true>);
     case 128: return pick(attention_decode_kernel<128, false, false>, attention_decode_kernel<128, false, true>);
-    case 256: return pick(attention_decode_kernel<256, false, false>, attention_decode_kernel<256, false, true>);
     default: return nullptr;
   }
 }

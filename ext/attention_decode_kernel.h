@@ -350,7 +350,7 @@ class AttentionBlock {
 };
 
 template <int D, bool BF, bool FP8>
-__global__ void __launch_bounds__(kAttentionThreads, D == 256 ? 1 : 2) attention_decode_kernel(const __grid_constant__ AttentionDecodeArgs a) {
+__global__ void __launch_bounds__(kAttentionThreads, 2) attention_decode_kernel(const __grid_constant__ AttentionDecodeArgs a) {
   extern __shared__ __align__(128) uint8_t smem[];
   AttentionBlock<D, BF, FP8>(a, smem).run();
 }

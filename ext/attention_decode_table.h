@@ -3,7 +3,7 @@
 
 namespace gptq {
 
-// Null for a head_dim that is none of 64, 128, 256.
+// Null for a head_dim that is neither 64 nor 128.
 const void* attention_decode_fp16(int head_dim, bool fp8);
 const void* attention_decode_bf16(int head_dim, bool fp8);
 

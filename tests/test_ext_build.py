@@ -135,7 +135,7 @@ def test_decode_attention_leaves_room_for_the_next_product(tmp_path: Path) -> No
     """A block of four warps beside one of the decode product's; nothing spilled at the sizes that have to be fast."""
     _, log = compile_for("90", "attention_decode_bf16.cu", tmp_path)
     kernels = usage(log)
-    assert len(kernels) == 6
+    assert len(kernels) == 4
     for name, (registers, spills) in kernels.items():
         assert -(-registers // 8) * 8 * 4 * 32 + TWO_DECODE_BLOCKS * DECODE_THREADS <= 65536, name
-        assert spills == 0 or "ILi256E" in name, name
+        assert spills == 0, name

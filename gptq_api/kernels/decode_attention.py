@@ -21,7 +21,7 @@ except ImportError:  # kernels.gptq.unavailable_reason() says so to people
 
 __all__ = ["HEAD_DIMS", "RotaryInputs", "decode_attention", "decode_attention_workspace"]
 
-HEAD_DIMS = (64, 128, 256)
+HEAD_DIMS = (64, 128)
 _BLOCK_SIZES = (8, 16, 32, 64, 128, 256)
 
 
