@@ -2,10 +2,11 @@
 
 Every prompt is answered four times: alone; beside 31 others; beside them in a cache so small that sequences are
 preempted and recomputed; and once more, with its prefix in the cache. Written are the shares of prompts with the same
-tokens as alone, per activation type. Prompts are random: half are token ids, half are sentences of the tokenizer's
-own words, lengths 4 to 120 tokens.
+tokens as alone, per activation type; for an fp8 KV cache also the share with the same tokens as without it. Prompts
+are random: half are token ids, half are sentences of the tokenizer's own words, lengths 4 to 120 tokens.
 
     python benchmarks/agreement.py --prompts bfloat16:1000,float32:150 --out benchmarks/results/agreement-cpu.json
+    python benchmarks/agreement.py --device cuda --prompts float16:1000,bfloat16:1000,float16/fp8:1000
 """
 
 from __future__ import annotations
@@ -70,22 +71,29 @@ async def answers(
     return result, engine
 
 
-async def measure(model: str, dtype: str, prompts: list[list[int]], max_tokens: int) -> dict[str, Any]:
-    def settings(*flags: str) -> Settings:
-        return load_settings(Settings, [model, "--dtype", dtype, "--max-queued-requests", str(len(prompts)), *flags])
+async def measure(model: str, device: str, kind: str, prompts: list[list[int]], max_tokens: int) -> dict[str, Any]:
+    """`kind`: an activation type, with /fp8 for that type of KV cache."""
+    dtype, _, cache = kind.partition("/")
+    common = [model, "--device", device, "--dtype", dtype, "--max-queued-requests", str(len(prompts))]
+
+    def settings(*flags: str, kv_cache_dtype: str = cache or "auto") -> Settings:
+        return load_settings(Settings, [*common, "--kv-cache-dtype", kv_cache_dtype, *flags])
 
     started = time.perf_counter()
     alone, _ = await answers(settings("--no-enable-prefix-caching"), prompts, max_tokens, 1)
     beside, _ = await answers(settings("--no-enable-prefix-caching"), prompts, max_tokens, COMPANY)
-    tight = settings("--no-enable-prefix-caching", "--block-size", "4", "--num-blocks", "160")
+    tight = settings("--no-enable-prefix-caching", "--block-size", "8", "--num-blocks", "80")
     squeezed, squeezed_engine = await answers(tight, prompts, max_tokens, COMPANY)
     (_, again), cached_engine = await answers(settings(), prompts, max_tokens, COMPANY)
 
     def share(other: list[list[int]]) -> float:
         return round(sum(a == b for a, b in zip(alone, other, strict=True)) / len(alone), 4)
 
-    return {
-        "dtype": dtype,
+    row = {"dtype": dtype}
+    if cache:
+        plain, _ = await answers(settings("--no-enable-prefix-caching", kv_cache_dtype="auto"), prompts, max_tokens, 1)
+        row |= {"kv_cache_dtype": cache, "same_as_without": share(plain)}
+    return row | {
         "prompts": len(prompts),
         "tokens_each": max_tokens,
         f"same_beside_{COMPANY - 1}_others": share(beside),
@@ -100,18 +108,24 @@ async def measure(model: str, dtype: str, prompts: list[list[int]], max_tokens: 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="demo")
-    parser.add_argument("--prompts", default="bfloat16:1000,float32:150", help="activation type:number of prompts, ...")
+    parser.add_argument(
+        "--prompts", default="bfloat16:1000,float32:150", help="activation type[/fp8]:number of prompts, ..."
+    )
+    parser.add_argument("--device", default="auto")
     parser.add_argument("--max-tokens", type=int, default=24)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--commit", help="what was measured, where there is no git")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     rows = []
-    for dtype, count in (item.split(":") for item in args.prompts.split(",")):
+    for kind, count in (item.split(":") for item in args.prompts.split(",")):
         prompts = random_prompts(args.model, int(count), args.seed)
-        rows.append(asyncio.run(measure(args.model, dtype, prompts, args.max_tokens)))
+        rows.append(asyncio.run(measure(args.model, args.device, kind, prompts, args.max_tokens)))
         print(json.dumps(rows[-1]))
     if args.out:
-        args.out.write_text(json.dumps({"model": args.model, "machine": machine(), "rows": rows}, indent=1) + "\n")
+        args.out.write_text(
+            json.dumps({"model": args.model, "machine": machine(args.commit), "rows": rows}, indent=1) + "\n"
+        )
     return 0
 
 

@@ -35,7 +35,7 @@ from http_load import Bar, Load, Server, closed_loop, from_several, open_loop, s
 USERS_PER_CLIENT = 32
 
 
-def machine() -> dict[str, Any]:
+def machine(commit: str | None = None) -> dict[str, Any]:
     name = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
@@ -46,13 +46,15 @@ def machine() -> dict[str, Any]:
     if shutil.which("nvidia-smi"):
         query = ["nvidia-smi", "--query-gpu=name,driver_version,clocks.max.sm", "--format=csv,noheader"]
         gpu = subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip() or None
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    if commit is None and shutil.which("git"):
+        found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+        commit = found.stdout.strip() or None
     return {
         "cpu": name,
         "cores": len(os.sched_getaffinity(0)),
         "gpu": gpu,
         "python": platform.python_version(),
-        "commit": commit.stdout.strip() or None,
+        "commit": commit,
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     }
 
@@ -107,7 +109,7 @@ async def run(args: argparse.Namespace) -> dict[str, Any]:
     try:
         models = await server.json("GET", "/models")
         model = args.model or models["data"][0]["id"]
-        result: dict[str, Any] = {"model": model, "machine": machine(), "server": args.spawn, "rows": []}
+        result: dict[str, Any] = {"model": model, "machine": machine(args.commit), "server": args.spawn, "rows": []}
         warm = await server.complete(Load(args, model).body())
         if warm.error:
             raise SystemExit(f"the server does not serve: {warm.error}")
@@ -172,6 +174,7 @@ def main() -> int:
     parser.add_argument("--vocab-size", type=int, default=1000, help="upper bound of those ids")
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--commit", help="what was measured, where there is no git")
     parser.add_argument("--out", type=Path, help="write the result as JSON")
     args = parser.parse_args()
     result = asyncio.run(run(args))

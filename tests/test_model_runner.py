@@ -209,3 +209,8 @@ def test_settings_that_do_not_fit_the_machine_are_refused(folder: Path) -> None:
     if not torch.cuda.is_available():
         with pytest.raises(ConfigError, match="no CUDA device"):
             load_runner(settings(folder, device="cuda"))
+
+
+def test_an_fp8_cache_is_for_the_cuda_kernels() -> None:
+    with pytest.raises(ConfigError, match="--kv-cache-dtype fp8 needs a CUDA device"):
+        load_runner(Settings(kv_cache_dtype="fp8", device="cpu"))

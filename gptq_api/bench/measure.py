@@ -63,6 +63,7 @@ def _measure(job: Job, source: Checkpoint, checkpoint: Checkpoint) -> Row:
         device=job.device,
         dtype=job.dtype,
         num_threads=job.num_threads,
+        kv_cache_dtype=job.kv_cache_dtype,
         block_size=_BLOCK_SIZE,
         max_num_seqs=1,
     )

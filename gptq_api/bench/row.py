@@ -32,6 +32,7 @@ class Job(msgspec.Struct, frozen=True):
     group_size: int = 128
     """of random weights; -1: one group"""
     act_order: bool = False
+    kv_cache_dtype: Literal["auto", "fp8"] = "auto"
 
 
 class Row(msgspec.Struct, frozen=True):

@@ -98,6 +98,7 @@ def _synthetic_jobs(settings: BenchSettings) -> list[Job]:
             synthetic=model,
             group_size=group_size,
             act_order=act_order,
+            kv_cache_dtype=settings.kv_cache_dtype,
         )
 
     return [
@@ -136,6 +137,7 @@ def _model_jobs(settings: BenchSettings) -> list[Job]:
             device=settings.device,
             dtype=settings.dtype,
             num_threads=settings.num_threads or _default_threads(next(iter(folders.values()))),
+            kv_cache_dtype=settings.kv_cache_dtype,
         )
 
     if settings.fp16 is not None:

@@ -9,11 +9,13 @@ from gptq_api.model.config import LlamaConfig
 
 
 def cache_dtype(settings: Settings, device: torch.device, dtype: torch.dtype) -> torch.dtype:
-    """Of K and V; `auto` is that of the activations. ConfigError for fp8 on the CPU."""
+    """Of K and V; `auto` is that of the activations. ConfigError for fp8 where the CUDA kernels do not run."""
     if settings.kv_cache_dtype == "auto":
         return dtype
     if device.type != "cuda":
         raise ConfigError("--kv-cache-dtype fp8 needs a CUDA device; use auto")
+    if dtype == torch.float32:
+        raise ConfigError("--kv-cache-dtype fp8 is for float16 and bfloat16, and this runs in float32; use auto")
     return torch.float8_e4m3fn
 
 

@@ -16,7 +16,7 @@ from gptq_api.gptq.checkpoint import Checkpoint, CheckpointError, Expected, open
 from gptq_api.layers.attention import KVCache, Span, plan_attention
 from gptq_api.layers.sampler import sample
 from gptq_api.model import cuda_load
-from gptq_api.model.cache_plan import cache_memory, does_not_fit, plan_cache
+from gptq_api.model.cache_plan import cache_dtype, cache_memory, does_not_fit, plan_cache
 from gptq_api.model.config import LlamaConfig, read_config
 from gptq_api.model.llama import Llama
 from gptq_api.model.loaded import LoadedRunner
@@ -126,6 +126,7 @@ def make_runner(settings: Settings, checkpoint: Checkpoint, device: torch.device
         if reason is not None:
             _log.warning("the CUDA kernels do not serve this: %s. It runs slowly, in float32", reason)
             dtype = torch.float32
+    cache_dtype(settings, device, dtype)  # a refusal comes before the weights are read
     max_model_len = settings.max_model_len or config.max_position_embeddings
     model, report = load_llama(checkpoint, config, max_model_len, device, dtype)
     runner: LoadedRunner
