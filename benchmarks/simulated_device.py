@@ -1,0 +1,64 @@
+"""A device that exists only as the time its steps take: a runner for the real engine that computes nothing.
+
+Steps take as long as those of LLaMA-13B, group 128, took on an H200 at commit e6c8813 (benchmarks/results/
+decode-nvidia-h200.json, fitted within 5 %): the Linears by rows, attention by the tokens that decoding sequences
+read, sampling by sequence. Launching returns at once and collecting sleeps until the step would have ended, so what a
+process with this runner burns is what the host costs.
+"""
+
+from __future__ import annotations
+
+import time
+from bisect import bisect_right
+from collections.abc import Callable
+
+from gptq_api.sequence import Batch, Sampled
+
+_ROWS_MS = ((1, 3.2), (8, 3.2), (32, 4.4), (64, 5.7), (128, 7.6), (256, 12.6), (512, 20.9), (2048, 77.5), (8192, 310.0))
+"""rows of a step -> what its Linears take"""
+_CONTEXT_MS = 0.2e-3
+"""per token of a decoding sequence: 819 KB of K and V at 4 TB/s"""
+_SAMPLE_MS = 0.0125
+"""per sampled token"""
+FIRST_TOKEN = 16_000
+"""from here to VOCAB_SIZE the ids of bench/synthetic.py's tokenizer are words that begin with a tilde"""
+VOCAB_SIZE = 32_000
+
+
+def step_ms(rows: int, context: int, sampled: int) -> float:
+    """Milliseconds of a step; `context`: tokens that its decoding sequences see, together."""
+    i = min(max(bisect_right(_ROWS_MS, (rows, 0.0)), 1), len(_ROWS_MS) - 1)
+    (low, low_ms), (high, high_ms) = _ROWS_MS[i - 1], _ROWS_MS[i]
+    linears = low_ms + (max(rows, 1) - low) * (high_ms - low_ms) / (high - low)
+    return linears + context * _CONTEXT_MS + sampled * _SAMPLE_MS
+
+
+class SimulatedRunner:
+    """One step ahead, as the CUDA runner is. Tokens are a hash of sequence and position."""
+
+    lookahead = 1
+    num_blocks, block_size = 9594, 16
+    max_model_len = 4096
+    vocab_size = VOCAB_SIZE
+    device, dtype = "cuda", "float16"
+    eos_token_ids = (1,)
+    description = "a simulated device: nothing is computed"
+
+    def __init__(self, now: Callable[[], float] = time.monotonic, sleep: Callable[[float], None] = time.sleep) -> None:
+        self._now, self._sleep = now, sleep
+        self._busy_until = 0.0
+
+    def launch(self, batch: Batch) -> tuple[float, Sampled]:
+        context = sum(start for start, n in zip(batch.num_computed_tokens, batch.num_new_tokens, strict=True) if n == 1)
+        seconds = step_ms(batch.num_tokens, context, sum(batch.samples)) / 1e3
+        self._busy_until = max(self._now(), self._busy_until) + seconds
+        tokens = [
+            FIRST_TOKEN + (seq.sequence_id * 7919 + start * 104729) % (VOCAB_SIZE - FIRST_TOKEN) if samples else None
+            for seq, start, samples in zip(batch.sequences, batch.num_computed_tokens, batch.samples, strict=True)
+        ]
+        return self._busy_until, Sampled(tokens, [None] * len(tokens))
+
+    def collect(self, launched: tuple[float, Sampled]) -> Sampled:
+        ends, sampled = launched
+        self._sleep(max(0.0, ends - self._now()))
+        return sampled
