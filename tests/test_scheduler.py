@@ -293,3 +293,13 @@ def test_a_step_of_256_sequences_costs_less_than_a_gpu_step() -> None:
         world.scheduler.update(world.scheduler.schedule(), Sampled([5] * 256, [None] * 256))
         elapsed.append(time.perf_counter() - started)
     assert min(elapsed) < 0.002, f"{min(elapsed) * 1e3:.2f} ms"
+
+
+@pytest.mark.parametrize(("num_decoding", "prompt_tokens"), [(0, 64), (1, 46), (9, 30), (20, 16), (60, 4)])
+def test_prompts_beside_sequences_that_decode_get_less_of_a_step(num_decoding: int, prompt_tokens: int) -> None:
+    scheduler = Scheduler(BlockManager(400, 4), max_num_seqs=80, max_num_batched_tokens=64)
+    for i in range(num_decoding):
+        scheduler.add(sequence(i, [i], 100))
+    scheduler.schedule()
+    scheduler.add(sequence(99, [2] * 200, 8))
+    assert scheduler.schedule().num_new_tokens == [1] * num_decoding + [prompt_tokens]

@@ -84,16 +84,17 @@ class Scheduler:
         """Choose the tokens of one step, which counts as computed from here on; at least one whenever there is work
         and no token in flight."""
         taken: dict[Sequence, int] = {}
-        budget = self._budget
+        pending = [seq.num_pending_tokens for seq in self.running]
+        budget = self._step_budget(pending.count(1))
         preempted: set[Sequence] = set()
         # Running before waiting: a token owed beats a token promised. A prompt in chunks takes whatever budget it
         # finds, so nobody is admitted behind it until it is done, and those who decode all stand before it.
-        for seq in self.running.copy():
+        for seq, num_pending in zip(self.running.copy(), pending, strict=True):
             if budget == 0:
                 break
             if seq in preempted:
                 continue
-            n = min(seq.num_pending_tokens, budget)
+            n = min(num_pending, budget)
             if n == 0:  # its last token is in flight
                 continue
             while not self.blocks.grow(seq.block_table, seq.num_computed_tokens + n):
@@ -179,6 +180,15 @@ class Scheduler:
             for seq in finished:
                 self._give_back(seq)
         return finished
+
+    def _step_budget(self, num_decoding: int) -> int:
+        """Tokens of the next step. Whoever decodes waits for the prompts beside it, so while somebody does, these get
+        3/4 of the limit, less 2 tokens for each such sequence (beside its own row it costs the reading of its context),
+        and a quarter at least."""
+        limit = self.max_num_batched_tokens
+        if num_decoding:
+            limit = min(limit, num_decoding + max(1, limit // 4, 3 * limit // 4 - 2 * num_decoding))
+        return min(limit, self._budget)
 
     def _append(self, seq: Sequence, token: int) -> FinishReason | None:
         num_known = seq.num_known_computed_tokens
