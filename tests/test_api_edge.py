@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import socket
 import subprocess
@@ -10,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from server import Server, chat_body, raw_request
+from server import Server, chat_body, chunks, raw_request
 
 from gptq_api.api.app import ROUTERS
 from gptq_api.api.route import GuardedRoute, PublicRoute
@@ -123,6 +124,17 @@ def test_pipelined_requests_are_answered_in_order(server: Server) -> None:
         sock.sendall(raw_request("/version", b"", method="GET") + raw_request("/v1/models", b"", method="GET"))
         data = read_all_until(sock, b'"object":"list"')
     assert data.index(b'"version"') < data.index(b'"object":"list"')
+
+
+def test_a_stream_to_a_client_that_knows_no_chunks(server: Server) -> None:
+    body = chat_body("Hello", max_tokens=3, ignore_eos=True, stream=True)
+    request = raw_request("/v1/chat/completions", json.dumps(body).encode()).replace(b" HTTP/1.1", b" HTTP/1.0", 1)
+    with connect(server) as sock:
+        sock.sendall(request)
+        head, _, data = read_all(sock).partition(b"\r\n\r\n")
+    assert b"transfer-encoding" not in head.lower() and b"\r" not in data
+    events = data.removesuffix(b"\n\n").split(b"\n\n")
+    assert len(chunks(events)) >= 3
 
 
 def test_dead_peers_are_noticed_by_the_kernel(server: Server) -> None:

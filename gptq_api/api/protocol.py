@@ -74,6 +74,22 @@ class EdgeProtocol(H11Protocol):
         super().connection_lost(exc)
         self._unset_keepalive_if_required()  # uvicorn leaves the timer armed after a reset
 
+    def send_chunk(self, data: bytes) -> bool:
+        """Write a piece of the running answer at once, as one HTTP chunk. False where that cannot be: the peer does
+        not take more now, or does not know chunks. What is sent to a peer that has gone is gone.
+
+        For streams, whose every token is a piece: h11 would give it the same frame, at a third of what a token costs.
+        """
+        cycle = self.cycle
+        assert cycle is not None
+        if cycle.disconnected:
+            return True
+        if self.flow.write_paused or self.conn.their_http_version != b"1.1":
+            return False
+        assert cycle.response_started and not cycle.response_complete
+        self.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
+        return True
+
     def abort(self) -> None:
         """Cut the connection without waiting for the peer to read what is buffered."""
         if self.transport is not None:

@@ -9,7 +9,7 @@ import anyio.lowlevel
 import structlog
 from sse_starlette import EventSourceResponse, ServerSentEvent
 from sse_starlette.sse import SendTimeoutError
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from gptq_api.api.errors import ApiError
 from gptq_api.api.generate import Work
@@ -22,30 +22,37 @@ log = structlog.get_logger()
 async def events(
     work: Work, chunks: ChatChunks | CompletionChunks, options: StreamOptions, prefixes: Sequence[str]
 ) -> AsyncIterator[bytes]:
-    """One `data:` event per item: first chunks, text, finish chunks, usage, [DONE]; after an error [DONE] too.
+    """`data:` events: first chunks, text, finish chunks, usage, [DONE]; after an error [DONE] too. What comes at the
+    same moment is one item.
 
     `prefixes`: the text each choice begins with (an echoed prompt), or "".
     """
     running = options.continuous_usage_stats
+    num_open = len(work.choices)
+    end = b""
     try:
-        for choice, prefix in zip(work.choices, prefixes, strict=True):
-            if (first := chunks.first(choice.index, prefix)) is not None:
-                yield chunks.chunk(first, work.usage() if running else None)
+        firsts = [chunks.first(choice.index, prefix) for choice, prefix in zip(work.choices, prefixes, strict=True)]
+        if begin := b"".join([chunks.chunk(first, work.usage() if running else None) for first in firsts if first]):
+            yield begin
         async for piece in work.pieces():
             usage = work.usage() if running else None
-            if piece.text:
-                yield chunks.chunk(chunks.text(piece), usage)
+            item = chunks.chunk(chunks.text(piece), usage) if piece.text else b""
             if piece.finish_reason is not None:
-                yield chunks.chunk(chunks.last(piece), usage)
+                item += chunks.chunk(chunks.last(piece), usage)
+                num_open -= 1
+            if num_open:
+                yield item
+            else:
+                end = item
         if options.include_usage:
-            yield chunks.chunk(b"", work.usage())
+            end += chunks.chunk(b"", work.usage())
     except ApiError as error:
-        yield error_event(error.error)
+        end += error_event(error.error)
     except Exception:
         log.exception("a stream failed by a bug", request_id=work.record.request_id)
         work.outcome = "bug"
-        yield error_event(ApiError(500, "The server had an error while processing the request.").error)
-    yield DONE
+        end += error_event(ApiError(500, "The server had an error while processing the request.").error)
+    yield end + DONE
 
 
 class StreamResponse(EventSourceResponse):
@@ -76,13 +83,19 @@ class StreamResponse(EventSourceResponse):
         self._work = work
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self._connection = scope["state"]["connection"]
         with self._owned:
             try:
                 await super().__call__(scope, receive, send)
             except SendTimeoutError:
                 self._work.outcome = "slow_reader"
-                scope["state"]["connection"].abort()  # closing would wait for the reader who does not read
+                self._connection.abort()  # closing would wait for the reader who does not read
                 await anyio.lowlevel.checkpoint()  # the loop tells the connection that it is lost
+
+    async def _send_with_timeout(self, send: Send, message: Message) -> None:
+        """The library's timer and all that lies between here and the socket are for a peer that makes us wait."""
+        if not (message["body"] and self._connection.send_chunk(message["body"])):
+            await super()._send_with_timeout(send, message)
 
     async def _listen_for_exit_signal_with_grace(self) -> None:
         """The library would cut every stream at SIGTERM, and poll for it twice a second for ever; server.py drains.
