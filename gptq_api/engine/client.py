@@ -67,7 +67,7 @@ class Delta:
 class Generation:
     """One sequence's mailbox. Filling it never blocks; a slow reader gets its tokens merged."""
 
-    __slots__ = ("_delta", "_error", "_news", "finish_reason", "num_cached_tokens")
+    __slots__ = ("_delta", "_error", "_reader", "finish_reason", "num_cached_tokens")
 
     def __init__(self) -> None:
         self.finish_reason: FinishReason | None = None
@@ -75,27 +75,33 @@ class Generation:
         """prompt tokens that came from the prefix cache; known with the first token"""
         self._delta = Delta()
         self._error: Exception | None = None
-        self._news = asyncio.Event()
+        self._reader: asyncio.Future[None] | None = None  # who waits for news
 
     def put(self, token: int, logprobs: TokenLogprobs | None) -> None:
         self._delta.tokens.append(token)
         if logprobs is not None:
             self._delta.logprobs.append(logprobs)
-        self._news.set()
+        self._wake()
 
     def finish(self, reason: FinishReason) -> None:
         self.finish_reason = reason
-        self._news.set()
+        self._wake()
 
     def fail(self, error: Exception) -> None:
         self._error = error
-        self._news.set()
+        self._wake()
+
+    def _wake(self) -> None:
+        reader = self._reader
+        if reader is not None and not reader.done():
+            reader.set_result(None)
 
     async def __aiter__(self) -> AsyncIterator[Delta]:
         """Deltas until the sequence is finished; raises EngineDead when the engine dies first."""
         while True:
-            await self._news.wait()
-            self._news.clear()
+            if not self._delta.tokens and self.finish_reason is None and self._error is None:
+                self._reader = asyncio.get_running_loop().create_future()
+                await self._reader
             delta, self._delta = self._delta, Delta()
             if delta.tokens:
                 yield delta
