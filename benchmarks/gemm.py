@@ -1,5 +1,6 @@
 """The 4-bit GEMM on this GPU: every linear of LLaMA 7B, 13B, Llama-3 8B and 70B and an 8192x8192 one, M from 1 to 4096,
-beside cuBLAS fp16 and the copy ceiling of the same run; isolated and as the four GEMMs of a layer in a row.
+beside cuBLAS fp16, torch's int4 product and the copy ceiling of the same run; isolated and as the four GEMMs of a layer
+in a row.
 
     python benchmarks/gemm.py --out benchmarks/results            # everything, a few minutes
     python benchmarks/gemm.py --quick                             # 13B alone, a few M
@@ -44,6 +45,8 @@ CHAIN_M = (1, 8, 16, 32, 64, 128, 256, 1024, 4096)
 CHAIN_LAYERS = 8
 ROTATE_BYTES = 1_200_000_000
 REPLAYS = 5
+TORCH_INT4_M = (1, 8, 16, 32)
+"""beyond, torch's int4 product takes several times what its fp16 one takes"""
 OTHERS = {"vllm": "its Marlin and Machete ops", "gptqmodel": "its Marlin and exllama kernels"}
 
 
@@ -61,6 +64,21 @@ def random_weight(
         data[..., 1024 + 32 * groups :] = zeros
     perm = torch.randperm(k, device="cuda").to(torch.int32) if act_order else None
     return PackedLinear(data, k, n, group_size, asym, perm, paired)
+
+
+def torch_int4(k: int, n: int, m: int, group_size: int, copies: int) -> Callable[[], None]:
+    """torch's own int4 product (bf16; scales and zero points by groups), on as many weights."""
+    shape = torch._convert_weight_to_int4pack(torch.zeros(n, k // 2, dtype=torch.uint8, device="cuda"), 8).shape
+    packed = torch.empty(copies, *shape, dtype=torch.int32, device="cuda")
+    packed.view(torch.uint8).random_(0, 256)
+    scales = torch.randn(copies, k // group_size, n, 2, device="cuda").mul_(0.01).bfloat16()
+    x = torch.randn(m, k, device="cuda").bfloat16()
+
+    def calls() -> None:
+        for i in range(copies):
+            torch._weight_int4pack_mm(x, packed[i], group_size, scales[i])
+
+    return calls
 
 
 def capture(calls: Callable[[], None]) -> torch.cuda.CUDAGraph:
@@ -154,10 +172,15 @@ class Bench:
                 for i in range(count):
                     torch.mm(x, dense[i % dense_count], out=out)
 
-            us, cublas_us = in_turns([(ours, count), (cublas, dense_calls)])
+            jobs = [(ours, count), (cublas, dense_calls)]
+            if m in TORCH_INT4_M and self.group_size in (32, 64, 128) and not (asym or act_order):
+                jobs.append((torch_int4(k, n, m, self.group_size, copies), copies))
+            us, cublas_us, *others = in_turns(jobs)
             work = self.work(weight_bytes, flops)
             record = self.record(k, n, m, us, cublas_us, work, sym=not asym, act_order=act_order)
-            print(line(label, m, record), flush=True)
+            print(line(label, m, record) + "".join(f"  torch int4 {other:.2f} us" for other in others), flush=True)
+            for other in others:
+                self.record(k, n, m, other, cublas_us, work, kernel="torch int4", dtype="bfloat16", sym=False)
 
     def chain(self, model: str, ms: tuple[int, ...]) -> None:
         """qkv, o, gate_up with SiLU(gate) * up, down: each reads what the one before wrote; no weight is used twice."""
@@ -245,7 +268,11 @@ def draw(result: dict[str, Any], path: Path) -> None:
 
     names = {shape: f"{model} {name}" for model in ("13B", "7B") for name, shape in LINEARS[model].items()}
     figure, (left, right) = plt.subplots(1, 2, figsize=(13, 5))
-    rows = [r for r in result["records"] if r["sym"] and not r["act_order"] and (r["K"], r["N"]) in names]
+    rows = [
+        r
+        for r in result["records"]
+        if r["kernel"] == "gptq_api" and r["sym"] and not r["act_order"] and (r["K"], r["N"]) in names
+    ]
     for index, shape in enumerate(dict.fromkeys((r["K"], r["N"]) for r in rows)):
         mine, colour = [r for r in rows if (r["K"], r["N"]) == shape], f"C{index}"
         ms = [r["M"] for r in mine]
