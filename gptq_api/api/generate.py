@@ -167,7 +167,7 @@ class Work:
     async def pieces(self) -> AsyncIterator[Piece]:
         """Pieces of all choices as they come. Raises ApiError where the engine failed."""
         try:
-            async for piece in _merged(self.choices):
+            async for piece in self.choices[0].pieces() if len(self.choices) == 1 else _merged(self.choices):
                 if piece.finish_reason is not None:
                     self.service.metrics.success[piece.finish_reason].inc()
                 yield piece
@@ -251,10 +251,6 @@ def _count(service: Service, prompts: list[Prompt]) -> None:
 async def _merged(choices: list[Choice]) -> AsyncIterator[Piece]:
     """Pieces of several choices in the order they come. At most one waits per choice, so that a slow reader's tokens
     merge in their mailboxes and not here."""
-    if len(choices) == 1:
-        async for piece in choices[0].pieces():
-            yield piece
-        return
     iterators = {choice.index: choice.pieces() for choice in choices}
     waiting = {asyncio.ensure_future(_next(it)): index for index, it in iterators.items()}
     try:
