@@ -80,7 +80,8 @@ class Settings(CommandSettings):
     max_num_seqs: int = Field(256, ge=1, le=4096)
     """Sequences in one step."""
     max_num_batched_tokens: int | None = Field(None, ge=1)
-    """Tokens computed in one step; longer prompts are computed in chunks. Default: 512 on the CPU, 2048 on CUDA."""
+    """Tokens computed in one step; longer prompts are computed in chunks, which are smaller beside sequences that
+    decode. Default: 512 on the CPU, 2048 on CUDA."""
     max_queued_requests: int = Field(512, ge=1)
     """Sequences admitted at a time, running and waiting; beyond it requests get 429 with Retry-After."""
     enable_prefix_caching: bool = True

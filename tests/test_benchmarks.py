@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import json
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -45,3 +47,13 @@ def test_the_share_is_of_the_same_load(script: ModuleType, tmp_path: Path) -> No
     assert script.in_process_rate(parser_like, "llama-7b", 8) == 500.0
     assert script.in_process_rate(parser_like, "llama-7b", 32) is None
     assert script.in_process_rate(parser_like, "llama-13b", 8) is None
+
+
+def test_the_host_is_measured_through_real_processes(tmp_path: Path) -> None:
+    out = tmp_path / "host.json"
+    command = [sys.executable, str(BENCHMARKS / "host.py"), "--streams", "1,6", "--prompt-tokens", "20"]
+    subprocess.run([*command, "--max-tokens", "8", "--rounds", "1", "--out", str(out)], check=True, timeout=60)
+    for row, streams in zip(json.loads(out.read_text())["rows"], (1, 6), strict=True):
+        assert row["streams"] == streams and row["api_us_per_token"] > 0
+        assert row["ttft_ms"]["p50"] >= 3.2, "a step of the simulated device takes as long"
+        assert row["inter_token_ms"]["mean"] > 3 and 0 < row["share"] < 1
