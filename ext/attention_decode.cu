@@ -34,6 +34,12 @@ cudaError_t prepare(const void* kernel, int index, const Device& device) {
 
 }  // namespace
 
+void complete(AttentionDecodeArgs& args) {
+  const int group = args.heads / args.kv_heads;
+  args.parts = parts_of(group), args.part_heads = part_heads_of(group);
+  for (args.block_shift = 3; 1 << args.block_shift < args.block_size;) args.block_shift++;
+}
+
 bool attention_decode_takes(int head_dim) { return attention_decode_fp16(head_dim, false) != nullptr; }
 
 size_t attention_decode_workspace_bytes(int heads, int kv_heads, int head_dim) {
@@ -50,10 +56,7 @@ cudaError_t launch_attention_decode(AttentionDecodeArgs args, int head_dim, bool
   if (const cudaError_t status = current_device(device); status != cudaSuccess) return status;
   const int index = ((head_dim == 64 ? 0 : 1) * 2 + bf16) * 2 + fp8;
   if (const cudaError_t status = prepare(kernel, index, device); status != cudaSuccess) return status;
-  const int group = args.heads / args.kv_heads;
-  args.parts = parts_of(group), args.part_heads = part_heads_of(group);
-  for (args.block_shift = 3; 1 << args.block_shift < size;) args.block_shift++;
-
+  complete(args);
   const bool small = has_small_shared_memory(device.capability);
   const int smem = (head_dim == 64 ? smem_of<64> : smem_of<128>)(fp8, args.part_heads, small);
   if (smem > device.smem) return cudaErrorInvalidConfiguration;

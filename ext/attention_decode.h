@@ -28,17 +28,18 @@ struct AttentionDecodeArgs {
   int sequences, heads, kv_heads, block_size;  // block_size: a power of two from 8
   int window;                                  // tokens a row sees, itself included; 0: all
   bool prefetch;  // block tables, lengths and the cache's older tokens were complete before the chain of dependent launches this is in began
-  // Filled in by launch_attention_decode:
+  // By complete():
   int block_shift;        // log2 of block_size
   int parts, part_heads;  // the query heads of a key head in parts of at most 8
 };
 
 bool attention_decode_takes(int head_dim);
+void complete(AttentionDecodeArgs& args);
 
 // blocks_per_sm 0: chosen here. The bits of a result do not depend on it.
 cudaError_t launch_attention_decode(AttentionDecodeArgs args, int head_dim, bool bf16, bool fp8, int blocks_per_sm, cudaStream_t stream);
 
-// For launches on the current device; 0 where there is none.
+// For launches on the current device, of two blocks a multiprocessor; 0 where there is none.
 size_t attention_decode_workspace_bytes(int heads, int kv_heads, int head_dim);
 
 }  // namespace gptq

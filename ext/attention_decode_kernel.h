@@ -12,9 +12,9 @@
 
 namespace gptq {
 
-template <int D, bool BF, bool FP8>
+template <class Team, int D, bool BF, bool FP8>
 class AttentionBlock {
-  using Shape = AttentionShape<D, FP8>;
+  using Shape = AttentionShape<D, FP8, kSmall, Team::kDepth>;
   static constexpr bool kBF = BF && !FP8;  // type of the products: e4m3 becomes fp16
   static constexpr int kLanes = D / 16;    // that hold a head, 8 elements of either half each
 
@@ -33,19 +33,19 @@ class AttentionBlock {
  public:
   __device__ __forceinline__ AttentionBlock(const AttentionDecodeArgs& args, uint8_t* smem)
       : a(args),
-        warp(__shfl_sync(~0u, threadIdx.x >> 5, 0)),
+        warp(__shfl_sync(~0u, Team::thread() >> 5, 0)),
         lane(threadIdx.x & 31),
         ring(smem_addr(smem) + warp * Shape::kDepth * Shape::kEntry),
         sums(smem_addr(smem) + Shape::kRing),
         maxima(sums + exchange_bytes<D>(args.part_heads)),
         scratch(reinterpret_cast<int*>(smem + Shape::kRing + exchange_bytes<D>(args.part_heads) + kAttentionWarps * kPartHeads * 8)) {}
 
+  // The kernel before this one is waited for before qkv is read, or first of all.
   __device__ __forceinline__ void run() {
-    grid_launch_dependents();
     bool waited = !a.prefetch;
     if (waited) grid_wait();
-    const Stretch stretch = find_stretch(a, scratch);
-    TileLoader<D, FP8> loader(a, ring, stretch.begin, stretch.steps);
+    const Stretch stretch = find_stretch<Team>(a, scratch);
+    TileLoader<Team, D, FP8> loader(a, ring, stretch.begin, stretch.steps);
 #pragma unroll 1
     for (int i = 0; i < Shape::kDepth; i++) loader.next(i & 1);
 
@@ -126,17 +126,17 @@ class AttentionBlock {
   __device__ __forceinline__ int first_head(const Cursor& c) const { return c.kv_head * (a.heads / a.kv_heads) + c.part * a.part_heads; }
   __device__ __forceinline__ int head_count(const Cursor& c) const { return min(a.part_heads, a.heads / a.kv_heads - c.part * a.part_heads); }
   // Of a head, D / 16 threads each have eight elements from here on and the eight they are rotated with.
-  __device__ __forceinline__ int dimension() const { return threadIdx.x % kLanes * 8; }
+  __device__ __forceinline__ int dimension() const { return Team::thread() % kLanes * 8; }
 
   __device__ __forceinline__ void load_rows(Rows& rows, const Cursor& c) const {
     const uint16_t* row = a.qkv + static_cast<size_t>(c.span.row) * a.ldqkv + dimension();
     rows.query[0] = rows.query[1] = uint4{};
-    const int head = threadIdx.x / kLanes;
+    const int head = Team::thread() / kLanes;
     if (head < head_count(c)) {
       const uint16_t* from = row + (first_head(c) + head) * D;
-      rows.query[0] = *reinterpret_cast<const uint4*>(from), rows.query[1] = *reinterpret_cast<const uint4*>(from + D / 2);
+      rows.query[0] = Team::load(from), rows.query[1] = Team::load(from + D / 2);
     }
-    rows.fresh.load(a, c, row, warp);
+    rows.fresh.template load<Team>(a, c, row, warp);
   }
 
   // Queries into fragments, the new key and value into the cache's type.
@@ -157,18 +157,18 @@ class AttentionBlock {
       unpack8<BF>(y, high);
       low = pack8_saturated(x), high = pack8_saturated(y);
     }
-    if (const int head = threadIdx.x / kLanes; head < head_count(c)) {
+    if (const int head = Team::thread() / kLanes; head < head_count(c)) {
       const uint32_t to = sums + head * Shape::kQueryStride + dimension() * 2;
       sts128(to, low);
       sts128(to + D, high);
     }
-    __syncthreads();
+    Team::sync();
     const uint32_t from = sums + (lane >> 2) * Shape::kQueryStride;
 #pragma unroll
     for (int j = 0; j < D / 16; j++)
 #pragma unroll
       for (int i = 0; i < 2; i++) q[j][i] = lds32(from + query_dimension<FP8>(j, i, lane) * 2);
-    __syncthreads();
+    Team::sync();
   }
 
   // Scores of the tile into weights, as B fragments; maximum, sum and values of the chunk so far brought to the new maximum.
@@ -224,7 +224,7 @@ class AttentionBlock {
     if (has_head())
 #pragma unroll
       for (int i = 0; i < Shape::kTiles; i++) sts128(sums + (warp * Shape::kTiles + i) * unit + slot_lane() * 16, mine.o[i]);
-    __syncthreads();
+    Team::sync();
     Partial<Shape::kOwn> sum;
     float of[kAttentionWarps][2];
     sum.clear();
@@ -252,7 +252,7 @@ class AttentionBlock {
         for (int k = 0; k < 4; k++) sum.o[i][k] = __fmaf_rn(o[k], of[w][k & 1], sum.o[i][k]);
       }
     }
-    __syncthreads();
+    Team::sync();
     return sum;
   }
 
@@ -344,7 +344,7 @@ class AttentionBlock {
     for (int s = blockIdx.x; s < a.sequences; s += gridDim.x) {
       if (!is_padding(a, s)) continue;
       uint16_t* out = a.out + static_cast<size_t>(a.query_start[s]) * a.ldo;
-      for (int i = threadIdx.x; i < a.heads * D; i += kAttentionThreads) out[i] = 0;
+      for (int i = Team::thread(); i < a.heads * D; i += kAttentionThreads) out[i] = 0;
     }
   }
 };
@@ -352,7 +352,8 @@ class AttentionBlock {
 template <int D, bool BF, bool FP8>
 __global__ void __launch_bounds__(kAttentionThreads, 2) attention_decode_kernel(const __grid_constant__ AttentionDecodeArgs a) {
   extern __shared__ __align__(128) uint8_t smem[];
-  AttentionBlock<D, BF, FP8>(a, smem).run();
+  grid_launch_dependents();
+  AttentionBlock<WholeBlock, D, BF, FP8>(a, smem).run();
 }
 
 }  // namespace gptq

@@ -5,9 +5,9 @@
 namespace gptq {
 
 // One warp's copies, into its ring. They run ahead of the products by the depth of the ring.
-template <int D, bool FP8>
+template <class Team, int D, bool FP8>
 class TileLoader {
-  using Shape = AttentionShape<D, FP8>;
+  using Shape = AttentionShape<D, FP8, kSmall, Team::kDepth>;
   static constexpr int kGroup = 8;                   // rows that are in one block for certain
   static constexpr int kRows = 32 / Shape::kChunks;  // rows of one instruction: the warp's 512 bytes are contiguous
   const AttentionDecodeArgs& a;
@@ -23,7 +23,7 @@ class TileLoader {
   __device__ __forceinline__ TileLoader(const AttentionDecodeArgs& args, uint32_t ring_, const Cursor& begin, int steps)
       : a(args),
         ring(ring_),
-        warp(__shfl_sync(~0u, threadIdx.x >> 5, 0)),
+        warp(__shfl_sync(~0u, Team::thread() >> 5, 0)),
         lane(threadIdx.x & 31),
         plane(args.block_size * Shape::kRow),
         first_piece(lane / Shape::kChunks * Shape::kRow + swizzled<Shape::kChunks>(lane % Shape::kChunks, lane / Shape::kChunks) * 16),
@@ -139,10 +139,11 @@ class NewRow {
   }
 
   // `row`: of qkv, at the lane's dimension.
+  template <class Team>
   __device__ __forceinline__ void load(const AttentionDecodeArgs& a, const Cursor& c, const uint16_t* row, int warp) {
     if (!is_here(a, c, warp) || part() > 1) return;
     const uint16_t* from = row + (a.heads + c.kv_head + part() * a.kv_heads) * D;
-    half[0] = *reinterpret_cast<const uint4*>(from), half[1] = *reinterpret_cast<const uint4*>(from + D / 2);
+    half[0] = Team::load(from), half[1] = Team::load(from + D / 2);
   }
 
   // The whole warp calls.

@@ -19,14 +19,14 @@ constexpr bool kSmall = false;
 #endif
 
 // Sizes of the kernel for a head dimension and a cache of FP8 or 16-bit elements.
-template <int D, bool FP8, bool SMALL = kSmall>
+template <int D, bool FP8, bool SMALL = kSmall, int DEPTH = 0>
 struct AttentionShape {
   static constexpr int kElement = FP8 ? 1 : 2;
   static constexpr int kRow = D * kElement;       // bytes of a token's key
   static constexpr int kChunks = kRow / 16;       // 16-byte pieces of it
   static constexpr int kEntry = kTile * kRow;     // a tile of keys, or of values
   // Entries of a warp's ring: keys, values, keys, ...
-  static constexpr int kDepth = !SMALL ? (kEntry >= 8192 ? 3 : 6) : kEntry >= 4096 ? 16384 / kEntry : 6;
+  static constexpr int kDepth = DEPTH ? DEPTH : !SMALL ? (kEntry >= 8192 ? 3 : 6) : kEntry >= 4096 ? 16384 / kEntry : 6;
   static constexpr int kTiles = D / 16;           // m-tiles of the output: rows are dimensions, columns heads
   static constexpr int kOwn = kTiles / kAttentionWarps;  // of them, what each warp adds up
   static constexpr int kRing = kAttentionWarps * kDepth * kEntry;

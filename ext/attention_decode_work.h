@@ -16,6 +16,15 @@ constexpr int kStep = kTile * kAttentionWarps;
 constexpr int kMaxChunks = 32;                // of an item: what a lane each can look up
 constexpr int kPartHeads = 8;                 // query heads served together: the columns of an mma
 
+// The threads of a block that attend: all of them, and what they read was complete before they began.
+struct WholeBlock {
+  static constexpr int kDepth = 0;  // entries of a warp's ring; 0: as deep as the device allows
+  static __device__ __forceinline__ int thread() { return threadIdx.x; }
+  static __device__ __forceinline__ void sync() { __syncthreads(); }
+  static __device__ __forceinline__ bool any(bool mine) { return __syncthreads_or(mine); }
+  static __device__ __forceinline__ uint4 load(const uint16_t* from) { return *reinterpret_cast<const uint4*>(from); }
+};
+
 // The tokens one sequence's row sees: [low, length), in steps first .. first + count - 1.
 struct Span {
   int length, low, first, count, row;
@@ -86,9 +95,10 @@ struct Stretch {
 };
 
 // Both ends of this block's stretch, by a sum over all sequences. `scratch`: shared, kAttentionWarps + 4 ints.
+template <class Team>
 __device__ __forceinline__ Stretch find_stretch(const AttentionDecodeArgs& a, int* scratch) {
-  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, heads = a.kv_heads * a.parts;
-  const int each = (a.sequences + kAttentionThreads - 1) / kAttentionThreads, from = threadIdx.x * each, to = min(from + each, a.sequences);
+  const int warp = Team::thread() >> 5, lane = Team::thread() & 31, heads = a.kv_heads * a.parts;
+  const int each = (a.sequences + kAttentionThreads - 1) / kAttentionThreads, from = Team::thread() * each, to = min(from + each, a.sequences);
   int mine = 0;
   bool padded = false;
   for (int s = from; s < to; s++) {
@@ -103,7 +113,7 @@ __device__ __forceinline__ Stretch find_stretch(const AttentionDecodeArgs& a, in
   }
   if (lane == 31) scratch[warp] = sum;
   Stretch stretch;
-  stretch.padded = __syncthreads_or(padded);
+  stretch.padded = Team::any(padded);
   int before = sum - mine, total = 0;
 #pragma unroll
   for (int w = 0; w < kAttentionWarps; w++) {
@@ -128,7 +138,7 @@ __device__ __forceinline__ Stretch find_stretch(const AttentionDecodeArgs& a, in
       at += weight;
     }
   }
-  __syncthreads();
+  Team::sync();
   // The steps of a chunk that another block began are that block's.
   const auto to_chunk = [&](const Span& span, int step) {
     const int per_chunk = 1 << span.chunk_shift;

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from gptq_api.kernels import ops
 from gptq_api.kernels.decode_attention import RotaryInputs, decode_attention, decode_attention_workspace
+from gptq_api.kernels.decode_layers import DecodeLayers, LayerShape, LayerWeights
 from gptq_api.kernels.prefill_attention import prefill_attention
-from gptq_api.layers.linear import DenseLinear, Linear
+from gptq_api.layers.linear import DenseLinear, Linear, PackedGPTQLinear
 from gptq_api.layers.norm import RMSNorm
 from gptq_api.model.cuda_inputs import StepInputs
 from gptq_api.model.llama import Llama, LlamaLayer
@@ -53,6 +54,26 @@ class _Layer:
             down=layer.down,
         )
 
+    @property
+    def packed(self) -> LayerWeights | None:
+        """For the kernel that takes whole layers; None where a Linear is of another kind."""
+        linears = (self.qkv, self.o, self.gate_up, self.down)
+        packed = [linear for linear in linears if isinstance(linear, PackedGPTQLinear)]
+        if len(packed) < len(linears):
+            return None
+        qkv, o, gate_up, down = packed
+        return LayerWeights(
+            *(qkv.weight, o.weight, gate_up.weight, down.weight),
+            biases=(qkv.bias, o.bias, gate_up.bias, down.bias),
+            input_norm=self.input_norm,
+            post_attention_norm=self.post_attention_norm,
+            qkv_perm=qkv.perm,
+            gate_up_perm=gate_up.perm,
+            out_index=self.out_index,
+            head_norms=None if self.q_norm is None or self.k_norm is None else (self.q_norm, self.k_norm),
+            window=self.window,
+        )
+
 
 def _weight(norm: RMSNorm, dtype: torch.dtype) -> Tensor:
     return norm.weight.to(dtype)
@@ -81,6 +102,16 @@ class CudaLlama:
         self._last = buffer(max_sequences, c.hidden_size)
         self._logits = buffer(max_sequences, c.vocab_size, torch.float32)
         self._workspace = decode_attention_workspace(c.num_attention_heads, c.num_key_value_heads, c.head_dim, device)
+        self._whole = self._all_layers()
+
+    def _all_layers(self) -> DecodeLayers | None:
+        """The kernel for decode steps of few sequences, where the model and the device are such that there is one."""
+        c, layers = self.config, [layer.packed for layer in self._layers]
+        packed = [layer for layer in layers if layer is not None]
+        sizes = (c.hidden_size, c.intermediate_size, c.num_attention_heads, c.num_key_value_heads, c.head_dim)
+        shape = LayerShape(*sizes)
+        rows = DecodeLayers.rows(packed, shape) if len(packed) == len(layers) else 0
+        return DecodeLayers(packed, shape, self._eps, self._cos_sin, self._workspace, rows) if rows else None
 
     def forward(
         self, inputs: StepInputs[Tensor], history: Tensor, cache: list[Tensor], decode: bool, every_row: bool = False
@@ -93,14 +124,18 @@ class CudaLlama:
         rows = inputs.positions.shape[0]
         x, normed = self._x[:rows], self._normed[:rows]
         ops.embed(history, inputs.row_slot, inputs.positions, self._embedding, x)
-        for layer, kv in zip(self._layers, cache, strict=True):
-            ops.rms_norm(x, layer.input_norm, self._eps, normed, layer.qkv.perm)
-            qkv = layer.qkv.forward(normed, self._qkv[:rows])
-            attended = self._attend(qkv, layer, kv, inputs, decode)
-            layer.o.forward(attended, x, residual=x)
-            ops.rms_norm(x, layer.post_attention_norm, self._eps, normed, layer.gate_up.perm)
-            gated = layer.gate_up.forward(normed, self._gated[:rows], silu_mul=True)
-            layer.down.forward(gated, x, residual=x)
+        if decode and self._whole is not None and self._whole.takes(rows, cache):
+            where = (inputs.block_tables, inputs.context_lens, inputs.query_start)
+            self._whole.run(x, cache, *where, inputs.positions, inputs.slot_mapping)
+        else:
+            for layer, kv in zip(self._layers, cache, strict=True):
+                ops.rms_norm(x, layer.input_norm, self._eps, normed, layer.qkv.perm)
+                qkv = layer.qkv.forward(normed, self._qkv[:rows])
+                attended = self._attend(qkv, layer, kv, inputs, decode)
+                layer.o.forward(attended, x, residual=x)
+                ops.rms_norm(x, layer.post_attention_norm, self._eps, normed, layer.gate_up.perm)
+                gated = layer.gate_up.forward(normed, self._gated[:rows], silu_mul=True)
+                layer.down.forward(gated, x, residual=x)
         if every_row:
             ops.rms_norm(x, self._norm, self._eps, normed)
             return self._head(normed, torch.empty(rows, self._logits.shape[1], device=x.device))

@@ -1,0 +1,105 @@
+#include "decode_layers.h"
+
+#include <algorithm>
+#include <atomic>
+
+#include "decode_layers_kernel.h"
+#include "decode_layers_table.h"
+#include "device.h"
+
+namespace gptq {
+namespace {
+
+constexpr int kLeastDepth = 4;  // slots; with less, memory waits for the multiprocessors
+
+int widest_of(const LayerProduct (&product)[4]) { return std::max(product[1].K, product[3].K); }
+
+// The deepest ring that fits; false: none of at least kLeastDepth.
+bool choose_plan(DecodeLayersArgs& args, const Device& device, int groups, bool zeros, bool ordered) {
+  for (int depth = kLayersMaxDepth; depth >= kLeastDepth; depth--) {
+    args.plan = plan_layers(args.M, args.product[0].K, widest_of(args.product), depth, chunk_bytes(groups, zeros), groups, args.attention.part_heads, ordered);
+    if (args.plan.total <= device.smem) return true;
+  }
+  return false;
+}
+
+int chunks_of(const LayerProduct& p) { return (p.K + kChunkK - 1) / kChunkK; }
+int units_of(const LayerProduct& p) { return p.N / (kPair * kStripRows) * chunks_of(p); }
+
+cudaError_t prepare(const void* kernel, int index, const Device& device) {
+  constexpr int kDevices = 64;
+  static std::atomic<bool> done[kDevices][16];
+  if (device.id < kDevices && done[device.id][index].load(std::memory_order_acquire)) return cudaSuccess;
+  const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.smem);
+  if (status == cudaSuccess && device.id < kDevices) done[device.id][index].store(true, std::memory_order_release);
+  return status;
+}
+
+}  // namespace
+
+void describe(DecodeLayersArgs& args, const LayersShape& s) {
+  const int heads = s.heads * s.head_dim, qkv = heads + 2 * s.kv_heads * s.head_dim;
+  args.layers = s.layers;
+  args.attended = qkv;
+  const int sizes[4][2] = {{qkv, s.hidden}, {s.hidden, heads}, {2 * s.ffn, s.hidden}, {s.hidden, s.ffn}};
+  const int out[4] = {0, qkv + heads, qkv + heads + s.hidden, qkv + heads + s.hidden + s.ffn};
+  int bias = 0;
+  for (int k = 0; k < 4; k++) {
+    LayerProduct& p = args.product[k];
+    p.N = sizes[k][0], p.K = sizes[k][1];
+    p.bias = bias, p.out = out[k], p.width = k == 2 ? s.ffn : p.N;
+    bias += p.N;
+  }
+  args.exchange_row = out[3] + s.hidden;
+  args.attention.heads = s.heads, args.attention.kv_heads = s.kv_heads;
+}
+
+int decode_layers_max_rows(const LayersShape& shape, int groups, bool zeros, bool ordered) {
+  Device device;
+  if (current_device(device) != cudaSuccess || device.capability != 90) return 0;
+  if (shape.head_dim != kLayersHead || shape.layers < kLayersMin || shape.hidden > kLayersMaxHidden) return 0;
+  DecodeLayersArgs args = {};
+  describe(args, shape);
+  for (const LayerProduct& p : args.product)
+    if (p.N % (kPair * kStripRows) || p.K % 8 || units_of(p) < device.sms) return 0;
+  args.attention.block_size = 8;
+  complete(args.attention);
+  int rows = 0;
+  for (args.M = 1; args.M <= kLayersMaxM && choose_plan(args, device, groups, zeros, ordered); args.M++) rows = args.M;
+  return rows;
+}
+
+size_t decode_layers_partials_bytes() {
+  Device device;
+  return current_device(device) == cudaSuccess ? sizeof(float4) * 2 * 4 * device.sms * (kPair * 8 * kLayersMaxM / 2) : 0;
+}
+
+cudaError_t launch_decode_layers(DecodeLayersArgs args, int head_dim, int groups, bool zeros, bool bf16, cudaStream_t stream) {
+  Device device;
+  if (const cudaError_t status = current_device(device); status != cudaSuccess) return status;
+  complete(args.attention);
+  if (args.M < 1 || args.M > kLayersMaxM || args.layers < kLayersMin || head_dim != kLayersHead || device.capability != 90) return cudaErrorInvalidValue;
+  if (!choose_plan(args, device, groups, zeros, args.orders != nullptr)) return cudaErrorInvalidConfiguration;
+  for (LayerProduct& p : args.product) {
+    p.chunks = chunks_of(p);
+    p.units = units_of(p) / device.sms, p.spare = units_of(p) % device.sms;
+    if (!p.units) return cudaErrorInvalidValue;
+  }
+  args.workspace_half = static_cast<int>(attention_decode_workspace_bytes(args.attention.heads, args.attention.kv_heads, kLayersHead) / 2);
+  const void* kernel = bf16 ? decode_layers_bf16(groups, zeros) : decode_layers_fp16(groups, zeros);
+  if (const cudaError_t status = prepare(kernel, ((groups / 2) * 2 + zeros) * 2 + bf16, device); status != cudaSuccess) return status;
+  cudaLaunchConfig_t config = {};
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  config.gridDim = dim3(device.sms);
+  config.blockDim = dim3(kLayersThreads);
+  config.dynamicSmemBytes = args.plan.total;
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  void* pointers[] = {&args};
+  return cudaLaunchKernelExC(&config, kernel, pointers);
+}
+
+}  // namespace gptq

@@ -1,0 +1,67 @@
+// All layers of a decode step of few sequences in one persistent kernel. See decode_layers_kernel.h.
+#pragma once
+#include <cuda_runtime.h>
+
+#include <cstddef>
+#include <cstdint>
+
+#include "attention_decode.h"
+
+namespace gptq {
+
+constexpr int kLayersMaxM = 4;
+constexpr int kLayersMin = 3;  // layers: the places of the last two are emptied when the next launch begins
+constexpr int kLayersMaxHidden = 8192;  // what the math warps hold of the norms' weights
+
+// One of a layer's four products (qkv, o, gate_up, down), the same in all layers.
+struct LayerProduct {
+  int N, K, chunks;  // chunks: of 128 k
+  int units, spare;  // (pair of strips, chunk), pairs one after the other: every block takes so many in a row, the first `spare` one more
+  int bias;          // elements in a layer's biases before this product's
+  int out;           // elements per row in a layer's exchange before this product's output
+  int width;         // columns of the output
+};
+
+// Where things are in shared memory, in bytes from its start; strides between tokens in elements.
+struct LayersPlan {
+  int depth;  // slots of the ring
+  int ring, normed, x, raw, sums[2], red, norms, total;
+  int normed_stride, x_stride, raw_stride;
+  int red_lanes, tasks;
+};
+
+struct DecodeLayersArgs {
+  const uint8_t* const* weights;  // [layers][4] strip streams; gate_up paired
+  const uint8_t* const* caches;   // [layers]
+  const uint16_t* norms;          // [layers][2][H] weights, in the order in which qkv and gate_up take their inputs
+  const uint16_t* orders;         // [layers][2][H] input i of the product is column orders[i] of the stream, or null
+  const uint16_t* bias;           // [layers][sum of N] or null
+  const int* out_index;           // [layers][heads head_dim] or null, as in AttentionDecodeArgs
+  const uint16_t* head_norms;     // [layers][2][head_dim] of queries and keys, or null
+  const int* windows;             // [layers], 0: all
+  uint16_t* x;                    // [M, H], row stride ldx: what the first layer takes, and what the last one gives
+  uint16_t* exchange;             // [layers][exchange_row kLayersMaxM]: every byte 255 before the first launch
+  float4* partials;               // layers_partials_bytes, likewise
+  AttentionDecodeArgs attention;  // of all layers: pointers that change from layer to layer are filled in; workspace for two layers
+  int layers, M, ldx, exchange_row;
+  int attended;        // elements per row in a layer's exchange before the attention's output
+  int workspace_half;  // bytes of the attention's workspace for every second layer
+  float eps;
+  LayerProduct product[4];
+  LayersPlan plan;  // by launch_decode_layers
+};
+
+// What follows from a model's shape: product[], exchange_row, attended, layers and the attention's heads.
+struct LayersShape {
+  int layers, hidden, ffn, heads, kv_heads, head_dim;
+};
+void describe(DecodeLayersArgs& args, const LayersShape& shape);
+
+// Rows that launch_decode_layers takes at once of such a model on the current device; 0: none.
+int decode_layers_max_rows(const LayersShape& shape, int groups, bool zeros, bool ordered);
+size_t decode_layers_partials_bytes();
+
+// args: described, and all pointers, sizes and strides set. attention: as for launch_attention_decode, with prefetch.
+cudaError_t launch_decode_layers(DecodeLayersArgs args, int head_dim, int groups, bool zeros, bool bf16, cudaStream_t stream);
+
+}  // namespace gptq

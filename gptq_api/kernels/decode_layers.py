@@ -1,0 +1,208 @@
+"""All layers of a decode step of a few sequences as one kernel, on Hopper GPUs: between the products nothing is launched
+and nothing waits for the whole device, so weights arrive without a pause (ext/decode_layers_kernel.h).
+
+What it computes is what `ops.rms_norm`, `gptq.gemm` and `decode_attention` compute one after the other, rounded in the
+same places; sums of a product are added in another order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gptq_api.kernels.layout import PackedLinear
+
+try:
+    from gptq_api import _cuda  # type: ignore[attr-defined, unused-ignore]
+except ImportError:  # kernels.gptq.unavailable_reason() says so to people
+    _cuda = None
+
+__all__ = ["DecodeLayers", "LayerShape", "LayerWeights"]
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    hidden: int
+    ffn: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """One layer; tensors on the device, floats in the activations' type."""
+
+    qkv: PackedLinear
+    o: PackedLinear
+    gate_up: PackedLinear
+    """paired"""
+    down: PackedLinear
+    biases: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+    """[N] of qkv, o, gate_up and down"""
+    input_norm: Tensor
+    post_attention_norm: Tensor
+    qkv_perm: Tensor | None
+    """int32 [H]: input i of qkv is column qkv_perm[i] of the normalised stream"""
+    gate_up_perm: Tensor | None
+    out_index: Tensor | None
+    """int32 [num_heads * D]: column j of the attention goes to out_index[j]"""
+    head_norms: tuple[Tensor, Tensor] | None
+    """[D] of queries and of keys"""
+    window: int | None
+
+    @property
+    def products(self) -> tuple[PackedLinear, PackedLinear, PackedLinear, PackedLinear]:
+        return self.qkv, self.o, self.gate_up, self.down
+
+
+class DecodeLayers:
+    """`run` for up to `max_rows` sequences. One launch at a time on a device: launches that overlap wait forever."""
+
+    def __init__(
+        self,
+        layers: list[LayerWeights],
+        shape: LayerShape,
+        eps: float,
+        cos_sin: Tensor,
+        workspace: Tensor,
+        max_rows: int,
+    ) -> None:
+        """`cos_sin` float32 [positions, D]; `workspace` of decode_attention; `max_rows` as `max_rows` gives it."""
+        self._shape, self._eps, self._cos_sin, self._workspace, self.max_rows = shape, eps, cos_sin, workspace, max_rows
+        self._layers, first = layers, layers[0]
+        self._format = first.qkv.groups_per_chunk, first.qkv.has_zeros
+        device, self._dtype = first.qkv.data.device, first.input_norm.dtype
+        self._weights = _addresses([w.data for layer in layers for w in layer.products], device)
+        norms, orders = [], []
+        for layer in layers:
+            for norm, perm in (
+                (layer.input_norm, layer.qkv_perm),
+                (layer.post_attention_norm, layer.gate_up_perm),
+            ):
+                norms.append(norm if perm is None else norm[perm.long()])
+                orders.append(torch.arange(shape.hidden, device=device) if perm is None else perm)
+        self._norms = torch.stack(norms).contiguous()
+        ordered = any(layer.qkv_perm is not None or layer.gate_up_perm is not None for layer in layers)
+        self._orders = torch.stack([o.to(torch.int16) for o in orders]) if ordered else None
+        self._bias = _stacked_biases(layers, self._dtype, device)
+        self._out_index = _stacked_indices(layers, shape.num_heads * shape.head_dim, device)
+        self._head_norms = None
+        if first.head_norms is not None:
+            self._head_norms = torch.stack([n for layer in layers for n in layer.head_norms or ()]).contiguous()
+        self._windows = torch.tensor([layer.window or 0 for layer in layers], dtype=torch.int32, device=device)
+        kv = shape.num_kv_heads * shape.head_dim
+        row = 2 * (shape.num_heads * shape.head_dim + kv) + 2 * shape.hidden + shape.ffn
+        places = len(layers) * row * _cuda.decode_layers_exchange_rows
+        self._exchange = torch.full((places,), -1, dtype=torch.int16, device=device)
+        with torch.cuda.device(device):
+            partials = _cuda.decode_layers_partials_bytes()
+        self._partials = torch.full((partials,), 255, dtype=torch.uint8, device=device)
+        self._caches: Tensor | None = None
+        self._bound: list[Tensor] = []
+
+    @staticmethod
+    def rows(layers: list[LayerWeights], shape: LayerShape) -> int:
+        """How many sequences one launch takes of such a model on the device of its weights; 0 where none."""
+        if _cuda is None or not hasattr(_cuda, "decode_layers") or not layers:
+            return 0
+        first = layers[0].qkv
+        for layer in layers:
+            for weight, paired in zip(layer.products, (False, False, True, False), strict=True):
+                same = (weight.groups_per_chunk, weight.has_zeros) == (first.groups_per_chunk, first.has_zeros)
+                if not same or weight.perm is not None or weight.paired != paired:
+                    return 0
+            if (layer.head_norms is None) != (layers[0].head_norms is None):
+                return 0
+        ordered = any(layer.qkv_perm is not None or layer.gate_up_perm is not None for layer in layers)
+        sizes = (shape.hidden, shape.ffn, shape.num_heads, shape.num_kv_heads, shape.head_dim)
+        with torch.cuda.device(first.data.device):
+            return int(
+                _cuda.decode_layers_max_rows(len(layers), *sizes, first.groups_per_chunk, first.has_zeros, ordered)
+            )
+
+    def takes(self, rows: int, cache: list[Tensor]) -> bool:
+        """Caches of 16-bit elements only."""
+        return rows <= self.max_rows and cache[0].dtype == self._dtype
+
+    def bind(self, cache: list[Tensor]) -> None:
+        """The cache of the launches from now on; not while a graph is captured."""
+        self._caches, self._bound = _addresses(cache, cache[0].device), cache
+
+    def run(
+        self,
+        x: Tensor,
+        cache: list[Tensor],
+        block_tables: Tensor,
+        context_lens: Tensor,
+        query_start: Tensor,
+        positions: Tensor,
+        slot_mapping: Tensor,
+    ) -> Tensor:
+        """x [M, H], updated in place: row m is the next token of sequence m, or padding (without a row in query_start or
+        without a context). int32 tensors as in `decode_attention`; cache: of every layer."""
+        rows, width = x.shape
+        block_size = cache[0].shape[3]
+        if not self.takes(rows, cache) or width != self._shape.hidden or x.dtype != self._dtype:
+            raise ValueError(
+                f"x {list(x.shape)} {x.dtype}, cache {cache[0].dtype}; expected at most {self.max_rows} rows"
+            )
+        if x.stride(1) != 1 or x.stride(0) % 8 or x.data_ptr() % 16:
+            raise ValueError(f"x with strides {x.stride()}, expected rows 16-byte aligned")
+        for name, tensor, least in (
+            ("context_lens", context_lens, rows),
+            ("query_start", query_start, rows + 1),
+            ("positions", positions, rows),
+            ("slot_mapping", slot_mapping, rows),
+        ):
+            if tensor.dtype != torch.int32 or not tensor.is_contiguous() or tensor.numel() < least:
+                raise ValueError(f"{name} {list(tensor.shape)} {tensor.dtype}, expected int32 [{least}]")
+        if self._caches is None or cache is not self._bound:
+            self.bind(cache)
+        assert self._caches is not None
+        s = self._shape
+        with torch.cuda.device(x.device):
+            _cuda.decode_layers(
+                *(self._weights.data_ptr(), self._caches.data_ptr(), self._norms.data_ptr(), _address(self._orders)),
+                *(
+                    _address(self._bias),
+                    _address(self._out_index),
+                    _address(self._head_norms),
+                    self._windows.data_ptr(),
+                ),
+                *(x.data_ptr(), self._exchange.data_ptr(), self._partials.data_ptr(), block_tables.data_ptr()),
+                *(context_lens.data_ptr(), query_start.data_ptr(), positions.data_ptr(), slot_mapping.data_ptr()),
+                *(self._cos_sin.data_ptr(), self._workspace.data_ptr(), self._eps, s.head_dim**-0.5),
+                *(rows, len(self._layers), s.hidden, s.ffn, s.num_heads, s.num_kv_heads, s.head_dim),
+                *(x.stride(0), block_tables.stride(0), block_size, *self._format, x.dtype == torch.bfloat16),
+                torch.cuda.current_stream(x.device).cuda_stream,
+            )
+        return x
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _addresses(tensors: list[Tensor], device: torch.device) -> Tensor:
+    return torch.tensor([t.data_ptr() for t in tensors], dtype=torch.int64, device=device)
+
+
+def _stacked_biases(layers: list[LayerWeights], dtype: torch.dtype, device: torch.device) -> Tensor | None:
+    if all(bias is None for layer in layers for bias in layer.biases):
+        return None
+    rows = [
+        torch.zeros(weight.out_features, dtype=dtype, device=device) if bias is None else bias.to(dtype)
+        for layer in layers
+        for bias, weight in zip(layer.biases, layer.products, strict=True)
+    ]
+    return torch.cat(rows)
+
+
+def _stacked_indices(layers: list[LayerWeights], width: int, device: torch.device) -> Tensor | None:
+    if all(layer.out_index is None for layer in layers):
+        return None
+    straight = torch.arange(width, dtype=torch.int32, device=device)
+    return torch.stack([straight if layer.out_index is None else layer.out_index for layer in layers]).contiguous()
