@@ -130,13 +130,15 @@ class AttentionBlock {
 
   __device__ __forceinline__ void load_rows(Rows& rows, const Cursor& c) const {
     const uint16_t* row = a.qkv + static_cast<size_t>(c.span.row) * a.ldqkv + dimension();
-    rows.query[0] = rows.query[1] = uint4{};
     const int head = Team::thread() / kLanes;
-    if (head < head_count(c)) {
-      const uint16_t* from = row + (first_head(c) + head) * D;
-      rows.query[0] = Team::load(from), rows.query[1] = Team::load(from + D / 2);
-    }
-    rows.fresh.template load<Team>(a, c, row, warp);
+    const uint16_t* query = head < head_count(c) ? row + (first_head(c) + head) * D : nullptr;
+    const uint16_t* fresh = NewRow<D, BF, FP8>::source(a, c, row, warp);
+    const auto high = [](const uint16_t* low) { return low ? low + D / 2 : nullptr; };
+    const uint16_t* const from[4] = {query, high(query), fresh, high(fresh)};
+    uint4 v[4];
+    Team::load(v, from);
+    rows.query[0] = v[0], rows.query[1] = v[1];
+    rows.fresh.take(v[2], v[3]);
   }
 
   // Queries into fragments, the new key and value into the cache's type.

@@ -138,13 +138,11 @@ class NewRow {
     return a.cos_sin && (c.span.length - 1) / kTile % kAttentionWarps == warp;
   }
 
-  // `row`: of qkv, at the lane's dimension.
-  template <class Team>
-  __device__ __forceinline__ void load(const AttentionDecodeArgs& a, const Cursor& c, const uint16_t* row, int warp) {
-    if (!is_here(a, c, warp) || part() > 1) return;
-    const uint16_t* from = row + (a.heads + c.kv_head + part() * a.kv_heads) * D;
-    half[0] = Team::load(from), half[1] = Team::load(from + D / 2);
+  // Where it is in qkv, whose row at the lane's dimension is `row`; null where not in this lane.
+  __device__ __forceinline__ static const uint16_t* source(const AttentionDecodeArgs& a, const Cursor& c, const uint16_t* row, int warp) {
+    return is_here(a, c, warp) && part() <= 1 ? row + (a.heads + c.kv_head + part() * a.kv_heads) * D : nullptr;
   }
+  __device__ __forceinline__ void take(const uint4& low, const uint4& high) { half[0] = low, half[1] = high; }
 
   // The whole warp calls.
   __device__ __forceinline__ void prepare(const AttentionDecodeArgs& a, const Rotation<D, BF>& rotation, int d) {

@@ -22,7 +22,12 @@ struct WholeBlock {
   static __device__ __forceinline__ int thread() { return threadIdx.x; }
   static __device__ __forceinline__ void sync() { __syncthreads(); }
   static __device__ __forceinline__ bool any(bool mine) { return __syncthreads_or(mine); }
-  static __device__ __forceinline__ uint4 load(const uint16_t* from) { return *reinterpret_cast<const uint4*>(from); }
+  // Vectors of eight elements; zeros from null.
+  template <int U>
+  static __device__ __forceinline__ void load(uint4 (&v)[U], const uint16_t* const (&from)[U]) {
+#pragma unroll
+    for (int i = 0; i < U; i++) v[i] = from[i] ? *reinterpret_cast<const uint4*>(from[i]) : uint4{};
+  }
 };
 
 // The tokens one sequence's row sees: [low, length), in steps first .. first + count - 1.

@@ -150,27 +150,27 @@ void attention_decode(std::uintptr_t qkv, std::uintptr_t cache, std::uintptr_t b
 void decode_layers(std::uintptr_t weights, std::uintptr_t caches, std::uintptr_t norms, std::uintptr_t orders, std::uintptr_t bias, std::uintptr_t out_index,
                    std::uintptr_t head_norms, std::uintptr_t windows, std::uintptr_t x, std::uintptr_t exchange, std::uintptr_t partials,
                    std::uintptr_t block_tables, std::uintptr_t context_lens, std::uintptr_t query_start, std::uintptr_t positions, std::uintptr_t slot_mapping,
-                   std::uintptr_t cos_sin, std::uintptr_t workspace, float eps, float scale, int M, int layers, int hidden, int ffn, int heads, int kv_heads,
-                   int head_dim, int ldx, int table_stride, int block_size, int groups, bool zeros, bool bf16, std::uintptr_t stream) {
+                   std::uintptr_t cos_sin, std::uintptr_t workspace, float eps, float scale, int layers, int hidden, int ffn, int heads, int kv_heads,
+                   int head_dim, int table_stride, int block_size, int groups, bool zeros, bool bf16, std::uintptr_t stream) {
   gptq::DecodeLayersArgs args{};
   gptq::describe(args, {layers, hidden, ffn, heads, kv_heads, head_dim});
   args.weights = pointer<const std::uint8_t* const>(weights), args.caches = pointer<const std::uint8_t* const>(caches);
   args.norms = pointer<const std::uint16_t>(norms), args.orders = pointer<const std::uint16_t>(orders), args.bias = pointer<const std::uint16_t>(bias);
   args.out_index = pointer<const int>(out_index), args.head_norms = pointer<const std::uint16_t>(head_norms), args.windows = pointer<const int>(windows);
-  args.x = pointer<std::uint16_t>(x), args.exchange = pointer<std::uint16_t>(exchange), args.partials = pointer<float4>(partials);
-  args.M = M, args.ldx = ldx, args.eps = eps;
+  args.x = pointer<std::uint16_t>(x), args.exchange = pointer<std::uint16_t>(exchange), args.partials = pointer<std::uint32_t>(partials);
+  args.eps = eps;
   gptq::AttentionDecodeArgs& attention = args.attention;
   attention.block_tables = pointer<const int>(block_tables), attention.context_lens = pointer<const int>(context_lens);
   attention.query_start = pointer<const int>(query_start), attention.positions = pointer<const int>(positions);
   attention.slot_mapping = pointer<const int>(slot_mapping), attention.cos_sin = pointer<const float>(cos_sin);
   attention.workspace = pointer<void>(workspace), attention.eps = eps, attention.scale = scale;
-  attention.table_stride = table_stride, attention.sequences = M, attention.block_size = block_size, attention.prefetch = true;
+  attention.table_stride = table_stride, attention.sequences = 1, attention.block_size = block_size, attention.prefetch = true;
   raise_on(gptq::launch_decode_layers(args, head_dim, groups, zeros, bf16, as_stream(stream)),
-           "decode_layers M=" + std::to_string(M) + " layers=" + std::to_string(layers) + " hidden=" + std::to_string(hidden));
+           "decode_layers layers=" + std::to_string(layers) + " hidden=" + std::to_string(hidden));
 }
 
-int decode_layers_max_rows(int layers, int hidden, int ffn, int heads, int kv_heads, int head_dim, int groups, bool zeros, bool ordered) {
-  return gptq::decode_layers_max_rows({layers, hidden, ffn, heads, kv_heads, head_dim}, groups, zeros, ordered);
+bool decode_layers_takes(int layers, int hidden, int ffn, int heads, int kv_heads, int head_dim, int groups, bool zeros, bool ordered) {
+  return gptq::decode_layers_takes({layers, hidden, ffn, heads, kv_heads, head_dim}, groups, zeros, ordered);
 }
 
 void wgmma(std::uintptr_t w, std::uintptr_t x, std::uintptr_t y, std::uintptr_t bias, std::uintptr_t residual, std::uintptr_t workspace, int M, int N, int K,
@@ -215,9 +215,8 @@ PYBIND11_MODULE(_cuda, m, py::mod_gil_not_used()) {
   m.def("attention_decode_workspace_bytes", &gptq::attention_decode_workspace_bytes);
 #ifdef GPTQ_API_HOPPER
   m.def("decode_layers", &decode_layers, free_gil);
-  m.def("decode_layers_max_rows", &decode_layers_max_rows);
+  m.def("decode_layers_takes", &decode_layers_takes);
   m.def("decode_layers_partials_bytes", &gptq::decode_layers_partials_bytes);
-  m.attr("decode_layers_exchange_rows") = gptq::kLayersMaxM;
   m.def("wgmma", &wgmma, free_gil);
   m.def("wgmma_workspace_bytes", &gptq::gemm_wgmma_workspace_bytes);
 #endif

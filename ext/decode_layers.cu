@@ -14,17 +14,17 @@ constexpr int kLeastDepth = 4;  // slots; with less, memory waits for the multip
 
 int widest_of(const LayerProduct (&product)[4]) { return std::max(product[1].K, product[3].K); }
 
+int chunks_of(const LayerProduct& p) { return (p.K + kChunkK - 1) / kChunkK; }
+int units_of(const LayerProduct& p) { return p.N / kPairRows * chunks_of(p); }
+
 // The deepest ring that fits; false: none of at least kLeastDepth.
 bool choose_plan(DecodeLayersArgs& args, const Device& device, int groups, bool zeros, bool ordered) {
   for (int depth = kLayersMaxDepth; depth >= kLeastDepth; depth--) {
-    args.plan = plan_layers(args.M, args.product[0].K, widest_of(args.product), depth, chunk_bytes(groups, zeros), groups, args.attention.part_heads, ordered);
+    args.plan = plan_layers(args.product[0].K, widest_of(args.product), depth, chunk_bytes(groups, zeros), groups, args.attention.part_heads, ordered);
     if (args.plan.total <= device.smem) return true;
   }
   return false;
 }
-
-int chunks_of(const LayerProduct& p) { return (p.K + kChunkK - 1) / kChunkK; }
-int units_of(const LayerProduct& p) { return p.N / (kPair * kStripRows) * chunks_of(p); }
 
 cudaError_t prepare(const void* kernel, int index, const Device& device) {
   constexpr int kDevices = 64;
@@ -47,38 +47,36 @@ void describe(DecodeLayersArgs& args, const LayersShape& s) {
   for (int k = 0; k < 4; k++) {
     LayerProduct& p = args.product[k];
     p.N = sizes[k][0], p.K = sizes[k][1];
-    p.bias = bias, p.out = out[k], p.width = k == 2 ? s.ffn : p.N;
+    p.bias = bias, p.out = out[k];
     bias += p.N;
   }
   args.exchange_row = out[3] + s.hidden;
   args.attention.heads = s.heads, args.attention.kv_heads = s.kv_heads;
 }
 
-int decode_layers_max_rows(const LayersShape& shape, int groups, bool zeros, bool ordered) {
+bool decode_layers_takes(const LayersShape& shape, int groups, bool zeros, bool ordered) {
   Device device;
-  if (current_device(device) != cudaSuccess || device.capability != 90) return 0;
-  if (shape.head_dim != kLayersHead || shape.layers < kLayersMin || shape.hidden > kLayersMaxHidden) return 0;
+  if (current_device(device) != cudaSuccess || device.capability != 90) return false;
+  if (shape.head_dim != kLayersHead || shape.layers < kLayersMin || shape.hidden > kLayersMaxHidden) return false;
   DecodeLayersArgs args = {};
   describe(args, shape);
   for (const LayerProduct& p : args.product)
-    if (p.N % (kPair * kStripRows) || p.K % 8 || units_of(p) < device.sms) return 0;
+    if (p.N % kPairRows || p.K % 8 || units_of(p) < device.sms) return false;
   args.attention.block_size = 8;
   complete(args.attention);
-  int rows = 0;
-  for (args.M = 1; args.M <= kLayersMaxM && choose_plan(args, device, groups, zeros, ordered); args.M++) rows = args.M;
-  return rows;
+  return choose_plan(args, device, groups, zeros, ordered);
 }
 
 size_t decode_layers_partials_bytes() {
   Device device;
-  return current_device(device) == cudaSuccess ? sizeof(float4) * 2 * 4 * device.sms * (kPair * 8 * kLayersMaxM / 2) : 0;
+  return current_device(device) == cudaSuccess ? sizeof(uint32_t) * 2 * 4 * device.sms * kPairRows : 0;
 }
 
 cudaError_t launch_decode_layers(DecodeLayersArgs args, int head_dim, int groups, bool zeros, bool bf16, cudaStream_t stream) {
   Device device;
   if (const cudaError_t status = current_device(device); status != cudaSuccess) return status;
   complete(args.attention);
-  if (args.M < 1 || args.M > kLayersMaxM || args.layers < kLayersMin || head_dim != kLayersHead || device.capability != 90) return cudaErrorInvalidValue;
+  if (args.layers < kLayersMin || head_dim != kLayersHead || device.capability != 90) return cudaErrorInvalidValue;
   if (!choose_plan(args, device, groups, zeros, args.orders != nullptr)) return cudaErrorInvalidConfiguration;
   for (LayerProduct& p : args.product) {
     p.chunks = chunks_of(p);

@@ -1,4 +1,4 @@
-// All layers of a decode step of few sequences in one persistent kernel. See decode_layers_kernel.h.
+// All layers of a decode step of one sequence in one persistent kernel. See decode_layers_kernel.h.
 #pragma once
 #include <cuda_runtime.h>
 
@@ -9,25 +9,21 @@
 
 namespace gptq {
 
-constexpr int kLayersMaxM = 4;
 constexpr int kLayersMin = 3;  // layers: the places of the last two are emptied when the next launch begins
-constexpr int kLayersMaxHidden = 8192;  // what the math warps hold of the norms' weights
+constexpr int kLayersMaxHidden = 16384;  // what the warps that normalise hold in registers
 
 // One of a layer's four products (qkv, o, gate_up, down), the same in all layers.
 struct LayerProduct {
   int N, K, chunks;  // chunks: of 128 k
   int units, spare;  // (pair of strips, chunk), pairs one after the other: every block takes so many in a row, the first `spare` one more
   int bias;          // elements in a layer's biases before this product's
-  int out;           // elements per row in a layer's exchange before this product's output
-  int width;         // columns of the output
+  int out;           // elements in a layer's exchange before this product's output
 };
 
-// Where things are in shared memory, in bytes from its start; strides between tokens in elements.
+// Where things are in shared memory, in bytes from its start.
 struct LayersPlan {
   int depth;  // slots of the ring
-  int ring, normed, x, raw, sums[2], red, norms, total;
-  int normed_stride, x_stride, raw_stride;
-  int red_lanes, tasks;
+  int ring, normed, x, weight, order, raw, sums[2], red, norms, total;
 };
 
 struct DecodeLayersArgs {
@@ -39,12 +35,12 @@ struct DecodeLayersArgs {
   const int* out_index;           // [layers][heads head_dim] or null, as in AttentionDecodeArgs
   const uint16_t* head_norms;     // [layers][2][head_dim] of queries and keys, or null
   const int* windows;             // [layers], 0: all
-  uint16_t* x;                    // [M, H], row stride ldx: what the first layer takes, and what the last one gives
-  uint16_t* exchange;             // [layers][exchange_row kLayersMaxM]: every byte 255 before the first launch
-  float4* partials;               // layers_partials_bytes, likewise
+  uint16_t* x;                    // [H]: what the first layer takes, and what the last one gives
+  uint16_t* exchange;             // [layers][exchange_row]: every byte 255 before the first launch
+  uint32_t* partials;             // decode_layers_partials_bytes, likewise
   AttentionDecodeArgs attention;  // of all layers: pointers that change from layer to layer are filled in; workspace for two layers
-  int layers, M, ldx, exchange_row;
-  int attended;        // elements per row in a layer's exchange before the attention's output
+  int layers, exchange_row;
+  int attended;        // elements in a layer's exchange before the attention's output
   int workspace_half;  // bytes of the attention's workspace for every second layer
   float eps;
   LayerProduct product[4];
@@ -57,8 +53,8 @@ struct LayersShape {
 };
 void describe(DecodeLayersArgs& args, const LayersShape& shape);
 
-// Rows that launch_decode_layers takes at once of such a model on the current device; 0: none.
-int decode_layers_max_rows(const LayersShape& shape, int groups, bool zeros, bool ordered);
+// Whether launch_decode_layers takes such a model on the current device.
+bool decode_layers_takes(const LayersShape& shape, int groups, bool zeros, bool ordered);
 size_t decode_layers_partials_bytes();
 
 // args: described, and all pointers, sizes and strides set. attention: as for launch_attention_decode, with prefetch.

@@ -1,5 +1,5 @@
-"""All layers of a decode step of a few sequences as one kernel, on Hopper GPUs: between the products nothing is launched
-and nothing waits for the whole device, so weights arrive without a pause (ext/decode_layers_kernel.h).
+"""All layers of one sequence's decode step as one kernel, on Hopper GPUs: between the products nothing is launched and
+nothing waits for the whole device, so weights arrive almost without a pause (ext/decode_layers_kernel.h).
 
 What it computes is what `ops.rms_norm`, `gptq.gemm` and `decode_attention` compute one after the other, rounded in the
 same places; sums of a product are added in another order.
@@ -20,6 +20,11 @@ except ImportError:  # kernels.gptq.unavailable_reason() says so to people
     _cuda = None
 
 __all__ = ["DecodeLayers", "LayerShape", "LayerWeights"]
+
+ATTENTION_STEP = 128
+"""tokens of a key head that a block attends to at a time"""
+MAX_STEPS_EACH = 3
+"""of a multiprocessor, up to which the kernel is the faster one (measured with LLaMA 7B and 13B)"""
 
 
 @dataclass(frozen=True)
@@ -59,22 +64,18 @@ class LayerWeights:
 
 
 class DecodeLayers:
-    """`run` for up to `max_rows` sequences. One launch at a time on a device: launches that overlap wait forever."""
+    """For models that `takes` has nothing against. One launch at a time on a device: launches that overlap wait
+    forever."""
 
     def __init__(
-        self,
-        layers: list[LayerWeights],
-        shape: LayerShape,
-        eps: float,
-        cos_sin: Tensor,
-        workspace: Tensor,
-        max_rows: int,
+        self, layers: list[LayerWeights], shape: LayerShape, eps: float, cos_sin: Tensor, workspace: Tensor
     ) -> None:
-        """`cos_sin` float32 [positions, D]; `workspace` of decode_attention; `max_rows` as `max_rows` gives it."""
-        self._shape, self._eps, self._cos_sin, self._workspace, self.max_rows = shape, eps, cos_sin, workspace, max_rows
+        """`cos_sin` float32 [positions, D]; `workspace` of decode_attention."""
+        self._shape, self._eps, self._cos_sin, self._workspace = shape, eps, cos_sin, workspace
         self._layers, first = layers, layers[0]
         self._format = first.qkv.groups_per_chunk, first.qkv.has_zeros
         device, self._dtype = first.qkv.data.device, first.input_norm.dtype
+        self._num_blocks = torch.cuda.get_device_properties(device).multi_processor_count
         self._weights = _addresses([w.data for layer in layers for w in layer.products], device)
         norms, orders = [], []
         for layer in layers:
@@ -95,8 +96,8 @@ class DecodeLayers:
         self._windows = torch.tensor([layer.window or 0 for layer in layers], dtype=torch.int32, device=device)
         kv = shape.num_kv_heads * shape.head_dim
         row = 2 * (shape.num_heads * shape.head_dim + kv) + 2 * shape.hidden + shape.ffn
-        places = len(layers) * row * _cuda.decode_layers_exchange_rows
-        self._exchange = torch.full((places,), -1, dtype=torch.int16, device=device)
+        # Bytes of 255 say "not yet there"; every launch leaves what it does not empty itself to the next one.
+        self._exchange = torch.full((len(layers) * row,), -1, dtype=torch.int16, device=device)
         with torch.cuda.device(device):
             partials = _cuda.decode_layers_partials_bytes()
         self._partials = torch.full((partials,), 255, dtype=torch.uint8, device=device)
@@ -104,28 +105,29 @@ class DecodeLayers:
         self._bound: list[Tensor] = []
 
     @staticmethod
-    def rows(layers: list[LayerWeights], shape: LayerShape) -> int:
-        """How many sequences one launch takes of such a model on the device of its weights; 0 where none."""
+    def takes(layers: list[LayerWeights], shape: LayerShape) -> bool:
+        """Whether the kernel is there for such a model on the device of its weights."""
         if _cuda is None or not hasattr(_cuda, "decode_layers") or not layers:
-            return 0
-        first = layers[0].qkv
+            return False
+        first = layers[0]
         for layer in layers:
             for weight, paired in zip(layer.products, (False, False, True, False), strict=True):
-                same = (weight.groups_per_chunk, weight.has_zeros) == (first.groups_per_chunk, first.has_zeros)
+                same = (weight.groups_per_chunk, weight.has_zeros) == (first.qkv.groups_per_chunk, first.qkv.has_zeros)
                 if not same or weight.perm is not None or weight.paired != paired:
-                    return 0
-            if (layer.head_norms is None) != (layers[0].head_norms is None):
-                return 0
+                    return False
+            if (layer.head_norms is None) != (first.head_norms is None):
+                return False
         ordered = any(layer.qkv_perm is not None or layer.gate_up_perm is not None for layer in layers)
         sizes = (shape.hidden, shape.ffn, shape.num_heads, shape.num_kv_heads, shape.head_dim)
-        with torch.cuda.device(first.data.device):
-            return int(
-                _cuda.decode_layers_max_rows(len(layers), *sizes, first.groups_per_chunk, first.has_zeros, ordered)
-            )
+        weights = (first.qkv.groups_per_chunk, first.qkv.has_zeros, ordered)
+        with torch.cuda.device(first.qkv.data.device):
+            return bool(_cuda.decode_layers_takes(len(layers), *sizes, *weights))
 
-    def takes(self, rows: int, cache: list[Tensor]) -> bool:
-        """Caches of 16-bit elements only."""
-        return rows <= self.max_rows and cache[0].dtype == self._dtype
+    def pays(self, cache: list[Tensor], max_context: int) -> bool:
+        """Whether it beats one kernel after the other at contexts up to so many tokens; it needs a cache of 16-bit
+        elements. Four warps of a multiprocessor attend here, where the kernel that does nothing else keeps twelve."""
+        steps = self._shape.num_kv_heads * -(-max_context // ATTENTION_STEP)
+        return cache[0].dtype == self._dtype and steps <= MAX_STEPS_EACH * self._num_blocks
 
     def bind(self, cache: list[Tensor]) -> None:
         """The cache of the launches from now on; not while a graph is captured."""
@@ -141,21 +143,18 @@ class DecodeLayers:
         positions: Tensor,
         slot_mapping: Tensor,
     ) -> Tensor:
-        """x [M, H], updated in place: row m is the next token of sequence m, or padding (without a row in query_start or
-        without a context). int32 tensors as in `decode_attention`; cache: of every layer."""
-        rows, width = x.shape
-        block_size = cache[0].shape[3]
-        if not self.takes(rows, cache) or width != self._shape.hidden or x.dtype != self._dtype:
-            raise ValueError(
-                f"x {list(x.shape)} {x.dtype}, cache {cache[0].dtype}; expected at most {self.max_rows} rows"
-            )
-        if x.stride(1) != 1 or x.stride(0) % 8 or x.data_ptr() % 16:
-            raise ValueError(f"x with strides {x.stride()}, expected rows 16-byte aligned")
+        """x [1, H], updated in place: the next token of a sequence, or padding (without a row in query_start or without
+        a context). int32 tensors as in `decode_attention`; cache: of every layer."""
+        shape, block_size = (1, self._shape.hidden), cache[0].shape[3]
+        if tuple(x.shape) != shape or x.dtype != self._dtype or not x.is_contiguous() or x.data_ptr() % 16:
+            raise ValueError(f"x {list(x.shape)} {x.dtype}, expected {list(shape)} {self._dtype}, 16-byte aligned")
+        if cache[0].dtype != self._dtype or len(cache) != len(self._layers):
+            raise ValueError(f"{len(cache)} caches of {cache[0].dtype}, expected {len(self._layers)} of {self._dtype}")
         for name, tensor, least in (
-            ("context_lens", context_lens, rows),
-            ("query_start", query_start, rows + 1),
-            ("positions", positions, rows),
-            ("slot_mapping", slot_mapping, rows),
+            ("context_lens", context_lens, 1),
+            ("query_start", query_start, 2),
+            ("positions", positions, 1),
+            ("slot_mapping", slot_mapping, 1),
         ):
             if tensor.dtype != torch.int32 or not tensor.is_contiguous() or tensor.numel() < least:
                 raise ValueError(f"{name} {list(tensor.shape)} {tensor.dtype}, expected int32 [{least}]")
@@ -175,8 +174,8 @@ class DecodeLayers:
                 *(x.data_ptr(), self._exchange.data_ptr(), self._partials.data_ptr(), block_tables.data_ptr()),
                 *(context_lens.data_ptr(), query_start.data_ptr(), positions.data_ptr(), slot_mapping.data_ptr()),
                 *(self._cos_sin.data_ptr(), self._workspace.data_ptr(), self._eps, s.head_dim**-0.5),
-                *(rows, len(self._layers), s.hidden, s.ffn, s.num_heads, s.num_kv_heads, s.head_dim),
-                *(x.stride(0), block_tables.stride(0), block_size, *self._format, x.dtype == torch.bfloat16),
+                *(len(self._layers), s.hidden, s.ffn, s.num_heads, s.num_kv_heads, s.head_dim),
+                *(block_tables.stride(0), block_size, *self._format, x.dtype == torch.bfloat16),
                 torch.cuda.current_stream(x.device).cuda_stream,
             )
         return x

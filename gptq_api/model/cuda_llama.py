@@ -105,13 +105,14 @@ class CudaLlama:
         self._whole = self._all_layers()
 
     def _all_layers(self) -> DecodeLayers | None:
-        """The kernel for decode steps of few sequences, where the model and the device are such that there is one."""
+        """The kernel for decode steps of one sequence, where the model and the device are such that there is one."""
         c, layers = self.config, [layer.packed for layer in self._layers]
         packed = [layer for layer in layers if layer is not None]
         sizes = (c.hidden_size, c.intermediate_size, c.num_attention_heads, c.num_key_value_heads, c.head_dim)
         shape = LayerShape(*sizes)
-        rows = DecodeLayers.rows(packed, shape) if len(packed) == len(layers) else 0
-        return DecodeLayers(packed, shape, self._eps, self._cos_sin, self._workspace, rows) if rows else None
+        if len(packed) < len(layers) or not DecodeLayers.takes(packed, shape):
+            return None
+        return DecodeLayers(packed, shape, self._eps, self._cos_sin, self._workspace)
 
     def forward(
         self, inputs: StepInputs[Tensor], history: Tensor, cache: list[Tensor], decode: bool, every_row: bool = False
@@ -124,7 +125,8 @@ class CudaLlama:
         rows = inputs.positions.shape[0]
         x, normed = self._x[:rows], self._normed[:rows]
         ops.embed(history, inputs.row_slot, inputs.positions, self._embedding, x)
-        if decode and self._whole is not None and self._whole.takes(rows, cache):
+        max_context = inputs.block_tables.shape[1] * cache[0].shape[3]
+        if decode and rows == 1 and self._whole is not None and self._whole.pays(cache, max_context):
             where = (inputs.block_tables, inputs.context_lens, inputs.query_start)
             self._whole.run(x, cache, *where, inputs.positions, inputs.slot_mapping)
         else:
