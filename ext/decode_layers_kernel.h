@@ -11,7 +11,7 @@
 // is there. A place is emptied again two layers later, when everybody has gone on, and the last two at the beginning of the next launch.
 //
 // Every block takes an equal stretch of a product's (pair of strips, chunk) units, so pairs are cut between blocks: whoever has a pair's end
-// does that first and leaves its sums to the one who has its beginning, which comes to it last and adds in the order of k.
+// does that first and leaves its sums to the one who has its beginning, which comes to it last and adds them in the order of k.
 //
 // All blocks have to be resident at a time. Two launches on streams of their own could each hold a part of the device and wait forever.
 #pragma once
@@ -485,10 +485,18 @@ class LayersBlock {
           float of_bias = 0.f;
           if (owner && add) residual = load_relaxed16(add + out);
           if (owner && bias) of_bias = from_16bit<BF>(bias[paired && row >= 8 ? p.N / 2 + out : out]);
-          // The rest of a pair comes from the blocks that follow, which began with it.
-          const int end = (piece.pair + 1) * p.chunks;
-          int block = blockIdx.x + 1;
-          uint32_t rest = owner && Pieces::cut(p, block) < end ? load_relaxed32(partial(layer, k, block)) : 0;
+          // The rest of a pair comes from the blocks that follow, which began with it and are waited for before this block has done its part.
+          const int end = owner ? (piece.pair + 1) * p.chunks : 0;
+          float rest = 0.f;
+#pragma unroll 1
+          for (int block = blockIdx.x + 1; Pieces::cut(p, block) < end; block++) {
+            uint32_t* from = partial(layer, k, block);
+            uint32_t word;
+            do word = load_relaxed32(from);
+            while (__any_sync(~0u, word == kNotYet));
+            store_relaxed32(from, kNotYet);
+            rest += __uint_as_float(word);
+          }
           mbar_wait(sent + 8 * mine, phase);
           phase ^= 1;
           float v = 0.f;
@@ -501,15 +509,7 @@ class LayersBlock {
             store_relaxed32(partial(layer, k, blockIdx.x), word == kNotYet ? 0x7fffffffu : word);
             continue;
           }
-#pragma unroll 1
-          for (; Pieces::cut(p, block) < end; block++) {
-            uint32_t* from = partial(layer, k, block);
-            while (__any_sync(~0u, rest == kNotYet)) rest = load_relaxed32(from);
-            v += __uint_as_float(rest);
-            store_relaxed32(from, kNotYet);
-            if (Pieces::cut(p, block + 1) < end) rest = load_relaxed32(partial(layer, k, block + 1));
-          }
-          v = v * unscale + of_bias;
+          v = (v + rest) * unscale + of_bias;
           if (paired) {
             const float other = __shfl_down_sync(~0u, v, 8);
             if (row < 8) store_relaxed16(y + out, to_16bit<BF>(__fdividef(v, 1.f + __expf(-v)) * other));

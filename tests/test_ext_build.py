@@ -139,3 +139,19 @@ def test_decode_attention_leaves_room_for_the_next_product(tmp_path: Path) -> No
     for name, (registers, spills) in kernels.items():
         assert -(-registers // 8) * 8 * 4 * 32 + TWO_DECODE_BLOCKS * DECODE_THREADS <= 65536, name
         assert spills == 0, name
+
+
+@needs_nvcc
+def test_the_step_in_one_kernel_keeps_everything_in_registers(tmp_path: Path) -> None:
+    """Its warps have registers by what they do; whoever waits for memory of its own makes all the others wait."""
+    cubin, log = compile_for("90a", "decode_layers_fp16.cu", tmp_path)
+    kernels = usage(log)
+    assert len(kernels) == 6
+    assert all(registers <= 128 and spills == 0 for registers, spills in kernels.values()), kernels
+    if CUOBJDUMP is None:
+        return
+    sass = subprocess.run([CUOBJDUMP, "-sass", str(cubin)], capture_output=True, text=True, timeout=60).stdout
+    for function in re.split(r"\n\s*Function : ", sass)[1:]:
+        name = function.split("\n", 1)[0]
+        opcodes = re.findall(r"/\*[0-9a-f]{4,5}\*/\s+(?:@!?U?P\d+\s+)?([A-Z0-9_.]+)", function)
+        assert sum(op.startswith("HMMA.16816.F32") for op in opcodes) == 48, name  # a chunk of a pair; keys and values
