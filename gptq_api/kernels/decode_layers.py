@@ -24,8 +24,7 @@ __all__ = ["DecodeLayers", "LayerShape", "LayerWeights"]
 ATTENTION_STEP = 128
 """tokens of a key head that a block attends to at a time"""
 MAX_STEPS_EACH = 12
-"""of a multiprocessor, up to which the kernel is the faster one: some 5,000 tokens with 40 key heads, judging by LLaMA 7B
-and 13B up to 2,048"""
+"""of a multiprocessor, up to which the kernel is the faster one: some 5,000 tokens with 40 key heads"""
 
 
 @dataclass(frozen=True)
