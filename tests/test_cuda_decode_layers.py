@@ -1,4 +1,5 @@
-"""The kernel that takes all layers of a step, against the kernels that take them one after the other."""
+"""The kernel that takes all layers of a step, against float64: as near to it as the kernels that take them one after
+the other. Layers of random weights can make much of a rounding error, of both alike."""
 
 from __future__ import annotations
 
@@ -25,8 +26,8 @@ HEAD_DIM, BLOCK_SIZE, EPS = 128, 16, 1e-5
 MHA, GQA = LayerShape(1024, 2816, 8, 8, HEAD_DIM), LayerShape(2048, 5632, 16, 4, HEAD_DIM)
 ODD = LayerShape(1088, 2880, 9, 9, HEAD_DIM)
 """K of the products ends inside a chunk"""
-ERROR = {torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
-"""of what the layers add to the stream, after several roundings on either side"""
+ERROR = {torch.float16: 1e-3, torch.bfloat16: 8e-3}
+"""of what the layers add to the stream, that is always granted"""
 
 
 @dataclass(frozen=True)
@@ -126,16 +127,64 @@ class Model:
         where = (self.tables, self.lens, self.query_start)
         return self.whole.run(x, self.caches, *where, self.positions, self.slots)
 
+    def exact(self) -> Tensor:
+        """The stream after all layers, in float64; the caches stay as they are."""
+        x, s = self.x.double(), self.shape
+        for layer, cache in zip(self.layers, self.caches, strict=True):
+            qkv, o, gate_up, down = (gptq.dequantise(weight, self.dtype).double().t() for weight in layer.products)
+            qkv_bias, _, gate_up_bias, down_bias = (0 if bias is None else bias.double() for bias in layer.biases)
+            normed = _in_order(_norm(x, layer.input_norm), layer.qkv_perm)
+            heads = (normed @ qkv + qkv_bias).view(-1, HEAD_DIM)
+            query, key, value = heads.split([s.num_heads, s.num_kv_heads, s.num_kv_heads])
+            if layer.head_norms is not None:
+                query, key = _norm(query, layer.head_norms[0]), _norm(key, layer.head_norms[1])
+            cos, sin = self.cos_sin[int(self.positions[0])].double().chunk(2)
+            query, key = (_rotated(part, cos, sin) for part in (query, key))
+            context = int(self.lens[0])
+            keys, values = (
+                cache[self.tables[0].long(), i].transpose(1, 2).reshape(-1, s.num_kv_heads, HEAD_DIM)[:context].double()
+                for i in range(2)
+            )
+            keys, values = torch.cat((keys[:-1], key[None])), torch.cat((values[:-1], value[None]))
+            seen, group = slice(-(layer.window or context), None), s.num_heads // s.num_kv_heads
+            keys, values = (part[seen].repeat_interleave(group, 1) for part in (keys, values))
+            weights = (torch.einsum("hd,thd->ht", query, keys) * HEAD_DIM**-0.5).softmax(-1)
+            attended = torch.einsum("ht,thd->hd", weights, values).reshape(1, -1)
+            if layer.out_index is not None:
+                attended = torch.empty_like(attended).index_copy_(1, layer.out_index.long(), attended)
+            x = x + attended @ o
+            normed = _in_order(_norm(x, layer.post_attention_norm), layer.gate_up_perm)
+            gate, up = (normed @ gate_up + gate_up_bias).chunk(2, -1)
+            x = x + torch.nn.functional.silu(gate) * up @ down + down_bias
+        return x
+
     def check(self) -> None:
-        caches = [cache.clone() for cache in self.caches]
-        expected = self.one_after_the_other(self.x.clone(), caches).double()
+        caches, exact = [cache.clone() for cache in self.caches], self.exact()
+        change = (exact - self.x.double()).norm()
+
+        def error(x: Tensor) -> float:
+            return float((x.double() - exact).norm() / change)
+
+        usual = error(self.one_after_the_other(self.x.clone(), caches))
         found = self.at_once(self.x.clone())
-        change = (expected - self.x.double()).norm()
-        assert float((found.double() - expected).norm() / change) < ERROR[self.dtype]
-        for cache, other in zip(self.caches, caches, strict=True):
-            difference = (cache.double() - other.double()).norm() / other.double().norm()
-            assert float(difference) < ERROR[self.dtype]
+        assert error(found) < ERROR[self.dtype] + 2 * usual
+        # The first layer's new key and value have had no time to drift apart; the others' are read by the layers after.
+        difference = (self.caches[0].double() - caches[0].double()).norm() / caches[0].double().norm()
+        assert float(difference) < ERROR[self.dtype]
         assert all(torch.equal(found, self.at_once(self.x.clone())) for _ in range(20))
+
+
+def _norm(x: Tensor, weight: Tensor) -> Tensor:
+    return x * torch.rsqrt((x * x).mean(-1, keepdim=True) + EPS) * weight.double()
+
+
+def _in_order(x: Tensor, perm: Tensor | None) -> Tensor:
+    return x if perm is None else x[:, perm.long()]
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    low, high = x.chunk(2, -1)
+    return torch.cat((low * cos - high * sin, high * cos + low * sin), -1)
 
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
