@@ -21,6 +21,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -42,6 +43,10 @@ from gptq_api.types import Add, SamplingParams, pack_ids
 PARTS = ("decode", "long", "prefill", "first", "mixed", "closed", "gaps")
 MIXED_REQUESTS = 256
 """about 530 tokens in and 140 out on average"""
+
+
+MIN_STEPS = 16
+"""that a decode rate is taken from"""
 
 
 @dataclass(frozen=True)
@@ -159,8 +164,13 @@ class Measured:
             self.row("decode", batch=batch, context=context, skipped="the KV cache does not hold it")
             return
         self.run([(16, 4)] * batch)
-        _, steps = self.run([(context, new)] * batch)
-        whole = [step.at for step in steps if step.sampled == step.computed == batch]
+        found = common_steps(
+            lambda new: self.run([(context, new)] * batch)[1], batch, new, lambda new: self.fits(batch, context + new)
+        )
+        if found is None:
+            self.row("decode", batch=batch, context=context, skipped="the KV cache does not hold what all need at once")
+            return
+        whole, new = found
         gaps = [b - a for a, b in itertools.pairwise(whole)]
         mean = (whole[-1] - whole[0]) / len(gaps)
         self.row(
@@ -238,6 +248,22 @@ class Measured:
             median_us=round(statistics.median(found), 2) if found else None,
             longest_us=round(max(found), 2) if found else None,
         )
+
+
+def common_steps(
+    run: Callable[[int], list[Step]], batch: int, new: int, fits: Callable[[int], bool]
+) -> tuple[list[float], int] | None:
+    """(when the steps ended in which all sequences decode, new tokens of each). `run`: the steps of `batch` sequences
+    with so many new tokens. Where the first are through before the last one's prompt is, all get as many tokens more as
+    the prompts take steps; None where that does not fit."""
+    while True:
+        steps = run(new)
+        whole = [step.at for step in steps if step.sampled == step.computed == batch]
+        if len(whole) > MIN_STEPS:
+            return whole, new
+        new += MIN_STEPS + sum(step.computed > step.sampled for step in steps)
+        if not fits(new):
+            return None
 
 
 def step_gaps(events: list[tuple[float, float, str]]) -> list[float]:
@@ -320,13 +346,18 @@ def main() -> int:
 
 
 def save(result: dict[str, Any], folder: Path | None) -> None:
-    """After every variant, so that a run cut short leaves what it had; other models in the file stay."""
+    """After every variant, so that a run cut short leaves what it had; other models in the file stay, and so do
+    other variants of the same commit."""
     if folder is None:
         return
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"decode-{result['gpu'].lower().replace(' ', '-')}.json"
     models = json.loads(path.read_text()) if path.exists() else {}
-    path.write_text(json.dumps(models | {result["model"]: result}, indent=1) + "\n")
+    before = models.get(result["model"], {"rows": []})
+    measured = {row["variant"] for row in result["rows"]}
+    kept = [row for row in before["rows"] if row["variant"] not in measured and before["commit"] == result["commit"]]
+    models[result["model"]] = result | {"rows": kept + result["rows"]}
+    path.write_text(json.dumps(models, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -8,8 +8,16 @@ import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
+
+from gptq_api.config import Settings
+from gptq_api.engine.core import Engine
+from gptq_api.model.runner import load_runner
+from gptq_api.scheduler.blocks import BlockManager
+from gptq_api.scheduler.scheduler import Scheduler
+from gptq_api.types import Add, SamplingParams, pack_ids
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -57,3 +65,39 @@ def test_the_host_is_measured_through_real_processes(tmp_path: Path) -> None:
         assert row["streams"] == streams and row["api_us_per_token"] > 0
         assert row["ttft_ms"]["p50"] >= 3.2, "a step of the simulated device takes as long"
         assert row["inter_token_ms"]["mean"] > 3 and 0 < row["share"] < 1
+
+
+@pytest.mark.parametrize("script", ["decode"], indirect=True)
+def test_answers_last_until_the_last_prompt_is_through(script: ModuleType) -> None:
+    runner = load_runner(Settings(device="cpu", num_threads=1, max_num_seqs=4, num_blocks=200))
+    given = []
+
+    def run(new: int) -> list[Any]:
+        engine: Engine[Any] = Engine(runner, Scheduler(BlockManager(200, runner.block_size), 4, 16, False))
+        for i in range(4):
+            engine.add(Add(i, pack_ids([5 + i] * 60), SamplingParams(max_tokens=new, temperature=0)))
+        steps = []
+        while engine.has_work():
+            out = engine.step()
+            if out is not None:
+                steps.append(script.Step(len(steps), len(out.tokens) // 4, out.stats.num_batched_tokens))
+        given.append(new)
+        return steps
+
+    found = script.common_steps(run, 4, 4, lambda new: new < 400)
+    assert found is not None and len(found[0]) > script.MIN_STEPS and found[1] == given[-1] > given[0] == 4
+    assert script.common_steps(run, 4, 4, lambda new: new < 8) is None
+
+
+@pytest.mark.parametrize("script", ["decode"], indirect=True)
+def test_variants_of_one_commit_meet_in_one_file(script: ModuleType, tmp_path: Path) -> None:
+    def save(variant: str, commit: str, value: float) -> list[tuple[str, float]]:
+        rows = [{"variant": variant, "part": "decode", "tok_s": value}]
+        script.save({"gpu": "A GPU", "model": "llama-7b", "commit": commit, "rows": rows}, tmp_path)
+        saved = json.loads((tmp_path / "decode-a-gpu.json").read_text())["llama-7b"]["rows"]
+        return [(row["variant"], row["tok_s"]) for row in saved]
+
+    assert save("g128", "a", 1.0) == [("g128", 1.0)]
+    assert save("fp16", "a", 2.0) == [("g128", 1.0), ("fp16", 2.0)]
+    assert save("g128", "a", 3.0) == [("fp16", 2.0), ("g128", 3.0)]
+    assert save("fp16", "b", 4.0) == [("fp16", 4.0)]
