@@ -55,9 +55,6 @@ __device__ __forceinline__ void bulk_load_everywhere(uint32_t dst, const void* s
                "r"(bytes), "r"(bar), "h"(static_cast<uint16_t>(blocks))
                : "memory");
 }
-__device__ __forceinline__ void bulk_prefetch_l2(const void* src, int bytes) {
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(src), "r"(bytes) : "memory");
-}
 #endif
 
 // ---- cp.async, for sm_80 .. sm_89 --------------------------------------------------------------------------------------------------

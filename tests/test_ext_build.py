@@ -98,6 +98,15 @@ def loops(sass: str) -> dict[int, int]:
     return found
 
 
+def instructions(cubin: Path) -> dict[str, tuple[str, list[str]]]:
+    """kernel -> (its machine code, the operations of it)."""
+    assert CUOBJDUMP is not None
+    sass = subprocess.run([CUOBJDUMP, "-sass", str(cubin)], capture_output=True, text=True, timeout=60).stdout
+    operation = re.compile(r"/\*[0-9a-f]{4,5}\*/\s+(?:@!?U?P\d+\s+)?([A-Z0-9_.]+)")
+    functions = re.split(r"\n\s*Function : ", sass)[1:]
+    return {function.split("\n", 1)[0]: (function, operation.findall(function)) for function in functions}
+
+
 @needs_nvcc
 def test_decode_keeps_its_registers_and_instructions(tmp_path: Path) -> None:
     cubin, log = compile_for("90", "decode_fp16.cu", tmp_path)
@@ -109,10 +118,7 @@ def test_decode_keeps_its_registers_and_instructions(tmp_path: Path) -> None:
         assert spills <= 16, name  # of what is computed once, before the loop
     if CUOBJDUMP is None:
         return
-    sass = subprocess.run([CUOBJDUMP, "-sass", str(cubin)], capture_output=True, text=True, timeout=60).stdout
-    for function in re.split(r"\n\s*Function : ", sass)[1:]:
-        name = function.split("\n", 1)[0]
-        opcodes = re.findall(r"/\*[0-9a-f]{4,5}\*/\s+(?:@!?U?P\d+\s+)?([A-Z0-9_.]+)", function)
+    for name, (function, opcodes) in instructions(cubin).items():
         assert any(op.startswith("HMMA.16816.F32") for op in opcodes), name
         assert any(op.startswith("UBLKCP") for op in opcodes), name
         assert not any(op.startswith("MEMBAR.ALL.GPU") for op in opcodes), (
@@ -150,8 +156,5 @@ def test_the_step_in_one_kernel_keeps_everything_in_registers(tmp_path: Path) ->
     assert all(registers <= 128 and spills == 0 for registers, spills in kernels.values()), kernels
     if CUOBJDUMP is None:
         return
-    sass = subprocess.run([CUOBJDUMP, "-sass", str(cubin)], capture_output=True, text=True, timeout=60).stdout
-    for function in re.split(r"\n\s*Function : ", sass)[1:]:
-        name = function.split("\n", 1)[0]
-        opcodes = re.findall(r"/\*[0-9a-f]{4,5}\*/\s+(?:@!?U?P\d+\s+)?([A-Z0-9_.]+)", function)
+    for name, (_, opcodes) in instructions(cubin).items():
         assert sum(op.startswith("HMMA.16816.F32") for op in opcodes) == 48, name  # a chunk of a pair; keys and values
