@@ -9,7 +9,7 @@ from gptq_api.gptq.packing import pack_qweight
 from gptq_api.kernels import cpu
 from gptq_api.kernels.reference import ReferenceWeight, dequantise, unpack
 from gptq_api.layers.activation import silu_and_multiply
-from gptq_api.layers.linear import choose_kernel
+from gptq_api.layers.linear import DenseLinear, choose_kernel
 
 CPU = torch.device("cpu")
 
@@ -99,6 +99,17 @@ def test_a_row_has_the_same_bits_whatever_is_beside_it(name: str, kind: str) -> 
     whole = weight.matmul(x)
     for start, count in [(0, 1), (7, 1), (3, 2), (1, 3), (5, 5), (0, 31), (100, 64), (11, 130)]:
         assert torch.equal(weight.matmul(x[start : start + count]), whole[start : start + count])
+
+
+@pytest.mark.parametrize(("k", "n"), [(384, 640), (1024, 384), (4096, 64)])
+@pytest.mark.parametrize("kind", ["dense", "reference"])
+def test_products_in_float32_do_not_depend_on_company_either(kind: str, k: int, n: int) -> None:
+    """Sizes at which BLAS takes other code by the number of rows, on some processors."""
+    multiply = DenseLinear(activations(n, k)).forward if kind == "dense" else Module(k, n, 128).reference().matmul
+    x = activations(300, k)
+    whole = multiply(x)
+    for start, count in [(0, 1), (3, 2), (5, 5), (40, 12), (0, 31), (11, 130), (50, 200)]:
+        assert torch.equal(multiply(x[start : start + count]), whole[start : start + count])
 
 
 @pytest.mark.parametrize("width", [48, 100, 160])

@@ -13,6 +13,8 @@ _BLOCK_ELEMENTS = 2**19
 """weights dequantised at a time: 2 MiB of float32, so that a block stays in the cache between its passes"""
 _CUDA_BLOCK_ELEMENTS = 2**25
 _ROW_STEP = 4
+_LEAST_ROWS = 16
+_FLOAT32_ROWS = 8
 
 
 def unpack(qweight: Tensor, bits: int) -> Tensor:
@@ -67,6 +69,7 @@ class ReferenceWeight:
         """[M, K] of any float type -> `dtype` [M, N]."""
         num_rows = x.shape[0]
         x = pad_rows(x.to(self._dtype))
+        rows_at_once = rows_of_product(x)
         out = torch.empty(x.shape[0], self.out_features, dtype=self._dtype, device=x.device)
         for start in range(0, self.out_features, self._columns):
             part = slice(start, start + self._columns)
@@ -78,17 +81,31 @@ class ReferenceWeight:
                 self._bits,
                 self._dtype,
             )
-            torch.mm(x, block, out=out[:, part]) if x.is_cuda else out[:, part].copy_(x @ block)
+            if x.is_cuda:
+                torch.mm(x, block, out=out[:, part])
+                continue
+            for first in range(0, x.shape[0], rows_at_once):
+                rows = slice(first, first + rows_at_once)
+                out[rows, part] = x[rows] @ block
         return out[:num_rows]
 
 
 def pad_rows(x: Tensor) -> Tensor:
-    """Zero rows up to a multiple of 4 on the CPU.
+    """Zero rows on the CPU, up to what `rows_of_product` divides.
 
-    BLAS takes other code for a remainder of one to three rows, which sums in another order; with this a row's result
-    does not depend on how many rows are beside it (measured bit for bit with MKL; kept by a test).
+    BLAS takes other code for a remainder of a few rows, and on some processors (AVX-512 FP16) for few rows, for many,
+    and by the number of threads; each sums in an order of its own. A row's result may not depend on how many rows are
+    beside it, so float32 products have one number of rows, always; those of bfloat16 are the same from 16 rows on, in
+    steps of 4 (both measured bit for bit, and kept by tests).
     """
-    missing = -x.shape[0] % _ROW_STEP
-    if x.is_cuda or not missing:
+    if x.is_cuda:
         return x
-    return torch.nn.functional.pad(x, (0, 0, 0, missing))
+    step = _FLOAT32_ROWS if x.dtype == torch.float32 else _ROW_STEP
+    least = _FLOAT32_ROWS if x.dtype == torch.float32 else _LEAST_ROWS
+    missing = max(least, -(-x.shape[0] // step) * step) - x.shape[0]
+    return torch.nn.functional.pad(x, (0, 0, 0, missing)) if missing else x
+
+
+def rows_of_product(x: Tensor) -> int:
+    """How many rows of what `pad_rows` gives are multiplied at a time."""
+    return _FLOAT32_ROWS if x.dtype == torch.float32 and not x.is_cuda else max(1, x.shape[0])

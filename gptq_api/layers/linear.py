@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from gptq_api.kernels import cpu, gptq
 from gptq_api.kernels.layout import PackedLinear
-from gptq_api.kernels.reference import ReferenceWeight, pad_rows
+from gptq_api.kernels.reference import ReferenceWeight, pad_rows, rows_of_product
 from gptq_api.layers.activation import silu_and_multiply
 
 
@@ -199,7 +199,10 @@ class DenseLinear:
             if added is None:
                 return torch.mm(x, self.weight.t(), out=out)
             return torch.addmm(added, x, self.weight.t(), out=out)
-        y = functional.linear(pad_rows(x), self.weight, self._bias)[: x.shape[0]]
+        padded = pad_rows(x)
+        at_once = rows_of_product(padded)
+        parts = [padded[first : first + at_once] for first in range(0, padded.shape[0], at_once)]
+        y = torch.cat([functional.linear(part, self.weight, self._bias) for part in parts])[: x.shape[0]]
         return _finish(y, out, residual, silu_mul)
 
 
