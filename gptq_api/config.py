@@ -196,6 +196,9 @@ class QuantizeSettings(CommandSettings):
     """Quantise the channels with the largest inputs first: mostly better, and served nearly as fast."""
     static_groups: bool = False
     """Fit the groups before quantising, so that act-order leaves them sequential."""
+    group_aware: bool | None = None
+    """Without act-order: quantise the groups with the largest inputs first, at no cost when served. Default: with 2 and
+    3 bits, where it helps."""
     sym: bool = True
     """Zero points in the middle of the range; --no-sym fits them."""
     damp_percent: float = Field(0.01, gt=0, le=1)

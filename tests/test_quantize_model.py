@@ -106,6 +106,7 @@ MATRIX = [
     {"bits": 3, "act_order": True, "sym": False},
     {"bits": 2, "sym": False, "format": "gptq_v2", "group_size": 48},
     {"bits": 8, "group_size": 128},
+    {"bits": 4, "group_aware": True},
 ]
 
 
@@ -127,6 +128,8 @@ def test_what_is_written_is_what_was_measured(trained: Path, tmp_path: Path, val
     assert json.loads((out / "config.json").read_text())["quantization_config"] == quantisation
     assert (quantisation["desc_act"], quantisation["sym"]) == (wanted["act_order"], wanted["sym"])
     assert quantisation["checkpoint_format"] == wanted["format"]
+    by_default = wanted["bits"] < 4 and not wanted["act_order"] and wanted["group_size"] > 0
+    assert quantisation["act_group_aware"] == wanted.get("group_aware", by_default)
     _, evaluation = texts_of(trained)
     before, after = perplexities(out)
     assert before == pytest.approx(reference_perplexity(trained, evaluation, open_dense(trained)), rel=1e-3)
@@ -282,6 +285,8 @@ def test_bad_inputs_are_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixtu
     refused("exists; name a folder that does not", out=tmp_path / "empty")
     refused("is no folder; make it first", out=tmp_path / "no" / "out")
     refused("--calibration FILE is missing", calibration=None)
+    refused("--group-aware does not go with --act-order", group_aware=True, act_order=True)
+    refused("--group-aware does not go with --group-size -1", group_aware=True, group_size=-1)
     refused("cannot be read", calibration=tmp_path / "none.txt")
     refused("is too short: it gives", num_samples=4000)
     refused("beyond the model's context of 128", sample_length=129)

