@@ -51,7 +51,6 @@ struct LayerTeam {
   template <int U>
   static __device__ __forceinline__ void load(uint4 (&v)[U], const uint16_t* const (&from)[U]);
 };
-using LayerAttention = AttentionShape<kLayersHead, false, kSmall, LayerTeam::kDepth>;
 
 constexpr int layers_attention_smem(int part_heads) {
   return AttentionShape<kLayersHead, false, false, LayerTeam::kDepth>::kRing + exchange_bytes<kLayersHead>(part_heads) + kAttentionWarps * kPartHeads * 8 + 64;
