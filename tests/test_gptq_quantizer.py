@@ -143,7 +143,7 @@ def test_same_integers_as_the_definition(
     ("bits", "group_size", "sym"), [(4, 32, True), (3, 48, False), (2, 100, True), (4, 128, False)]
 )
 def test_group_aware_is_another_order_of_the_same_groups(bits: int, group_size: int, sym: bool) -> None:
-    """48, 100 and 128 leave a last group that is smaller, wherever it comes in the order."""
+    """48, 100 and 128 leave a last group that is smaller; that of 48 comes first in the order."""
     weight, inputs = layer(num_outputs=4, num_inputs=160, seed=bits)
     inputs[:, [5, 77]] = 0
     settings = QuantizeSettings(bits, group_size, sym, act_group_aware=True)  # type: ignore[arg-type]
