@@ -173,6 +173,12 @@ bool decode_layers_takes(int layers, int hidden, int ffn, int heads, int kv_head
   return gptq::decode_layers_takes({layers, hidden, ffn, heads, kv_heads, head_dim}, groups, zeros, ordered);
 }
 
+int decode_layers_exchange_row(int hidden, int ffn, int heads, int kv_heads, int head_dim) {
+  gptq::DecodeLayersArgs args{};
+  gptq::describe(args, {0, hidden, ffn, heads, kv_heads, head_dim});
+  return args.exchange_row;
+}
+
 void wgmma(std::uintptr_t w, std::uintptr_t x, std::uintptr_t y, std::uintptr_t bias, std::uintptr_t residual, std::uintptr_t workspace, int M, int N, int K,
            int ldx, int ldy, int ldr, int paired, int groups, bool zeros, bool bf16, int tile, int sharing, int split,
            std::uintptr_t stream) {
@@ -216,6 +222,7 @@ PYBIND11_MODULE(_cuda, m, py::mod_gil_not_used()) {
 #ifdef GPTQ_API_HOPPER
   m.def("decode_layers", &decode_layers, free_gil);
   m.def("decode_layers_takes", &decode_layers_takes);
+  m.def("decode_layers_exchange_row", &decode_layers_exchange_row);
   m.def("decode_layers_partials_bytes", &gptq::decode_layers_partials_bytes);
   m.def("wgmma", &wgmma, free_gil);
   m.def("wgmma_workspace_bytes", &gptq::gemm_wgmma_workspace_bytes);

@@ -23,7 +23,7 @@ struct LayerProduct {
 // Where things are in shared memory, in bytes from its start.
 struct LayersPlan {
   int depth;  // slots of the ring
-  int ring, normed, x, weight, order, raw, sums[2], red, norms, total;
+  int norms, ring, normed, x, weight, order, raw, sums[2], red, total;
 };
 
 struct DecodeLayersArgs {

@@ -62,7 +62,8 @@ inline LayersPlan plan_layers(int hidden, int widest, int depth, int chunk, int 
   const auto chunks = [](int k) { return (k + kChunkK - 1) / kChunkK; };
   LayersPlan p = {};
   p.depth = depth;
-  p.ring = up(kLayersArgs + static_cast<int>(sizeof(AttentionDecodeArgs)));
+  p.norms = (kLayersArgs + static_cast<int>(sizeof(AttentionDecodeArgs)) + 15) / 16 * 16;  // in front, where rounding leaves room
+  p.ring = up(p.norms + kLayerWarps * 4);
   p.normed = p.ring + depth * kPair * kLayerWarps * chunk;
   p.x = up(p.normed + chunks(hidden) * kChunkK * 2);
   p.weight = up(p.x + std::max(chunks(widest) * kChunkK * 2, layers_attention_smem(part_heads)));  // keys and values come where x of down has been
@@ -71,8 +72,7 @@ inline LayersPlan plan_layers(int hidden, int widest, int depth, int chunk, int 
   p.sums[0] = up(p.raw + (ordered ? 2 * hidden : 0));
   p.sums[1] = p.sums[0] + chunks(hidden) * groups * 4;
   p.red = up(p.sums[1] + chunks(widest) * groups * 4);
-  p.norms = p.red + kLayersBuffers * kLayerWarps * kPairRows * 4;
-  p.total = p.norms + kLayerWarps * 4;
+  p.total = p.red + kLayersBuffers * kLayerWarps * kPairRows * 4;
   return p;
 }
 

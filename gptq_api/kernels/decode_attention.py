@@ -19,10 +19,10 @@ try:
 except ImportError:  # kernels.gptq.unavailable_reason() says so to people
     _cuda = None
 
-__all__ = ["HEAD_DIMS", "RotaryInputs", "decode_attention", "decode_attention_workspace"]
+__all__ = ["BLOCK_SIZES", "HEAD_DIMS", "RotaryInputs", "decode_attention", "decode_attention_workspace"]
 
 HEAD_DIMS = (64, 128)
-_BLOCK_SIZES = (8, 16, 32, 64, 128, 256)
+BLOCK_SIZES = (8, 16, 32, 64, 128, 256)
 
 
 @dataclass(frozen=True)
@@ -86,8 +86,8 @@ def decode_attention(
     _, kv, num_kv_heads, block_size, head_dim = kv_layer.shape
     rows, sequences = qkv.shape[0], context_lens.shape[0]
     _check_head_dim(head_dim)
-    if block_size not in _BLOCK_SIZES:
-        raise ValueError(f"blocks of {block_size} tokens; decode_attention takes {_BLOCK_SIZES}")
+    if block_size not in BLOCK_SIZES:
+        raise ValueError(f"blocks of {block_size} tokens; decode_attention takes {BLOCK_SIZES}")
     if num_heads % num_kv_heads:
         raise ValueError(f"{num_heads} query heads on {num_kv_heads} key heads")
     _check_rows("qkv", qkv, (rows, (num_heads + 2 * num_kv_heads) * head_dim), qkv)

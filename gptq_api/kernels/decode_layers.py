@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gptq_api.kernels.decode_attention import BLOCK_SIZES
 from gptq_api.kernels.layout import PackedLinear
 
 try:
@@ -34,6 +35,10 @@ class LayerShape:
     num_heads: int
     num_kv_heads: int
     head_dim: int
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int, int]:
+        return self.hidden, self.ffn, self.num_heads, self.num_kv_heads, self.head_dim
 
 
 @dataclass(frozen=True)
@@ -94,8 +99,7 @@ class DecodeLayers:
         if first.head_norms is not None:
             self._head_norms = torch.stack([n for layer in layers for n in layer.head_norms or ()]).contiguous()
         self._windows = torch.tensor([layer.window or 0 for layer in layers], dtype=torch.int32, device=device)
-        kv = shape.num_kv_heads * shape.head_dim
-        row = 2 * (shape.num_heads * shape.head_dim + kv) + 2 * shape.hidden + shape.ffn
+        row = _cuda.decode_layers_exchange_row(*shape.sizes)
         # Bytes of 255 say "not yet there"; every launch leaves what it does not empty itself to the next one.
         self._exchange = torch.full((len(layers) * row,), -1, dtype=torch.int16, device=device)
         with torch.cuda.device(device):
@@ -118,10 +122,9 @@ class DecodeLayers:
             if (layer.head_norms is None) != (first.head_norms is None):
                 return False
         ordered = any(layer.qkv_perm is not None or layer.gate_up_perm is not None for layer in layers)
-        sizes = (shape.hidden, shape.ffn, shape.num_heads, shape.num_kv_heads, shape.head_dim)
         weights = (first.qkv.groups_per_chunk, first.qkv.has_zeros, ordered)
         with torch.cuda.device(first.qkv.data.device):
-            return bool(_cuda.decode_layers_takes(len(layers), *sizes, *weights))
+            return bool(_cuda.decode_layers_takes(len(layers), *shape.sizes, *weights))
 
     def pays(self, cache: list[Tensor], max_context: int) -> bool:
         """Whether it beats one kernel after the other at contexts up to so many tokens; it needs a cache of 16-bit
@@ -150,6 +153,12 @@ class DecodeLayers:
             raise ValueError(f"x {list(x.shape)} {x.dtype}, expected {list(shape)} {self._dtype}, 16-byte aligned")
         if cache[0].dtype != self._dtype or len(cache) != len(self._layers):
             raise ValueError(f"{len(cache)} caches of {cache[0].dtype}, expected {len(self._layers)} of {self._dtype}")
+        if block_size not in BLOCK_SIZES:
+            raise ValueError(f"blocks of {block_size} tokens; attention takes {BLOCK_SIZES}")
+        if block_tables.dim() != 2 or block_tables.dtype != torch.int32 or block_tables.stride(-1) != 1:
+            raise ValueError(
+                f"block_tables {list(block_tables.shape)} {block_tables.dtype}, expected int32 [1, blocks]"
+            )
         for name, tensor, least in (
             ("context_lens", context_lens, 1),
             ("query_start", query_start, 2),
@@ -174,7 +183,7 @@ class DecodeLayers:
                 *(x.data_ptr(), self._exchange.data_ptr(), self._partials.data_ptr(), block_tables.data_ptr()),
                 *(context_lens.data_ptr(), query_start.data_ptr(), positions.data_ptr(), slot_mapping.data_ptr()),
                 *(self._cos_sin.data_ptr(), self._workspace.data_ptr(), self._eps, s.head_dim**-0.5),
-                *(len(self._layers), s.hidden, s.ffn, s.num_heads, s.num_kv_heads, s.head_dim),
+                *(len(self._layers), *s.sizes),
                 *(block_tables.stride(0), block_size, *self._format, x.dtype == torch.bfloat16),
                 torch.cuda.current_stream(x.device).cuda_stream,
             )
