@@ -81,12 +81,12 @@ def rope_and_write(
     qkv fp16 or bf16 [T, (num_heads + 2 * kv_heads) * D]; positions int32 [T], -1: the row is left alone; slot_mapping
     int32 [T], block * block_size + offset, -1: not cached; cos_sin float32 [positions, D], D/2 cosines, then D/2 sines;
     kv_layer [blocks, 2, kv_heads, block_size, D] of qkv's type, or e4m3 (also viewed as uint8), rounded from float32
-    and saturating. D is a multiple of 16, at most 256.
+    and saturating. D is a multiple of 16, at most 128.
     """
     _, kv, num_kv_heads, block_size, head_dim = kv_layer.shape
     rows = qkv.shape[0]
-    if head_dim % 16 or head_dim > 256:
-        raise ValueError(f"head dimension {head_dim}; rope_and_write takes multiples of 16 up to 256")
+    if head_dim % 16 or head_dim > 128:
+        raise ValueError(f"head dimension {head_dim}; rope_and_write takes multiples of 16 up to 128")
     _check_activations("qkv", qkv, (rows, (num_heads + 2 * num_kv_heads) * head_dim))
     _check_indices("positions", positions, rows, qkv)
     _check_indices("slot_mapping", slot_mapping, rows, qkv)
