@@ -36,8 +36,11 @@ struct AttentionDecodeArgs {
 bool attention_decode_takes(int head_dim);
 void complete(AttentionDecodeArgs& args);
 
-// blocks_per_sm 0: chosen here. The bits of a result do not depend on it.
-cudaError_t launch_attention_decode(AttentionDecodeArgs args, int head_dim, bool bf16, bool fp8, int blocks_per_sm, cudaStream_t stream);
+// Who attends to a step: the four warps of a block, or one; a warp alone takes contexts of up to 4096 tokens (by table_stride).
+enum class Teams { kBest, kBlocks, kWarps };
+
+// blocks_per_sm 0: chosen here. The bits of a result depend neither on it nor on `teams`.
+cudaError_t launch_attention_decode(AttentionDecodeArgs args, int head_dim, bool bf16, bool fp8, int blocks_per_sm, Teams teams, cudaStream_t stream);
 
 // For launches on the current device, of two blocks a multiprocessor; 0 where there is none.
 size_t attention_decode_workspace_bytes(int heads, int kv_heads, int head_dim);

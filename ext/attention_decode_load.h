@@ -4,57 +4,67 @@
 
 namespace gptq {
 
-// One warp's copies, into its ring. They run ahead of the products by the depth of the ring.
+// One warp's copies, into its ring: of every step the keys and then the values of its tile, or of all tiles in turn where it is alone. They run ahead of the
+// products by the depth of the ring.
 template <class Team, int D, bool FP8>
 class TileLoader {
   using Shape = AttentionShape<D, FP8, kSmall, Team::kDepth>;
   static constexpr int kGroup = 8;                   // rows that are in one block for certain
   static constexpr int kRows = 32 / Shape::kChunks;  // rows of one instruction: the warp's 512 bytes are contiguous
+  static constexpr bool kAlone = Team::kWarps == 1;
   const AttentionDecodeArgs& a;
   const uint32_t ring;
-  const int warp, lane;
+  const int lane;
   const uint32_t plane;  // bytes of the keys of one head in one block
   const uint32_t first_piece;  // where a lane's piece of a group's first row goes, in the group
   Cursor c;
-  int left, block_id = -1;
+  int left, tile, block_id = -1;
   uint32_t fill = 0;
 
  public:
   __device__ __forceinline__ TileLoader(const AttentionDecodeArgs& args, uint32_t ring_, const Cursor& begin, int steps)
       : a(args),
         ring(ring_),
-        warp(__shfl_sync(~0u, Team::thread() >> 5, 0)),
         lane(threadIdx.x & 31),
         plane(args.block_size * Shape::kRow),
         first_piece(lane / Shape::kChunks * Shape::kRow + swizzled<Shape::kChunks>(lane % Shape::kChunks, lane / Shape::kChunks) * 16),
         c(begin),
-        left(steps) {
+        left(steps),
+        tile(__shfl_sync(~0u, Team::thread() >> 5, 0)) {
     look_up();
   }
 
-  // The tile's keys, or then its values, into the next entry; a group of copies of its own even when nothing is left.
+  // What comes next, keys and `values` in turn, into the next entry; a group of copies of its own even when nothing is left.
   __device__ __forceinline__ void next(bool values) {
-    if (left > 0 && c.sees(warp)) copy(values);
+    if (left > 0 && c.sees(tile)) copy(values);
     cp_async_commit();
     fill = fill == (Shape::kDepth - 1) * Shape::kEntry ? 0 : fill + Shape::kEntry;
-    if (!values || left == 0 || --left == 0) return;
+    if (!values) return;
+    if constexpr (kAlone) {
+      tile = (tile + 1) % kAttentionWarps;
+      if (tile) return;
+    }
+    if (left == 0 || --left == 0) return;
     advance(c, a);
     look_up();
   }
 
  private:
-  // Blocks of the cursor's tile, a lane each where it spans several; 0 in the others, so that a vote can ask for -1.
+  // Blocks of the cursor's tile or tiles, a lane each where they are several; 0 in the others, so that a vote can ask for -1.
   __device__ __forceinline__ void look_up() {
     block_id = 0;
-    const int first = c.first_token(warp), index = (first >> a.block_shift) + lane;
-    if (left == 0 || index > (first + kTile - 1) >> a.block_shift) return;
+    const int first = first_looked_up(), index = (first >> a.block_shift) + lane;
+    if (left == 0 || index > (first + (kAlone ? kStep : kTile) - 1) >> a.block_shift) return;
     block_id = -1;
     if (index <= (c.span.length - 1) >> a.block_shift)
       block_id = a.block_tables[static_cast<size_t>(c.sequence) * a.table_stride + index];
   }
 
+  __device__ __forceinline__ int first_looked_up() const { return c.first_token(kAlone ? 0 : tile); }
+
   __device__ __forceinline__ void copy(bool values) {
-    const int first = c.first_token(warp), end = a.cos_sin ? c.span.length - 1 : c.span.length, within = first & (a.block_size - 1);
+    const int first = c.first_token(tile), end = a.cos_sin ? c.span.length - 1 : c.span.length;
+    const int within = first - (first_looked_up() & ~(a.block_size - 1));  // from the first block that was looked up
     const uint8_t* base = a.cache + static_cast<size_t>(c.kv_head + (values ? a.kv_heads : 0)) * plane + lane * 16;
     const uint32_t entry = ring + fill + first_piece, block_bytes = 2 * a.kv_heads * plane;
     const auto source = [&](int group) {
@@ -62,7 +72,8 @@ class TileLoader {
       return base + static_cast<uint64_t>(static_cast<uint32_t>(max(block, 0))) * block_bytes + (at & (a.block_size - 1)) * Shape::kRow;
     };
     const auto target = [&](int group, int k) { return (entry ^ (Shape::kChunks >= 8 ? k * kRows * 16 : 0)) + (group * kGroup + k * kRows) * Shape::kRow; };
-    if (first >= c.span.low && first + kTile <= end && __all_sync(~0u, block_id >= 0)) {
+    const bool others = kAlone && (lane < within >> a.block_shift || lane > (within + kTile - 1) >> a.block_shift);
+    if (first >= c.span.low && first + kTile <= end && __all_sync(~0u, others || block_id >= 0)) {
 #pragma unroll
       for (int group = 0; group < kTile / kGroup; group++) {
         const uint8_t* from = source(group);
@@ -122,7 +133,7 @@ struct Rotation {
   }
 };
 
-// The new key and value of an item, in the cache's type, in the warp whose tile they belong to: lanes below D / 16 hold the key, as many more
+// The new key and value of an item, in the cache's type, in the warp that has the tile they belong to: lanes below D / 16 hold the key, as many more
 // the value, eight elements of either half each. Tiles are copied without them.
 template <int D, bool BF, bool FP8>
 class NewRow {
@@ -133,14 +144,14 @@ class NewRow {
   __device__ __forceinline__ static int part() { return (threadIdx.x & 31) / kLanes; }  // 0: key, 1: value, else nothing
 
  public:
-  // Whether the item's new row is in this warp's tiles.
-  __device__ __forceinline__ static bool is_here(const AttentionDecodeArgs& a, const Cursor& c, int warp) {
-    return a.cos_sin && (c.span.length - 1) / kTile % kAttentionWarps == warp;
+  // Whether the item's new row is in this tile of its last step.
+  __device__ __forceinline__ static bool is_in(const AttentionDecodeArgs& a, const Cursor& c, int tile) {
+    return a.cos_sin && (c.span.length - 1) / kTile % kAttentionWarps == tile;
   }
 
   // Where it is in qkv, whose row at the lane's dimension is `row`; null where not in this lane.
-  __device__ __forceinline__ static const uint16_t* source(const AttentionDecodeArgs& a, const Cursor& c, const uint16_t* row, int warp) {
-    return is_here(a, c, warp) && part() <= 1 ? row + (a.heads + c.kv_head + part() * a.kv_heads) * D : nullptr;
+  __device__ __forceinline__ static const uint16_t* source(const AttentionDecodeArgs& a, const Cursor& c, const uint16_t* row, bool here) {
+    return here && part() <= 1 ? row + (a.heads + c.kv_head + part() * a.kv_heads) * D : nullptr;
   }
   __device__ __forceinline__ void take(const uint4& low, const uint4& high) { half[0] = low, half[1] = high; }
 

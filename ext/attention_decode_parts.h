@@ -28,7 +28,6 @@ struct AttentionShape {
   // Entries of a warp's ring: keys, values, keys, ...
   static constexpr int kDepth = DEPTH ? DEPTH : !SMALL ? (kEntry >= 8192 ? 3 : 6) : kEntry >= 4096 ? 16384 / kEntry : 6;
   static constexpr int kTiles = D / 16;           // m-tiles of the output: rows are dimensions, columns heads
-  static constexpr int kOwn = kTiles / kAttentionWarps;  // of them, what each warp adds up
   static constexpr int kRing = kAttentionWarps * kDepth * kEntry;
   static constexpr int kQueryStride = D * 2 + 16;  // bytes; so that no bank is met twice
 };
@@ -41,10 +40,15 @@ __host__ __device__ constexpr int exchange_bytes(int part_heads) {
   const int sums = kAttentionWarps * (D / 16) * head_lanes(part_heads) * 16, queries = kPartHeads * (D * 2 + 16);
   return sums > queries ? sums : queries;
 }
-template <int D, bool FP8>
+template <class Team, int D>
+__host__ __device__ constexpr int scratch_bytes(int part_heads) {
+  if (Team::kWarps == 1) return kAttentionWarps * (kPartHeads * (D * 2 + 16) + kScratchInts * 4);
+  return exchange_bytes<D>(part_heads) + kAttentionWarps * kPartHeads * 8 + kScratchInts * 4;
+}
+template <class Team, int D, bool FP8>
 constexpr int attention_smem(int part_heads, bool small) {
-  const int ring = small ? AttentionShape<D, FP8, true>::kRing : AttentionShape<D, FP8, false>::kRing;
-  return ring + exchange_bytes<D>(part_heads) + kAttentionWarps * kPartHeads * 8 + 64;
+  const int ring = small ? AttentionShape<D, FP8, true, Team::kDepth>::kRing : AttentionShape<D, FP8, false, Team::kDepth>::kRing;
+  return ring + scratch_bytes<Team, D>(part_heads);
 }
 // Floats of a chunk's result in the workspace: the fragments, then for each warp (maximum, sum) of each head.
 __host__ __device__ constexpr int slot_floats(int head_dim, int part_heads) {
@@ -157,32 +161,31 @@ __device__ __forceinline__ int query_dimension(int j, int i, int lane) {
   return 16 * j + (FP8 ? 4 * (lane & 3) + 2 * i : 2 * (lane & 3) + 8 * i);
 }
 
-// o[i] += values' dimensions 16i .. 16i+15, transposed, times p: B fragments of tokens 0..15 and 16..31.
+// o[k] += values' dimensions 16(i+k) .. 16(i+k)+15, transposed, times p: B fragments of tokens 0..15 and 16..31. i is even.
 template <int D, bool FP8, bool BF>
-__device__ __forceinline__ void weigh(float (&o)[D / 16][4], uint32_t tile, const uint32_t (&p)[2][2], int lane) {
+__device__ __forceinline__ void weigh_two(float (&o)[2][4], int i, uint32_t tile, const uint32_t (&p)[2][2], int lane) {
   using Shape = AttentionShape<D, FP8>;
 #pragma unroll
   for (int m = 0; m < 2; m++) {
     if constexpr (FP8) {
       const int row = 16 * m + (lane & 7) + (lane >> 3 & 1) * 8, half = lane >> 4;
+      uint32_t r[4];
+      ldmatrix_x4_trans(r, tile + row * Shape::kRow + swizzled<Shape::kChunks>(i + half, row) * 16);
 #pragma unroll
-      for (int i = 0; i < D / 16; i += 2) {
-        uint32_t r[4];
-        ldmatrix_x4_trans(r, tile + row * Shape::kRow + swizzled<Shape::kChunks>(i + half, row) * 16);
+      for (int k = 0; k < 4; k++) r[k] = __byte_perm(r[k], 0, 0x3120);  // bytes: two dimensions of a token, then of the next one
 #pragma unroll
-        for (int k = 0; k < 4; k++) r[k] = __byte_perm(r[k], 0, 0x3120);  // bytes: two dimensions of a token, then of the next one
-        const uint32_t a[4] = {halves_of_e4m3(r[0] & 0xffff), halves_of_e4m3(r[0] >> 16), halves_of_e4m3(r[1] & 0xffff), halves_of_e4m3(r[1] >> 16)};
-        const uint32_t b[4] = {halves_of_e4m3(r[2] & 0xffff), halves_of_e4m3(r[2] >> 16), halves_of_e4m3(r[3] & 0xffff), halves_of_e4m3(r[3] >> 16)};
-        mma_m16n8k16<false>(o[i], a, p[m][0], p[m][1]);
-        mma_m16n8k16<false>(o[i + 1], b, p[m][0], p[m][1]);
+      for (int k = 0; k < 2; k++) {
+        const uint32_t x = r[2 * k], y = r[2 * k + 1];
+        const uint32_t a[4] = {halves_of_e4m3(x & 0xffff), halves_of_e4m3(x >> 16), halves_of_e4m3(y & 0xffff), halves_of_e4m3(y >> 16)};
+        mma_m16n8k16<false>(o[k], a, p[m][0], p[m][1]);
       }
     } else {
       const int row = 16 * m + (lane & 7) + (lane >> 4) * 8, half = lane >> 3 & 1;
 #pragma unroll
-      for (int i = 0; i < D / 16; i++) {
+      for (int k = 0; k < 2; k++) {
         uint32_t a[4];
-        ldmatrix_x4_trans(a, tile + row * Shape::kRow + swizzled<Shape::kChunks>(2 * i + half, row) * 16);
-        mma_m16n8k16<BF>(o[i], a, p[m][0], p[m][1]);
+        ldmatrix_x4_trans(a, tile + row * Shape::kRow + swizzled<Shape::kChunks>(2 * (i + k) + half, row) * 16);
+        mma_m16n8k16<BF>(o[k], a, p[m][0], p[m][1]);
       }
     }
   }
@@ -209,21 +212,25 @@ struct Partial {
 
 __device__ __forceinline__ float finite_or_zero(float max) { return max == -INFINITY ? 0.f : max; }
 
-// a = a and b. One order of operations, whoever does it.
+// One order of operations, whoever adds: (max, sum) of a head and what its values are multiplied with, then values.
+__device__ __forceinline__ void add_sums(float& max, float& sum, float other_max, float other_sum, float& of_this, float& of_other) {
+  const float both = fmaxf(max, other_max), base = finite_or_zero(both);
+  of_this = exp2_fast(max - base), of_other = exp2_fast(other_max - base);
+  max = both;
+  sum = __fmaf_rn(other_sum, of_other, __fmul_rn(sum, of_this));
+}
+__device__ __forceinline__ void add_values(float& v, float other, float of_this, float of_other) { v = __fmaf_rn(other, of_other, __fmul_rn(v, of_this)); }
+
+// a = a and b.
 template <int N>
 __device__ __forceinline__ void add(Partial<N>& a, const Partial<N>& b) {
   float of_a[2], of_b[2];
 #pragma unroll
-  for (int h = 0; h < 2; h++) {
-    const float max = fmaxf(a.max[h], b.max[h]), base = finite_or_zero(max);
-    of_a[h] = exp2_fast(a.max[h] - base), of_b[h] = exp2_fast(b.max[h] - base);
-    a.max[h] = max;
-    a.sum[h] = __fmaf_rn(b.sum[h], of_b[h], __fmul_rn(a.sum[h], of_a[h]));
-  }
+  for (int h = 0; h < 2; h++) add_sums(a.max[h], a.sum[h], b.max[h], b.sum[h], of_a[h], of_b[h]);
 #pragma unroll
   for (int i = 0; i < N; i++)
 #pragma unroll
-    for (int k = 0; k < 4; k++) a.o[i][k] = __fmaf_rn(b.o[i][k], of_b[k & 1], __fmul_rn(a.o[i][k], of_a[k & 1]));
+    for (int k = 0; k < 4; k++) add_values(a.o[i][k], b.o[i][k], of_a[k & 1], of_b[k & 1]);
 }
 
 }  // namespace gptq

@@ -15,11 +15,17 @@ constexpr int kTile = 32;  // tokens of a warp in a step
 constexpr int kStep = kTile * kAttentionWarps;
 constexpr int kMaxChunks = 32;                // of an item: what a lane each can look up
 constexpr int kPartHeads = 8;                 // query heads served together: the columns of an mma
+constexpr int kScratchInts = kAttentionWarps + 4;
 
-// The threads of a block that attend: all of them, and what they read was complete before they began.
+// Who attends together to a step: the warps of a block, a tile of its tokens each. What they read was complete before they began.
 struct WholeBlock {
-  static constexpr int kDepth = 0;  // entries of a warp's ring; 0: as deep as the device allows
+  static constexpr int kWarps = kAttentionWarps;
+  static constexpr int kDepth = 0;          // entries of a warp's ring; 0: as deep as the device allows
+  static constexpr bool kScatters = true;  // there may be an out_index
   static __device__ __forceinline__ int thread() { return threadIdx.x; }
+  static __device__ __forceinline__ int warp() { return __shfl_sync(~0u, threadIdx.x >> 5, 0); }  // known to be the same in all of it
+  static __device__ __forceinline__ int count() { return gridDim.x; }  // of such teams
+  static __device__ __forceinline__ int index() { return blockIdx.x; }
   static __device__ __forceinline__ void sync() { __syncthreads(); }
   static __device__ __forceinline__ bool any(bool mine) { return __syncthreads_or(mine); }
   // Vectors of eight elements; zeros from null.
@@ -27,6 +33,25 @@ struct WholeBlock {
   static __device__ __forceinline__ void load(uint4 (&v)[U], const uint16_t* const (&from)[U]) {
 #pragma unroll
     for (int i = 0; i < U; i++) v[i] = from[i] ? *reinterpret_cast<const uint4*>(from[i]) : uint4{};
+  }
+};
+
+// Every warp by itself: nobody waits for anybody, which pays where there are enough items for all of them.
+struct OneWarp {
+  static constexpr int kWarps = 1, kDepth = 0;
+  static constexpr bool kScatters = true;
+  static __device__ __forceinline__ int thread() { return threadIdx.x & 31; }
+  static __device__ __forceinline__ int count() { return gridDim.x * kAttentionWarps; }
+  static __device__ __forceinline__ int index() { return blockIdx.x * kAttentionWarps + WholeBlock::warp(); }
+  static __device__ __forceinline__ void sync() { __syncwarp(); }
+  static __device__ __forceinline__ bool any(bool mine) {
+    const bool found = __any_sync(~0u, mine);
+    __syncwarp();
+    return found;
+  }
+  template <int U>
+  static __device__ __forceinline__ void load(uint4 (&v)[U], const uint16_t* const (&from)[U]) {
+    WholeBlock::load(v, from);
   }
 };
 
@@ -57,10 +82,10 @@ __device__ __forceinline__ bool is_padding(const AttentionDecodeArgs& a, int s) 
 
 // Where the line is cut: stretch b begins at at(b), stretch_of is its inverse.
 struct Cuts {
-  int total, blocks;
-  __device__ __forceinline__ int at(int b) const { return static_cast<int>(static_cast<uint64_t>(b) * total / blocks); }
+  int total, teams;
+  __device__ __forceinline__ int at(int b) const { return static_cast<int>(static_cast<uint64_t>(b) * total / teams); }
   __device__ __forceinline__ int stretch_of(int step) const {
-    return static_cast<int>(((static_cast<uint64_t>(step) + 1) * blocks - 1) / total);
+    return static_cast<int>(((static_cast<uint64_t>(step) + 1) * teams - 1) / total);
   }
 };
 
@@ -99,11 +124,11 @@ struct Stretch {
   bool padded;  // some sequence has a row and no context: a row that fills up a batch
 };
 
-// Both ends of this block's stretch, by a sum over all sequences. `scratch`: shared, kAttentionWarps + 4 ints.
+// Both ends of this team's stretch, by a sum over all sequences. `scratch`: shared, kScratchInts.
 template <class Team>
 __device__ __forceinline__ Stretch find_stretch(const AttentionDecodeArgs& a, int* scratch) {
   const int warp = Team::thread() >> 5, lane = Team::thread() & 31, heads = a.kv_heads * a.parts;
-  const int each = (a.sequences + kAttentionThreads - 1) / kAttentionThreads, from = Team::thread() * each, to = min(from + each, a.sequences);
+  const int each = (a.sequences + Team::kWarps * 32 - 1) / (Team::kWarps * 32), from = Team::thread() * each, to = min(from + each, a.sequences);
   int mine = 0;
   bool padded = false;
   for (int s = from; s < to; s++) {
@@ -121,16 +146,16 @@ __device__ __forceinline__ Stretch find_stretch(const AttentionDecodeArgs& a, in
   stretch.padded = Team::any(padded);
   int before = sum - mine, total = 0;
 #pragma unroll
-  for (int w = 0; w < kAttentionWarps; w++) {
+  for (int w = 0; w < Team::kWarps; w++) {
     if (w < warp) before += scratch[w];
     total += scratch[w];
   }
   stretch.steps = 0;
   stretch.cuts.total = total;
-  stretch.cuts.blocks = min(static_cast<int>(gridDim.x), total);
-  if (blockIdx.x >= stretch.cuts.blocks) return stretch;
-  // Backwards: the block that begins an item waits for those that go on with it, and they have started before it.
-  stretch.index = stretch.cuts.blocks - 1 - blockIdx.x;
+  stretch.cuts.teams = min(Team::count(), total);
+  if (Team::index() >= stretch.cuts.teams) return stretch;
+  // Backwards: the team that begins an item waits for those that go on with it, and they have started before it.
+  stretch.index = stretch.cuts.teams - 1 - Team::index();
   const int begin = stretch.cuts.at(stretch.index), end = stretch.cuts.at(stretch.index + 1);
   int* found = scratch + kAttentionWarps;
   const auto contains = [&](int step) { return before <= step && step < before + mine; };

@@ -131,7 +131,7 @@ void attention_decode(std::uintptr_t qkv, std::uintptr_t cache, std::uintptr_t b
                       std::uintptr_t out, std::uintptr_t out_index, std::uintptr_t positions, std::uintptr_t slot_mapping, std::uintptr_t cos_sin,
                       std::uintptr_t q_norm, std::uintptr_t k_norm, std::uintptr_t workspace, float eps, float scale, int ldqkv, int ldo, int table_stride,
                       int sequences, int heads, int kv_heads, int block_size, int head_dim, int window, bool prefetch, bool bf16, bool fp8,
-                      int blocks_per_sm, std::uintptr_t stream) {
+                      int blocks_per_sm, int teams, std::uintptr_t stream) {
   gptq::AttentionDecodeArgs args{};
   args.qkv = pointer<const std::uint16_t>(qkv), args.cache = pointer<std::uint8_t>(cache);
   args.block_tables = pointer<const int>(block_tables), args.context_lens = pointer<const int>(context_lens);
@@ -141,22 +141,22 @@ void attention_decode(std::uintptr_t qkv, std::uintptr_t cache, std::uintptr_t b
   args.q_norm = pointer<const std::uint16_t>(q_norm), args.k_norm = pointer<const std::uint16_t>(k_norm), args.workspace = pointer<void>(workspace);
   args.eps = eps, args.scale = scale, args.ldqkv = ldqkv, args.ldo = ldo, args.table_stride = table_stride, args.sequences = sequences;
   args.heads = heads, args.kv_heads = kv_heads, args.block_size = block_size, args.window = window, args.prefetch = prefetch;
-  raise_on(gptq::launch_attention_decode(args, head_dim, bf16, fp8, blocks_per_sm, as_stream(stream)),
+  raise_on(gptq::launch_attention_decode(args, head_dim, bf16, fp8, blocks_per_sm, static_cast<gptq::Teams>(teams), as_stream(stream)),
            "attention_decode sequences=" + std::to_string(sequences) + " heads=" + std::to_string(heads) + "/" + std::to_string(kv_heads) +
                " head_dim=" + std::to_string(head_dim));
 }
 
 #ifdef GPTQ_API_HOPPER
-void decode_layers(std::uintptr_t weights, std::uintptr_t caches, std::uintptr_t norms, std::uintptr_t orders, std::uintptr_t bias, std::uintptr_t out_index,
+void decode_layers(std::uintptr_t weights, std::uintptr_t caches, std::uintptr_t norms, std::uintptr_t orders, std::uintptr_t bias, std::uintptr_t o_orders,
                    std::uintptr_t head_norms, std::uintptr_t windows, std::uintptr_t x, std::uintptr_t exchange, std::uintptr_t partials,
                    std::uintptr_t block_tables, std::uintptr_t context_lens, std::uintptr_t query_start, std::uintptr_t positions, std::uintptr_t slot_mapping,
                    std::uintptr_t cos_sin, std::uintptr_t workspace, float eps, float scale, int layers, int hidden, int ffn, int heads, int kv_heads,
                    int head_dim, int table_stride, int block_size, int groups, bool zeros, bool bf16, std::uintptr_t stream) {
   gptq::DecodeLayersArgs args{};
-  gptq::describe(args, {layers, hidden, ffn, heads, kv_heads, head_dim});
+  gptq::describe(args, {layers, hidden, ffn, heads, kv_heads, head_dim, false});
   args.weights = pointer<const std::uint8_t* const>(weights), args.caches = pointer<const std::uint8_t* const>(caches);
   args.norms = pointer<const std::uint16_t>(norms), args.orders = pointer<const std::uint16_t>(orders), args.bias = pointer<const std::uint16_t>(bias);
-  args.out_index = pointer<const int>(out_index), args.head_norms = pointer<const std::uint16_t>(head_norms), args.windows = pointer<const int>(windows);
+  args.o_orders = pointer<const std::uint16_t>(o_orders), args.head_norms = pointer<const std::uint16_t>(head_norms), args.windows = pointer<const int>(windows);
   args.x = pointer<std::uint16_t>(x), args.exchange = pointer<std::uint16_t>(exchange), args.partials = pointer<std::uint32_t>(partials);
   args.eps = eps;
   gptq::AttentionDecodeArgs& attention = args.attention;
@@ -170,12 +170,12 @@ void decode_layers(std::uintptr_t weights, std::uintptr_t caches, std::uintptr_t
 }
 
 bool decode_layers_takes(int layers, int hidden, int ffn, int heads, int kv_heads, int head_dim, int groups, bool zeros, bool ordered) {
-  return gptq::decode_layers_takes({layers, hidden, ffn, heads, kv_heads, head_dim}, groups, zeros, ordered);
+  return gptq::decode_layers_takes({layers, hidden, ffn, heads, kv_heads, head_dim, ordered}, groups, zeros);
 }
 
 int decode_layers_exchange_row(int hidden, int ffn, int heads, int kv_heads, int head_dim) {
   gptq::DecodeLayersArgs args{};
-  gptq::describe(args, {0, hidden, ffn, heads, kv_heads, head_dim});
+  gptq::describe(args, {0, hidden, ffn, heads, kv_heads, head_dim, false});
   return args.exchange_row;
 }
 

@@ -5,7 +5,7 @@
 
 #include "decode_kernel.h"
 #include "decode_table.h"
-#include "device.h"
+#include "launch.h"
 
 namespace gptq {
 namespace {
@@ -48,15 +48,9 @@ bool choose_shape(Shape& shape, const Device& device, int M, int K, int column_t
   return fits(device.smem, kMaxDepth, 1);
 }
 
-// A kernel's limits are properties of it on a device, set at its first launch there. All ask for the largest shared memory of a multiprocessor:
-// kernels that ask for different amounts wait for each other to drain, which undoes the overlap.
 cudaError_t prepare(const void* kernel, int index, const Device& device) {
-  static std::atomic<bool> done[kDevices][kDecodeKernels];
-  if (device.id < kDevices && done[device.id][index].load(std::memory_order_acquire)) return cudaSuccess;
-  cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.smem);
-  if (status == cudaSuccess) status = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
-  if (status == cudaSuccess && device.id < kDevices) done[device.id][index].store(true, std::memory_order_release);
-  return status;
+  static std::atomic<uint64_t> done[kDecodeKernels];
+  return set_limits(kernel, done[index], device.smem, Carveout::kShared, device);
 }
 
 // How many clusters run at once: fewer than SMs / size where the SMs of a GPC are no multiple of it, and one too many would take a second turn.
@@ -88,44 +82,28 @@ cudaError_t launch_rows(DecodeArgs args, int groups, bool zeros, bool bf16, cons
   const void* kernel = bf16 ? decode_bf16(groups, zeros, tiles) : decode_fp16(groups, zeros, tiles);
   const int index = (((tiles - 1) * 3 + groups / 2) * 2 + zeros) * 2 + bf16;
   if (const cudaError_t status = prepare(kernel, index, device); status != cudaSuccess) return status;
-  cudaLaunchConfig_t config = {};
-  cudaLaunchAttribute attributes[2] = {};
-  config.stream = stream;
-  config.attrs = attributes;
   if (takes_portable_kernel(device.capability)) {
-    config.gridDim = dim3(std::min(strips, 2 * device.sms));
-    config.blockDim = dim3(kPortableWarps * 32);
-    config.dynamicSmemBytes = portable_smem(tiles, chunk_bytes(groups, zeros));
-  } else {
-    Shape shape;
-    if (!choose_shape(shape, device, args.M, args.K, tiles, groups, zeros, args.perm != nullptr)) return cudaErrorInvalidConfiguration;
-    // x of 8 tokens is as much as the weights of a small linear; read once for two blocks, it takes the L2 half the time. But never so that M decides
-    // which block has which strips.
-    bool share_x = device.capability == 90 && shape.split == 1 && !args.perm && args.M >= kShareMinM && strips >= device.sms;
-    int clusters;
-    if (share_x) {
-      if (const cudaError_t status = resident_clusters(clusters, 2, device); status != cudaSuccess) return status;
-      share_x = 2 * clusters == device.sms;
-    }
-    const int cluster = share_x ? 2 : shape.split;
-    if (const cudaError_t status = resident_clusters(clusters, cluster, device); status != cudaSuccess) return status;
-    const int owners = share_x ? 2 * clusters : std::min(clusters, strips);  // blocks, or clusters, with strips of their own
-    args.plan = shape.plan;
-    args.plan.share_x = share_x;
-    args.plan.strips = strips / owners;
-    args.plan.spare = strips % owners;
-    config.gridDim = dim3(share_x ? owners : owners * cluster);
-    config.blockDim = dim3(kDecodeThreads);
-    config.dynamicSmemBytes = shape.plan.total;
-    attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
-    if (cluster > 1) {
-      attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
-      attributes[config.numAttrs++].val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
-    }
+    const int smem = portable_smem(tiles, chunk_bytes(groups, zeros));
+    return launch_kernel(kernel, {dim3(std::min(strips, 2 * device.sms)), kPortableWarps * 32, smem, stream, 1, false}, device, args);
   }
-  void* pointers[] = {&args};
-  return cudaLaunchKernelExC(&config, kernel, pointers);
+  Shape shape;
+  if (!choose_shape(shape, device, args.M, args.K, tiles, groups, zeros, args.perm != nullptr)) return cudaErrorInvalidConfiguration;
+  // x of 8 tokens is as much as the weights of a small linear; read once for two blocks, it takes the L2 half the time. But never so that M decides
+  // which block has which strips.
+  bool share_x = device.capability == 90 && shape.split == 1 && !args.perm && args.M >= kShareMinM && strips >= device.sms;
+  int clusters;
+  if (share_x) {
+    if (const cudaError_t status = resident_clusters(clusters, 2, device); status != cudaSuccess) return status;
+    share_x = 2 * clusters == device.sms;
+  }
+  const int cluster = share_x ? 2 : shape.split;
+  if (const cudaError_t status = resident_clusters(clusters, cluster, device); status != cudaSuccess) return status;
+  const int owners = share_x ? 2 * clusters : std::min(clusters, strips);  // blocks, or clusters, with strips of their own
+  args.plan = shape.plan;
+  args.plan.share_x = share_x;
+  args.plan.strips = strips / owners;
+  args.plan.spare = strips % owners;
+  return launch_kernel(kernel, {dim3(share_x ? owners : owners * cluster), kDecodeThreads, shape.plan.total, stream, cluster}, device, args);
 }
 
 }  // namespace

@@ -84,7 +84,7 @@ __global__ void __launch_bounds__(kDecodeThreads, NT == 1 ? kBlocksPerSM : 1) de
   } else if (warp == kMathWarps + 1) {
     if (elect()) {
 #pragma unroll
-      for (int i = 0; i < kMaxBuffers; i++) mbar_init(sent + 8 * i, kMathWarps), mbar_init(read + 8 * i, 1);
+      for (int i = 0; i < kMaxBuffers; i++) mbar_init(sent + 8 * i, kMathWarps * at.red_lanes), mbar_init(read + 8 * i, 1);
 #pragma unroll
       for (int i = 0; i < kTurns; i++) mbar_init(got + 8 * i, 1);
       if (cluster > 1) {
@@ -195,8 +195,8 @@ __global__ void __launch_bounds__(kDecodeThreads, NT == 1 ? kBlocksPerSM : 1) de
 #pragma unroll
       for (int i = 0; i < kPair * NT; i++)
         if (has_token) sts128(dst + i * at.red_lanes * 16, acc[i / NT][i % NT]);
+      if (has_token) mbar_arrive(sent + 8 * buffer);  // each for itself: one for all would order the others' stores by nothing that tools can see
       __syncwarp();
-      if (lane == 0) mbar_arrive(sent + 8 * buffer);
 #pragma unroll
       for (int i = 0; i < kPair * NT * 4; i++) acc[i / 4 / NT][i / 4 % NT][i % 4] = 0.f;
       if (++buffer == buffers) buffer = 0, round ^= 1;

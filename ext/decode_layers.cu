@@ -5,14 +5,12 @@
 
 #include "decode_layers_kernel.h"
 #include "decode_layers_table.h"
-#include "device.h"
+#include "launch.h"
 
 namespace gptq {
 namespace {
 
 constexpr int kLeastDepth = 4;  // slots; with less, memory waits for the multiprocessors
-
-int widest_of(const LayerProduct (&product)[4]) { return std::max(product[1].K, product[3].K); }
 
 int chunks_of(const LayerProduct& p) { return (p.K + kChunkK - 1) / kChunkK; }
 int units_of(const LayerProduct& p) { return p.N / kPairRows * chunks_of(p); }
@@ -20,19 +18,10 @@ int units_of(const LayerProduct& p) { return p.N / kPairRows * chunks_of(p); }
 // The deepest ring that fits; false: none of at least kLeastDepth.
 bool choose_plan(DecodeLayersArgs& args, const Device& device, int groups, bool zeros, bool ordered) {
   for (int depth = kLayersMaxDepth; depth >= kLeastDepth; depth--) {
-    args.plan = plan_layers(args.product[0].K, widest_of(args.product), depth, chunk_bytes(groups, zeros), groups, args.attention.part_heads, ordered);
+    args.plan = plan_layers(args.product, depth, chunk_bytes(groups, zeros), groups, args.attention.part_heads, ordered);
     if (args.plan.total <= device.smem) return true;
   }
   return false;
-}
-
-cudaError_t prepare(const void* kernel, int index, const Device& device) {
-  constexpr int kDevices = 64;
-  static std::atomic<bool> done[kDevices][16];
-  if (device.id < kDevices && done[device.id][index].load(std::memory_order_acquire)) return cudaSuccess;
-  const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.smem);
-  if (status == cudaSuccess && device.id < kDevices) done[device.id][index].store(true, std::memory_order_release);
-  return status;
 }
 
 }  // namespace
@@ -54,17 +43,18 @@ void describe(DecodeLayersArgs& args, const LayersShape& s) {
   args.attention.heads = s.heads, args.attention.kv_heads = s.kv_heads;
 }
 
-bool decode_layers_takes(const LayersShape& shape, int groups, bool zeros, bool ordered) {
+bool decode_layers_takes(const LayersShape& shape, int groups, bool zeros) {
   Device device;
   if (current_device(device) != cudaSuccess || device.capability != 90) return false;
-  if (shape.head_dim != kLayersHead || shape.layers < kLayersMin || shape.hidden > kLayersMaxHidden) return false;
+  if (shape.head_dim != kLayersHead || shape.layers < kLayersMin || shape.hidden > kLayersMaxHidden || shape.heads * shape.head_dim > kLayersMaxHeads)
+    return false;
   DecodeLayersArgs args = {};
   describe(args, shape);
   for (const LayerProduct& p : args.product)
     if (p.N % kPairRows || p.K % 8 || units_of(p) < device.sms) return false;
   args.attention.block_size = 8;
   complete(args.attention);
-  return choose_plan(args, device, groups, zeros, ordered);
+  return choose_plan(args, device, groups, zeros, shape.ordered);
 }
 
 size_t decode_layers_partials_bytes() {
@@ -77,7 +67,7 @@ cudaError_t launch_decode_layers(DecodeLayersArgs args, int head_dim, int groups
   if (const cudaError_t status = current_device(device); status != cudaSuccess) return status;
   complete(args.attention);
   if (args.layers < kLayersMin || head_dim != kLayersHead || device.capability != 90) return cudaErrorInvalidValue;
-  if (!choose_plan(args, device, groups, zeros, args.orders != nullptr)) return cudaErrorInvalidConfiguration;
+  if (!choose_plan(args, device, groups, zeros, args.orders || args.o_orders)) return cudaErrorInvalidConfiguration;
   for (LayerProduct& p : args.product) {
     p.chunks = chunks_of(p);
     p.units = units_of(p) / device.sms, p.spare = units_of(p) % device.sms;
@@ -85,19 +75,9 @@ cudaError_t launch_decode_layers(DecodeLayersArgs args, int head_dim, int groups
   }
   args.workspace_half = static_cast<int>(attention_decode_workspace_bytes(args.attention.heads, args.attention.kv_heads, kLayersHead) / 2);
   const void* kernel = bf16 ? decode_layers_bf16(groups, zeros) : decode_layers_fp16(groups, zeros);
-  if (const cudaError_t status = prepare(kernel, ((groups / 2) * 2 + zeros) * 2 + bf16, device); status != cudaSuccess) return status;
-  cudaLaunchConfig_t config = {};
-  cudaLaunchAttribute attribute = {};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  config.gridDim = dim3(device.sms);
-  config.blockDim = dim3(kLayersThreads);
-  config.dynamicSmemBytes = args.plan.total;
-  config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = 1;
-  void* pointers[] = {&args};
-  return cudaLaunchKernelExC(&config, kernel, pointers);
+  static std::atomic<uint64_t> done[3][2][2];
+  if (const cudaError_t status = set_limits(kernel, done[groups / 2][zeros][bf16], device.smem, Carveout::kAny, device); status != cudaSuccess) return status;
+  return launch_kernel(kernel, {dim3(device.sms), kLayersThreads, args.plan.total, stream}, device, args);
 }
 
 }  // namespace gptq

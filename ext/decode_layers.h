@@ -10,7 +10,7 @@
 namespace gptq {
 
 constexpr int kLayersMin = 3;  // layers: the places of the last two are emptied when the next launch begins
-constexpr int kLayersMaxHidden = 16384;  // what the warps that normalise hold in registers
+constexpr int kLayersMaxHidden = 8192, kLayersMaxHeads = 16384;  // (times head_dim), which the warps that normalise, or sort, hold in registers
 
 // One of a layer's four products (qkv, o, gate_up, down), the same in all layers.
 struct LayerProduct {
@@ -23,7 +23,7 @@ struct LayerProduct {
 // Where things are in shared memory, in bytes from its start.
 struct LayersPlan {
   int depth;  // slots of the ring
-  int norms, ring, normed, x, weight, order, raw, sums[2], red, total;
+  int norms, ring, normed, x, weight, order, raw, o_order, sums[2], red, total;
 };
 
 struct DecodeLayersArgs {
@@ -32,7 +32,7 @@ struct DecodeLayersArgs {
   const uint16_t* norms;          // [layers][2][H] weights, in the order in which qkv and gate_up take their inputs
   const uint16_t* orders;         // [layers][2][H] input i of the product is column orders[i] of the stream, or null
   const uint16_t* bias;           // [layers][sum of N] or null
-  const int* out_index;           // [layers][heads head_dim] or null, as in AttentionDecodeArgs
+  const uint16_t* o_orders;       // [layers][heads head_dim] input i of o is column o_orders[i] of the attention, or null
   const uint16_t* head_norms;     // [layers][2][head_dim] of queries and keys, or null
   const int* windows;             // [layers], 0: all
   uint16_t* x;                    // [H]: what the first layer takes, and what the last one gives
@@ -50,11 +50,12 @@ struct DecodeLayersArgs {
 // What follows from a model's shape: product[], exchange_row, attended, layers and the attention's heads.
 struct LayersShape {
   int layers, hidden, ffn, heads, kv_heads, head_dim;
+  bool ordered;  // there are orders, or o_orders
 };
 void describe(DecodeLayersArgs& args, const LayersShape& shape);
 
 // Whether launch_decode_layers takes such a model on the current device.
-bool decode_layers_takes(const LayersShape& shape, int groups, bool zeros, bool ordered);
+bool decode_layers_takes(const LayersShape& shape, int groups, bool zeros);
 size_t decode_layers_partials_bytes();
 
 // args: described, and all pointers, sizes and strides set. attention: as for launch_attention_decode, with prefetch.

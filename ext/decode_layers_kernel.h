@@ -37,7 +37,10 @@ constexpr int kLayersArgs = (kLayersBarriers * 8 + 15) / 16 * 16;
 
 // What the warps that attend are to AttentionBlock.
 struct LayerTeam {
-  static constexpr int kDepth = 2;
+  static constexpr int kWarps = kAttentionWarps, kDepth = 2;
+  static constexpr bool kScatters = false;
+  static __device__ __forceinline__ int count() { return gridDim.x; }
+  static __device__ __forceinline__ int index() { return blockIdx.x; }
   static __device__ __forceinline__ int thread() { return static_cast<int>(threadIdx.x) - kAttendWarp * 32; }
   static __device__ __forceinline__ void sync() { asm volatile("bar.sync 2, %0;" ::"n"(kAttentionThreads) : "memory"); }
   static __device__ __forceinline__ bool any(bool mine) {
@@ -52,12 +55,8 @@ struct LayerTeam {
   static __device__ __forceinline__ void load(uint4 (&v)[U], const uint16_t* const (&from)[U]);
 };
 
-constexpr int layers_attention_smem(int part_heads) {
-  return AttentionShape<kLayersHead, false, false, LayerTeam::kDepth>::kRing + exchange_bytes<kLayersHead>(part_heads) + kAttentionWarps * kPartHeads * 8 + 64;
-}
-
-// `widest`: of the inputs of o and down.
-inline LayersPlan plan_layers(int hidden, int widest, int depth, int chunk, int groups, int part_heads, bool ordered) {
+inline LayersPlan plan_layers(const LayerProduct (&product)[4], int depth, int chunk, int groups, int part_heads, bool ordered) {
+  const int hidden = product[0].K, attended = product[1].K, widest = std::max(attended, product[3].K);
   const auto up = [](int bytes) { return (bytes + 127) / 128 * 128; };
   const auto chunks = [](int k) { return (k + kChunkK - 1) / kChunkK; };
   LayersPlan p = {};
@@ -66,10 +65,14 @@ inline LayersPlan plan_layers(int hidden, int widest, int depth, int chunk, int 
   p.ring = up(p.norms + kLayerWarps * 4);
   p.normed = p.ring + depth * kPair * kLayerWarps * chunk;
   p.x = up(p.normed + chunks(hidden) * kChunkK * 2);
-  p.weight = up(p.x + std::max(chunks(widest) * kChunkK * 2, layers_attention_smem(part_heads)));  // keys and values come where x of down has been
-  p.order = up(p.weight + 2 * hidden);
-  p.raw = up(p.order + (ordered ? 2 * hidden : 0));
-  p.sums[0] = up(p.raw + (ordered ? 2 * hidden : 0));
+  // Keys and values come where x of down has been; in between, behind x, an order and what is sorted, but for what an idle block's attention may still write to.
+  const int of_attention = attention_smem<LayerTeam, kLayersHead, false>(part_heads, false), of_order = ordered ? 2 * hidden : 0, of_raw = ordered ? 2 * std::max(hidden, attended) : 0;
+  const int behind = chunks(widest) * kChunkK * 2, largest = std::max(behind, of_attention);
+  p.order = p.x + (behind + of_order + of_raw <= of_attention - kScratchInts * 4 ? behind : up(largest));
+  p.raw = p.order + of_order;
+  p.weight = up(std::max(p.x + largest, p.raw + of_raw));
+  p.o_order = p.weight;  // between two norms
+  p.sums[0] = up(p.weight + 2 * std::max(hidden, ordered ? attended : 0));
   p.sums[1] = p.sums[0] + chunks(hidden) * groups * 4;
   p.red = up(p.sums[1] + chunks(widest) * groups * 4);
   p.total = p.red + kLayersBuffers * kLayerWarps * kPairRows * 4;
@@ -99,12 +102,14 @@ __device__ __forceinline__ void store_relaxed(void* to, const uint4& v) {
 __device__ __forceinline__ void store_relaxed16(uint16_t* to, uint16_t v) { asm volatile("st.relaxed.gpu.global.u16 [%0], %1;" ::"l"(to), "h"(v) : "memory"); }
 // Whether one of the two halves of a word is 0xffff.
 __device__ __forceinline__ uint32_t missing(uint32_t w) { return (~w - 0x00010001u) & w & 0x80008000u; }
-__device__ __forceinline__ bool is_there(const uint4& v) { return (missing(v.x) | missing(v.y) | missing(v.z) | missing(v.w)) == 0; }
+__device__ __forceinline__ bool is_there(const uint4& v, uint32_t relevant) {
+  return ((missing(v.x) | missing(v.y) | missing(v.z) | missing(v.w)) & relevant) == 0;
+}
 
-// Asks for all that is missing at once, and again, until the warp has everything; zeros from null. The whole warp calls, and stays together: shuffles of
-// lanes that have gone different ways take a hundred times as long.
+// Asks for all that is missing at once, and again, until the warp has everything; zeros from null. `relevant`: bits of a word that may say "not yet"; 0 where
+// all is complete. The whole warp calls, and stays together: shuffles of lanes that have gone different ways take a hundred times as long.
 template <int U>
-__device__ __forceinline__ void take(uint4 (&v)[U], const uint16_t* const (&from)[U]) {
+__device__ __forceinline__ void take(uint4 (&v)[U], const uint16_t* const (&from)[U], uint32_t relevant = ~0u) {
   uint32_t waits = 0;
 #pragma unroll
   for (int i = 0; i < U; i++) {
@@ -117,7 +122,7 @@ __device__ __forceinline__ void take(uint4 (&v)[U], const uint16_t* const (&from
       if (waits >> i & 1) v[i] = load_relaxed(from[i]);
 #pragma unroll
     for (int i = 0; i < U; i++)
-      if (is_there(v[i])) waits &= ~(1u << i);
+      if (is_there(v[i], relevant)) waits &= ~(1u << i);
   }
 }
 
@@ -145,7 +150,6 @@ template <int G, bool ZP, bool BF>
 class LayersBlock {
   using Attention = AttentionBlock<LayerTeam, kLayersHead, BF, false>;
   static constexpr int kChunk = Chunk<G, ZP>::kBytes, kHalf = kLayerWarps * kChunk, kSlot = kPair * kHalf;
-  static constexpr int kAtOnce = 8;  // reads of 16 bytes that a thread has under way
   const DecodeLayersArgs& a;
   uint8_t* const smem;
   const uint32_t base, full, free, sent, read, go;
@@ -245,16 +249,17 @@ class LayersBlock {
   __device__ __forceinline__ static void math_sync() { asm volatile("bar.sync 1, %0;" ::"n"(kMathThreads) : "memory"); }
 
   // The sums of x that go with the zero points, minus and in the scale of expand(): from those of eight neighbours, of vectors kMathThreads apart.
-  __device__ __forceinline__ void leave_sums(float (&sum)[kAtOnce], uint32_t sums, int first, int total) {
+  template <int V>
+  __device__ __forceinline__ void leave_sums(float (&sum)[V], uint32_t sums, int first, int total) {
     constexpr float kScale = BF ? (ZP ? -1.f : -136.f) : (ZP ? -1.f / 16777216.f : -8.f / 16777216.f);
     constexpr int kLanes = kChunkK / 8 / G;
 #pragma unroll
     for (int step = 1; step < kLanes; step <<= 1)
 #pragma unroll
-      for (int i = 0; i < kAtOnce; i++)
+      for (int i = 0; i < V; i++)
         if (first + i * kMathThreads < total) sum[i] += __shfl_xor_sync(~0u, sum[i], step);
 #pragma unroll
-    for (int i = 0; i < kAtOnce; i++) {
+    for (int i = 0; i < V; i++) {
       const int vector = first + i * kMathThreads + lane;
       if (lane % kLanes == 0 && vector < total) sts32(sums + vector / kLanes * 4, sum[i] * kScale);
     }
@@ -274,32 +279,59 @@ class LayersBlock {
     cp_async_commit();
   }
 
-  // The input of a product into shared memory, RMSNorm applied where `normed` (in the order of `orders`, rounded to the activations' type; what
-  // fetch_norm() has fetched belongs to it), and the sums that go with zero points.
-  __device__ __forceinline__ void stage(const uint16_t* src, const LayerProduct& p, bool normed, uint32_t x, uint32_t sums) {
-    const bool sorts = normed && a.orders;
+  // The order of o's inputs, where the norm's weights are no longer needed.
+  __device__ __forceinline__ void fetch_o_order(int layer) {
+    const int K = a.product[1].K;
+    for (int k = threadIdx.x * 8; k < K; k += kMathThreads * 8) cp_async16(base + a.plan.o_order + k * 2, a.o_orders + static_cast<size_t>(layer) * K + k);
+    cp_async_commit();
+  }
+
+  // v: what is at `raw`, in order: element i is the one at order[i]. All of it has to be there.
+  template <int V>
+  __device__ __forceinline__ void sort(uint4 (&v)[V], int vectors, int first, uint32_t raw, uint32_t order) {
+#pragma unroll
+    for (int i = 0; i < V; i++) {
+      const int vector = first + i * kMathThreads + lane;
+      if (first + i * kMathThreads >= vectors) break;
+      const uint4 at = vector < vectors ? lds128(order + vector * 16) : uint4{};
+      const auto two = [&](uint32_t j) { return __byte_perm(lds16(raw + (j & 0xffff) * 2), lds16(raw + (j >> 16) * 2), 0x5410); };
+      const uint4 sorted = make_uint4(two(at.x), two(at.y), two(at.z), two(at.w));
+      v[i] = vector < vectors ? sorted : uint4{};
+    }
+  }
+
+  // The input of a product into shared memory, in the order at `order` (0: as it comes), RMSNorm applied where kNormed (rounded to the activations' type;
+  // what fetch_norm() has fetched belongs to it), and the sums that go with zero points; V vectors at a time. `relevant`: see take(). `attended`: comes of the
+  // attention, whose memory x is in.
+  template <int V, bool kNormed>
+  __device__ __forceinline__ void stage(const uint16_t* src, uint32_t relevant, const LayerProduct& p, bool attended, uint32_t order, uint32_t x, uint32_t sums) {
     const int vectors = p.K / 8, total = p.chunks * (kChunkK / 8);  // K may end inside a chunk: zeros
+    const uint32_t raw = base + a.plan.raw;
     int first = warp * 32;
 #pragma unroll 1
-    do {  // once, where `normed`
-      const uint16_t* from[kAtOnce];
-      uint4 v[kAtOnce];
-      float sum[kAtOnce];
+    do {  // once, where something depends on all of it
+      const uint16_t* from[V];
+      uint4 v[V];
+      float sum[V];
       const auto vector = [&](int i) { return first + i * kMathThreads + lane; };
+      const auto leave_raw = [&] {
 #pragma unroll
-      for (int i = 0; i < kAtOnce; i++) from[i] = vector(i) < vectors ? src + vector(i) * 8 : nullptr;
-      take(v, from);
-      if (normed) {
+        for (int i = 0; i < V; i++)
+          if (from[i]) sts128(raw + vector(i) * 16, v[i]);
+      };
+#pragma unroll
+      for (int i = 0; i < V; i++) from[i] = vector(i) < vectors ? src + vector(i) * 8 : nullptr;
+      take(v, from, relevant);
+      if constexpr (kNormed) {
+        if (order) leave_raw();
         float squares = 0.f;
 #pragma unroll
-        for (int i = 0; i < kAtOnce; i++) {
-          if (first + i * kMathThreads >= total) break;
+        for (int i = 0; i < V; i++) {
           float e[8];
           unpack8<BF>(e, v[i]);
 #pragma unroll
           for (int j = 0; j < 8; j++) e[j] *= e[j];
           squares += sum_of(e);
-          if (sorts && from[i]) sts128(base + a.plan.raw + vector(i) * 16, v[i]);
         }
 #pragma unroll
         for (int step = 16; step; step >>= 1) squares += __shfl_xor_sync(~0u, squares, step);
@@ -313,14 +345,10 @@ class LayersBlock {
           squares += (__uint_as_float(of.x) + __uint_as_float(of.y)) + (__uint_as_float(of.z) + __uint_as_float(of.w));
         }
         const float scale = rsqrtf(squares / static_cast<float>(p.K) + a.eps);
+        if (order) sort(v, vectors, first, raw, order);
 #pragma unroll
-        for (int i = 0; i < kAtOnce; i++) {
+        for (int i = 0; i < V; i++) {
           if (first + i * kMathThreads >= total) break;
-          if (sorts && from[i]) {
-            const uint4 order = lds128(base + a.plan.order + vector(i) * 16);
-            const auto two = [&](uint32_t j) { return lds16(base + a.plan.raw + (j & 0xffff) * 2) | lds16(base + a.plan.raw + (j >> 16) * 2) << 16; };
-            v[i] = make_uint4(two(order.x), two(order.y), two(order.z), two(order.w));
-          }
           float e[8], w[8];
           unpack8<BF>(e, v[i]);
           unpack8<BF>(w, from[i] ? lds128(base + a.plan.weight + vector(i) * 16) : uint4{});
@@ -328,9 +356,17 @@ class LayersBlock {
           for (int j = 0; j < 8; j++) e[j] = e[j] * scale * w[j];
           v[i] = pack8<BF>(e);
         }
+      } else if (attended) {
+        if (order) cp_async_wait<0>();
+        math_sync();  // every head is through, this block's own, too
+        if (order) {
+          leave_raw();
+          math_sync();
+          sort(v, vectors, first, raw, order);
+        }
       }
 #pragma unroll
-      for (int i = 0; i < kAtOnce; i++) {
+      for (int i = 0; i < V; i++) {
         if (first + i * kMathThreads >= total) break;
         float e[8];
         unpack8<BF>(e, v[i]);
@@ -338,8 +374,8 @@ class LayersBlock {
         if (vector(i) < total) sts128(x + vector(i) * 16, v[i]);
       }
       leave_sums(sum, sums, first, total);
-      first += kMathThreads * kAtOnce;
-    } while (first < total);
+      first += kMathThreads * V;
+    } while (!kNormed && first < total);
     math_sync();
   }
 
@@ -408,7 +444,12 @@ class LayersBlock {
         const bool normed = k % 2 == 0;
         const uint32_t x = base + (normed ? a.plan.normed : a.plan.x), sums = base + a.plan.sums[normed ? 0 : 1];
         const int source = k == 0 ? a.product[3].out : k == 1 ? a.attended : a.product[k - 1].out;
-        stage(layer == 0 && k == 0 ? a.x : place(k ? layer : layer - 1, source), p, normed, x, sums);
+        const bool given = layer == 0 && k == 0;
+        const uint32_t order = normed ? (a.orders ? base + a.plan.order : 0) : k == 1 && a.o_orders ? base + a.plan.o_order : 0;
+        const uint16_t* from = given ? a.x : place(k ? layer : layer - 1, source);
+        if (normed) stage<kLayersMaxHidden / (8 * kMathThreads), true>(from, given ? 0 : ~0u, p, false, order, x, sums);
+        else stage<kLayersMaxHeads / (8 * kMathThreads), false>(from, ~0u, p, k == 1, order, x, sums);
+        if (k == 0 && a.o_orders) fetch_o_order(layer);
         if (!normed && (k == 1 || layer + 1 < a.layers)) fetch_norm(k == 1 ? layer : layer + 1, k == 1);
         if (k == 0 && threadIdx.x == 0) mbar_arrive(go);  // all have done with x of the layer before
 
@@ -536,7 +577,6 @@ class LayersBlock {
         shared.qkv = place(layer, a.product[0].out), shared.ldqkv = a.product[0].N;
         shared.out = place(layer, a.attended), shared.ldo = a.product[1].K;
         shared.cache = const_cast<uint8_t*>(a.caches[layer]);
-        shared.out_index = a.out_index ? a.out_index + static_cast<size_t>(layer) * a.product[1].K : nullptr;
         if (a.head_norms) {
           shared.q_norm = a.head_norms + static_cast<size_t>(layer) * 2 * kLayersHead;
           shared.k_norm = shared.q_norm + kLayersHead;

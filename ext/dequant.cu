@@ -2,7 +2,7 @@
 
 #include <algorithm>
 
-#include "device.h"
+#include "launch.h"
 #include "layout.h"
 #include "ptx.h"
 
@@ -111,30 +111,21 @@ cudaError_t launch_gather(const GatherArgs& a, cudaStream_t stream) {
   if (a.M <= 0 || a.K % 8 || a.ldx % 8 || a.ldo % 8 || !aligned(a.x) || !aligned(a.out) || !aligned(a.perm)) return cudaErrorInvalidValue;
   Device device;
   if (const cudaError_t status = current_device(device); status != cudaSuccess) return status;
-  cudaLaunchAttribute attribute = {};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config = {};
-  config.blockDim = dim3(kGatherThreads);
-  config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = device.capability >= 90 ? 1 : 0;
   const int row_bytes = 2 * a.K;
   if (row_bytes > device.smem) {
-    config.gridDim = dim3((a.K / 2 + kGatherThreads - 1) / kGatherThreads, a.M < 1024 ? a.M : 1024);
-    return cudaLaunchKernelEx(&config, gather_unstaged_kernel, a);
+    const dim3 grid((a.K / 2 + kGatherThreads - 1) / kGatherThreads, a.M < 1024 ? a.M : 1024);
+    return launch_kernel(reinterpret_cast<const void*>(gather_unstaged_kernel), {grid, kGatherThreads, 0, stream}, device, a);
   }
   // More rows share one reading of perm, while every multiprocessor has a block; few rows are cut into slices of columns.
   const int rows = std::max(1, std::min({kGatherRows, device.smem / 2 / row_bytes, a.M / device.sms}));
   const int blocks = (a.M + rows - 1) / rows, row_units = a.K / 8;
   const int slices = std::max(1, std::min(device.sms / blocks, (row_units + kGatherThreads - 1) / kGatherThreads));
   const int units = (row_units + slices - 1) / slices;
-  config.gridDim = dim3(blocks, (row_units + units - 1) / units);
-  config.dynamicSmemBytes = rows * row_bytes;
-  if (config.dynamicSmemBytes > 48 * 1024)
-    if (const cudaError_t status = cudaFuncSetAttribute(gather_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.smem); status != cudaSuccess)
-      return status;
-  return cudaLaunchKernelEx(&config, gather_kernel, a, rows, units);
+  const void* kernel = reinterpret_cast<const void*>(gather_kernel);
+  static std::atomic<uint64_t> done;
+  if (const cudaError_t status = set_limits(kernel, done, device.smem, Carveout::kAny, device); status != cudaSuccess) return status;
+  const dim3 grid(blocks, (row_units + units - 1) / units);
+  return launch_kernel(kernel, {grid, kGatherThreads, rows * row_bytes, stream}, device, a, rows, units);
 }
 
 }  // namespace gptq

@@ -17,8 +17,8 @@
 #include <algorithm>
 #include <atomic>
 
-#include "device.h"
 #include "gemm_wgmma_table.h"
+#include "launch.h"
 #include "layout.h"
 
 namespace gptq {
@@ -166,28 +166,11 @@ cudaError_t gemm_wgmma(const WgmmaGemm& call, cudaStream_t stream) {
   CUtensorMap weights, tokens;
   if (!map_weight(weights, call, p, kernel.strips) || !map_tokens(tokens, call, kernel.tokens / kernel.cluster)) return cudaErrorInvalidValue;
 
-  static std::atomic<uint64_t> prepared[2][2][static_cast<int>(WgmmaTile::kLast) + 1];  // a bit per device
-  std::atomic<uint64_t>& mine = prepared[call.bf16][call.groups <= 1][static_cast<int>(choice.tile)];
-  if (device.id >= 64 || !(mine.load(std::memory_order_relaxed) >> device.id & 1)) {
-    if (const cudaError_t status = cudaFuncSetAttribute(kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize, device.smem); status != cudaSuccess)
-      return status;
-    if (device.id < 64) mine.fetch_or(uint64_t{1} << device.id, std::memory_order_relaxed);
-  }
-
-  cudaLaunchAttribute attributes[2];
-  attributes[0].id = cudaLaunchAttributeClusterDimension;
-  attributes[0].val.clusterDim = {static_cast<unsigned>(kernel.cluster), 1, 1};
-  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[1].val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(p.clusters * kernel.cluster);
-  config.blockDim = dim3(kernel.threads);
-  config.dynamicSmemBytes = kernel.turn_bytes + p.stages * (slot + barriers);
-  config.stream = stream;
-  config.attrs = attributes;
-  config.numAttrs = 2;
-  void* arguments[] = {&weights, &tokens, &p};
-  return cudaLaunchKernelExC(&config, kernel.function, arguments);
+  static std::atomic<uint64_t> done[2][2][static_cast<int>(WgmmaTile::kLast) + 1];
+  std::atomic<uint64_t>& mine = done[call.bf16][call.groups <= 1][static_cast<int>(choice.tile)];
+  if (const cudaError_t status = set_limits(kernel.function, mine, device.smem, Carveout::kAny, device); status != cudaSuccess) return status;
+  const int smem = kernel.turn_bytes + p.stages * (slot + barriers);
+  return launch_kernel(kernel.function, {dim3(p.clusters * kernel.cluster), kernel.threads, smem, stream, kernel.cluster}, device, weights, tokens, p);
 }
 
 }  // namespace gptq

@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <atomic>
 
-#include "device.h"
+#include "launch.h"
 #include "ptx.h"
 #include "rotary.h"
 
@@ -233,29 +233,14 @@ __global__ void __launch_bounds__(512) scatter_kernel(const ScatterArgs a, int r
 }
 
 // ---- launching ---------------------------------------------------------------------------------------------------------------------
-// All kernels ask for the same division of shared memory and L1, or they could not overlap; set once per kernel and device.
 template <auto kernel, typename... Args>
 cudaError_t launch(dim3 grid, int threads, int smem, cudaStream_t stream, const Args&... args) {
-  static std::atomic<bool> done[64];
+  static std::atomic<uint64_t> done;
+  const void* function = reinterpret_cast<const void*>(kernel);
   Device device;
   if (const cudaError_t status = current_device(device); status != cudaSuccess) return status;
-  if (device.id >= 64 || !done[device.id].load(std::memory_order_acquire)) {
-    cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
-    if (status == cudaSuccess) status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, 4 * kMaxWidth);
-    if (status != cudaSuccess) return status;
-    if (device.id < 64) done[device.id].store(true, std::memory_order_release);
-  }
-  cudaLaunchConfig_t config = {};
-  config.gridDim = grid;
-  config.blockDim = dim3(threads);
-  config.dynamicSmemBytes = smem;
-  config.stream = stream;
-  cudaLaunchAttribute attribute = {};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  config.attrs = &attribute;
-  config.numAttrs = device.capability >= 90 ? 1 : 0;
-  return cudaLaunchKernelEx(&config, kernel, args...);
+  if (const cudaError_t status = set_limits(function, done, 4 * kMaxWidth, Carveout::kShared, device); status != cudaSuccess) return status;
+  return launch_kernel(function, {grid, threads, smem, stream}, device, args...);
 }
 
 int warps_for(int threads) { return (threads + 31) / 32 * 32; }
@@ -295,8 +280,7 @@ cudaError_t rope(const RopeArgs& a, cudaStream_t stream) {
 template <bool BF, bool FP8>
 cudaError_t rope(const RopeArgs& a, cudaStream_t stream) {
   if (a.head_dim <= 64) return rope<BF, FP8, 4>(a, stream);
-  if (a.head_dim <= 128) return rope<BF, FP8, 8>(a, stream);
-  return rope<BF, FP8, 16>(a, stream);
+  return rope<BF, FP8, 8>(a, stream);
 }
 
 }  // namespace
@@ -312,7 +296,7 @@ cudaError_t launch_rms_norm(const RmsNormArgs& a, bool bf16, cudaStream_t stream
 }
 
 cudaError_t launch_rope_and_write(const RopeArgs& a, bool bf16, bool fp8_cache, cudaStream_t stream) {
-  if (a.head_dim % 16 || a.head_dim > 256) return cudaErrorInvalidValue;
+  if (a.head_dim % 16 || a.head_dim > 128) return cudaErrorInvalidValue;
   if (bf16) return fp8_cache ? rope<true, true>(a, stream) : rope<true, false>(a, stream);
   return fp8_cache ? rope<false, true>(a, stream) : rope<false, false>(a, stream);
 }

@@ -3,7 +3,7 @@
 #include <cfloat>
 #include <cstdint>
 
-#include "device.h"
+#include "launch.h"
 #include "ptx.h"
 #include "sampler.h"
 
@@ -135,23 +135,12 @@ __device__ __forceinline__ u64 random_bits(uint32_t key0, uint32_t key1, uint32_
   return static_cast<u64>(c1) << 32 | c0;
 }
 
-// Programmatic dependent launch where the device has it, in clusters of so many blocks.
-template <typename... P, typename... A>
-cudaError_t launch_overlapped(void (*kernel)(P...), dim3 grid, int threads, int cluster, cudaStream_t stream, const A&... args) {
+// In clusters of so many blocks.
+template <typename... P>
+cudaError_t launch_overlapped(void (*kernel)(P...), dim3 grid, int threads, int cluster, cudaStream_t stream, const std::decay_t<P>&... args) {
   Device device;
   if (const cudaError_t status = current_device(device); status != cudaSuccess) return status;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = grid;
-  config.blockDim = dim3(threads);
-  config.stream = stream;
-  cudaLaunchAttribute attributes[2] = {};
-  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[0].val.programmaticStreamSerializationAllowed = 1;
-  attributes[1].id = cudaLaunchAttributeClusterDimension;
-  attributes[1].val.clusterDim.x = cluster, attributes[1].val.clusterDim.y = attributes[1].val.clusterDim.z = 1;
-  config.attrs = attributes;
-  config.numAttrs = device.capability < 90 ? 0 : cluster > 1 ? 2 : 1;
-  return cudaLaunchKernelEx(&config, kernel, args...);
+  return launch_kernel(reinterpret_cast<const void*>(kernel), {grid, threads, 0, stream, cluster}, device, args...);
 }
 
 }  // namespace gptq

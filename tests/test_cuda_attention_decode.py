@@ -73,7 +73,11 @@ class Case:
         return (blocks * self.block_size + last % self.block_size).to(torch.int32)
 
     def run(
-        self, rotary: RotaryInputs | None = None, out_index: Tensor | None = None, prefetch: bool = False
+        self,
+        rotary: RotaryInputs | None = None,
+        out_index: Tensor | None = None,
+        prefetch: bool = False,
+        teams: str = "best",
     ) -> Tensor:
         rows = self.qkv.shape[0]
         out = torch.full((rows, self.num_heads * self.head_dim), torch.nan, dtype=self.dtype, device="cuda")
@@ -81,6 +85,7 @@ class Case:
             *(self.qkv, self.cache, self.tables, self.lens, self.starts, out, self.num_heads, self.scale),
             *(self.workspace, self.window, out_index, rotary),
             prefetch=prefetch,
+            teams=teams,
         )
 
     def expected(self, queries: Tensor) -> Tensor:
@@ -216,6 +221,47 @@ def test_bits_depend_neither_on_the_batch_nor_on_the_run() -> None:
     assert torch.equal(many.run(), together[pick])
 
 
+@pytest.mark.skipif(
+    gptq.is_available() and torch.cuda.get_device_capability() not in ((9, 0), (10, 0)), reason="needs a Hopper GPU"
+)
+@DTYPES
+@CACHES
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize(
+    ("num_heads", "num_kv_heads", "window", "block_size"),
+    [(40, 40, None, 16), (12, 4, 100, 8), (16, 2, None, 64), (22, 2, 300, 16)],
+)
+@pytest.mark.parametrize("rotates", [False, True], ids=["rotated", "rotates"])
+def test_a_warp_alone_finds_the_same_bits(
+    rotates: bool,
+    num_heads: int,
+    num_kv_heads: int,
+    window: int | None,
+    block_size: int,
+    head_dim: int,
+    fp8: bool,
+    dtype: torch.dtype,
+) -> None:
+    """Many sequences, so that all warps have several items, and few, so that an item is many warps'."""
+    for lengths in (LENGTHS * 8, [3900, 2, 1500]):
+        case = Case(lengths, num_heads, num_kv_heads, head_dim, dtype, fp8, block_size, window)
+        index = torch.randperm(num_heads * head_dim, device="cuda").to(torch.int32)
+        rotary, prefetch = None, False
+        if rotates:
+            table = torch.rand(4096, head_dim, device="cuda")
+            norms = (torch.rand(2, head_dim, device="cuda") + 0.5).to(dtype)
+            rotary, prefetch = RotaryInputs(case.lens - 1, case.slots(), table, norms[0], norms[1], 1e-5), True
+        empty = case.cache.clone()
+        found, caches = [], []
+        for teams in ("blocks", "warps", "warps"):
+            case.cache.copy_(empty)
+            found.append(case.run(rotary, index, prefetch, teams))
+            caches.append(case.cache.view(torch.uint8).clone())
+        assert not found[0].isnan().any()
+        assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+        assert torch.equal(caches[0], caches[1])
+
+
 def test_rows_of_others_padding_and_output_order() -> None:
     """A mixed step: sequences 1 and 3 bring several rows; a padding row becomes zeros."""
     case = Case([40, 50, 300, 7, 20], 8, 2, 128, torch.float16)
@@ -268,6 +314,10 @@ def test_what_an_e4m3_cache_costs() -> None:
 
 
 def test_refusals() -> None:
+    with pytest.raises(ValueError, match="'threads'; one of best, blocks, warps"):
+        Case([5], 8, 2, 128, torch.float16).run(teams="threads")
+    with pytest.raises(ValueError, match="up to 4096"):
+        Case([5000], 8, 2, 128, torch.float16).run(teams="warps")
     case = Case([5], 4, 2, 64, torch.float16)
     with pytest.raises(ValueError, match="head dimension 80"):
         decode_attention_workspace(4, 2, 80, "cuda")

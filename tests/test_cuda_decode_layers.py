@@ -102,7 +102,7 @@ class Model:
             post_attention_norm=vector(s.hidden),
             qkv_perm=order(s.hidden),
             gate_up_perm=order(s.hidden),
-            out_index=order(heads),
+            o_perm=order(heads),
             head_norms=(vector(HEAD_DIM), vector(HEAD_DIM)) if form.head_norms else None,
             window=form.window,
         )
@@ -115,7 +115,8 @@ class Model:
             ops.rms_norm(x, layer.input_norm, EPS, normed, layer.qkv_perm)
             qkv = gptq.gemm(normed, layer.qkv, bias=qkv_bias)
             rotary = RotaryInputs(self.positions, self.slots, self.cos_sin, *(layer.head_norms or (None, None)), EPS)
-            how = (self.shape.num_heads, HEAD_DIM**-0.5, self.workspace, layer.window, layer.out_index, rotary)
+            index = None if layer.o_perm is None else torch.argsort(layer.o_perm).to(torch.int32)
+            how = (self.shape.num_heads, HEAD_DIM**-0.5, self.workspace, layer.window, index, rotary)
             decode_attention(qkv, cache, *where, attended, *how)
             gptq.gemm(attended, layer.o, x, residual=x, bias=o_bias)
             ops.rms_norm(x, layer.post_attention_norm, EPS, normed, layer.gate_up_perm)
@@ -150,9 +151,7 @@ class Model:
             keys, values = (part[seen].repeat_interleave(group, 1) for part in (keys, values))
             weights = (torch.einsum("hd,thd->ht", query, keys) * HEAD_DIM**-0.5).softmax(-1)
             attended = torch.einsum("ht,thd->hd", weights, values).reshape(1, -1)
-            if layer.out_index is not None:
-                attended = torch.empty_like(attended).index_copy_(1, layer.out_index.long(), attended)
-            x = x + attended @ o
+            x = x + _in_order(attended, layer.o_perm) @ o
             normed = _in_order(_norm(x, layer.post_attention_norm), layer.gate_up_perm)
             gate, up = (normed @ gate_up + gate_up_bias).chunk(2, -1)
             x = x + torch.nn.functional.silu(gate) * up @ down + down_bias
@@ -232,16 +231,17 @@ def test_graphs_and_other_streams_change_no_bit() -> None:
 def test_padding_and_numbers_that_are_not_finite_end_as_well() -> None:
     padding = Model(MHA, 3, 0, torch.float16, Format())
     assert bool((padding.at_once(padding.x.clone()) == 0).all())
-    model = Model(MHA, 3, 20, torch.float16, Format())
-    good = model.at_once(model.x.clone())
-    caches = [cache.clone() for cache in model.caches]
-    for value in (torch.nan, torch.inf):
-        x = model.x.clone()
-        x[0, 7] = value
-        assert not bool(model.at_once(x).isfinite().any())
-    for cache, before in zip(model.caches, caches, strict=True):
-        cache.copy_(before)
-    assert torch.equal(model.at_once(model.x.clone()), good)
+    for act_order in (False, True):
+        model = Model(MHA, 3, 20, torch.float16, Format(act_order=act_order))
+        good = model.at_once(model.x.clone())
+        caches = [cache.clone() for cache in model.caches]
+        for bits in (0x7E00, 0x7C00, -1):  # NaN, infinity, and the NaN that says "not yet"
+            x = model.x.clone()
+            x.view(torch.int16)[0, 7] = bits
+            assert not bool(model.at_once(x).isfinite().any())
+        for cache, before in zip(model.caches, caches, strict=True):
+            cache.copy_(before)
+        assert torch.equal(model.at_once(model.x.clone()), good)
 
 
 def test_lengths_may_change_from_launch_to_launch() -> None:

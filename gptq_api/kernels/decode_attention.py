@@ -19,10 +19,14 @@ try:
 except ImportError:  # kernels.gptq.unavailable_reason() says so to people
     _cuda = None
 
-__all__ = ["BLOCK_SIZES", "HEAD_DIMS", "RotaryInputs", "decode_attention", "decode_attention_workspace"]
+__all__ = ["BLOCK_SIZES", "HEAD_DIMS", "TEAMS", "RotaryInputs", "decode_attention", "decode_attention_workspace"]
 
 HEAD_DIMS = (64, 128)
 BLOCK_SIZES = (8, 16, 32, 64, 128, 256)
+TEAMS = ("best", "blocks", "warps")
+"""who attends to 128 tokens of a head: the four warps of a block, or one; a warp alone takes contexts of up to
+MAX_CONTEXT_OF_WARPS tokens, on GPUs with the shared memory of Hopper"""
+MAX_CONTEXT_OF_WARPS = 4096
 
 
 @dataclass(frozen=True)
@@ -42,8 +46,8 @@ class RotaryInputs:
 
 
 def decode_attention_workspace(num_heads: int, num_kv_heads: int, head_dim: int, device: torch.device | str) -> Tensor:
-    """For calls of this shape with any number of sequences, one after another: a few MiB, 35 with 8 query heads per key
-    head. Every call leaves it as it found it; calls that may overlap (other streams) need one each."""
+    """For calls of this shape with any number of sequences, one after another: some 40 MiB, 140 with 8 query heads per
+    key head. Every call leaves it as it found it; calls that may overlap (other streams) need one each."""
     _check_head_dim(head_dim)
     device = torch.device(device)
     with torch.cuda.device(device):
@@ -66,6 +70,7 @@ def decode_attention(
     rotary: RotaryInputs | None = None,
     *,
     prefetch: bool = False,
+    teams: str = "best",
 ) -> Tensor:
     """Rows of `out` of the sequences with one new row; the others are left alone, except a row without a context (one
     that fills up a batch), which becomes zeros.
@@ -80,6 +85,8 @@ def decode_attention(
     `prefetch` (with `rotary`): tables, lengths, positions and the keys and values of earlier tokens may be read while
     the kernel before this one still runs. True where all of that was complete before the first kernel of an unbroken
     chain of dependent launches began, as when a step is one graph.
+
+    `teams`: of TEAMS; the bits of the result are the same.
 
     Raises ValueError on what does not fit, RuntimeError with the shape when a launch fails.
     """
@@ -109,6 +116,10 @@ def decode_attention(
         _check_indices("out_index", out_index, num_heads * head_dim, qkv)
     if window is not None and window < 1:
         raise ValueError(f"window {window}, expected at least 1 or None")
+    if teams not in TEAMS:
+        raise ValueError(f"teams {teams!r}; one of {', '.join(TEAMS)}")
+    if teams == "warps" and (longest := block_tables.stride(0) * block_size) > MAX_CONTEXT_OF_WARPS:
+        raise ValueError(f"tables for {longest} tokens; a warp alone takes up to {MAX_CONTEXT_OF_WARPS}")
     if prefetch and rotary is None:
         raise ValueError("prefetch without rotary: the cache has just been written by another kernel")
     addresses = (0, 0, 0, 0, 0)
@@ -130,7 +141,13 @@ def decode_attention(
             *(query_start.data_ptr(), out.data_ptr(), _address(out_index), *addresses, workspace.data_ptr()),
             *(0.0 if rotary is None else rotary.eps, scale, qkv.stride(0), out.stride(0), block_tables.stride(0)),
             *(sequences, num_heads, num_kv_heads, block_size, head_dim, window or 0, prefetch),
-            *(qkv.dtype == torch.bfloat16, fp8, 0, torch.cuda.current_stream(qkv.device).cuda_stream),
+            *(
+                qkv.dtype == torch.bfloat16,
+                fp8,
+                0,
+                TEAMS.index(teams),
+                torch.cuda.current_stream(qkv.device).cuda_stream,
+            ),
         )
     return out
 

@@ -57,8 +57,8 @@ class LayerWeights:
     qkv_perm: Tensor | None
     """int32 [H]: input i of qkv is column qkv_perm[i] of the normalised stream"""
     gate_up_perm: Tensor | None
-    out_index: Tensor | None
-    """int32 [num_heads * D]: column j of the attention goes to out_index[j]"""
+    o_perm: Tensor | None
+    """int32 [num_heads * D]: input i of o is column o_perm[i] of the attention"""
     head_norms: tuple[Tensor, Tensor] | None
     """[D] of queries and of keys"""
     window: int | None
@@ -82,19 +82,13 @@ class DecodeLayers:
         device, self._dtype = first.qkv.data.device, first.input_norm.dtype
         self._num_blocks = torch.cuda.get_device_properties(device).multi_processor_count
         self._weights = _addresses([w.data for layer in layers for w in layer.products], device)
-        norms, orders = [], []
-        for layer in layers:
-            for norm, perm in (
-                (layer.input_norm, layer.qkv_perm),
-                (layer.post_attention_norm, layer.gate_up_perm),
-            ):
-                norms.append(norm if perm is None else norm[perm.long()])
-                orders.append(torch.arange(shape.hidden, device=device) if perm is None else perm)
-        self._norms = torch.stack(norms).contiguous()
-        ordered = any(layer.qkv_perm is not None or layer.gate_up_perm is not None for layer in layers)
-        self._orders = torch.stack([o.to(torch.int16) for o in orders]) if ordered else None
+        norms = [norm for layer in layers for norm in (layer.input_norm, layer.post_attention_norm)]
+        perms = [perm for layer in layers for perm in (layer.qkv_perm, layer.gate_up_perm)]
+        self._orders = _stacked_orders(perms, shape.hidden, device)
+        sorted_norms = [n if perm is None else n[perm.long()] for n, perm in zip(norms, perms, strict=True)]
+        self._norms = torch.stack(sorted_norms).contiguous()
         self._bias = _stacked_biases(layers, self._dtype, device)
-        self._out_index = _stacked_indices(layers, shape.num_heads * shape.head_dim, device)
+        self._o_orders = _stacked_orders([layer.o_perm for layer in layers], shape.num_heads * shape.head_dim, device)
         self._head_norms = None
         if first.head_norms is not None:
             self._head_norms = torch.stack([n for layer in layers for n in layer.head_norms or ()]).contiguous()
@@ -121,7 +115,8 @@ class DecodeLayers:
                     return False
             if (layer.head_norms is None) != (first.head_norms is None):
                 return False
-        ordered = any(layer.qkv_perm is not None or layer.gate_up_perm is not None for layer in layers)
+        perms = [perm for layer in layers for perm in (layer.qkv_perm, layer.gate_up_perm, layer.o_perm)]
+        ordered = any(perm is not None for perm in perms)
         weights = (first.qkv.groups_per_chunk, first.qkv.has_zeros, ordered)
         with torch.cuda.device(first.qkv.data.device):
             return bool(_cuda.decode_layers_takes(len(layers), *shape.sizes, *weights))
@@ -176,7 +171,7 @@ class DecodeLayers:
                 *(self._weights.data_ptr(), self._caches.data_ptr(), self._norms.data_ptr(), _address(self._orders)),
                 *(
                     _address(self._bias),
-                    _address(self._out_index),
+                    _address(self._o_orders),
                     _address(self._head_norms),
                     self._windows.data_ptr(),
                 ),
@@ -209,8 +204,9 @@ def _stacked_biases(layers: list[LayerWeights], dtype: torch.dtype, device: torc
     return torch.cat(rows)
 
 
-def _stacked_indices(layers: list[LayerWeights], width: int, device: torch.device) -> Tensor | None:
-    if all(layer.out_index is None for layer in layers):
+def _stacked_orders(perms: list[Tensor | None], width: int, device: torch.device) -> Tensor | None:
+    """16 bits each: widths are at most 16384."""
+    if all(perm is None for perm in perms):
         return None
-    straight = torch.arange(width, dtype=torch.int32, device=device)
-    return torch.stack([straight if layer.out_index is None else layer.out_index for layer in layers]).contiguous()
+    straight = torch.arange(width, device=device)
+    return torch.stack([(straight if perm is None else perm).to(torch.int16) for perm in perms])

@@ -69,7 +69,7 @@ class _Layer:
             post_attention_norm=self.post_attention_norm,
             qkv_perm=qkv.perm,
             gate_up_perm=gate_up.perm,
-            out_index=self.out_index,
+            o_perm=self.o.perm,
             head_norms=None if self.q_norm is None or self.k_norm is None else (self.q_norm, self.k_norm),
             window=self.window,
         )
