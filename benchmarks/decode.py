@@ -136,7 +136,8 @@ class Measured:
     def engine(self, max_num_seqs: int | None = None) -> Engine[Any]:
         blocks = BlockManager(self.runner.num_blocks, self.runner.block_size)
         budget = token_budget(self.settings, torch.device(self.runner.device))
-        return Engine(self.runner, Scheduler(blocks, max_num_seqs or self.settings.max_num_seqs, budget, False))
+        users = max_num_seqs or self.settings.max_num_seqs
+        return Engine(self.runner, Scheduler(blocks, users, budget, False, self.runner.row_multiple))
 
     def add(self, engine: Engine[Any], lengths: list[tuple[int, int]]) -> None:
         """Sequences of (prompt tokens, new tokens)."""

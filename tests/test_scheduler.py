@@ -303,3 +303,23 @@ def test_prompts_beside_sequences_that_decode_get_less_of_a_step(num_decoding: i
     scheduler.schedule()
     scheduler.add(sequence(99, [2] * 200, 8))
     assert scheduler.schedule().num_new_tokens == [1] * num_decoding + [prompt_tokens]
+
+
+@pytest.mark.parametrize(
+    ("num_decoding", "num_rows"), [(0, 2048), (1, 1536), (100, 1344), (200, 1344), (256, 1344), (600, 1152)]
+)
+def test_many_rows_fill_the_tiles_of_the_products(num_decoding: int, num_rows: int) -> None:
+    scheduler = Scheduler(BlockManager(4000, 4), max_num_seqs=700, max_num_batched_tokens=2048, row_multiple=192)
+    for i in range(num_decoding):
+        scheduler.add(sequence(i, [i], 100))
+    scheduler.schedule()
+    scheduler.add(sequence(9999, [2] * 4000, 8))
+    assert scheduler.schedule().num_tokens == num_rows
+
+
+def test_few_rows_are_not_rounded() -> None:
+    scheduler = Scheduler(BlockManager(400, 4), max_num_seqs=80, max_num_batched_tokens=64, row_multiple=192)
+    scheduler.add(sequence(0, [1], 100))
+    scheduler.schedule()
+    scheduler.add(sequence(99, [2] * 200, 8))
+    assert scheduler.schedule().num_new_tokens == [1, 46]

@@ -73,7 +73,7 @@ def _serve(sock: socket.socket, inbox: Inbox, settings: Settings) -> int:
         return 1
     budget = token_budget(settings, torch.device(runner.device))
     blocks = BlockManager(runner.num_blocks, runner.block_size)
-    scheduler = Scheduler(blocks, settings.max_num_seqs, budget, settings.enable_prefix_caching)
+    scheduler = Scheduler(blocks, settings.max_num_seqs, budget, settings.enable_prefix_caching, runner.row_multiple)
     engine = Engine(runner, scheduler)
     gc.collect()
     gc.freeze()  # the weights never die: keep the collector off them

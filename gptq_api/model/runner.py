@@ -33,6 +33,7 @@ class ModelRunner:
     """A loaded model and its KV cache. Not thread-safe: one caller steps it."""
 
     lookahead = 0
+    row_multiple = 1
 
     def __init__(self, model: Llama, cache: KVCache, max_model_len: int, dtype: torch.dtype) -> None:
         self._model, self._cache = model, cache

@@ -20,6 +20,9 @@ from gptq_api.scheduler.blocks import BlockManager, block_hash
 from gptq_api.sequence import Batch, Sampled, Sequence
 from gptq_api.types import FinishReason
 
+MANY_TILES = 4
+"""so many, and a rounding to whole ones changes little in what a step takes"""
+
 
 @dataclass(slots=True)
 class Counters:
@@ -35,7 +38,8 @@ class Counters:
 class Scheduler:
     """`add`, `abort`, and per step `schedule` (decide) and `update` (digest).
 
-    max_num_seqs: sequences in one step; max_num_batched_tokens: tokens in one step.
+    max_num_seqs: sequences in one step; max_num_batched_tokens: tokens in one step; row_multiple: what their number is
+    best a multiple of, where they are many.
     """
 
     def __init__(
@@ -44,8 +48,9 @@ class Scheduler:
         max_num_seqs: int,
         max_num_batched_tokens: int,
         enable_prefix_caching: bool = True,
+        row_multiple: int = 1,
     ) -> None:
-        self.blocks = blocks
+        self.blocks, self._row_multiple = blocks, row_multiple
         self.max_num_seqs, self.max_num_batched_tokens = max_num_seqs, max_num_batched_tokens
         self.enable_prefix_caching = enable_prefix_caching
         self.waiting: deque[Sequence] = deque()
@@ -184,10 +189,13 @@ class Scheduler:
     def _step_budget(self, num_decoding: int) -> int:
         """Tokens of the next step. Whoever decodes waits for the prompts beside it, so while somebody does, these get
         3/4 of the limit, less 2 tokens for each such sequence (beside its own row it costs the reading of its context),
-        and a quarter at least."""
+        and a quarter at least; of many, as many as fill the tiles of the model's products."""
         limit = self.max_num_batched_tokens
         if num_decoding:
-            limit = min(limit, num_decoding + max(1, limit // 4, 3 * limit // 4 - 2 * num_decoding))
+            num_rows = num_decoding + max(1, limit // 4, 3 * limit // 4 - 2 * num_decoding)
+            if num_rows >= MANY_TILES * self._row_multiple:
+                num_rows = round(num_rows / self._row_multiple) * self._row_multiple
+            limit = min(limit, num_rows)
         return min(limit, self._budget)
 
     def _append(self, seq: Sequence, token: int) -> FinishReason | None:
