@@ -15,7 +15,6 @@ struct AttentionDecodeArgs {
   const int* context_lens;  // [sequences], 0: none
   const int* query_start;   // [sequences + 1]; a sequence without exactly one row is somebody else's
   uint16_t* out;            // [rows, heads head_dim], row stride ldo
-  const int* out_index;     // [heads head_dim] or null: column j goes to out_index[j]
   // Rotary and the write of the new row, where cos_sin is not null. Per row: positions, slot_mapping (-1: not cached).
   const int* positions;
   const int* slot_mapping;

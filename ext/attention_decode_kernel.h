@@ -55,7 +55,6 @@ class AttentionBlock {
     bool waited = !a.prefetch;
     if (waited) grid_wait();
     const Stretch stretch = find_stretch<Team>(a, scratch);
-    if (stretch.steps > 0) prefetch_index(stretch.begin);
     TileLoader<Team, D, FP8> loader(a, ring, stretch.begin, stretch.steps);
 #pragma unroll 1
     for (int i = 0; i < Shape::kDepth; i++) loader.next(i & 1);
@@ -92,7 +91,7 @@ class AttentionBlock {
       Cursor next = c;
       if (left > 1) {
         advance(next, a);
-        if (item_ends) load_rows(rows, next), prefetch_index(next);
+        if (item_ends) load_rows(rows, next);
       }
       if constexpr (!kAlone) {
         const bool sees = c.sees(warp), writes = item_ends && NewRow<D, BF, FP8>::is_in(a, c, warp);
@@ -167,12 +166,6 @@ class AttentionBlock {
   }
   __device__ __forceinline__ static int head(int pass) { return Team::thread() / kLanes + pass * (Team::kWarps * 32 / kLanes); }
   __device__ __forceinline__ bool has_fresh(const Cursor& c) const { return kAlone ? a.cos_sin != nullptr : NewRow<D, BF, FP8>::is_in(a, c, warp); }
-
-  // Where the item's results go, which is read at the very end.
-  __device__ __forceinline__ void prefetch_index(const Cursor& c) const {
-    constexpr int kLine = 32;
-    if (Team::kScatters && a.out_index && warp == 0 && lane < head_count(c) * (D / kLine)) asm volatile("prefetch.global.L1 [%0];" ::"l"(a.out_index + first_head(c) * D + lane * kLine));
-  }
 
   // Queries into fragments, the new key and value into the cache's type.
   __device__ __forceinline__ void start_item(const Rows& rows, NewRow<D, BF, FP8>& fresh, const Rotation<D, BF>& rotation, const Cursor& c) {
@@ -398,15 +391,10 @@ class AttentionBlock {
     for (int h = 0; h < 2; h++) {
       if (2 * (lane & 3) + h >= count) continue;
       const float scale = 1.f / total.sum[h];
-      const auto put = [&](auto place_of) {
 #pragma unroll
-        for (int i = 0; i < kOwn; i++)
+      for (int i = 0; i < kOwn; i++)
 #pragma unroll
-          for (int k = h; k < 4; k += 2)
-            out[place_of(column + h * D + output_dimension<FP8>(i, k, 0))] = to_16bit<BF>(total.o[i][k] * scale);
-      };
-      if (Team::kScatters && a.out_index) put([&](int at) { return a.out_index[at]; });
-      else put([](int at) { return at; });
+        for (int k = h; k < 4; k += 2) out[column + h * D + output_dimension<FP8>(i, k, 0)] = to_16bit<BF>(total.o[i][k] * scale);
     }
   }
 

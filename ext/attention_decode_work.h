@@ -20,8 +20,7 @@ constexpr int kScratchInts = kAttentionWarps + 4;
 // Who attends together to a step: the warps of a block, a tile of its tokens each. What they read was complete before they began.
 struct WholeBlock {
   static constexpr int kWarps = kAttentionWarps;
-  static constexpr int kDepth = 0;          // entries of a warp's ring; 0: as deep as the device allows
-  static constexpr bool kScatters = true;  // there may be an out_index
+  static constexpr int kDepth = 0;  // entries of a warp's ring; 0: as deep as the device allows
   static __device__ __forceinline__ int thread() { return threadIdx.x; }
   static __device__ __forceinline__ int warp() { return __shfl_sync(~0u, threadIdx.x >> 5, 0); }  // known to be the same in all of it
   static __device__ __forceinline__ int count() { return gridDim.x; }  // of such teams
@@ -39,7 +38,6 @@ struct WholeBlock {
 // Every warp by itself: nobody waits for anybody, which pays where there are enough items for all of them.
 struct OneWarp {
   static constexpr int kWarps = 1, kDepth = 0;
-  static constexpr bool kScatters = true;
   static __device__ __forceinline__ int thread() { return threadIdx.x & 31; }
   static __device__ __forceinline__ int count() { return gridDim.x * kAttentionWarps; }
   static __device__ __forceinline__ int index() { return blockIdx.x * kAttentionWarps + WholeBlock::warp(); }

@@ -96,13 +96,6 @@ void rope_and_write(std::uintptr_t qkv, std::uintptr_t positions, std::uintptr_t
   raise_on(gptq::launch_rope_and_write(args, bf16, fp8_cache, as_stream(stream)), "rope_and_write T=" + std::to_string(T));
 }
 
-void scatter_columns(std::uintptr_t x, std::uintptr_t index, std::uintptr_t query_start, std::uintptr_t tiles, int W, int ldx, int num_tiles, int tile_rows,
-                     std::uintptr_t stream) {
-  const gptq::ScatterArgs args{pointer<std::uint16_t>(x), pointer<const int>(index), pointer<const int>(query_start), pointer<const int>(tiles),
-                               W, ldx, num_tiles, tile_rows};
-  raise_on(gptq::launch_scatter_columns(args, as_stream(stream)), "scatter_columns W=" + std::to_string(W));
-}
-
 gptq::SamplerRows sampler_rows(std::uintptr_t logits, int S, int V, long long ldl, std::uintptr_t fields, long long ldf) {
   return {pointer<const float>(logits), S, V, ldl, pointer<const int>(fields), ldf};
 }
@@ -128,7 +121,7 @@ void sample_logprobs(std::uintptr_t logits, int S, int V, long long ldl, std::ui
 }
 
 void attention_decode(std::uintptr_t qkv, std::uintptr_t cache, std::uintptr_t block_tables, std::uintptr_t context_lens, std::uintptr_t query_start,
-                      std::uintptr_t out, std::uintptr_t out_index, std::uintptr_t positions, std::uintptr_t slot_mapping, std::uintptr_t cos_sin,
+                      std::uintptr_t out, std::uintptr_t positions, std::uintptr_t slot_mapping, std::uintptr_t cos_sin,
                       std::uintptr_t q_norm, std::uintptr_t k_norm, std::uintptr_t workspace, float eps, float scale, int ldqkv, int ldo, int table_stride,
                       int sequences, int heads, int kv_heads, int block_size, int head_dim, int window, bool prefetch, bool bf16, bool fp8,
                       int blocks_per_sm, int teams, std::uintptr_t stream) {
@@ -136,7 +129,7 @@ void attention_decode(std::uintptr_t qkv, std::uintptr_t cache, std::uintptr_t b
   args.qkv = pointer<const std::uint16_t>(qkv), args.cache = pointer<std::uint8_t>(cache);
   args.block_tables = pointer<const int>(block_tables), args.context_lens = pointer<const int>(context_lens);
   args.query_start = pointer<const int>(query_start);
-  args.out = pointer<std::uint16_t>(out), args.out_index = pointer<const int>(out_index);
+  args.out = pointer<std::uint16_t>(out);
   args.positions = pointer<const int>(positions), args.slot_mapping = pointer<const int>(slot_mapping), args.cos_sin = pointer<const float>(cos_sin);
   args.q_norm = pointer<const std::uint16_t>(q_norm), args.k_norm = pointer<const std::uint16_t>(k_norm), args.workspace = pointer<void>(workspace);
   args.eps = eps, args.scale = scale, args.ldqkv = ldqkv, args.ldo = ldo, args.table_stride = table_stride, args.sequences = sequences;
@@ -212,7 +205,6 @@ PYBIND11_MODULE(_cuda, m, py::mod_gil_not_used()) {
   m.def("embed", &embed, free_gil);
   m.def("rms_norm", &rms_norm, free_gil);
   m.def("rope_and_write", &rope_and_write, free_gil);
-  m.def("scatter_columns", &scatter_columns, free_gil);
   m.def("sample", &sample, free_gil);
   m.def("sample_adjust", &sample_adjust, free_gil);
   m.def("sample_logprobs", &sample_logprobs, free_gil);

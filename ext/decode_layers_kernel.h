@@ -38,7 +38,6 @@ constexpr int kLayersArgs = (kLayersBarriers * 8 + 15) / 16 * 16;
 // What the warps that attend are to AttentionBlock.
 struct LayerTeam {
   static constexpr int kWarps = kAttentionWarps, kDepth = 2;
-  static constexpr bool kScatters = false;
   static __device__ __forceinline__ int count() { return gridDim.x; }
   static __device__ __forceinline__ int index() { return blockIdx.x; }
   static __device__ __forceinline__ int thread() { return static_cast<int>(threadIdx.x) - kAttendWarp * 32; }

@@ -56,12 +56,9 @@ __global__ void __launch_bounds__(512) rms_norm_kernel(const RmsNormArgs a) {
     if (k >= a.H) continue;
     if constexpr (PERM) {
       const int4 p = *reinterpret_cast<const int4*>(a.perm + k), q = *reinterpret_cast<const int4*>(a.perm + k + 4);
-      const auto two = [&](int i0, int i1) { return static_cast<uint32_t>(a.weight[i0]) | static_cast<uint32_t>(a.weight[i1]) << 16; };
       from[j] = make_uint4(p.x | p.y << 16, p.z | p.w << 16, q.x | q.y << 16, q.z | q.w << 16);
-      weight[j] = make_uint4(two(p.x, p.y), two(p.z, p.w), two(q.x, q.y), two(q.z, q.w));
-    } else {
-      weight[j] = load16(a.weight + k);
     }
+    weight[j] = load16(a.weight + k);
   }
   grid_launch_dependents();
   grid_wait();
@@ -185,53 +182,6 @@ __global__ void __launch_bounds__(256) rope_kernel(const RopeArgs a) {
   }
 }
 
-// ---- columns into another order, in place --------------------------------------------------------------------------------------------
-// Scattered stores of two bytes to memory are what this is for avoiding: a row is put in order in shared memory. A block takes `rows` rows of a tile
-// and uses the two halves of shared memory in turn.
-template <int N>
-__global__ void __launch_bounds__(512) scatter_kernel(const ScatterArgs a, int rows) {
-  extern __shared__ __align__(16) uint16_t halves[];
-  uint4 to[N] = {};  // eight indices of 16 bits
-#pragma unroll
-  for (int j = 0; j < N; j++) {
-    const int k = (j * blockDim.x + threadIdx.x) * kVector;
-    if (k >= a.W) continue;
-    const int4 p = *reinterpret_cast<const int4*>(a.index + k), q = *reinterpret_cast<const int4*>(a.index + k + 4);
-    to[j] = make_uint4(p.x | p.y << 16, p.z | p.w << 16, q.x | q.y << 16, q.z | q.w << 16);
-  }
-  grid_launch_dependents();
-  grid_wait();
-  const int sequence = a.tiles[2 * blockIdx.y];
-  if (sequence < 0) return;
-  const int first = blockIdx.x * rows, tile = a.query_start[sequence] + a.tiles[2 * blockIdx.y + 1];
-  const int end = min(tile + min(first + rows, a.tile_rows), a.query_start[sequence + 1]);
-  const auto load = [&](uint4 (&v)[N], int row) {
-#pragma unroll
-    for (int j = 0; j < N; j++) {
-      const int k = (j * blockDim.x + threadIdx.x) * kVector;
-      v[j] = k < a.W && row < end ? load16(a.x + static_cast<size_t>(row) * a.ldx + k) : uint4{};
-    }
-  };
-  uint4 next[N];
-  load(next, tile + first);
-  uint16_t* half = halves;
-  for (int row = tile + first; row < end; row++, half = half == halves ? halves + a.W : halves) {
-#pragma unroll
-    for (int j = 0; j < N; j++) {
-      const auto put = [&](uint32_t at, uint32_t both) { half[at & 0xffff] = both & 0xffff, half[at >> 16] = both >> 16; };
-      const uint4 v = next[j];
-      if ((j * blockDim.x + threadIdx.x) * kVector < a.W) put(to[j].x, v.x), put(to[j].y, v.y), put(to[j].z, v.z), put(to[j].w, v.w);
-    }
-    load(next, row + 1);
-    __syncthreads();
-#pragma unroll
-    for (int j = 0; j < N; j++) {
-      const int k = (j * blockDim.x + threadIdx.x) * kVector;
-      if (k < a.W) store16(a.x + static_cast<size_t>(row) * a.ldx + k, load16(half + k));
-    }
-  }
-}
-
 // ---- launching ---------------------------------------------------------------------------------------------------------------------
 template <auto kernel, typename... Args>
 cudaError_t launch(dim3 grid, int threads, int smem, cudaStream_t stream, const Args&... args) {
@@ -258,15 +208,6 @@ cudaError_t norm(const RmsNormArgs& a, cudaStream_t stream) {
   if (a.H <= 256 * kVector) return norm<BF, PERM, 1>(a, stream);
   if (a.H <= 2 * 512 * kVector) return norm<BF, PERM, 2>(a, stream);
   return norm<BF, PERM, 4>(a, stream);
-}
-
-template <int N>
-cudaError_t scatter(const ScatterArgs& a, cudaStream_t stream) {
-  Device device;
-  if (const cudaError_t status = current_device(device); status != cudaSuccess) return status;
-  const int rows = std::clamp(a.num_tiles * a.tile_rows / (4 * device.sms), 1, 8);
-  const dim3 grid((a.tile_rows + rows - 1) / rows, a.num_tiles);
-  return launch<scatter_kernel<N>>(grid, warps_for((a.W / kVector + N - 1) / N), 4 * a.W, stream, a, rows);
 }
 
 template <bool BF, bool FP8, int L>
@@ -299,12 +240,6 @@ cudaError_t launch_rope_and_write(const RopeArgs& a, bool bf16, bool fp8_cache, 
   if (a.head_dim % 16 || a.head_dim > 128) return cudaErrorInvalidValue;
   if (bf16) return fp8_cache ? rope<true, true>(a, stream) : rope<true, false>(a, stream);
   return fp8_cache ? rope<false, true>(a, stream) : rope<false, false>(a, stream);
-}
-
-cudaError_t launch_scatter_columns(const ScatterArgs& a, cudaStream_t stream) {
-  if (a.W > kMaxWidth || a.W % kVector) return cudaErrorInvalidValue;
-  if (a.W <= 2 * 512 * kVector) return scatter<2>(a, stream);
-  return scatter<4>(a, stream);
 }
 
 }  // namespace gptq

@@ -18,8 +18,8 @@ cudaError_t launch_embed(const EmbedArgs& args, cudaStream_t stream);
 
 struct RmsNormArgs {
   const uint16_t* x;       // [T, H], row stride ldx
-  const uint16_t* weight;  // [H]
-  const int* perm;         // [H] or null: out[:, i] = norm(x)[:, perm[i]]
+  const uint16_t* weight;  // [H], in the order of out
+  const int* perm;         // [H] or null: column i of out is column perm[i] of x
   uint16_t* out;           // [T, H], row stride ldo
   int T, H, ldx, ldo;
   float eps;
@@ -39,14 +39,5 @@ struct RopeArgs {
   float eps;
 };
 cudaError_t launch_rope_and_write(const RopeArgs& args, bool bf16, bool fp8_cache, cudaStream_t stream);
-
-struct ScatterArgs {
-  uint16_t* x;             // [T, W], row stride ldx: x[row, index[j]] = x[row, j]
-  const int* index;        // [W], a permutation
-  const int* query_start;  // [S + 1]: first row of each sequence
-  const int* tiles;        // [num_tiles, 2]: sequence (-1: idle), first row within it
-  int W, ldx, num_tiles, tile_rows;
-};
-cudaError_t launch_scatter_columns(const ScatterArgs& args, cudaStream_t stream);
 
 }  // namespace gptq

@@ -28,8 +28,8 @@ def _normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor, perm: Tensor | None = None) -> Tensor:
-    y = _normed(x, weight, eps)
-    return out.copy_(y if perm is None else y[:, perm.long()])
+    y = _normed(x, torch.ones_like(weight), eps)
+    return out.copy_((y if perm is None else y[:, perm.long()]) * weight.float())
 
 
 def rope_and_write(
@@ -81,12 +81,11 @@ def decode_attention(
     scale: float,
     workspace: Tensor,
     window: int | None = None,
-    out_index: Tensor | None = None,
     rotary: RotaryInputs | None = None,
     *,
     prefetch: bool = False,
 ) -> None:
-    assert prefetch == (rotary is not None) and out_index is None
+    assert prefetch == (rotary is not None)
     if rotary is not None:
         r = rotary
         rope_and_write(qkv, r.positions, r.slot_mapping, r.cos_sin, kv_layer, num_heads, r.q_norm, r.k_norm, r.eps)
@@ -107,7 +106,6 @@ def prefill_attention(
     num_heads: int,
     scale: float,
     window: int | None = None,
-    out_index: Tensor | None = None,
 ) -> None:
     starts, lens = query_start.tolist(), context_lens.tolist()
     for i, first in tiles.tolist():

@@ -75,7 +75,6 @@ class Case:
     def run(
         self,
         rotary: RotaryInputs | None = None,
-        out_index: Tensor | None = None,
         prefetch: bool = False,
         teams: str = "best",
     ) -> Tensor:
@@ -83,7 +82,7 @@ class Case:
         out = torch.full((rows, self.num_heads * self.head_dim), torch.nan, dtype=self.dtype, device="cuda")
         return decode_attention(
             *(self.qkv, self.cache, self.tables, self.lens, self.starts, out, self.num_heads, self.scale),
-            *(self.workspace, self.window, out_index, rotary),
+            *(self.workspace, self.window, rotary),
             prefetch=prefetch,
             teams=teams,
         )
@@ -245,7 +244,6 @@ def test_a_warp_alone_finds_the_same_bits(
     """Many sequences, so that all warps have several items, and few, so that an item is many warps'."""
     for lengths in (LENGTHS * 8, [3900, 2, 1500]):
         case = Case(lengths, num_heads, num_kv_heads, head_dim, dtype, fp8, block_size, window)
-        index = torch.randperm(num_heads * head_dim, device="cuda").to(torch.int32)
         rotary, prefetch = None, False
         if rotates:
             table = torch.rand(4096, head_dim, device="cuda")
@@ -255,14 +253,14 @@ def test_a_warp_alone_finds_the_same_bits(
         found, caches = [], []
         for teams in ("blocks", "warps", "warps"):
             case.cache.copy_(empty)
-            found.append(case.run(rotary, index, prefetch, teams))
+            found.append(case.run(rotary, prefetch, teams))
             caches.append(case.cache.view(torch.uint8).clone())
         assert not found[0].isnan().any()
         assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
         assert torch.equal(caches[0], caches[1])
 
 
-def test_rows_of_others_padding_and_output_order() -> None:
+def test_rows_of_others_and_padding() -> None:
     """A mixed step: sequences 1 and 3 bring several rows; a padding row becomes zeros."""
     case = Case([40, 50, 300, 7, 20], 8, 2, 128, torch.float16)
     new = torch.tensor([1, 10, 1, 3, 1])
@@ -274,15 +272,13 @@ def test_rows_of_others_padding_and_output_order() -> None:
     qkv = torch.full((16, case.qkv.shape[1]), torch.nan, dtype=case.dtype, device="cuda")
     qkv[single] = case.qkv[[0, 2, 4]]
     case.qkv = qkv
-    order = torch.randperm(8 * 128, device="cuda").to(torch.int32)
-    for out_index in (None, order):
-        out = case.run(out_index=out_index)
-        rows = out[single] if out_index is None else out[single][:, order.long()]
-        assert error(rows[:2], expected[:2]) < ERROR[torch.float16]
-        assert not rows[2].any() and not rows[2].isnan().any()
-        others = torch.ones(16, dtype=torch.bool, device="cuda")
-        others[single] = False
-        assert out[others].isnan().all()
+    out = case.run()
+    rows = out[single]
+    assert error(rows[:2], expected[:2]) < ERROR[torch.float16]
+    assert not rows[2].any() and not rows[2].isnan().any()
+    others = torch.ones(16, dtype=torch.bool, device="cuda")
+    others[single] = False
+    assert out[others].isnan().all()
 
 
 def test_a_captured_graph_follows_the_lengths() -> None:

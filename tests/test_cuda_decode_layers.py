@@ -115,10 +115,9 @@ class Model:
             ops.rms_norm(x, layer.input_norm, EPS, normed, layer.qkv_perm)
             qkv = gptq.gemm(normed, layer.qkv, bias=qkv_bias)
             rotary = RotaryInputs(self.positions, self.slots, self.cos_sin, *(layer.head_norms or (None, None)), EPS)
-            index = None if layer.o_perm is None else torch.argsort(layer.o_perm).to(torch.int32)
-            how = (self.shape.num_heads, HEAD_DIM**-0.5, self.workspace, layer.window, index, rotary)
+            how = (self.shape.num_heads, HEAD_DIM**-0.5, self.workspace, layer.window, rotary)
             decode_attention(qkv, cache, *where, attended, *how)
-            gptq.gemm(attended, layer.o, x, residual=x, bias=o_bias)
+            gptq.gemm(_in_order(attended, layer.o_perm), layer.o, x, residual=x, bias=o_bias)
             ops.rms_norm(x, layer.post_attention_norm, EPS, normed, layer.gate_up_perm)
             gated = gptq.gemm(normed, layer.gate_up, silu_mul=True, bias=gate_up_bias)
             gptq.gemm(gated, layer.down, x, residual=x, bias=down_bias)
@@ -134,7 +133,7 @@ class Model:
         for layer, cache in zip(self.layers, self.caches, strict=True):
             qkv, o, gate_up, down = (gptq.dequantise(weight, self.dtype).double().t() for weight in layer.products)
             qkv_bias, _, gate_up_bias, down_bias = (0 if bias is None else bias.double() for bias in layer.biases)
-            normed = _in_order(_norm(x, layer.input_norm), layer.qkv_perm)
+            normed = _norm(x, layer.input_norm, layer.qkv_perm)
             heads = (normed @ qkv + qkv_bias).view(-1, HEAD_DIM)
             query, key, value = heads.split([s.num_heads, s.num_kv_heads, s.num_kv_heads])
             if layer.head_norms is not None:
@@ -152,7 +151,7 @@ class Model:
             weights = (torch.einsum("hd,thd->ht", query, keys) * HEAD_DIM**-0.5).softmax(-1)
             attended = torch.einsum("ht,thd->hd", weights, values).reshape(1, -1)
             x = x + _in_order(attended, layer.o_perm) @ o
-            normed = _in_order(_norm(x, layer.post_attention_norm), layer.gate_up_perm)
+            normed = _norm(x, layer.post_attention_norm, layer.gate_up_perm)
             gate, up = (normed @ gate_up + gate_up_bias).chunk(2, -1)
             x = x + torch.nn.functional.silu(gate) * up @ down + down_bias
         return x
@@ -173,8 +172,8 @@ class Model:
         assert all(torch.equal(found, self.at_once(self.x.clone())) for _ in range(20))
 
 
-def _norm(x: Tensor, weight: Tensor) -> Tensor:
-    return x * torch.rsqrt((x * x).mean(-1, keepdim=True) + EPS) * weight.double()
+def _norm(x: Tensor, weight: Tensor, perm: Tensor | None = None) -> Tensor:
+    return _in_order(x * torch.rsqrt((x * x).mean(-1, keepdim=True) + EPS), perm) * weight.double()
 
 
 def _in_order(x: Tensor, perm: Tensor | None) -> Tensor:

@@ -83,9 +83,10 @@ def test_orders_are_folded_into_what_comes_before(packed: None, tmp_path: Path) 
     layer = first_layer(tmp_path, model)
     for linear, parts, folds in (
         (layer.qkv, ("self_attn.q", "self_attn.k", "self_attn.v"), True),
-        (layer.o, ("self_attn.o",), True),
+        (layer.o, ("self_attn.o",), False),
     ):
-        assert isinstance(linear, PackedGPTQLinear) and linear.gather is None and (linear.perm is not None) is folds
+        assert isinstance(linear, PackedGPTQLinear)
+        assert (linear.perm is not None) is folds and (linear.gather is None) is folds
         w = weight(model, *parts)
         x = torch.randn(3, w.shape[0], dtype=torch.float64)
         bias = torch.cat([model.dense[f"model.layers.0.{p}_proj.bias"] for p in parts])

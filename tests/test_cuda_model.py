@@ -211,6 +211,18 @@ FAMILIES = {
     "quantised head": replace(FAST, quantise_head=True),
     "some left dense": replace(FAST, dense=("q_proj", "down_proj")),
 }
+WIDE = Recipe(
+    vocab_size=512,
+    hidden_size=1024,
+    intermediate_size=2816,
+    num_layers=4,
+    num_heads=8,
+    num_kv_heads=4,
+    head_dim=128,
+    group_size=128,
+    max_position_embeddings=512,
+)
+"""a step of one sequence is one kernel on a Hopper GPU (kernels/decode_layers.py)"""
 IDS = torch.randint(3, 512, (150,), generator=torch.Generator().manual_seed(5)).tolist()
 
 
@@ -234,6 +246,44 @@ def test_logits_are_near_those_of_float32(name: str, tmp_path: Path) -> None:
         for num_at_once in (len(IDS), 100, 1):
             error = (every_logit(runner, num_at_once) - expected).norm() / expected.norm()
             assert error < 2e-2, (dtype, num_at_once, float(error))
+
+
+@pytest.mark.skipif(
+    gptq.is_available() and torch.cuda.get_device_capability() != (9, 0), reason="only Hopper GPUs have the kernel"
+)
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        WIDE,
+        replace(WIDE, act_order=True, sym=False),
+        replace(WIDE, family="mistral", more_config={"sliding_window": 40}, act_order=True),
+        replace(WIDE, family="qwen3", tie=True, group_size=-1),
+        replace(WIDE, family="qwen2", attention_bias=True, act_order=True),
+    ],
+    ids=["plain", "act-order, asymmetric", "mistral", "qwen3", "qwen2"],
+)
+def test_a_text_written_by_whole_steps(recipe: Recipe, dtype: str, tmp_path: Path) -> None:
+    """Alone in the engine, one kernel a token: logits near float32's, and every token the likeliest after those before
+    it or as good as that; and as many of them in company, whose steps are kernel after kernel."""
+    folder = write_checkpoint(tmp_path, random_model(recipe))
+    exact = load_runner(Settings(model_path=str(folder), device="cpu", dtype="float32"))
+    runner = load(folder, dtype=dtype, num_blocks=200, max_num_seqs=4)
+    assert isinstance(runner, CudaRunner) and runner._model._whole is not None
+    expected = every_logit(exact, len(IDS))
+    assert (every_logit(runner, 1) - expected).norm() / expected.norm() < 2e-2
+
+    prompts, greedy = [IDS[:40], IDS[40:45], IDS[50:150]], {"max_tokens": 100, "temperature": 0.0}
+    for max_num_seqs in (1, 3):
+        texts = run(runner, prompts, [greedy] * 3, max_num_seqs=max_num_seqs).tokens
+        for i, prompt in enumerate(prompts):
+            assert len(texts[i]) == 100
+            whole = Sequence(1, [*prompt, *texts[i]], SamplingParams(max_tokens=1), block_table=list(range(3, 18)))
+            num = len(whole.token_ids)
+            logits, _ = exact.logits(Batch.of([whole], [num]), every_row=True)
+            after = logits[len(prompt) - 1 : -1]
+            chosen = after.gather(1, torch.tensor(texts[i])[:, None])[:, 0]
+            assert float((after.max(1).values - chosen).max()) < 0.1 * float(after.std())
 
 
 def test_an_fp8_cache_is_near(tmp_path: Path) -> None:

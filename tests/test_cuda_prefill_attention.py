@@ -75,12 +75,12 @@ class Step:
     def add_idle_tiles(self, count: int) -> None:
         self.tiles = torch.nn.functional.pad(self.tiles, (0, 0, 0, count), value=-1)
 
-    def run(self, window: int | None = None, out_index: Tensor | None = None) -> Tensor:
+    def run(self, window: int | None = None) -> Tensor:
         out = torch.full((self.qkv.shape[0], self.heads * self.head_dim), torch.nan, device=self.device).to(self.dtype)
         where = (self.block_tables, self.context_lens, self.query_start, self.tiles)
         scale = 1 / math.sqrt(self.head_dim)
         stored = self.kv_layer.view(torch.uint8) if self.kv_layer.dtype == torch.float8_e4m3fn else self.kv_layer
-        assert prefill_attention(self.qkv, stored, *where, out, self.heads, scale, window, out_index) is out
+        assert prefill_attention(self.qkv, stored, *where, out, self.heads, scale, window) is out
         return out
 
     def expected(self, window: int | None = None) -> Tensor:
@@ -143,14 +143,6 @@ def test_large_scores_do_not_overflow() -> None:
     step.qkv[:, : 2 * 128] *= 100
     found, expected = step.run().float(), step.expected()
     assert float((found - expected).norm() / expected.norm()) < 2e-3
-
-
-@pytest.mark.parametrize("heads", [8, 80])
-def test_out_index_scatters_the_columns(heads: int) -> None:
-    step = Step(MIXED, heads, heads, 128)
-    index = torch.randperm(heads * 128, generator=torch.Generator("cuda").manual_seed(5), device="cuda").int()
-    plain, scattered = step.run(), step.run(out_index=index)
-    assert torch.equal(scattered[:, index.long()][step.served], plain[step.served])
 
 
 def test_rows_depend_neither_on_company_nor_on_chunks() -> None:

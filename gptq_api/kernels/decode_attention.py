@@ -66,7 +66,6 @@ def decode_attention(
     scale: float,
     workspace: Tensor,
     window: int | None = None,
-    out_index: Tensor | None = None,
     rotary: RotaryInputs | None = None,
     *,
     prefetch: bool = False,
@@ -77,7 +76,7 @@ def decode_attention(
 
     qkv fp16 or bf16 [T, (num_heads + 2 * kv_heads) * D]; kv_layer [blocks, 2, kv_heads, block_size, D] of its type or
     e4m3 (also viewed as uint8); block_tables [S, max_blocks], context_lens [S] and query_start [S + 1] int32; out
-    [T, num_heads * D], column j going to out_index[j] (int32). `window`: a token sees so many tokens, itself included.
+    [T, num_heads * D]. `window`: a token sees so many tokens, itself included.
 
     `rotary`: qkv is as the product left it; the key and value of the row go into the cache and are attended to as the
     cache holds them. None: q is rotated and the cache complete.
@@ -112,8 +111,6 @@ def decode_attention(
         raise ValueError(f"block_tables {_described(block_tables)}, expected int32 on {qkv.device}")
     _check_indices("context_lens", context_lens, sequences, qkv)
     _check_indices("query_start", query_start, sequences + 1, qkv)
-    if out_index is not None:
-        _check_indices("out_index", out_index, num_heads * head_dim, qkv)
     if window is not None and window < 1:
         raise ValueError(f"window {window}, expected at least 1 or None")
     if teams not in TEAMS:
@@ -138,7 +135,7 @@ def decode_attention(
             raise ValueError(f"workspace {_described(workspace)}, expected {needed} bytes on {qkv.device}")
         _cuda.attention_decode(
             *(qkv.data_ptr(), kv_layer.data_ptr(), block_tables.data_ptr(), context_lens.data_ptr()),
-            *(query_start.data_ptr(), out.data_ptr(), _address(out_index), *addresses, workspace.data_ptr()),
+            *(query_start.data_ptr(), out.data_ptr(), *addresses, workspace.data_ptr()),
             *(0.0 if rotary is None else rotary.eps, scale, qkv.stride(0), out.stride(0), block_tables.stride(0)),
             *(sequences, num_heads, num_kv_heads, block_size, head_dim, window or 0, prefetch),
             *(

@@ -53,7 +53,9 @@ class LayerWeights:
     biases: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
     """[N] of qkv, o, gate_up and down"""
     input_norm: Tensor
+    """[H], in the order of qkv's inputs"""
     post_attention_norm: Tensor
+    """[H], in the order of gate_up's"""
     qkv_perm: Tensor | None
     """int32 [H]: input i of qkv is column qkv_perm[i] of the normalised stream"""
     gate_up_perm: Tensor | None
@@ -82,11 +84,11 @@ class DecodeLayers:
         device, self._dtype = first.qkv.data.device, first.input_norm.dtype
         self._num_blocks = torch.cuda.get_device_properties(device).multi_processor_count
         self._weights = _addresses([w.data for layer in layers for w in layer.products], device)
-        norms = [norm for layer in layers for norm in (layer.input_norm, layer.post_attention_norm)]
+        self._norms = torch.stack(
+            [norm for layer in layers for norm in (layer.input_norm, layer.post_attention_norm)]
+        ).contiguous()
         perms = [perm for layer in layers for perm in (layer.qkv_perm, layer.gate_up_perm)]
         self._orders = _stacked_orders(perms, shape.hidden, device)
-        sorted_norms = [n if perm is None else n[perm.long()] for n, perm in zip(norms, perms, strict=True)]
-        self._norms = torch.stack(sorted_norms).contiguous()
         self._bias = _stacked_biases(layers, self._dtype, device)
         self._o_orders = _stacked_orders([layer.o_perm for layer in layers], shape.num_heads * shape.head_dim, device)
         self._head_norms = None

@@ -15,7 +15,7 @@ try:
 except ImportError:  # kernels.gptq.unavailable_reason() says so to people
     _cuda = None
 
-__all__ = ["MAX_NORM_WIDTH", "embed", "rms_norm", "rope_and_write", "scatter_columns"]
+__all__ = ["MAX_NORM_WIDTH", "embed", "rms_norm", "rope_and_write"]
 
 MAX_NORM_WIDTH = 16384
 """of the widest LLaMA; two rows of it fit into shared memory"""
@@ -44,7 +44,7 @@ def embed(history: Tensor, row_slot: Tensor, positions: Tensor, table: Tensor, o
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor, perm: Tensor | None = None) -> Tensor:
-    """out[:, i] = norm(x)[:, perm[i]], norm(x) = x / sqrt(mean(x^2) + eps) * weight.
+    """out[:, i] = (x / sqrt(mean(x^2) + eps))[:, perm[i]] * weight[i].
 
     x and out fp16 or bf16 [T, H], weight [H] of their type, perm int32 [H] or None. H is a multiple of 8, at most
     MAX_NORM_WIDTH. The bits of a row depend neither on T nor, places aside, on perm.
@@ -111,24 +111,6 @@ def rope_and_write(
             sizes = (rows, num_heads, num_kv_heads, head_dim, block_size, qkv.stride(0))
             formats = (qkv.dtype == torch.bfloat16, fp8)
             _cuda.rope_and_write(*addresses, kv_layer.data_ptr(), *norms, *sizes, eps, *formats, _stream(qkv))
-
-
-def scatter_columns(x: Tensor, index: Tensor, query_start: Tensor, tiles: Tensor, tile_rows: int) -> None:
-    """x[row, index[j]] = x[row, j] in place, for the rows that `tiles` name as in prefill_attention.
-
-    x fp16 or bf16 [T, W], contiguous; index int32 [W], a permutation; W a multiple of 8, at most MAX_NORM_WIDTH.
-    """
-    rows, width = x.shape
-    if width > MAX_NORM_WIDTH:
-        raise ValueError(f"{width} columns; scatter_columns takes at most {MAX_NORM_WIDTH}")
-    _check_activations("x", x, (rows, width))
-    _check_indices("index", index, width, x)
-    _check_indices("query_start", query_start, query_start.shape[0], x)
-    _check_indices("tiles", tiles.view(-1), tiles.shape[0] * 2, x)
-    if rows and tiles.shape[0]:
-        with torch.cuda.device(x.device):
-            addresses = (x.data_ptr(), index.data_ptr(), query_start.data_ptr(), tiles.data_ptr())
-            _cuda.scatter_columns(*addresses, width, x.stride(0), tiles.shape[0], tile_rows, _stream(x))
 
 
 def _stream(tensor: Tensor) -> int:

@@ -11,8 +11,6 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from gptq_api.kernels.ops import scatter_columns
-
 __all__ = ["TILE_ROWS", "prefill_attention", "refusal", "unavailable_reason"]
 
 TILE_ROWS = 128
@@ -52,7 +50,6 @@ def prefill_attention(
     num_heads: int,
     scale: float,
     window: int | None = None,
-    out_index: Tensor | None = None,
 ) -> Tensor:
     """out[row, h * D + d] = softmax(q . K^T * scale) V for the rows of `tiles`; other rows of `out` are left alone.
 
@@ -61,9 +58,8 @@ def prefill_attention(
     device: block_tables [S, max_blocks], context_lens [S] (tokens the last new row sees, itself included), query_start
     [S + 1] (first row of each sequence), tiles [max_tiles, 2] = (sequence, first row within it): TILE_ROWS rows from
     there or what the sequence has left; sequence -1: idle. A row sees all tokens up to its own, with `window` only the
-    last so many. out_index int32 [num_heads * D]: column j goes to out[:, out_index[j]]. The grid depends on max_tiles
-    alone, so the call may be captured into a CUDA graph, once it has been compiled by a call outside. Raises ValueError
-    on what does not fit.
+    last so many. The grid depends on max_tiles alone, so the call may be captured into a CUDA graph, once it has been
+    compiled by a call outside. Raises ValueError on what does not fit.
     """
     _, _, num_kv_heads, block_size, head_dim = kv_layer.shape
     _check(qkv, kv_layer, out, num_heads, window)
@@ -72,12 +68,9 @@ def prefill_attention(
         ("context_lens", context_lens, 1),
         ("query_start", query_start, 1),
         ("tiles", tiles, 2),
-        ("out_index", out_index, 1),
     ):
-        if tensor is not None and (tensor.dtype != torch.int32 or tensor.dim() != dims or tensor.stride(-1) != 1):
+        if tensor.dtype != torch.int32 or tensor.dim() != dims or tensor.stride(-1) != 1:
             raise ValueError(f"{name} {list(tensor.shape)} {tensor.dtype}, expected int32 of {dims} dimensions")
-    if out_index is not None and out_index.shape[0] != num_heads * head_dim:
-        raise ValueError(f"out_index of {out_index.shape[0]}, expected {num_heads * head_dim}")
     if tiles.shape[0] == 0:
         return out
     from gptq_api.kernels.prefill_attention_kernel import prefill_attention_kernel
@@ -106,8 +99,6 @@ def prefill_attention(
         maxnreg=128 if rows == TILE_ROWS and not wide else None,
         launch_pdl=overlap,
     )
-    if out_index is not None:
-        scatter_columns(out, out_index, query_start, tiles, TILE_ROWS)
     return out
 
 

@@ -41,9 +41,13 @@ class Buckets:
         """What is captured before the first request: decode steps of every batch size, with the smallest tables."""
         return [StepShape(rows, rows, self._widths[0], 0) for rows in reversed(self._decode)]
 
+    def padded(self, num_sequences: int) -> int:
+        """The batch size of a decode step of so many."""
+        return _at_least(num_sequences, self._decode)
+
     def decode_shape(self, num_sequences: int, num_blocks: int) -> StepShape:
         """`num_blocks`: of the longest context."""
-        rows = _at_least(num_sequences, self._decode)
+        rows = self.padded(num_sequences)
         return StepShape(rows, rows, self._width(num_blocks), 0)
 
     def mixed_shape(self, num_rows: int, num_sequences: int, num_tiles: int, num_blocks: int) -> StepShape | None:

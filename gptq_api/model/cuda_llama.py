@@ -1,8 +1,9 @@
 """The forward pass of model/llama.py on CUDA: the same weights, fused kernels, buffers that stay where they are.
 
-Nothing here waits for the device, allocates (but for modules on the reference path) or looks at the numbers in a
-tensor, so that a step can be captured into a CUDA graph. The residual stream has the activations' type. Permutations
-of act-order checkpoints are applied by whoever writes a Linear's input.
+Nothing here waits for the device, allocates (but for modules on the reference path, and o's sorted inputs) or looks at
+the numbers in a tensor, so that a step can be captured into a CUDA graph. The residual stream has the activations'
+type. Permutations of act-order checkpoints are applied by whoever writes a Linear's input, but for the attention: o
+sorts what comes from there.
 """
 
 from __future__ import annotations
@@ -27,12 +28,11 @@ class _Layer:
     """A LlamaLayer with what its kernels want to know, in their types."""
 
     input_norm: Tensor
+    """[H], like post_attention_norm in the order in which the Linear behind it takes its inputs"""
     qkv: Linear
     q_norm: Tensor | None
     k_norm: Tensor | None
     window: int | None
-    out_index: Tensor | None
-    """column j of the attention goes to out_index[j]"""
     o: Linear
     post_attention_norm: Tensor
     gate_up: Linear
@@ -42,14 +42,13 @@ class _Layer:
     def of(cls, layer: LlamaLayer, dtype: torch.dtype) -> _Layer:
         norms = layer.attention.qk_norm
         return cls(
-            input_norm=_weight(layer.input_norm, dtype),
+            input_norm=_weight(layer.input_norm, dtype, layer.qkv.perm),
             qkv=layer.qkv,
             q_norm=None if norms is None else norms.q_weight.to(dtype).contiguous(),
             k_norm=None if norms is None else norms.k_weight.to(dtype).contiguous(),
             window=layer.attention.window,
-            out_index=None if layer.o.perm is None else torch.argsort(layer.o.perm).to(torch.int32),
             o=layer.o,
-            post_attention_norm=_weight(layer.post_attention_norm, dtype),
+            post_attention_norm=_weight(layer.post_attention_norm, dtype, layer.gate_up.perm),
             gate_up=layer.gate_up,
             down=layer.down,
         )
@@ -63,20 +62,21 @@ class _Layer:
             return None
         qkv, o, gate_up, down = packed
         return LayerWeights(
-            *(qkv.weight, o.weight, gate_up.weight, down.weight),
+            *(qkv.weight, o.weight.without_perm(), gate_up.weight, down.weight),
             biases=(qkv.bias, o.bias, gate_up.bias, down.bias),
             input_norm=self.input_norm,
             post_attention_norm=self.post_attention_norm,
             qkv_perm=qkv.perm,
             gate_up_perm=gate_up.perm,
-            o_perm=self.o.perm,
+            o_perm=o.gather,
             head_norms=None if self.q_norm is None or self.k_norm is None else (self.q_norm, self.k_norm),
             window=self.window,
         )
 
 
-def _weight(norm: RMSNorm, dtype: torch.dtype) -> Tensor:
-    return norm.weight.to(dtype)
+def _weight(norm: RMSNorm, dtype: torch.dtype, perm: Tensor | None = None) -> Tensor:
+    weight = norm.weight.to(dtype)
+    return weight if perm is None else weight[perm.long()]
 
 
 class CudaLlama:
@@ -155,12 +155,12 @@ class CudaLlama:
             rotary = RotaryInputs(inputs.positions, inputs.slot_mapping, self._cos_sin, *norms)
         else:
             ops.rope_and_write(qkv, inputs.positions, inputs.slot_mapping, self._cos_sin, kv, self._num_heads, *norms)
-        index, window = layer.out_index, layer.window
+        window = layer.window
         shared = (self._num_heads, self._scale)
         # What a pure decode step reads of the cache was there before its first kernel.
-        decode_attention(qkv, kv, *where, out, *shared, self._workspace, window, index, rotary, prefetch=decode)
+        decode_attention(qkv, kv, *where, out, *shared, self._workspace, window, rotary, prefetch=decode)
         if not decode:
-            prefill_attention(qkv, kv, *where, inputs.tiles, out, *shared, window, index)
+            prefill_attention(qkv, kv, *where, inputs.tiles, out, *shared, window)
         return out
 
     def _head(self, x: Tensor, out: Tensor) -> Tensor:

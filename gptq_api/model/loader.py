@@ -246,8 +246,8 @@ def load_llama(
 ) -> tuple[Llama, LoadReport]:
     """Read every tensor once. CheckpointError names the first that is missing, misshapen or not finite.
 
-    On CUDA the qkv, o and gate_up of a layer may have a `perm`, which what comes before them has to apply: the norms to
-    what they write, attention by writing its column j to where j stands in o's. No down and no head has one.
+    On CUDA the qkv and gate_up of a layer may have a `perm`, which the norms before them have to apply to what they
+    write. No o, no down and no head has one.
     """
     with ExitStack() as stack:
         if device.type == "cuda":
@@ -283,7 +283,7 @@ def _load(
                     input_norm=load.norm(f"{name}.input_layernorm"),
                     qkv=load.linear(qkv, hidden, [heads, kv, kv], folded=True),
                     attention=load.attention(name, window),
-                    o=load.linear([f"{name}.self_attn.o_proj"], heads, [hidden], folded=True),
+                    o=load.linear([f"{name}.self_attn.o_proj"], heads, [hidden]),
                     post_attention_norm=load.norm(f"{name}.post_attention_layernorm"),
                     gate_up=gate_up,
                     down=down,
