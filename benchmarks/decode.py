@@ -347,17 +347,18 @@ def main() -> int:
 
 
 def save(result: dict[str, Any], folder: Path | None) -> None:
-    """After every variant, so that a run cut short leaves what it had; other models in the file stay, and so do
-    other variants of the same commit."""
+    """After every variant, so that a run cut short leaves what it had; other models and options in the file stay,
+    and so do other variants of the same commit."""
     if folder is None:
         return
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"decode-{result['gpu'].lower().replace(' ', '-')}.json"
     models = json.loads(path.read_text()) if path.exists() else {}
-    before = models.get(result["model"], {"rows": []})
+    name = " ".join([result["model"], *(f"{key}={value}" for key, value in result["options"].items())])
+    before = models.get(name, {"rows": []})
     measured = {row["variant"] for row in result["rows"]}
     kept = [row for row in before["rows"] if row["variant"] not in measured and before["commit"] == result["commit"]]
-    models[result["model"]] = result | {"rows": kept + result["rows"]}
+    models[name] = result | {"rows": kept + result["rows"]}
     path.write_text(json.dumps(models, indent=1) + "\n")
 
 

@@ -91,13 +91,17 @@ def test_answers_last_until_the_last_prompt_is_through(script: ModuleType) -> No
 
 @pytest.mark.parametrize("script", ["decode"], indirect=True)
 def test_variants_of_one_commit_meet_in_one_file(script: ModuleType, tmp_path: Path) -> None:
-    def save(variant: str, commit: str, value: float) -> list[tuple[str, float]]:
+    def save(variant: str, commit: str, value: float, **options: str) -> list[tuple[str, float]]:
         rows = [{"variant": variant, "part": "decode", "tok_s": value}]
-        script.save({"gpu": "A GPU", "model": "llama-7b", "commit": commit, "rows": rows}, tmp_path)
-        saved = json.loads((tmp_path / "decode-a-gpu.json").read_text())["llama-7b"]["rows"]
+        result = {"gpu": "A GPU", "model": "llama-7b", "options": options, "commit": commit, "rows": rows}
+        script.save(result, tmp_path)
+        name = " ".join(["llama-7b", *(f"{key}={value}" for key, value in options.items())])
+        saved = json.loads((tmp_path / "decode-a-gpu.json").read_text())[name]["rows"]
         return [(row["variant"], row["tok_s"]) for row in saved]
 
     assert save("g128", "a", 1.0) == [("g128", 1.0)]
     assert save("fp16", "a", 2.0) == [("g128", 1.0), ("fp16", 2.0)]
     assert save("g128", "a", 3.0) == [("fp16", 2.0), ("g128", 3.0)]
     assert save("fp16", "b", 4.0) == [("fp16", 4.0)]
+    assert save("fp16", "b", 5.0, kv_cache_dtype="fp8") == [("fp16", 5.0)]
+    assert save("g128", "b", 6.0) == [("fp16", 4.0), ("g128", 6.0)]
