@@ -37,6 +37,7 @@ class SimulatedRunner:
     """One step ahead, as the CUDA runner is. Tokens are a hash of sequence and position."""
 
     lookahead = 1
+    row_multiple = 192
     num_blocks, block_size = 9594, 16
     max_model_len = 4096
     vocab_size = VOCAB_SIZE
