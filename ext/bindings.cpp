@@ -146,7 +146,7 @@ void decode_layers(std::uintptr_t weights, std::uintptr_t caches, std::uintptr_t
                    std::uintptr_t cos_sin, std::uintptr_t workspace, float eps, float scale, int layers, int hidden, int ffn, int heads, int kv_heads,
                    int head_dim, int table_stride, int block_size, int groups, bool zeros, bool bf16, std::uintptr_t stream) {
   gptq::DecodeLayersArgs args{};
-  gptq::describe(args, {layers, hidden, ffn, heads, kv_heads, head_dim, false});
+  gptq::describe(args, {layers, hidden, ffn, heads, kv_heads, head_dim});
   args.weights = pointer<const std::uint8_t* const>(weights), args.caches = pointer<const std::uint8_t* const>(caches);
   args.norms = pointer<const std::uint16_t>(norms), args.orders = pointer<const std::uint16_t>(orders), args.bias = pointer<const std::uint16_t>(bias);
   args.o_orders = pointer<const std::uint16_t>(o_orders), args.head_norms = pointer<const std::uint16_t>(head_norms), args.windows = pointer<const int>(windows);
@@ -163,12 +163,12 @@ void decode_layers(std::uintptr_t weights, std::uintptr_t caches, std::uintptr_t
 }
 
 bool decode_layers_takes(int layers, int hidden, int ffn, int heads, int kv_heads, int head_dim, int groups, bool zeros, bool ordered) {
-  return gptq::decode_layers_takes({layers, hidden, ffn, heads, kv_heads, head_dim, ordered}, groups, zeros);
+  return gptq::decode_layers_takes({layers, hidden, ffn, heads, kv_heads, head_dim}, groups, zeros, ordered);
 }
 
 int decode_layers_exchange_row(int hidden, int ffn, int heads, int kv_heads, int head_dim) {
   gptq::DecodeLayersArgs args{};
-  gptq::describe(args, {0, hidden, ffn, heads, kv_heads, head_dim, false});
+  gptq::describe(args, {0, hidden, ffn, heads, kv_heads, head_dim});
   return args.exchange_row;
 }
 

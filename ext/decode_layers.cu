@@ -43,7 +43,7 @@ void describe(DecodeLayersArgs& args, const LayersShape& s) {
   args.attention.heads = s.heads, args.attention.kv_heads = s.kv_heads;
 }
 
-bool decode_layers_takes(const LayersShape& shape, int groups, bool zeros) {
+bool decode_layers_takes(const LayersShape& shape, int groups, bool zeros, bool ordered) {
   Device device;
   if (current_device(device) != cudaSuccess || device.capability != 90) return false;
   if (shape.head_dim != kLayersHead || shape.layers < kLayersMin || shape.hidden > kLayersMaxHidden || shape.heads * shape.head_dim > kLayersMaxHeads)
@@ -54,7 +54,7 @@ bool decode_layers_takes(const LayersShape& shape, int groups, bool zeros) {
     if (p.N % kPairRows || p.K % 8 || units_of(p) < device.sms) return false;
   args.attention.block_size = 8;
   complete(args.attention);
-  return choose_plan(args, device, groups, zeros, shape.ordered);
+  return choose_plan(args, device, groups, zeros, ordered);
 }
 
 size_t decode_layers_partials_bytes() {

@@ -50,12 +50,11 @@ struct DecodeLayersArgs {
 // What follows from a model's shape: product[], exchange_row, attended, layers and the attention's heads.
 struct LayersShape {
   int layers, hidden, ffn, heads, kv_heads, head_dim;
-  bool ordered;  // there are orders, or o_orders
 };
 void describe(DecodeLayersArgs& args, const LayersShape& shape);
 
-// Whether launch_decode_layers takes such a model on the current device.
-bool decode_layers_takes(const LayersShape& shape, int groups, bool zeros);
+// Whether launch_decode_layers takes such a model on the current device. `ordered`: there are orders, or o_orders.
+bool decode_layers_takes(const LayersShape& shape, int groups, bool zeros, bool ordered);
 size_t decode_layers_partials_bytes();
 
 // args: described, and all pointers, sizes and strides set. attention: as for launch_attention_decode, with prefetch.

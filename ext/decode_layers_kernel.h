@@ -281,6 +281,7 @@ class LayersBlock {
   // The order of o's inputs, where the norm's weights are no longer needed.
   __device__ __forceinline__ void fetch_o_order(int layer) {
     const int K = a.product[1].K;
+#pragma unroll 1  // or its addresses are kept from layer to layer
     for (int k = threadIdx.x * 8; k < K; k += kMathThreads * 8) cp_async16(base + a.plan.o_order + k * 2, a.o_orders + static_cast<size_t>(layer) * K + k);
     cp_async_commit();
   }

@@ -138,13 +138,14 @@ def test_other_architectures_compile_without_spills(arch: str, tmp_path: Path) -
 
 @needs_nvcc
 def test_decode_attention_leaves_room_for_the_next_product(tmp_path: Path) -> None:
-    """A block of four warps beside one of the decode product's; nothing spilled but what an item needs once."""
+    """A block of four warps beside one of the decode product's; nothing spilled at the sizes that have to be fast, but
+    a few words of warps that are alone."""
     _, log = compile_for("90", "attention_decode_bf16.cu", tmp_path)
     kernels = usage(log)
     assert len(kernels) == 8
     for name, (registers, spills) in kernels.items():
         assert -(-registers // 8) * 8 * 4 * 32 + TWO_DECODE_BLOCKS * DECODE_THREADS <= 65536, name
-        assert spills <= (48 if "OneWarp" in name else 0), name
+        assert spills <= (20 if "OneWarp" in name else 0), name
 
 
 @needs_nvcc
@@ -153,7 +154,7 @@ def test_the_step_in_one_kernel_keeps_everything_in_registers(tmp_path: Path) ->
     cubin, log = compile_for("90a", "decode_layers_fp16.cu", tmp_path)
     kernels = usage(log)
     assert len(kernels) == 6
-    assert all(registers <= 128 and spills <= 8 for registers, spills in kernels.values()), kernels  # once a layer
+    assert all(registers <= 128 and spills == 0 for registers, spills in kernels.values()), kernels
     if CUOBJDUMP is None:
         return
     for name, (_, opcodes) in instructions(cubin).items():

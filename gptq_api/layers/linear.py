@@ -200,10 +200,10 @@ class DenseLinear:
                 return torch.mm(x, self.weight.t(), out=out)
             return torch.addmm(added, x, self.weight.t(), out=out)
         padded = pad_rows(x)
-        at_once = rows_of_product(padded)
-        parts = [padded[first : first + at_once] for first in range(0, padded.shape[0], at_once)]
-        y = torch.cat([functional.linear(part, self.weight, self._bias) for part in parts])[: x.shape[0]]
-        return _finish(y, out, residual, silu_mul)
+        rows = torch.split(padded, rows_of_product(padded))
+        parts = [functional.linear(part, self.weight, self._bias) for part in rows]
+        y = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return _finish(y[: x.shape[0]], out, residual, silu_mul)
 
 
 class SplitLinear:

@@ -13,9 +13,9 @@ class LoadedRunner(Protocol):
     """Not thread-safe: one caller steps it."""
 
     lookahead: int
+    """0: a step is collected before the next one is launched; 1: afterwards"""
     row_multiple: int
     """what the number of tokens in one step is best a multiple of, where they are many"""
-    """0: a step is collected before the next one is launched; 1: afterwards"""
     max_model_len: int
     vocab_size: int
     block_size: int
