@@ -8,7 +8,9 @@ in a row.
 
 Method: random data; weights rotate over more than 1 GB, so that none is in the L2 when its turn comes; each figure is
 the median over replays of a CUDA graph with one call per copy of the weight (fewer where a call takes longer than a
-millisecond); ours and cuBLAS take turns with pauses between, since a chip that has just run hot clocks lower.
+millisecond); ours, asymmetric and act-order, and cuBLAS take turns with pauses between, since a chip that has just run
+hot clocks lower: a 13B layer of one token takes 48 us at 1.96 GHz and 56 at 1.42, where large products leave the chip.
+So few tokens come first, and up to 128 wait until the clock is back; `sm_mhz` is the clock right after the timing.
 `fraction_of_floor` is the time the bytes (at the copy ceiling) or the products (at the rate cuBLAS reaches on 8192^3)
 must take, whichever is longer, over the time taken.
 """
@@ -23,10 +25,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from gptq_api.kernels import gptq
 from gptq_api.kernels.layout import PackedLinear, chunk_bytes
@@ -40,8 +45,9 @@ LINEARS: dict[str, dict[str, tuple[int, int]]] = {
 }
 ALL_M = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 QUICK_M = (1, 8, 16, 32, 64, 128, 256, 1024, 4096)
-VARIANT_M = (1, 8, 16, 64, 256, 1024)
-CHAIN_M = (1, 8, 16, 32, 64, 128, 256, 1024, 4096)
+VARIANT_M = (1, 2, 4, 8, 16, 32, 64, 128, 256, 1024)
+CHAIN_M = (1, 2, 4, 8, 16, 32, 64, 128, 256, 1024, 4096)
+COOL_M = 128
 CHAIN_LAYERS = 8
 ROTATE_BYTES = 1_200_000_000
 REPLAYS = 5
@@ -51,7 +57,7 @@ OTHERS = {"vllm": "its Marlin and Machete ops", "gptqmodel": "its Marlin and exl
 
 
 def random_weight(
-    k: int, n: int, group_size: int, *, asym: bool, act_order: bool, paired: bool = False
+    k: int, n: int, group_size: int, *, asym: bool = False, act_order: bool = False, paired: bool = False
 ) -> PackedLinear:
     """Any bytes are a weight; only scales and zero points must be sensible. Unit inputs give outputs of order 1."""
     chunks, size = -(-k // 128), chunk_bytes(group_size, asym)
@@ -88,6 +94,37 @@ def capture(calls: Callable[[], None]) -> torch.cuda.CUDAGraph:
     with torch.cuda.graph(graph):
         calls()
     return graph
+
+
+def clock() -> float:
+    """MHz of the multiprocessors, by how long a kernel takes that waits for so many cycles."""
+    cycles = 1_000_000
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    begin.record()
+    torch.cuda._sleep(cycles)
+    end.record()
+    torch.cuda.synchronize()
+    return cycles / begin.elapsed_time(end) / 1e3
+
+
+class Clock:
+    """Knows the highest clock seen, and waits for it."""
+
+    def __init__(self) -> None:
+        self.best = 0.0
+        for _ in range(20):
+            self.read()
+            time.sleep(0.01)
+
+    def read(self) -> float:
+        now = clock()
+        self.best = max(self.best, now)
+        return now
+
+    def settle(self, seconds: float = 3.0) -> None:
+        deadline = time.monotonic() + seconds
+        while self.read() < 0.98 * self.best and time.monotonic() < deadline:
+            time.sleep(0.05)
 
 
 def in_turns(jobs: list[tuple[Callable[[], None], int]]) -> list[float]:
@@ -139,82 +176,109 @@ def line(label: str, m: int, record: dict[str, Any]) -> str:
 class Bench:
     def __init__(self, dtype: torch.dtype, group_size: int) -> None:
         self.dtype, self.group_size = dtype, group_size
+        self.clock = Clock()
         self.copy_tb_s, self.peak_tflops = ceilings()
         self.records: list[dict[str, Any]] = []
+        self.sm_mhz = 0.0
         self.dense = torch.randn(ROTATE_BYTES // 2, device="cuda").mul_(0.02).half()
 
     def calls(self, copies: int, flops: float) -> int:
         """How many calls a graph holds: every copy once, and at most about 15 ms of work."""
         return max(2, min(copies, int(15_000 * self.peak_tflops * 1e6 / max(flops, 1.0))))
 
-    def linear(
-        self, label: str, k: int, n: int, ms: tuple[int, ...], *, asym: bool = False, act_order: bool = False
-    ) -> None:
-        first = random_weight(k, n, self.group_size, asym=asym, act_order=act_order)
-        weight_bytes = first.data.numel()
-        copies = max(2, -(-ROTATE_BYTES // weight_bytes))
-        pool = first.data.unsqueeze(0).repeat(copies, 1, 1, 1)
-        pool[..., :1024].random_(0, 256)
-        weights = [PackedLinear(d, k, n, self.group_size, asym, first.perm, False) for d in pool]
+    def linear(self, label: str, k: int, n: int, ms: tuple[int, ...], variants: bool) -> None:
+        """`variants`: asymmetric and act-order (activations gathered first) as well."""
+        weights = self.pool(k, n, asym=False)
+        asym = self.pool(k, n, asym=True) if variants else []
+        perm = torch.randperm(k, device="cuda").to(torch.int32)
+        order = [replace(w, perm=perm) for w in weights] if variants else []
         dense_count = max(1, self.dense.numel() // (k * n))
         dense = [self.dense[i * k * n : (i + 1) * k * n].view(n, k).t() for i in range(dense_count)]
         for m in ms:
             x = torch.randn(m, k, device="cuda").to(self.dtype)
             x16, out = x.half(), torch.empty(m, n, device="cuda", dtype=self.dtype)
             out16, flops = torch.empty(m, n, device="cuda", dtype=torch.float16), 2.0 * m * n * k
-            count, dense_calls = self.calls(copies, flops), self.calls(max(dense_count, 4), flops)
+            count, dense_calls = self.calls(len(weights), flops), self.calls(max(dense_count, 4), flops)
 
-            def ours(x: torch.Tensor = x, out: torch.Tensor = out, count: int = count) -> None:
+            def ours(pool: list[PackedLinear], x: Tensor = x, out: Tensor = out, count: int = count) -> None:
                 for i in range(count):
-                    gptq.gemm(x, weights[i], out)
+                    gptq.gemm(x, pool[i], out)
 
-            def cublas(x: torch.Tensor = x16, out: torch.Tensor = out16, count: int = dense_calls) -> None:
+            def cublas(x: Tensor = x16, out: Tensor = out16, count: int = dense_calls) -> None:
                 for i in range(count):
                     torch.mm(x, dense[i % dense_count], out=out)
 
-            jobs = [(ours, count), (cublas, dense_calls)]
-            if m in TORCH_INT4_M and self.group_size in (32, 64, 128) and not (asym or act_order):
-                jobs.append((torch_int4(k, n, m, self.group_size, copies), copies))
-            us, cublas_us, *others = in_turns(jobs)
-            work = self.work(weight_bytes, flops)
-            record = self.record(k, n, m, us, cublas_us, work, sym=not asym, act_order=act_order)
-            print(line(label, m, record) + "".join(f"  torch int4 {other:.2f} us" for other in others), flush=True)
-            for other in others:
-                self.record(k, n, m, other, cublas_us, work, kernel="torch int4", dtype="bfloat16", sym=False)
+            jobs = [(partial(ours, weights), count), (cublas, dense_calls)]
+            names = ["", ""]
+            if variants and m in VARIANT_M:
+                jobs += [(partial(ours, asym), count), (partial(ours, order), count)]
+                names += ["asym", "act-order"]
+            if m in TORCH_INT4_M and self.group_size in (32, 64, 128):
+                jobs.append((torch_int4(k, n, m, self.group_size, len(weights)), len(weights)))
+                names.append("torch int4")
+            us, cublas_us, *others = self.timed(m, jobs)
+            work = self.work(weights[0].data.numel(), flops)
+            record = self.record(k, n, m, us, cublas_us, work)
+            beside = [f"  {name} {other:.2f}" for name, other in zip(names[2:], others, strict=True)]
+            print(line(label, m, record) + "".join(beside), flush=True)
+            for name, other in zip(names[2:], others, strict=True):
+                if name == "torch int4":
+                    self.record(k, n, m, other, cublas_us, work, kernel=name, dtype="bfloat16", sym=False)
+                elif name == "asym":
+                    self.record(k, n, m, other, cublas_us, self.work(asym[0].data.numel(), flops), sym=False)
+                else:
+                    self.record(k, n, m, other, cublas_us, work, act_order=True)
+
+    def pool(self, k: int, n: int, *, asym: bool) -> list[PackedLinear]:
+        """As many weights as do not fit into the L2 between two uses of one."""
+        first = random_weight(k, n, self.group_size, asym=asym)
+        copies = max(2, -(-ROTATE_BYTES // first.data.numel()))
+        pool = first.data.unsqueeze(0).repeat(copies, 1, 1, 1)
+        pool[..., :1024].random_(0, 256)
+        return [replace(first, data=data) for data in pool]
+
+    def timed(self, m: int, jobs: list[tuple[Callable[[], None], int]]) -> list[float]:
+        if m <= COOL_M:
+            self.clock.settle()
+        times = in_turns(jobs)
+        self.sm_mhz = self.clock.read()
+        return times
 
     def chain(self, model: str, ms: tuple[int, ...]) -> None:
-        """qkv, o, gate_up with SiLU(gate) * up, down: each reads what the one before wrote; no weight is used twice."""
+        """qkv, o, gate_up with SiLU(gate) * up, down: each reads what the one before wrote; no weight is used twice.
+        With act-order as a model has it: norms and gate_up leave their results in the next one's order, o gathers."""
         shapes = LINEARS[model]
         layers = [
-            [
-                random_weight(k, n, self.group_size, asym=False, act_order=False, paired=name == "gate_up")
-                for name, (k, n) in shapes.items()
-            ]
+            [random_weight(k, n, self.group_size, paired=name == "gate_up") for name, (k, n) in shapes.items()]
             for _ in range(CHAIN_LAYERS)
         ]
         hidden, inner = shapes["qkv"][0], shapes["down"][0]
+        perm = torch.randperm(hidden, device="cuda").to(torch.int32)
+        ordered = [[qkv, replace(o, perm=perm), gate_up, down] for qkv, o, gate_up, down in layers]
         weight_bytes = sum(w.data.numel() for w in layers[0])
         fits = max(1, min(CHAIN_LAYERS, self.dense.numel() // sum(k * n for k, n in shapes.values())))
         for m in ms:
             x = torch.randn(m, hidden, device="cuda").to(self.dtype)
             x16 = x.half()
 
-            def ours(x: torch.Tensor = x) -> None:
+            def ours(layers: list[list[PackedLinear]], x: Tensor = x) -> None:
                 for qkv, o, gate_up, down in layers:
                     y = gptq.gemm(gptq.gemm(x, qkv)[:, :hidden], o)
                     gptq.gemm(gptq.gemm(y, gate_up, silu_mul=True), down)
 
-            def cublas(x: torch.Tensor = x16) -> None:
+            def cublas(x: Tensor = x16) -> None:
                 for layer in range(CHAIN_LAYERS):
                     y, at = x, (layer % fits) * sum(k * n for k, n in shapes.values())
                     for name, (k, n) in shapes.items():
                         y = torch.mm(y, self.dense[at : at + k * n].view(n, k).t())
                         y, at = y[:, :hidden] if name == "qkv" else y[:, :inner] if name == "gate_up" else y, at + k * n
 
-            us, cublas_us = in_turns([(ours, CHAIN_LAYERS), (cublas, CHAIN_LAYERS)])
+            jobs = [(partial(ours, layers), CHAIN_LAYERS), (partial(ours, ordered), CHAIN_LAYERS)]
+            us, order_us, cublas_us = self.timed(m, [*jobs, (cublas, CHAIN_LAYERS)])
             work = self.work(weight_bytes, 2.0 * m * sum(k * n for k, n in shapes.values()))
             record = self.record(0, 0, m, us, cublas_us, work, chain=model)
-            print(line(f"chain {model}", m, record), flush=True)
+            print(line(f"chain {model}", m, record) + f"  act-order {order_us:.2f}", flush=True)
+            self.record(0, 0, m, order_us, cublas_us, work, chain=model, act_order=True)
 
     def record(
         self, k: int, n: int, m: int, us: float, cublas_us: float, work: tuple[int, float, float], **what: Any
@@ -225,6 +289,7 @@ class Bench:
         entry = {"kernel": "gptq_api", "dtype": str(self.dtype).removeprefix("torch."), **sizes, **what}
         entry |= {"us": round(us, 3), "tb_s": round(weight_bytes / us / 1e6, 3), "tflops": round(flops / us / 1e6, 2)}
         entry |= {"fraction_of_floor": round(floor / us, 4), "cublas_us": round(cublas_us, 3)}
+        entry |= {"sm_mhz": round(self.sm_mhz)}
         self.records.append(entry)
         return entry
 
@@ -316,19 +381,18 @@ def main() -> None:
     began, bench = time.monotonic(), Bench(getattr(torch, options.dtype), options.group_size)
     print(f"copy {bench.copy_tb_s:.2f} TB/s, cuBLAS 8192^3 {bench.peak_tflops:.0f} TFLOP/s", flush=True)
     models = options.models or (["13B"] if options.quick else list(LINEARS))
-    done: set[tuple[int, int]] = set()
-    for model in models:
-        for name, (k, n) in LINEARS[model].items():
-            if (k, n) not in done:
-                bench.linear(f"{model} {name}", k, n, QUICK_M if options.quick else ALL_M)
-                done.add((k, n))
-        if model in ("7B", "13B"):
-            bench.chain(model, CHAIN_M)
-        if model == "13B":
+    all_m = QUICK_M if options.quick else ALL_M
+    for few in (True, False):
+        done: set[tuple[int, int]] = set()
+        for model in models:
             for name, (k, n) in LINEARS[model].items():
-                bench.linear(f"asym {name}", k, n, VARIANT_M, asym=True)
-                bench.linear(f"order {name}", k, n, VARIANT_M, act_order=True)
-        bench.save(options.out, options.commit, began)
+                if (k, n) not in done:
+                    ms = tuple(m for m in all_m if (m <= COOL_M) == few)
+                    bench.linear(f"{model} {name}", k, n, ms, variants=model == "13B")
+                    done.add((k, n))
+            if model in ("7B", "13B"):
+                bench.chain(model, tuple(m for m in CHAIN_M if (m <= COOL_M) == few))
+            bench.save(options.out, options.commit, began)
     if options.out is not None and importlib.util.find_spec("matplotlib"):
         for path in options.out.glob("gemm-*.json"):
             draw(json.loads(path.read_text()), path.with_suffix(".png"))

@@ -32,9 +32,15 @@ def small_grid() -> list[str]:
     """Launches everything once and returns what: names with shapes."""
     done = []
     for dtype in (torch.float16, torch.bfloat16):
-        for k, n, group_size, asym in ((1160, 528, 128, False), (512, 272, 32, True), (2048, 256, -1, True)):
+        for k, n, group_size, asym, ms in (
+            (1160, 528, 128, False, (1, 8, 9, 20, 40, 100, 300)),
+            (512, 272, 32, True, (3, 33)),
+            (2048, 256, -1, True, (3, 33)),
+            (11008, 272, 128, False, (1, 8)),  # two segments of k: in one block, in a cluster
+            (256, 2112, 128, False, (4,)),  # blocks that bring x in together
+        ):
             weight = random_weight(k, n, group_size, asym=asym, act_order=k == 1160, paired=True)
-            for m in (1, 8, 9, 20, 40, 100, 300) if k == 1160 else (3, 33):
+            for m in ms:
                 x = torch.randn(m, k, device="cuda").to(dtype)
                 bias, residual = torch.randn(n, device="cuda").to(dtype), torch.randn(m, n, device="cuda").to(dtype)
                 gptq.gemm(x, weight, residual, bias=bias, residual=residual)

@@ -56,7 +56,7 @@ cudaError_t launch_attention_decode(AttentionDecodeArgs args, int head_dim, bool
   const void* kernel = (bf16 ? attention_decode_bf16 : attention_decode_fp16)(head_dim, fp8, alone);
   static std::atomic<uint64_t> done[2][2][2][2];
   std::atomic<uint64_t>& mine = done[head_dim == 64][bf16][fp8][alone];
-  if (const cudaError_t status = set_limits(kernel, mine, device.smem, Carveout::kShared, device); status != cudaSuccess) return status;
+  if (const cudaError_t status = set_limits(kernel, mine, device.smem, device); status != cudaSuccess) return status;
   const int smem = (alone ? smem_of<OneWarp> : smem_of<WholeBlock>)(head_dim, fp8, args.part_heads, small);
   if (smem > device.smem) return cudaErrorInvalidConfiguration;
   const int resident = 2 * (smem + 1024) <= device.smem + 1024 ? kBlocksPerSM : 1;

@@ -37,7 +37,7 @@ std::string shape(const char* name, int M, int N, int K) {
   return std::string(name) + " M=" + std::to_string(M) + " N=" + std::to_string(N) + " K=" + std::to_string(K);
 }
 
-void decode(std::uintptr_t w, std::uintptr_t x, std::uintptr_t y, std::uintptr_t bias, std::uintptr_t residual, std::uintptr_t perm, int M, int N, int K,
+void decode(std::uintptr_t w, std::uintptr_t x, std::uintptr_t y, std::uintptr_t bias, std::uintptr_t residual, int M, int N, int K,
             int ldx, int ldy, int ldr, int paired, int groups, bool zeros, bool bf16, std::uintptr_t stream) {
   gptq::DecodeArgs args{};
   args.w = pointer<const std::uint8_t>(w);
@@ -45,12 +45,9 @@ void decode(std::uintptr_t w, std::uintptr_t x, std::uintptr_t y, std::uintptr_t
   args.y = pointer<std::uint16_t>(y);
   args.bias = pointer<const std::uint16_t>(bias);
   args.residual = pointer<const std::uint16_t>(residual);
-  args.perm = pointer<const int>(perm);
   args.M = M, args.N = N, args.K = K, args.ldx = ldx, args.ldy = ldy, args.ldr = ldr, args.paired = paired;
   raise_on(gptq::launch_decode(args, groups, zeros, bf16, as_stream(stream)), shape("decode", M, N, K));
 }
-
-bool decode_gathers(int M, int K, int groups, bool zeros) { return gptq::decode_gathers(M, K, groups, zeros); }
 
 void dequant(std::uintptr_t w, std::uintptr_t out, int N, int K, int ldo, int strip_first, int strip_count, int paired, int groups, bool zeros, bool bf16,
              std::uintptr_t stream) {
@@ -198,7 +195,6 @@ PYBIND11_MODULE(_cuda, m, py::mod_gil_not_used()) {
   const auto free_gil = py::call_guard<py::gil_scoped_release>();
   m.def("device_count", &device_count, free_gil);
   m.def("decode", &decode, free_gil);
-  m.def("decode_gathers", &decode_gathers, free_gil);
   m.def("dequant", &dequant, free_gil);
   m.def("gather", &gather, free_gil);
   m.def("pack", &pack, free_gil);

@@ -17,40 +17,45 @@ constexpr int kOverlapMaxM = 1;  // tokens up to which there is room for two gen
 constexpr int kShareMinM = 2;    // tokens from which blocks bring x in together
 
 struct Shape {
-  int split;  // blocks that share k
+  int cluster;  // blocks that share k
   DecodePlan plan;
 };
 
-// By K, format and device alone, so that the order of a row's sum is the same for every M: x of 8 tokens must fit beside a ring. As few as possible:
-// where sums cross blocks, a kernel ends half a microsecond later.
+// How many segments of k are added up by themselves: by K, format and device alone, so that the order of a row's sum is the same for every M. One for
+// each block of the cluster that eight tokens need beside a ring.
 int split_for(int K, int groups, bool zeros, const Device& device) {
   int split = 1;
-  while (split < kMaxCluster && plan_decode(8, K, 1, split, kGoodDepth, 1, groups, zeros, false).total > device.smem) split *= 2;
+  while (split < kMaxCluster && plan_decode(8, K, 1, split, split, kGoodDepth, 1, groups, zeros).total > device.smem) split *= 2;
   return split;
 }
 
-// For one token a ring such that two generations of blocks share a multiprocessor (the next product's ring then fills while this one drains), else the
-// deepest that fits alone: 13B's chain of products is 3 % slower that way, but between norms and attention, which would hold the second place, a layer of
-// two tokens takes 59 us instead of 72. By M rather than by what would just fit: kernels of both kinds in a row do not overlap at all.
-bool choose_shape(Shape& shape, const Device& device, int M, int K, int column_tiles, int groups, bool zeros, bool gather) {
-  const int split = split_for(K, groups, zeros, device);
-  const auto fits = [&](int budget, int depth, int least) {
+// One block for all of k where x fits beside a ring: where sums cross blocks, a kernel ends half a microsecond later, and blocks of a cluster may share a
+// multiprocessor while others have none. For one token a ring such that two generations of blocks share a multiprocessor (the next product's ring then
+// fills while this one drains), else the deepest that fits alone: 13B's chain of products is 3 % slower that way, but between norms and attention, which
+// would hold the second place, a layer of two tokens takes 59 us instead of 72. By M rather than by what would just fit: kernels of both kinds in a row do
+// not overlap at all.
+bool choose_shape(Shape& shape, const Device& device, int M, int K, int column_tiles, int groups, bool zeros) {
+  const int split = split_for(K, groups, zeros, device), chunks = (K + kChunkK - 1) / kChunkK;
+  const auto fits = [&](int cluster, int budget, int depth, int least) {
     for (; depth >= least; depth--)
       for (int buffers = kMaxBuffers; buffers > 0; buffers--) {
-        const DecodePlan plan = plan_decode(M, K, column_tiles, split, depth, buffers, groups, zeros, gather);
+        const DecodePlan plan = plan_decode(M, K, column_tiles, split, cluster, depth, buffers, groups, zeros);
         if (plan.total > budget) continue;
-        shape = {split, plan};
+        shape = {cluster, plan};
         return true;
       }
     return false;
   };
-  if (M <= kOverlapMaxM && fits((device.smem + kReserved) / 2 - kReserved, kGoodDepth + 1, kGoodDepth - 1)) return true;
-  return fits(device.smem, kMaxDepth, 1);
+  if (chunks <= kMaxParts * kMathWarps) {
+    if (M <= kOverlapMaxM && fits(1, (device.smem + kReserved) / 2 - kReserved, kGoodDepth + 1, kGoodDepth - 1)) return true;
+    if (fits(1, device.smem, kMaxDepth, kGoodDepth)) return true;
+  }
+  return fits(split, device.smem, kMaxDepth, 1);
 }
 
 cudaError_t prepare(const void* kernel, int index, const Device& device) {
   static std::atomic<uint64_t> done[kDecodeKernels];
-  return set_limits(kernel, done[index], device.smem, Carveout::kShared, device);
+  return set_limits(kernel, done[index], device.smem, device);
 }
 
 // How many clusters run at once: fewer than SMs / size where the SMs of a GPC are no multiple of it, and one too many would take a second turn.
@@ -87,16 +92,16 @@ cudaError_t launch_rows(DecodeArgs args, int groups, bool zeros, bool bf16, cons
     return launch_kernel(kernel, {dim3(std::min(strips, 2 * device.sms)), kPortableWarps * 32, smem, stream, 1, false}, device, args);
   }
   Shape shape;
-  if (!choose_shape(shape, device, args.M, args.K, tiles, groups, zeros, args.perm != nullptr)) return cudaErrorInvalidConfiguration;
+  if (!choose_shape(shape, device, args.M, args.K, tiles, groups, zeros)) return cudaErrorInvalidConfiguration;
   // x of 8 tokens is as much as the weights of a small linear; read once for two blocks, it takes the L2 half the time. But never so that M decides
   // which block has which strips.
-  bool share_x = device.capability == 90 && shape.split == 1 && !args.perm && args.M >= kShareMinM && strips >= device.sms;
+  bool share_x = device.capability == 90 && shape.cluster == 1 && args.M >= kShareMinM && strips >= device.sms;
   int clusters;
   if (share_x) {
     if (const cudaError_t status = resident_clusters(clusters, 2, device); status != cudaSuccess) return status;
     share_x = 2 * clusters == device.sms;
   }
-  const int cluster = share_x ? 2 : shape.split;
+  const int cluster = share_x ? 2 : shape.cluster;
   if (const cudaError_t status = resident_clusters(clusters, cluster, device); status != cudaSuccess) return status;
   const int owners = share_x ? 2 * clusters : std::min(clusters, strips);  // blocks, or clusters, with strips of their own
   args.plan = shape.plan;
@@ -108,20 +113,13 @@ cudaError_t launch_rows(DecodeArgs args, int groups, bool zeros, bool bf16, cons
 
 }  // namespace
 
-bool decode_gathers(int M, int K, int groups, bool zeros) {
-  Device device;
-  Shape shape;
-  if (current_device(device) != cudaSuccess) return false;
-  return takes_portable_kernel(device.capability) || (M <= 2 && choose_shape(shape, device, M, K, 1, groups, zeros, true));
-}
-
 cudaError_t launch_decode(DecodeArgs args, int groups, bool zeros, bool bf16, cudaStream_t stream) {
   if (args.M < 1 || args.M > kDecodeMaxM || args.N % kStripRows || args.K % 8) return cudaErrorInvalidValue;
   Device device;
   if (const cudaError_t status = current_device(device); status != cudaSuccess) return status;
   // As many rows at a time as x fits in shared memory.
   Shape shape;
-  const bool sixteen = takes_portable_kernel(device.capability) || choose_shape(shape, device, std::min(args.M, 16), args.K, 2, groups, zeros, false);
+  const bool sixteen = takes_portable_kernel(device.capability) || choose_shape(shape, device, std::min(args.M, 16), args.K, 2, groups, zeros);
   const int step = sixteen ? 16 : 8;
   for (int row = 0; row < args.M; row += step) {
     DecodeArgs part = args;

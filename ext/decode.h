@@ -11,10 +11,11 @@ struct DecodePlan {
   int depth, buffers;  // ring slots, exchange areas
   int flight;          // slots asked for at once before the block begins
   bool share_x;        // the blocks of a cluster have strips of their own and all of k, and bring x in together
-  int share;           // chunks of a strip that one block of a cluster takes
+  int share;           // chunks of a strip that are added up by themselves, a multiple of kMathWarps
+  int segments;        // of so many chunks that a block takes: all of a strip, or, in a cluster that splits k, one
   int strips, spare;   // of a cluster; that many clusters have one strip more
-  int ring, x, raw, sums, red, got, total;  // of shared memory
-  int x_stride, raw_stride;  // elements between tokens, in chunk order and unsorted
+  int ring, x, sums, red, got, total;  // of shared memory
+  int x_stride;              // elements between tokens
   int red_lanes;             // float4 slots per column tile and warp: lanes whose columns hold no token leave nothing
 };
 
@@ -24,20 +25,15 @@ struct DecodeArgs {
   uint16_t* y;               // [M, N] (N/2 with paired 2), row stride ldy elements
   const uint16_t* bias;      // [N] in the order of the outputs, or null
   const uint16_t* residual;  // like y, row stride ldr, or null; may be y itself
-  const int* perm;           // [K] or null: x is read as x[:, perm]
   int M, N, K;               // N % 16 == 0, K % 8 == 0
   int ldx, ldy, ldr;
   int paired;  // 1: rows g, g+8 of a strip are outputs i and N/2+i. 2: the same, and y = silu(row i) * row (N/2+i)
   DecodePlan plan;  // by launch_decode
 };
 
-
 constexpr int kDecodeMaxM = 32;  // beyond 16 in two launches
 
 // `groups` per chunk: 1, 2, 4.
 cudaError_t launch_decode(DecodeArgs args, int groups, bool zeros, bool bf16, cudaStream_t stream);
-
-// Whether launch_decode takes args.perm at this size; otherwise the caller sorts x first (launch_gather).
-bool decode_gathers(int M, int K, int groups, bool zeros);
 
 }  // namespace gptq

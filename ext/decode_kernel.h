@@ -2,13 +2,13 @@
 // serves 1..8 tokens, and a second tile of columns 9..16.
 //
 // A block owns consecutive strips, two at a time. One warp brings them in with bulk copies, a chunk of both strips for each of 8 warps to a
-// slot of a ring; the 8 take a chunk (of both) of every slot, whatever pair of strips it belongs to, so all have the same work. A warp that
-// is through with a pair leaves its sums in an exchange area; one more warp adds the 8 (always in the same order), applies bias, SiLU and
-// residual and stores, while the others go on. No block-wide barrier, no atomics, no workspace. Which warp adds what depends on K, N and the
-// number of multiprocessors, never on M, so a row's bits do not depend on who else is in the batch.
+// slot of a ring: chunk c of a strip is warp c % 8's. A warp that is through with a segment of k (all of it, unless k is long) leaves its sums in
+// an exchange area; one more warp adds the 8 (always in the same order) and the segments, applies bias, SiLU and residual and stores, while the
+// others go on. No block-wide barrier, no atomics, no workspace. Which warp adds what depends on K and the format alone, so a row's bits do not
+// depend on who else is in the batch.
 //
-// For long k a cluster of blocks splits it: each stages its part of x only, adds its own warps' sums, and those of the blocks meet through
-// distributed shared memory. Otherwise, where tokens are several, blocks bring x in together, each a part of it for both.
+// Where k is so long that x of these tokens does not fit beside a ring, a cluster of blocks splits it: each takes one segment, and their sums meet
+// through distributed shared memory. Otherwise, where tokens are several, blocks bring x in together, each a part of it for both.
 //
 // Programmatic dependent launch: weights are asked for before grid_wait(), the next kernel is let in at once, and for few tokens registers
 // and shared memory are kept at half of a multiprocessor's so that its ring fills while this one drains. What a block does before its first
@@ -36,40 +36,31 @@ __global__ void __launch_bounds__(kDecodeThreads, NT == 1 ? kBlocksPerSM : 1) de
   const DecodePlan& at = a.plan;
   const uint32_t base = smem_addr(smem);
   const uint32_t full = base + 8 * kFull, free = base + 8 * kFree, sent = base + 8 * kSent, read = base + 8 * kRead;
-  const uint32_t got = base + 8 * kGot, credit = base + 8 * kCredit, sums_bar = base + 8 * kSums, x_bar = base + 8 * kX;
+  const uint32_t got = base + 8 * kGot, credit = base + 8 * kCredit, x_bar = base + 8 * kX;
   const int tasks = kPair * NT * at.red_lanes, set = tasks * 16;  // float4 of a warp's sums of a pair
 
   grid_launch_dependents();
 
   // This cluster's strips, and this block's chunks of each.
   const int id = cluster > 1 ? cluster_id() : blockIdx.x, first = id * at.strips + min(id, at.spare), count = at.strips + (id < at.spare);
-  const int share = at.share, chunk0 = rank * share, chunks = max(0, min(share, nch - chunk0));
-  const int pairs = (count + 1) / 2, items = pairs * chunks, double_items = count / 2 * chunks;  // the last pair may be a single strip
-  const int parts = (chunks + kMathWarps - 1) / kMathWarps;  // of x
+  const int chunk0 = rank * at.share, chunks = max(0, min(at.share * at.segments, nch - chunk0));
+  const int pairs = (count + 1) / 2;                         // the last one may be a single strip
+  const int parts = (chunks + kMathWarps - 1) / kMathWarps;  // of x, and slots of a pair
 
-  // The producer's place: the next chunk, how many of its strip's share are left, and the slot it goes to.
+  // The producer's place: how many chunks of the block's are left, of this pair's and strips in all, and the slot they go to.
   const uint8_t* src = a.w + (static_cast<size_t>(first) * nch + chunk0) * kChunk;
-  int left = chunks, next = 0, fill = 0;
-  const auto advance = [&](int now) {
-    next += now, left -= now, src += static_cast<size_t>(now) * kChunk;
-    if (left == 0) left = chunks, src += static_cast<size_t>(2 * nch - chunks) * kChunk;
-  };
+  int left = chunks, strips_left = chunks ? count : 0, fill = 0;
   const auto fetch = [&] {
-    if (next >= items) return;
-    const uint32_t bar = full + 8 * fill;
-    uint32_t dst = base + at.ring + fill * kSlot;
-    int rest = min(kMathWarps, items - next);
-    if (elect()) mbar_expect(bar, (rest + max(0, min(rest, double_items - next))) * kChunk);
-#pragma unroll 1
-    while (rest > 0) {
-      const int now = min(rest, left);
-      if (elect()) {
-        bulk_load(dst, src, now * kChunk, bar);
-        if (next < double_items) bulk_load(dst + kHalf, src + static_cast<size_t>(nch) * kChunk, now * kChunk, bar);
-      }
-      rest -= now, dst += now * kChunk;
-      advance(now);
+    if (strips_left <= 0) return;
+    const int bytes = min(kMathWarps, left) * kChunk;
+    if (elect()) {
+      const uint32_t bar = full + 8 * fill, dst = base + at.ring + fill * kSlot;
+      mbar_expect(bar, strips_left > 1 ? 2 * bytes : bytes);
+      bulk_load(dst, src, bytes, bar);
+      if (strips_left > 1) bulk_load(dst + kHalf, src + static_cast<size_t>(nch) * kChunk, bytes, bar);
     }
+    left -= kMathWarps, src += bytes;
+    if (left <= 0) left = chunks, strips_left -= 2, src += static_cast<size_t>(2 * nch - chunks) * kChunk;
     if (++fill == depth) fill = 0;
   };
   if (warp == kMathWarps) {
@@ -91,7 +82,6 @@ __global__ void __launch_bounds__(kDecodeThreads, NT == 1 ? kBlocksPerSM : 1) de
 #pragma unroll
         for (int i = 0; i < kTurns * kMaxCluster; i++) mbar_init(credit + 8 * i, 1);
       }
-      mbar_init(sums_bar, kMathWarps);
 #pragma unroll
       for (int i = 0; i < kMaxParts; i++) mbar_init(x_bar + 8 * i, 1);
     }
@@ -103,14 +93,14 @@ __global__ void __launch_bounds__(kDecodeThreads, NT == 1 ? kBlocksPerSM : 1) de
   if (warp == kMathWarps) {
     // The rest of the ring no faster than it arrives, or x of the kernel before this one would queue behind it.
 #pragma unroll 1
-    for (int i = at.flight; i < depth && next < items; i++) {
+    for (int i = at.flight; i < depth && strips_left > 0; i++) {
       mbar_wait(full + 8 * (i - at.flight), 0);
       fetch();
     }
     int slot = 0;
     uint32_t phase = 0;
 #pragma unroll 1
-    while (next < items) {
+    while (strips_left > 0) {
       mbar_wait(free + 8 * slot, phase);
       fetch();
       if (++slot == depth) slot = 0, phase ^= 1;
@@ -119,27 +109,7 @@ __global__ void __launch_bounds__(kDecodeThreads, NT == 1 ? kBlocksPerSM : 1) de
   }
 
   if (warp < kMathWarps) {
-    const int k0 = chunk0 * kChunkK, length = max(0, min(a.K - k0, chunks * kChunkK));
-    const int2* perm = reinterpret_cast<const int2*>(a.perm + (a.perm ? k0 : 0));
-    int seen = parts;  // parts of x known to have arrived
-    if (a.perm) {  // constant as well: into the cache while x is on its way
-      for (int i = threadIdx.x * 16; i < length / 2; i += kMathWarps * 32 * 16) asm volatile("prefetch.global.L1 [%0];" ::"l"(perm + i));
-      grid_wait();
-      mbar_wait(x_bar, 0);
-      const uint16_t* raw = reinterpret_cast<const uint16_t*>(smem + at.raw);
-      uint32_t* sorted = reinterpret_cast<uint32_t*>(smem + at.x);
-#pragma unroll 1
-      for (int m = 0; m < a.M; m++, raw += at.raw_stride, sorted += at.x_stride / 2)
-#pragma unroll 4
-        for (int i = threadIdx.x; i < length / 2; i += kMathWarps * 32) {
-          const int2 from = perm[i];
-          sorted[i] = raw[from.x] | static_cast<uint32_t>(raw[from.y]) << 16;
-        }
-      asm volatile("bar.sync 1, %0;" ::"n"(kMathWarps * 32) : "memory");
-    } else {
-      seen = 0;
-      grid_wait();
-    }
+    grid_wait();
 
     uint32_t x_lane[NT];
 #pragma unroll
@@ -151,84 +121,72 @@ __global__ void __launch_bounds__(kDecodeThreads, NT == 1 ? kBlocksPerSM : 1) de
     const uint32_t chunk_first = base + at.ring + warp * kChunk;
     uint32_t phase = 0, round = 1, chunk = chunk_first;
     int c = warp, slot = 0, buffer = 0;
-    // This warp's chunks of a pair, or of a single strip.
-    const auto multiply = [&](auto strips_of_pair, auto sums_of_x) {
-      constexpr bool kFirst = decltype(sums_of_x)::value == Sums::kLeave;
+    const auto next_slot = [&] {
+      __syncwarp();
+      if (lane == 0) mbar_arrive(free + 8 * slot);
+      slot++, chunk += kSlot;
+      if (slot == depth) slot = 0, phase ^= 1, chunk = chunk_first;
+    };
+    // This warp's chunks before `end` of a pair, or of a single strip.
+    const auto multiply = [&](int end, auto strips_of_pair, auto sums_of_x) {
+      constexpr bool kFirst = decltype(sums_of_x)::value != Sums::kFind;
 #pragma unroll 1
-      for (; c < chunks; c += kMathWarps) {
-        if (kFirst && seen < parts) mbar_wait(x_bar + 8 * seen++, 0);
+      for (; c < end; c += kMathWarps) {
+        if (kFirst) mbar_wait(x_bar + c / kMathWarps * 8, 0);
         mbar_wait(full + 8 * slot, phase);
         const uint32_t x_at = c * (kChunkK * 2);
         const auto load_x = [&](int n, int u, uint32_t (&b)[4]) { ldmatrix_x4(b, x_lane[n] + x_at + u * 64); };
         const uint32_t sums = base + at.sums + c * (G * NT * 32);
         chunk_mma<decltype(strips_of_pair)::value, NT, G, ZP, BF, decltype(sums_of_x)::value>(acc, chunk, kHalf, sums, lane, load_x);
-        __syncwarp();
-        if (lane == 0) mbar_arrive(free + 8 * slot);
-        slot++, chunk += kSlot;
-        if (slot == depth) slot = 0, phase ^= 1, chunk = chunk_first;
+        next_slot();
       }
-      c -= chunks;
     };
     using One = std::integral_constant<int, 1>;
     using Two = std::integral_constant<int, 2>;
 #pragma unroll 1
     for (int pair = 0; pair < pairs; pair++) {
-      if (2 * pair + 1 == count) {
+      c = warp;
 #pragma unroll 1
-        while (seen < parts) mbar_wait(x_bar + 8 * seen++, 0);
-        multiply(One{}, std::integral_constant<Sums, Sums::kCompute>{});
-      } else if (pair == 0) {
-        multiply(Two{}, std::integral_constant<Sums, Sums::kLeave>{});
-        if (pairs > 1) {  // from here on, what others left as well
-          __syncwarp();
-          if (lane == 0) mbar_arrive(sums_bar);
-#pragma unroll 1
-          while (seen < parts) mbar_wait(x_bar + 8 * seen++, 0);
-        }
-      } else {
-        if (pair == 1) mbar_wait(sums_bar, 0);
-        multiply(Two{}, std::integral_constant<Sums, Sums::kFind>{});
+      for (int segment = 1; segment <= at.segments; segment++) {
+        const int end = min(segment * at.share, chunks);
+        if (2 * pair + 1 == count) multiply(end, One{}, std::integral_constant<Sums, Sums::kCompute>{});
+        else if (pair == 0) multiply(end, Two{}, std::integral_constant<Sums, Sums::kLeave>{});
+        else multiply(end, Two{}, std::integral_constant<Sums, Sums::kFind>{});  // the same chunks, whose sums of x this warp has left
+        // Leave the sums with the warp that adds them.
+        mbar_wait(read + 8 * buffer, round);
+        const uint32_t dst = base + at.red + (buffer * kMathWarps + warp) * set + lane_slot;
+#pragma unroll
+        for (int i = 0; i < kPair * NT; i++)
+          if (has_token) sts128(dst + i * at.red_lanes * 16, acc[i / NT][i % NT]);
+        if (has_token) mbar_arrive(sent + 8 * buffer);  // each for itself: one for all would order the others' stores by nothing that tools can see
+        __syncwarp();
+#pragma unroll
+        for (int i = 0; i < kPair * NT * 4; i++) acc[i / 4 / NT][i / 4 % NT][i % 4] = 0.f;
+        if (++buffer == buffers) buffer = 0, round ^= 1;
       }
-      // Leave the sums with the warp that adds them.
-      mbar_wait(read + 8 * buffer, round);
-      const uint32_t dst = base + at.red + (buffer * kMathWarps + warp) * set + lane_slot;
-#pragma unroll
-      for (int i = 0; i < kPair * NT; i++)
-        if (has_token) sts128(dst + i * at.red_lanes * 16, acc[i / NT][i % NT]);
-      if (has_token) mbar_arrive(sent + 8 * buffer);  // each for itself: one for all would order the others' stores by nothing that tools can see
-      __syncwarp();
-#pragma unroll
-      for (int i = 0; i < kPair * NT * 4; i++) acc[i / 4 / NT][i / 4 % NT][i % 4] = 0.f;
-      if (++buffer == buffers) buffer = 0, round ^= 1;
+      if (c < parts * kMathWarps) {  // the pair's last slot holds nothing for this warp
+        mbar_wait(full + 8 * slot, phase);
+        next_slot();
+      }
     }
     return;
   }
 
   // ---- the warp that adds and stores ----
   grid_wait();
-  if (!a.perm) {
-    const int k0 = chunk0 * kChunkK, padded = chunks * kChunkK, length = max(0, min(a.K - k0, padded));
-    if (lane < a.M)
-      for (int k = length; k < padded; k++) reinterpret_cast<uint16_t*>(smem + at.x)[lane * at.x_stride + k] = 0;
-    __syncwarp();
+  const int k0 = chunk0 * kChunkK, padded = chunks * kChunkK, length = max(0, min(a.K - k0, padded));
+  if (lane < a.M)
+    for (int k = length; k < padded; k++) reinterpret_cast<uint16_t*>(smem + at.x)[lane * at.x_stride + k] = 0;
+  __syncwarp();
 #pragma unroll 1
-    for (int part = 0; part < parts; part++) {
-      const int from = part * kMathWarps * kChunkK, bytes = 2 * max(0, min(length - from, kMathWarps * kChunkK));
-      if (lane == 0) mbar_expect(x_bar + 8 * part, a.M * bytes);
-      const uint32_t dst = base + at.x + (lane * at.x_stride + from) * 2;
-      const uint16_t* row = a.x + static_cast<size_t>(lane) * a.ldx + k0 + from;
-      if (lane >= a.M || bytes <= 0) continue;
-      if (!at.share_x) bulk_load(dst, row, bytes, x_bar + 8 * part);
-      else if (lane % cluster_size() == cluster_rank()) bulk_load_everywhere(dst, row, bytes, x_bar + 8 * part, (1 << cluster_size()) - 1);
-    }
-  }
-  if (a.perm) {  // to be sorted, x comes whole
-    if (lane == 0) mbar_expect(x_bar, a.M * a.K * 2);
-    const int length = max(0, min(a.K - chunk0 * kChunkK, chunks * kChunkK));
-    if (lane < a.M) {
-      for (int k = length; k < chunks * kChunkK; k++) reinterpret_cast<uint16_t*>(smem + at.x)[lane * at.x_stride + k] = 0;
-      bulk_load(base + at.raw + lane * at.raw_stride * 2, a.x + static_cast<size_t>(lane) * a.ldx, a.K * 2, x_bar);
-    }
+  for (int part = 0; part < parts; part++) {
+    const int from = part * kMathWarps * kChunkK, bytes = 2 * max(0, min(length - from, kMathWarps * kChunkK));
+    if (lane == 0) mbar_expect(x_bar + 8 * part, a.M * bytes);
+    const uint32_t dst = base + at.x + (lane * at.x_stride + from) * 2;
+    const uint16_t* row = a.x + static_cast<size_t>(lane) * a.ldx + k0 + from;
+    if (lane >= a.M || bytes <= 0) continue;
+    if (!at.share_x) bulk_load(dst, row, bytes, x_bar + 8 * part);
+    else if (lane % cluster_size() == cluster_rank()) bulk_load_everywhere(dst, row, bytes, x_bar + 8 * part, (1 << cluster_size()) - 1);
   }
   constexpr int kPasses = kPair * NT;  // task lane + 32 i in pass i
   const auto exists = [&](int i, int pair) { return lane + 32 * i < tasks && 2 * pair + (NT > 1 ? i / NT : lane + 32 * i >= at.red_lanes) < count; };
@@ -240,20 +198,20 @@ __global__ void __launch_bounds__(kDecodeThreads, NT == 1 ? kBlocksPerSM : 1) de
         out[i].load(a, first + 2 * pair + strip, place & 7, i % NT * 8 + (place >> 3) * 2);
       }
   };
-  const auto sum_up = [&](float(&v)[kPasses][4], uint32_t from, int terms) {
+  const auto add_sum = [&](float(&v)[kPasses][4], uint32_t from, int terms) {
 #pragma unroll
-    for (int i = 0; i < kPasses; i++) {
-#pragma unroll
-      for (int j = 0; j < 4; j++) v[i][j] = 0.f;
+    for (int i = 0; i < kPasses; i++)
       if (lane + 32 * i < tasks) {
+        float sum[4] = {};
 #pragma unroll
         for (int w = 0; w < kMathWarps; w++) {
           if (w == terms) break;
           const uint4 f = lds128(from + w * set + (lane + 32 * i) * 16);
-          v[i][0] += __uint_as_float(f.x), v[i][1] += __uint_as_float(f.y), v[i][2] += __uint_as_float(f.z), v[i][3] += __uint_as_float(f.w);
+          sum[0] += __uint_as_float(f.x), sum[1] += __uint_as_float(f.y), sum[2] += __uint_as_float(f.z), sum[3] += __uint_as_float(f.w);
         }
+#pragma unroll
+        for (int j = 0; j < 4; j++) v[i][j] += sum[j];
       }
-    }
   };
   // The sums of a pair of this block meet a pair later, so that blocks need not wait for one another in turn.
   int due = -1, due_turn = 0;
@@ -263,8 +221,8 @@ __global__ void __launch_bounds__(kDecodeThreads, NT == 1 ? kBlocksPerSM : 1) de
     load(out, due);
     if (lane == 0) mbar_expect(got + 8 * due_turn, (cluster - 1) * set);
     mbar_wait(got + 8 * due_turn, due_phase);
-    float v[kPasses][4];
-    sum_up(v, base + at.got + due_turn * cluster * set, cluster);
+    float v[kPasses][4] = {};
+    add_sum(v, base + at.got + due_turn * cluster * set, cluster);
     __syncwarp();
     if (due + kTurns * cluster < pairs && lane < cluster && lane != rank) remote_arrive(map_to_rank(credit + 8 * (rank * kTurns + due_turn), lane));
 #pragma unroll
@@ -278,12 +236,15 @@ __global__ void __launch_bounds__(kDecodeThreads, NT == 1 ? kBlocksPerSM : 1) de
   for (int pair = 0; pair < pairs; pair++) {
     Outputs<BF> out[kPasses];
     if (cluster == 1) load(out, pair);
-    mbar_wait(sent + 8 * buffer, phase);
-    float v[kPasses][4];
-    sum_up(v, base + at.red + buffer * kMathWarps * set, kMathWarps);
-    __syncwarp();
-    if (lane == 0) mbar_arrive(read + 8 * buffer);
-    if (++buffer == buffers) buffer = 0, phase ^= 1;
+    float v[kPasses][4] = {};
+#pragma unroll 1
+    for (int segment = 0; segment < at.segments; segment++) {
+      mbar_wait(sent + 8 * buffer, phase);
+      add_sum(v, base + at.red + buffer * kMathWarps * set, kMathWarps);
+      __syncwarp();
+      if (lane == 0) mbar_arrive(read + 8 * buffer);
+      if (++buffer == buffers) buffer = 0, phase ^= 1;
+    }
     if (cluster == 1) {
 #pragma unroll
       for (int i = 0; i < kPasses; i++)

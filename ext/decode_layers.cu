@@ -76,7 +76,7 @@ cudaError_t launch_decode_layers(DecodeLayersArgs args, int head_dim, int groups
   args.workspace_half = static_cast<int>(attention_decode_workspace_bytes(args.attention.heads, args.attention.kv_heads, kLayersHead) / 2);
   const void* kernel = bf16 ? decode_layers_bf16(groups, zeros) : decode_layers_fp16(groups, zeros);
   static std::atomic<uint64_t> done[3][2][2];
-  if (const cudaError_t status = set_limits(kernel, done[groups / 2][zeros][bf16], device.smem, Carveout::kAny, device); status != cudaSuccess) return status;
+  if (const cudaError_t status = set_limits(kernel, done[groups / 2][zeros][bf16], device.smem, device); status != cudaSuccess) return status;
   return launch_kernel(kernel, {dim3(device.sms), kLayersThreads, args.plan.total, stream}, device, args);
 }
 

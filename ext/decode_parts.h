@@ -26,21 +26,22 @@ inline bool takes_portable_kernel(int capability) { return capability < 90 || ca
 constexpr int kFull = 0, kFree = kFull + kMaxDepth;                   // of the ring
 constexpr int kSent = kFree + kMaxDepth, kRead = kSent + kMaxBuffers;  // of the warps' sums
 constexpr int kGot = kRead + kMaxBuffers, kCredit = kGot + kTurns;     // of other blocks' sums; kCredit[owner][turn]
-constexpr int kSums = kCredit + kTurns * kMaxCluster, kX = kSums + 1, kBarriers = kX + kMaxParts;
+constexpr int kX = kCredit + kTurns * kMaxCluster, kBarriers = kX + kMaxParts;
 
-// Where things are in shared memory, in bytes from its start.
-inline DecodePlan plan_decode(int M, int K, int nt, int cluster, int depth, int buffers, int groups, bool zeros, bool gather) {
-  const int nch = (K + kChunkK - 1) / kChunkK, share = (nch + cluster - 1) / cluster, chunk = chunk_bytes(groups, zeros);
+// Where things are in shared memory, in bytes from its start. k is added up in `split` segments, each by a block of a cluster of so many, or all by one.
+inline DecodePlan plan_decode(int M, int K, int nt, int split, int cluster, int depth, int buffers, int groups, bool zeros) {
+  const int nch = (K + kChunkK - 1) / kChunkK, chunk = chunk_bytes(groups, zeros);
   DecodePlan p = {};
-  p.depth = depth, p.flight = std::min(depth, kInFlight), p.buffers = buffers, p.share = share;
-  p.x_stride = share * kChunkK + 8;  // ldmatrix then meets no bank twice
-  p.raw_stride = nch * kChunkK + 8;
+  p.depth = depth, p.flight = std::min(depth, kInFlight), p.buffers = buffers;
+  p.share = ((nch + split - 1) / split + kMathWarps - 1) / kMathWarps * kMathWarps;
+  p.segments = split / cluster;
+  const int most = std::min(nch, p.share * p.segments);  // chunks of a block
+  p.x_stride = most * kChunkK + 8;  // ldmatrix then meets no bank twice
   p.red_lanes = nt > 1 ? 32 : 8 * (M >= 7 ? 4 : (M + 1) / 2);
   p.ring = (kBarriers * 8 + 127) / 128 * 128;
   p.x = p.ring + depth * kPair * kMathWarps * chunk;
-  p.raw = p.x + M * p.x_stride * 2;
-  p.sums = p.raw + (gather ? M * p.raw_stride * 2 : 0);
-  p.red = p.sums + share * groups * nt * 32;
+  p.sums = p.x + M * p.x_stride * 2;
+  p.red = p.sums + most * groups * nt * 32;
   p.got = p.red + buffers * kMathWarps * kPair * nt * p.red_lanes * 16;
   p.total = p.got + (cluster > 1 ? kTurns * cluster * kPair * nt * p.red_lanes * 16 : 0);
   return p;
@@ -152,43 +153,46 @@ __device__ __forceinline__ void chunk_mma(float (&acc)[kPair][NT][4], uint32_t c
   }
 }
 
-// Where one lane's four sums of a strip go: rows r0, r1 of tokens token, token + 1. What is added to them can be loaded before they exist.
+// Where one lane's four sums of a strip go: rows r0, r1 of tokens token, token + 1. What is added to them can be loaded before they exist; it stays in
+// 16 bits meanwhile, two to a register.
 template <bool BF>
 struct Outputs {
-  int r0, r1, token;
-  float bias[2], residual[4];
+  int r0, token;
+  uint32_t bias, residual[2];  // of rows r0, r1; for each token
+
+  static __device__ __forceinline__ int second_row(const DecodeArgs& a, int r0) { return a.paired ? a.N / 2 + r0 : r0 + 8; }
+  static __device__ __forceinline__ float low(uint32_t two) { return from_16bit<BF>(static_cast<uint16_t>(two)); }
+  static __device__ __forceinline__ float high(uint32_t two) { return from_16bit<BF>(static_cast<uint16_t>(two >> 16)); }
 
   __device__ __forceinline__ void load(const DecodeArgs& a, int strip, int g, int first_token) {
     r0 = a.paired ? strip * 8 + g : strip * kStripRows + g;
-    r1 = a.paired ? a.N / 2 + r0 : r0 + 8;
     token = first_token;
-    bias[0] = a.bias ? from_16bit<BF>(a.bias[r0]) : 0.f;
-    bias[1] = a.bias ? from_16bit<BF>(a.bias[r1]) : 0.f;
-#pragma unroll
-    for (int i = 0; i < 4; i++) residual[i] = 0.f;
+    const int r1 = second_row(a, r0);
+    bias = residual[0] = residual[1] = 0;
+    if (a.bias) bias = a.bias[r0] | static_cast<uint32_t>(a.bias[r1]) << 16;
     if (!a.residual) return;
 #pragma unroll
     for (int i = 0; i < 2; i++) {
       if (token + i >= a.M) continue;
       const uint16_t* from = a.residual + static_cast<size_t>(token + i) * a.ldr;
-      residual[i] = from_16bit<BF>(from[r0]);
-      if (a.paired != 2) residual[2 + i] = from_16bit<BF>(from[r1]);
+      residual[i] = from[r0];
+      if (a.paired != 2) residual[i] |= static_cast<uint32_t>(from[r1]) << 16;
     }
   }
 
-  __device__ __forceinline__ void store(const DecodeArgs& a, float (&v)[4]) const {
+  __device__ __forceinline__ void store(const DecodeArgs& a, const float (&v)[4]) const {
     using O = Offset<BF, false>;
-#pragma unroll
-    for (int i = 0; i < 4; i++) v[i] = v[i] * (i < 2 ? O::kUnscaleG : O::kUnscaleG8) + bias[i / 2];
+    const int r1 = second_row(a, r0);
 #pragma unroll
     for (int i = 0; i < 2; i++) {
       if (token + i >= a.M) continue;
+      const float first = v[i] * O::kUnscaleG + low(bias), second = v[2 + i] * O::kUnscaleG8 + high(bias);
       uint16_t* y = a.y + static_cast<size_t>(token + i) * a.ldy;
       if (a.paired == 2) {
-        y[r0] = to_16bit<BF>(__fdividef(v[i], 1.f + __expf(-v[i])) * v[2 + i] + residual[i]);
+        y[r0] = to_16bit<BF>(__fdividef(first, 1.f + __expf(-first)) * second + low(residual[i]));
       } else {
-        y[r0] = to_16bit<BF>(v[i] + residual[i]);
-        y[r1] = to_16bit<BF>(v[2 + i] + residual[2 + i]);
+        y[r0] = to_16bit<BF>(first + low(residual[i]));
+        y[r1] = to_16bit<BF>(second + high(residual[i]));
       }
     }
   }

@@ -42,8 +42,7 @@ __device__ __forceinline__ void decode_portable(const DecodeArgs& a, uint8_t* sm
 #pragma unroll
         for (int i = 0; i < 4; i++) {
           const int k = c * kChunkK + u * 32 + i * 8 + 2 * t;
-          if (a.perm) b[i] = k < a.K ? x[a.perm[k]] | static_cast<uint32_t>(x[a.perm[k + 1]]) << 16 : 0u;
-          else b[i] = k < a.K ? *reinterpret_cast<const uint32_t*>(x + k) : 0u;
+          b[i] = k < a.K ? *reinterpret_cast<const uint32_t*>(x + k) : 0u;
         }
       };
       chunk_mma<1, NT, G, ZP, BF, Sums::kCompute>(acc, smem_addr(ring) + (c / kPortableWarps % kPortableDepth) * C::kBytes, 0, 0, lane, load_x);

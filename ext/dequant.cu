@@ -50,6 +50,7 @@ __global__ void __launch_bounds__(kWarps * 32) dequant_kernel(const DequantArgs 
 }
 
 constexpr int kGatherThreads = 256, kGatherRows = 4;
+constexpr int kFewThreads = 128, kFewRows = 32;
 
 // A block stages up to kGatherRows whole rows in shared memory and writes `units` x 8 columns of each, 16 bytes at a time.
 __global__ void __launch_bounds__(kGatherThreads) gather_kernel(const GatherArgs a, int rows, int units) {
@@ -74,16 +75,20 @@ __global__ void __launch_bounds__(kGatherThreads) gather_kernel(const GatherArgs
   }
 }
 
-// Where a row does not fit into shared memory.
-__global__ void __launch_bounds__(kGatherThreads) gather_unstaged_kernel(const GatherArgs a) {
-  const int k = (blockIdx.x * kGatherThreads + threadIdx.x) * 2;
-  const int2 from = k < a.K ? *reinterpret_cast<const int2*>(a.perm + k) : make_int2(0, 0);
+// For few rows, or where one does not fit into shared memory: a thread's eight columns, with nothing to wait for but x. Few registers and no shared
+// memory, so that its blocks find room beside products, and the next product's weights are asked for meanwhile.
+__global__ void __launch_bounds__(kFewThreads, 16) gather_few_kernel(const GatherArgs a) {
+  const int i = blockIdx.x * kFewThreads + threadIdx.x;
+  int4 low = {}, high = {};
+  if (8 * i < a.K) low = reinterpret_cast<const int4*>(a.perm)[2 * i], high = reinterpret_cast<const int4*>(a.perm)[2 * i + 1];
   grid_launch_dependents();
   grid_wait();
-  if (k >= a.K) return;
+  if (8 * i >= a.K) return;
   for (int m = blockIdx.y; m < a.M; m += gridDim.y) {
     const uint16_t* x = a.x + static_cast<size_t>(m) * a.ldx;
-    *reinterpret_cast<uint32_t*>(a.out + static_cast<size_t>(m) * a.ldo + k) = x[from.x] | static_cast<uint32_t>(x[from.y]) << 16;
+    const auto pair = [&](int k0, int k1) { return __ldcg(x + k0) | static_cast<uint32_t>(__ldcg(x + k1)) << 16; };
+    const uint4 sorted = make_uint4(pair(low.x, low.y), pair(low.z, low.w), pair(high.x, high.y), pair(high.z, high.w));
+    *reinterpret_cast<uint4*>(a.out + static_cast<size_t>(m) * a.ldo + 8 * i) = sorted;
   }
 }
 
@@ -112,9 +117,12 @@ cudaError_t launch_gather(const GatherArgs& a, cudaStream_t stream) {
   Device device;
   if (const cudaError_t status = current_device(device); status != cudaSuccess) return status;
   const int row_bytes = 2 * a.K;
-  if (row_bytes > device.smem) {
-    const dim3 grid((a.K / 2 + kGatherThreads - 1) / kGatherThreads, a.M < 1024 ? a.M : 1024);
-    return launch_kernel(reinterpret_cast<const void*>(gather_unstaged_kernel), {grid, kGatherThreads, 0, stream}, device, a);
+  if (a.M <= kFewRows || row_bytes > device.smem) {
+    const void* kernel = reinterpret_cast<const void*>(gather_few_kernel);
+    static std::atomic<uint64_t> done;
+    if (const cudaError_t status = set_limits(kernel, done, 0, device); status != cudaSuccess) return status;
+    const dim3 grid((a.K / 8 + kFewThreads - 1) / kFewThreads, std::min(a.M, 1024));
+    return launch_kernel(kernel, {grid, kFewThreads, 0, stream}, device, a);
   }
   // More rows share one reading of perm, while every multiprocessor has a block; few rows are cut into slices of columns.
   const int rows = std::max(1, std::min({kGatherRows, device.smem / 2 / row_bytes, a.M / device.sms}));
@@ -123,7 +131,7 @@ cudaError_t launch_gather(const GatherArgs& a, cudaStream_t stream) {
   const int units = (row_units + slices - 1) / slices;
   const void* kernel = reinterpret_cast<const void*>(gather_kernel);
   static std::atomic<uint64_t> done;
-  if (const cudaError_t status = set_limits(kernel, done, device.smem, Carveout::kAny, device); status != cudaSuccess) return status;
+  if (const cudaError_t status = set_limits(kernel, done, device.smem, device); status != cudaSuccess) return status;
   const dim3 grid(blocks, (row_units + units - 1) / units);
   return launch_kernel(kernel, {grid, kGatherThreads, rows * row_bytes, stream}, device, a, rows, units);
 }

@@ -81,18 +81,18 @@ constexpr Candidate kCandidates[] = {
     {WgmmaTile::k128x256, 128, 256, 2, 97, true},
 };
 constexpr int kCutCost = 8;                 // cutting tiles along k takes as long as so many chunks: partial sums are written, awaited and read
+constexpr int64_t kSmall = 16000;         // chunks of all strips
 constexpr int64_t kFewWeights = 1 << 20;  // an operand's rounding errors average out over many scales only; below, the exact tiles cost nothing
 
 // In chunks per block. `clusters` work at a time.
 int64_t whole_time(int64_t tiles, int clusters, int chunks) { return (tiles + clusters - 1) / clusters * chunks; }
 int64_t cut_time(int64_t tiles, int clusters, int chunks) { return (tiles * chunks + clusters - 1) / clusters + (tiles % clusters != 0 ? kCutCost : 0); }
 
-// Up to 32 tokens memory and issue slots are the limit. Two blocks on a multiprocessor hide most; a short launch gains more where the next one
-// starts beside it. Above, the tile that is done first: fewer padded tokens, fuller waves, less to add up.
+// Up to 32 tokens memory and issue slots are the limit, and two blocks on a multiprocessor hide most; small weights have no work for so many.
+// Above, the tile that is done first: fewer padded tokens, fuller waves, less to add up.
 Choice choose(int m, int n, int chunks, int sms) {
   const int64_t units = static_cast<int64_t>(n / kStripRows) * chunks;
-  if (m <= 16) return {WgmmaTile::k128x16, units > 50000 ? WgmmaSharing::kTwo : WgmmaSharing::kHalf};
-  if (m <= 32) return {WgmmaTile::k128x32, units > 32000 ? WgmmaSharing::kTwo : WgmmaSharing::kHalf};
+  if (m <= 32) return {m <= 16 ? WgmmaTile::k128x16 : WgmmaTile::k128x32, units > kSmall ? WgmmaSharing::kTwo : WgmmaSharing::kOne};
   Choice best = {};
   int64_t least = INT64_MAX;
   for (const Candidate& c : kCandidates) {
@@ -114,7 +114,7 @@ cudaError_t gemm_wgmma(const WgmmaGemm& call, cudaStream_t stream) {
   if (call.m <= 0 || call.n <= 0 || call.k <= 0 || call.n % 16 || call.k % 8 || call.ldx % 8 || call.ldy % 8 || call.ldr % 8) return cudaErrorInvalidValue;
   if (!aligned(call.weight) || !aligned(call.x) || !aligned(call.y) || !aligned(call.residual) || !aligned(call.workspace)) return cudaErrorInvalidValue;
   if ((call.groups != 0 && call.groups != 1 && call.groups != 2 && call.groups != 4) || call.paired < 0 || call.paired > 2 || (call.paired == 2 && call.residual != nullptr) ||
-      call.tile < 0 || call.tile > static_cast<int>(WgmmaTile::kLast) || call.sharing < 0 || call.sharing > static_cast<int>(WgmmaSharing::kHalf) || call.split < 0 ||
+      call.tile < 0 || call.tile > static_cast<int>(WgmmaTile::kLast) || call.sharing < 0 || call.sharing > static_cast<int>(WgmmaSharing::kTwo) || call.split < 0 ||
       call.split > static_cast<int>(WgmmaSplit::kWhole))
     return cudaErrorInvalidValue;
   Device device;
@@ -148,13 +148,13 @@ cudaError_t gemm_wgmma(const WgmmaGemm& call, cudaStream_t stream) {
   p.tiles = p.m_tiles * p.n_tiles;
 
   // Whole tiles where that is sooner. Otherwise tiles that fill whole waves of clusters stay whole; the rest, and one wave with it, is cut into
-  // equal parts along k. Not with half a multiprocessor each: whole tiles would leave some with two blocks and others with none.
+  // equal parts along k.
   const size_t partial = sizeof(float) * kernel.strips * kStripRows * kernel.tokens;
   const int wanted = device.sms * (choice.sharing == WgmmaSharing::kTwo ? 2 : 1);
   const int blocks = std::min({wanted, kMaxBlocks, static_cast<int>(kPartialBytes / partial)});
   p.clusters = std::min(blocks / kernel.cluster, p.tiles * p.chunks);
   const int over = p.tiles % p.clusters;
-  bool whole = choice.sharing != WgmmaSharing::kHalf && whole_time(p.tiles, p.clusters, chunks) < cut_time(p.tiles, p.clusters, chunks);
+  bool whole = whole_time(p.tiles, p.clusters, chunks) < cut_time(p.tiles, p.clusters, chunks);
   if (call.split != 0) whole = call.split == static_cast<int>(WgmmaSplit::kWhole);
   p.split_tiles = whole ? 0 : p.tiles < p.clusters || over == 0 ? over : over + p.clusters;
   if (whole) p.clusters = std::min(p.clusters, p.tiles);
@@ -168,7 +168,7 @@ cudaError_t gemm_wgmma(const WgmmaGemm& call, cudaStream_t stream) {
 
   static std::atomic<uint64_t> done[2][2][static_cast<int>(WgmmaTile::kLast) + 1];
   std::atomic<uint64_t>& mine = done[call.bf16][call.groups <= 1][static_cast<int>(choice.tile)];
-  if (const cudaError_t status = set_limits(kernel.function, mine, device.smem, Carveout::kAny, device); status != cudaSuccess) return status;
+  if (const cudaError_t status = set_limits(kernel.function, mine, device.smem, device); status != cudaSuccess) return status;
   const int smem = kernel.turn_bytes + p.stages * (slot + barriers);
   return launch_kernel(kernel.function, {dim3(p.clusters * kernel.cluster), kernel.threads, smem, stream, kernel.cluster}, device, weights, tokens, p);
 }

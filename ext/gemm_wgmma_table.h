@@ -25,8 +25,8 @@ struct WgmmaParams {
 // Output rows x tokens of a block's tile.
 enum class WgmmaTile : int { k128x16 = 1, k128x32, k128x64, k192x64, k192x96, k128x128, k192x128, k128x192, k128x256, kLast = k128x256 };
 
-// One block on a multiprocessor; two; or one in half of it, so that the next launch's block starts beside it.
-enum class WgmmaSharing : int { kOne = 1, kTwo, kHalf };
+// Blocks on a multiprocessor.
+enum class WgmmaSharing : int { kOne = 1, kTwo };
 enum class WgmmaSplit : int { kAlongK = 1, kWhole };
 
 struct WgmmaKernel {

@@ -6,15 +6,12 @@
 
 namespace gptq {
 
-// Whether blocks divide a multiprocessor's memory as it suits them, or all ask for the largest shared memory: kernels that ask for different divisions wait
-// for each other to drain, which undoes their overlap.
-enum class Carveout { kAny, kShared };
-
-// Lets a kernel have `smem` bytes per block, at its first launch on a device. `done`: the kernel's, a bit per device.
-inline cudaError_t set_limits(const void* kernel, std::atomic<uint64_t>& done, int smem, Carveout carveout, const Device& device) {
+// Lets a kernel have `smem` bytes per block, at its first launch on a device. `done`: the kernel's, a bit per device. All ask for the largest part of a
+// multiprocessor's memory as shared: kernels that divide it differently wait for each other to drain, which undoes their overlap.
+inline cudaError_t set_limits(const void* kernel, std::atomic<uint64_t>& done, int smem, const Device& device) {
   if (device.id < 64 && (done.load(std::memory_order_acquire) >> device.id & 1)) return cudaSuccess;
   cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem);
-  if (status == cudaSuccess && carveout == Carveout::kShared)
+  if (status == cudaSuccess)
     status = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
   if (status == cudaSuccess && device.id < 64) done.fetch_or(uint64_t{1} << device.id, std::memory_order_release);
   return status;

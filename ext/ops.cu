@@ -189,7 +189,7 @@ cudaError_t launch(dim3 grid, int threads, int smem, cudaStream_t stream, const 
   const void* function = reinterpret_cast<const void*>(kernel);
   Device device;
   if (const cudaError_t status = current_device(device); status != cudaSuccess) return status;
-  if (const cudaError_t status = set_limits(function, done, 4 * kMaxWidth, Carveout::kShared, device); status != cudaSuccess) return status;
+  if (const cudaError_t status = set_limits(function, done, 4 * kMaxWidth, device); status != cudaSuccess) return status;
   return launch_kernel(function, {grid, threads, smem, stream}, device, args...);
 }
 

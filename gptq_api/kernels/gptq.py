@@ -218,7 +218,7 @@ def dequantise(weight: PackedLinear, dtype: torch.dtype) -> Tensor:
 
 
 def sort_activations(x: Tensor, weight: PackedLinear) -> Tensor:
-    """x[:, perm] in one kernel: what `gemm` does first where its own kernel does not sort on the way."""
+    """x[:, perm] in one kernel: what `gemm` does first."""
     if weight.perm is None:
         return x
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -246,10 +246,8 @@ def _sizes(x: Tensor, w: PackedLinear, out: Tensor, residual: Tensor | None, sil
 def _decode(
     x: Tensor, w: PackedLinear, out: Tensor, bias: Tensor | None, residual: Tensor | None, silu_mul: bool
 ) -> None:
-    perm = w.perm
-    if perm is not None and not _cuda.decode_gathers(*x.shape, w.groups_per_chunk, w.has_zeros):
-        x, perm = sort_activations(x, w), None
-    addresses = (w.data.data_ptr(), x.data_ptr(), out.data_ptr(), _address(bias), _address(residual), _address(perm))
+    x = sort_activations(x, w)
+    addresses = (w.data.data_ptr(), x.data_ptr(), out.data_ptr(), _address(bias), _address(residual))
     _cuda.decode(*addresses, *_sizes(x, w, out, residual, silu_mul), _stream(x))
 
 
