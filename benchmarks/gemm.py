@@ -202,7 +202,7 @@ class Bench:
 
             def ours(pool: list[PackedLinear], x: Tensor = x, out: Tensor = out, count: int = count) -> None:
                 for i in range(count):
-                    gptq.gemm(x, pool[i], out)
+                    gptq.gemm(x, pool[i], out, in_a_row=True)
 
             def cublas(x: Tensor = x16, out: Tensor = out16, count: int = dense_calls) -> None:
                 for i in range(count):
@@ -261,10 +261,11 @@ class Bench:
             x = torch.randn(m, hidden, device="cuda").to(self.dtype)
             x16 = x.half()
 
-            def ours(layers: list[list[PackedLinear]], x: Tensor = x) -> None:
+            def ours(layers: list[list[PackedLinear]], x: Tensor = x, in_a_row: bool = True) -> None:
+                product = partial(gptq.gemm, in_a_row=in_a_row)
                 for qkv, o, gate_up, down in layers:
-                    y = gptq.gemm(gptq.gemm(x, qkv)[:, :hidden], o)
-                    gptq.gemm(gptq.gemm(y, gate_up, silu_mul=True), down)
+                    y = product(product(x, qkv)[:, :hidden], o)
+                    product(product(y, gate_up, silu_mul=True), down)
 
             def cublas(x: Tensor = x16) -> None:
                 for layer in range(CHAIN_LAYERS):
@@ -274,11 +275,15 @@ class Bench:
                         y, at = y[:, :hidden] if name == "qkv" else y[:, :inner] if name == "gate_up" else y, at + k * n
 
             jobs = [(partial(ours, layers), CHAIN_LAYERS), (partial(ours, ordered), CHAIN_LAYERS)]
-            us, order_us, cublas_us = self.timed(m, [*jobs, (cublas, CHAIN_LAYERS)])
+            jobs += [(cublas, CHAIN_LAYERS), (partial(ours, layers, in_a_row=False), CHAIN_LAYERS)]
+            us, order_us, cublas_us, apart_us = self.timed(m, jobs)
             work = self.work(weight_bytes, 2.0 * m * sum(k * n for k, n in shapes.values()))
             record = self.record(0, 0, m, us, cublas_us, work, chain=model)
             print(line(f"chain {model}", m, record) + f"  act-order {order_us:.2f}", flush=True)
             self.record(0, 0, m, order_us, cublas_us, work, chain=model, act_order=True)
+            if m == 1:  # more rows are launched the same way
+                print(f"{'':14s} not told that they are in a row {apart_us:8.2f} us", flush=True)
+                self.record(0, 0, m, apart_us, cublas_us, work, chain=model, in_a_row=False)
 
     def record(
         self, k: int, n: int, m: int, us: float, cublas_us: float, work: tuple[int, float, float], **what: Any

@@ -27,12 +27,6 @@ int part_heads_of(int group) { return (group + parts_of(group) - 1) / parts_of(g
 
 }  // namespace
 
-void complete(AttentionDecodeArgs& args) {
-  const int group = args.heads / args.kv_heads;
-  args.parts = parts_of(group), args.part_heads = part_heads_of(group);
-  for (args.block_shift = 3; 1 << args.block_shift < args.block_size;) args.block_shift++;
-}
-
 bool attention_decode_takes(int head_dim) { return attention_decode_fp16(head_dim, false, false) != nullptr; }
 
 size_t attention_decode_workspace_bytes(int heads, int kv_heads, int head_dim) {
@@ -46,11 +40,13 @@ cudaError_t launch_attention_decode(AttentionDecodeArgs args, int head_dim, bool
   if (!attention_decode_takes(head_dim) || args.sequences < 1 || args.heads % args.kv_heads || size < 8 || (size & (size - 1))) return cudaErrorInvalidValue;
   Device device;
   if (const cudaError_t status = current_device(device); status != cudaSuccess) return status;
-  complete(args);
+  const int group = args.heads / args.kv_heads;
+  args.parts = parts_of(group), args.part_heads = part_heads_of(group);
+  for (args.block_shift = 3; 1 << args.block_shift < size;) args.block_shift++;
   const bool small = has_small_shared_memory(device.capability);
   const int64_t items = int64_t{args.sequences} * args.kv_heads * args.parts, context = int64_t{args.table_stride} * size;
   const int64_t steps = items * ((context + kStep - 1) / kStep);
-  const bool can_be_alone = !small && context <= kAloneMaxContext;
+  const bool can_be_alone = !small && context <= kAloneMaxContext && !args.out_index;
   if (teams == Teams::kWarps && !can_be_alone) return cudaErrorInvalidValue;
   const bool alone = teams == Teams::kWarps || (teams == Teams::kBest && can_be_alone && items >= int64_t{fp8 ? kAloneMinItemsE4m3 : kAloneMinItems} * device.sms);
   const void* kernel = (bf16 ? attention_decode_bf16 : attention_decode_fp16)(head_dim, fp8, alone);

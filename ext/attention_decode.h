@@ -15,6 +15,7 @@ struct AttentionDecodeArgs {
   const int* context_lens;  // [sequences], 0: none
   const int* query_start;   // [sequences + 1]; a sequence without exactly one row is somebody else's
   uint16_t* out;            // [rows, heads head_dim], row stride ldo
+  const int* out_index;     // [heads head_dim]: where in a row of out each output goes; or null: in order. Not for warps that attend alone
   // Rotary and the write of the new row, where cos_sin is not null. Per row: positions, slot_mapping (-1: not cached).
   const int* positions;
   const int* slot_mapping;
@@ -27,13 +28,12 @@ struct AttentionDecodeArgs {
   int sequences, heads, kv_heads, block_size;  // block_size: a power of two from 8
   int window;                                  // tokens a row sees, itself included; 0: all
   bool prefetch;  // block tables, lengths and the cache's older tokens were complete before the chain of dependent launches this is in began
-  // By complete():
+  // By launch_attention_decode():
   int block_shift;        // log2 of block_size
   int parts, part_heads;  // the query heads of a key head in parts of at most 8
 };
 
 bool attention_decode_takes(int head_dim);
-void complete(AttentionDecodeArgs& args);
 
 // Who attends to a step: the four warps of a block, or one; a warp alone takes contexts of up to 4096 tokens (by table_stride).
 enum class Teams { kBest, kBlocks, kWarps };

@@ -19,7 +19,7 @@ namespace gptq {
 
 template <class Team, int D, bool BF, bool FP8>
 class AttentionBlock {
-  using Shape = AttentionShape<D, FP8, kSmall, Team::kDepth>;
+  using Shape = AttentionShape<D, FP8>;
   static constexpr bool kBF = BF && !FP8;  // type of the products: e4m3 becomes fp16
   static constexpr int kLanes = D / 16;    // that hold a head, 8 elements of either half each
   static constexpr bool kAlone = Team::kWarps == 1;
@@ -154,11 +154,9 @@ class AttentionBlock {
   __device__ __forceinline__ void load_rows(Rows& rows, const Cursor& c) const {
     const uint16_t* row = a.qkv + static_cast<size_t>(c.span.row) * a.ldqkv + dimension();
     const uint16_t *query = query_of(c, 0, row), *fresh = NewRow<D, BF, FP8>::source(a, c, row, has_fresh(c));
-    const uint16_t* const from[4] = {query, query ? query + D / 2 : nullptr, fresh, fresh ? fresh + D / 2 : nullptr};
-    uint4 v[4];
-    Team::load(v, from);
-    rows.query[0] = v[0], rows.query[1] = v[1];
-    rows.fresh.take(v[2], v[3]);
+    const auto load = [](const uint16_t* from, int at) { return from ? *reinterpret_cast<const uint4*>(from + at) : uint4{}; };
+    rows.query[0] = load(query, 0), rows.query[1] = load(query, D / 2);
+    rows.fresh.take(load(fresh, 0), load(fresh, D / 2));
   }
   // In the row that begins, at this thread's dimension, at `row`; null: none in this pass.
   __device__ __forceinline__ const uint16_t* query_of(const Cursor& c, int pass, const uint16_t* row) const {
@@ -196,6 +194,7 @@ class AttentionBlock {
         sts128(to + D, high);
       }
     }
+    if (!kAlone && a.out_index && warp == 0 && lane < head_count(c) * (D / 32)) prefetch_line(a.out_index + first_head(c) * D + lane * 32);
     fresh = rows.fresh;
     if (has_fresh(c)) fresh.prepare(a, rotation, dimension());
     Team::sync();
@@ -391,10 +390,14 @@ class AttentionBlock {
     for (int h = 0; h < 2; h++) {
       if (2 * (lane & 3) + h >= count) continue;
       const float scale = 1.f / total.sum[h];
+      const auto put = [&](auto place) {
 #pragma unroll
-      for (int i = 0; i < kOwn; i++)
+        for (int i = 0; i < kOwn; i++)
 #pragma unroll
-        for (int k = h; k < 4; k += 2) out[column + h * D + output_dimension<FP8>(i, k, 0)] = to_16bit<BF>(total.o[i][k] * scale);
+          for (int k = h; k < 4; k += 2) out[place(column + h * D + output_dimension<FP8>(i, k, 0))] = to_16bit<BF>(total.o[i][k] * scale);
+      };
+      if (!kAlone && a.out_index) put([&](int at) { return a.out_index[at]; });
+      else put([](int at) { return at; });
     }
   }
 

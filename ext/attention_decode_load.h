@@ -8,7 +8,7 @@ namespace gptq {
 // products by the depth of the ring.
 template <class Team, int D, bool FP8>
 class TileLoader {
-  using Shape = AttentionShape<D, FP8, kSmall, Team::kDepth>;
+  using Shape = AttentionShape<D, FP8>;
   static constexpr int kGroup = 8;                   // rows that are in one block for certain
   static constexpr int kRows = 32 / Shape::kChunks;  // rows of one instruction: the warp's 512 bytes are contiguous
   static constexpr bool kAlone = Team::kWarps == 1;

@@ -19,14 +19,14 @@ constexpr bool kSmall = false;
 #endif
 
 // Sizes of the kernel for a head dimension and a cache of FP8 or 16-bit elements.
-template <int D, bool FP8, bool SMALL = kSmall, int DEPTH = 0>
+template <int D, bool FP8, bool SMALL = kSmall>
 struct AttentionShape {
   static constexpr int kElement = FP8 ? 1 : 2;
   static constexpr int kRow = D * kElement;       // bytes of a token's key
   static constexpr int kChunks = kRow / 16;       // 16-byte pieces of it
   static constexpr int kEntry = kTile * kRow;     // a tile of keys, or of values
-  // Entries of a warp's ring: keys, values, keys, ...
-  static constexpr int kDepth = DEPTH ? DEPTH : !SMALL ? (kEntry >= 8192 ? 3 : 6) : kEntry >= 4096 ? 16384 / kEntry : 6;
+  // Entries of a warp's ring: keys, values, keys, ... No more, so that a block fits beside a product's: deeper ones are no faster.
+  static constexpr int kDepth = !SMALL ? (kEntry >= 8192 ? 2 : 4) : kEntry >= 4096 ? 16384 / kEntry : 6;
   static constexpr int kTiles = D / 16;           // m-tiles of the output: rows are dimensions, columns heads
   static constexpr int kRing = kAttentionWarps * kDepth * kEntry;
   static constexpr int kQueryStride = D * 2 + 16;  // bytes; so that no bank is met twice
@@ -47,7 +47,7 @@ __host__ __device__ constexpr int scratch_bytes(int part_heads) {
 }
 template <class Team, int D, bool FP8>
 constexpr int attention_smem(int part_heads, bool small) {
-  const int ring = small ? AttentionShape<D, FP8, true, Team::kDepth>::kRing : AttentionShape<D, FP8, false, Team::kDepth>::kRing;
+  const int ring = small ? AttentionShape<D, FP8, true>::kRing : AttentionShape<D, FP8, false>::kRing;
   return ring + scratch_bytes<Team, D>(part_heads);
 }
 // Floats of a chunk's result in the workspace: the fragments, then for each warp (maximum, sum) of each head.
@@ -55,6 +55,8 @@ __host__ __device__ constexpr int slot_floats(int head_dim, int part_heads) {
   return head_dim / 16 * head_lanes(part_heads) * 4 + kAttentionWarps * 2 * kPartHeads;
 }
 
+// The 128 bytes from `from` on, into the L1.
+__device__ __forceinline__ void prefetch_line(const void* from) { asm volatile("prefetch.global.L1 [%0];" ::"l"(from)); }
 // 16 bytes, or 16 zeros.
 __device__ __forceinline__ void cp_async16_or_zero(uint32_t dst, const void* src, bool there) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(dst), "l"(src), "r"(there ? 16 : 0) : "memory");

@@ -17,27 +17,20 @@ constexpr int kMaxChunks = 32;                // of an item: what a lane each ca
 constexpr int kPartHeads = 8;                 // query heads served together: the columns of an mma
 constexpr int kScratchInts = kAttentionWarps + 4;
 
-// Who attends together to a step: the warps of a block, a tile of its tokens each. What they read was complete before they began.
+// Who attends together to a step: the warps of a block, a tile of its tokens each.
 struct WholeBlock {
   static constexpr int kWarps = kAttentionWarps;
-  static constexpr int kDepth = 0;  // entries of a warp's ring; 0: as deep as the device allows
   static __device__ __forceinline__ int thread() { return threadIdx.x; }
   static __device__ __forceinline__ int warp() { return __shfl_sync(~0u, threadIdx.x >> 5, 0); }  // known to be the same in all of it
   static __device__ __forceinline__ int count() { return gridDim.x; }  // of such teams
   static __device__ __forceinline__ int index() { return blockIdx.x; }
   static __device__ __forceinline__ void sync() { __syncthreads(); }
   static __device__ __forceinline__ bool any(bool mine) { return __syncthreads_or(mine); }
-  // Vectors of eight elements; zeros from null.
-  template <int U>
-  static __device__ __forceinline__ void load(uint4 (&v)[U], const uint16_t* const (&from)[U]) {
-#pragma unroll
-    for (int i = 0; i < U; i++) v[i] = from[i] ? *reinterpret_cast<const uint4*>(from[i]) : uint4{};
-  }
 };
 
 // Every warp by itself: nobody waits for anybody, which pays where there are enough items for all of them.
 struct OneWarp {
-  static constexpr int kWarps = 1, kDepth = 0;
+  static constexpr int kWarps = 1;
   static __device__ __forceinline__ int thread() { return threadIdx.x & 31; }
   static __device__ __forceinline__ int count() { return gridDim.x * kAttentionWarps; }
   static __device__ __forceinline__ int index() { return blockIdx.x * kAttentionWarps + WholeBlock::warp(); }
@@ -46,10 +39,6 @@ struct OneWarp {
     const bool found = __any_sync(~0u, mine);
     __syncwarp();
     return found;
-  }
-  template <int U>
-  static __device__ __forceinline__ void load(uint4 (&v)[U], const uint16_t* const (&from)[U]) {
-    WholeBlock::load(v, from);
   }
 };
 

@@ -13,7 +13,6 @@
 #include "pack.h"
 #include "sampler.h"
 #ifdef GPTQ_API_HOPPER
-#include "decode_layers.h"
 #include "gemm_wgmma.h"
 #endif
 
@@ -38,7 +37,7 @@ std::string shape(const char* name, int M, int N, int K) {
 }
 
 void decode(std::uintptr_t w, std::uintptr_t x, std::uintptr_t y, std::uintptr_t bias, std::uintptr_t residual, int M, int N, int K,
-            int ldx, int ldy, int ldr, int paired, int groups, bool zeros, bool bf16, std::uintptr_t stream) {
+            int ldx, int ldy, int ldr, int paired, int groups, bool zeros, bool bf16, bool in_a_row, std::uintptr_t stream) {
   gptq::DecodeArgs args{};
   args.w = pointer<const std::uint8_t>(w);
   args.x = pointer<const std::uint16_t>(x);
@@ -46,7 +45,7 @@ void decode(std::uintptr_t w, std::uintptr_t x, std::uintptr_t y, std::uintptr_t
   args.bias = pointer<const std::uint16_t>(bias);
   args.residual = pointer<const std::uint16_t>(residual);
   args.M = M, args.N = N, args.K = K, args.ldx = ldx, args.ldy = ldy, args.ldr = ldr, args.paired = paired;
-  raise_on(gptq::launch_decode(args, groups, zeros, bf16, as_stream(stream)), shape("decode", M, N, K));
+  raise_on(gptq::launch_decode(args, groups, zeros, bf16, in_a_row, as_stream(stream)), shape("decode", M, N, K));
 }
 
 void dequant(std::uintptr_t w, std::uintptr_t out, int N, int K, int ldo, int strip_first, int strip_count, int paired, int groups, bool zeros, bool bf16,
@@ -118,7 +117,7 @@ void sample_logprobs(std::uintptr_t logits, int S, int V, long long ldl, std::ui
 }
 
 void attention_decode(std::uintptr_t qkv, std::uintptr_t cache, std::uintptr_t block_tables, std::uintptr_t context_lens, std::uintptr_t query_start,
-                      std::uintptr_t out, std::uintptr_t positions, std::uintptr_t slot_mapping, std::uintptr_t cos_sin,
+                      std::uintptr_t out, std::uintptr_t out_index, std::uintptr_t positions, std::uintptr_t slot_mapping, std::uintptr_t cos_sin,
                       std::uintptr_t q_norm, std::uintptr_t k_norm, std::uintptr_t workspace, float eps, float scale, int ldqkv, int ldo, int table_stride,
                       int sequences, int heads, int kv_heads, int block_size, int head_dim, int window, bool prefetch, bool bf16, bool fp8,
                       int blocks_per_sm, int teams, std::uintptr_t stream) {
@@ -126,7 +125,7 @@ void attention_decode(std::uintptr_t qkv, std::uintptr_t cache, std::uintptr_t b
   args.qkv = pointer<const std::uint16_t>(qkv), args.cache = pointer<std::uint8_t>(cache);
   args.block_tables = pointer<const int>(block_tables), args.context_lens = pointer<const int>(context_lens);
   args.query_start = pointer<const int>(query_start);
-  args.out = pointer<std::uint16_t>(out);
+  args.out = pointer<std::uint16_t>(out), args.out_index = pointer<const int>(out_index);
   args.positions = pointer<const int>(positions), args.slot_mapping = pointer<const int>(slot_mapping), args.cos_sin = pointer<const float>(cos_sin);
   args.q_norm = pointer<const std::uint16_t>(q_norm), args.k_norm = pointer<const std::uint16_t>(k_norm), args.workspace = pointer<void>(workspace);
   args.eps = eps, args.scale = scale, args.ldqkv = ldqkv, args.ldo = ldo, args.table_stride = table_stride, args.sequences = sequences;
@@ -137,38 +136,6 @@ void attention_decode(std::uintptr_t qkv, std::uintptr_t cache, std::uintptr_t b
 }
 
 #ifdef GPTQ_API_HOPPER
-void decode_layers(std::uintptr_t weights, std::uintptr_t caches, std::uintptr_t norms, std::uintptr_t orders, std::uintptr_t bias, std::uintptr_t o_orders,
-                   std::uintptr_t head_norms, std::uintptr_t windows, std::uintptr_t x, std::uintptr_t exchange, std::uintptr_t partials,
-                   std::uintptr_t block_tables, std::uintptr_t context_lens, std::uintptr_t query_start, std::uintptr_t positions, std::uintptr_t slot_mapping,
-                   std::uintptr_t cos_sin, std::uintptr_t workspace, float eps, float scale, int layers, int hidden, int ffn, int heads, int kv_heads,
-                   int head_dim, int table_stride, int block_size, int groups, bool zeros, bool bf16, std::uintptr_t stream) {
-  gptq::DecodeLayersArgs args{};
-  gptq::describe(args, {layers, hidden, ffn, heads, kv_heads, head_dim});
-  args.weights = pointer<const std::uint8_t* const>(weights), args.caches = pointer<const std::uint8_t* const>(caches);
-  args.norms = pointer<const std::uint16_t>(norms), args.orders = pointer<const std::uint16_t>(orders), args.bias = pointer<const std::uint16_t>(bias);
-  args.o_orders = pointer<const std::uint16_t>(o_orders), args.head_norms = pointer<const std::uint16_t>(head_norms), args.windows = pointer<const int>(windows);
-  args.x = pointer<std::uint16_t>(x), args.exchange = pointer<std::uint16_t>(exchange), args.partials = pointer<std::uint32_t>(partials);
-  args.eps = eps;
-  gptq::AttentionDecodeArgs& attention = args.attention;
-  attention.block_tables = pointer<const int>(block_tables), attention.context_lens = pointer<const int>(context_lens);
-  attention.query_start = pointer<const int>(query_start), attention.positions = pointer<const int>(positions);
-  attention.slot_mapping = pointer<const int>(slot_mapping), attention.cos_sin = pointer<const float>(cos_sin);
-  attention.workspace = pointer<void>(workspace), attention.eps = eps, attention.scale = scale;
-  attention.table_stride = table_stride, attention.sequences = 1, attention.block_size = block_size, attention.prefetch = true;
-  raise_on(gptq::launch_decode_layers(args, head_dim, groups, zeros, bf16, as_stream(stream)),
-           "decode_layers layers=" + std::to_string(layers) + " hidden=" + std::to_string(hidden));
-}
-
-bool decode_layers_takes(int layers, int hidden, int ffn, int heads, int kv_heads, int head_dim, int groups, bool zeros, bool ordered) {
-  return gptq::decode_layers_takes({layers, hidden, ffn, heads, kv_heads, head_dim}, groups, zeros, ordered);
-}
-
-int decode_layers_exchange_row(int hidden, int ffn, int heads, int kv_heads, int head_dim) {
-  gptq::DecodeLayersArgs args{};
-  gptq::describe(args, {0, hidden, ffn, heads, kv_heads, head_dim});
-  return args.exchange_row;
-}
-
 void wgmma(std::uintptr_t w, std::uintptr_t x, std::uintptr_t y, std::uintptr_t bias, std::uintptr_t residual, std::uintptr_t workspace, int M, int N, int K,
            int ldx, int ldy, int ldr, int paired, int groups, bool zeros, bool bf16, int tile, int sharing, int split,
            std::uintptr_t stream) {
@@ -208,10 +175,6 @@ PYBIND11_MODULE(_cuda, m, py::mod_gil_not_used()) {
   m.def("attention_decode_takes", &gptq::attention_decode_takes);
   m.def("attention_decode_workspace_bytes", &gptq::attention_decode_workspace_bytes);
 #ifdef GPTQ_API_HOPPER
-  m.def("decode_layers", &decode_layers, free_gil);
-  m.def("decode_layers_takes", &decode_layers_takes);
-  m.def("decode_layers_exchange_row", &decode_layers_exchange_row);
-  m.def("decode_layers_partials_bytes", &gptq::decode_layers_partials_bytes);
   m.def("wgmma", &wgmma, free_gil);
   m.def("wgmma_workspace_bytes", &gptq::gemm_wgmma_workspace_bytes);
 #endif

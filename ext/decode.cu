@@ -13,7 +13,7 @@ namespace {
 constexpr int kReserved = 1024;  // shared memory the driver keeps per block
 constexpr int kDevices = 64;
 constexpr int kGoodDepth = 4;    // slots; with less, memory waits for the multiprocessors
-constexpr int kOverlapMaxM = 1;  // tokens up to which there is room for two generations of blocks
+constexpr int kAttention = 72 << 10;  // shared memory of a block of the decode attention, with what the driver keeps
 constexpr int kShareMinM = 2;    // tokens from which blocks bring x in together
 
 struct Shape {
@@ -29,12 +29,11 @@ int split_for(int K, int groups, bool zeros, const Device& device) {
   return split;
 }
 
-// One block for all of k where x fits beside a ring: where sums cross blocks, a kernel ends half a microsecond later, and blocks of a cluster may share a
-// multiprocessor while others have none. For one token a ring such that two generations of blocks share a multiprocessor (the next product's ring then
-// fills while this one drains), else the deepest that fits alone: 13B's chain of products is 3 % slower that way, but between norms and attention, which
-// would hold the second place, a layer of two tokens takes 59 us instead of 72. By M rather than by what would just fit: kernels of both kinds in a row do
-// not overlap at all.
-bool choose_shape(Shape& shape, const Device& device, int M, int K, int column_tiles, int groups, bool zeros) {
+// One block for all of k where x fits beside a ring: where sums cross blocks, a kernel ends half a microsecond later. Room is left for a block of the
+// attention, which then begins beside the product before it, if that costs no ring worth having. With `in_a_row` two generations of products share a
+// multiprocessor, and the next one's ring fills while this one drains; among other kernels that has blocks of a product meet on some multiprocessors while
+// others have none: a 7B layer takes 49 us instead of 39.
+bool choose_shape(Shape& shape, const Device& device, int M, int K, int column_tiles, int groups, bool zeros, bool in_a_row) {
   const int split = split_for(K, groups, zeros, device), chunks = (K + kChunkK - 1) / kChunkK;
   const auto fits = [&](int cluster, int budget, int depth, int least) {
     for (; depth >= least; depth--)
@@ -47,7 +46,8 @@ bool choose_shape(Shape& shape, const Device& device, int M, int K, int column_t
     return false;
   };
   if (chunks <= kMaxParts * kMathWarps) {
-    if (M <= kOverlapMaxM && fits(1, (device.smem + kReserved) / 2 - kReserved, kGoodDepth + 1, kGoodDepth - 1)) return true;
+    if (in_a_row && M == 1 && fits(1, (device.smem + kReserved) / 2 - kReserved, kGoodDepth + 1, kGoodDepth - 1)) return true;
+    if (fits(1, device.smem - kAttention, kMaxDepth, kGoodDepth)) return true;
     if (fits(1, device.smem, kMaxDepth, kGoodDepth)) return true;
   }
   return fits(split, device.smem, kMaxDepth, 1);
@@ -82,7 +82,7 @@ cudaError_t resident_clusters(int& count, int cluster, const Device& device) {
   return cudaSuccess;
 }
 
-cudaError_t launch_rows(DecodeArgs args, int groups, bool zeros, bool bf16, const Device& device, cudaStream_t stream) {
+cudaError_t launch_rows(DecodeArgs args, int groups, bool zeros, bool bf16, bool in_a_row, const Device& device, cudaStream_t stream) {
   const int tiles = args.M <= 8 ? 1 : 2, strips = args.N / kStripRows;
   const void* kernel = bf16 ? decode_bf16(groups, zeros, tiles) : decode_fp16(groups, zeros, tiles);
   const int index = (((tiles - 1) * 3 + groups / 2) * 2 + zeros) * 2 + bf16;
@@ -92,7 +92,7 @@ cudaError_t launch_rows(DecodeArgs args, int groups, bool zeros, bool bf16, cons
     return launch_kernel(kernel, {dim3(std::min(strips, 2 * device.sms)), kPortableWarps * 32, smem, stream, 1, false}, device, args);
   }
   Shape shape;
-  if (!choose_shape(shape, device, args.M, args.K, tiles, groups, zeros)) return cudaErrorInvalidConfiguration;
+  if (!choose_shape(shape, device, args.M, args.K, tiles, groups, zeros, in_a_row)) return cudaErrorInvalidConfiguration;
   // x of 8 tokens is as much as the weights of a small linear; read once for two blocks, it takes the L2 half the time. But never so that M decides
   // which block has which strips.
   bool share_x = device.capability == 90 && shape.cluster == 1 && args.M >= kShareMinM && strips >= device.sms;
@@ -113,13 +113,13 @@ cudaError_t launch_rows(DecodeArgs args, int groups, bool zeros, bool bf16, cons
 
 }  // namespace
 
-cudaError_t launch_decode(DecodeArgs args, int groups, bool zeros, bool bf16, cudaStream_t stream) {
+cudaError_t launch_decode(DecodeArgs args, int groups, bool zeros, bool bf16, bool in_a_row, cudaStream_t stream) {
   if (args.M < 1 || args.M > kDecodeMaxM || args.N % kStripRows || args.K % 8) return cudaErrorInvalidValue;
   Device device;
   if (const cudaError_t status = current_device(device); status != cudaSuccess) return status;
   // As many rows at a time as x fits in shared memory.
   Shape shape;
-  const bool sixteen = takes_portable_kernel(device.capability) || choose_shape(shape, device, std::min(args.M, 16), args.K, 2, groups, zeros);
+  const bool sixteen = takes_portable_kernel(device.capability) || choose_shape(shape, device, std::min(args.M, 16), args.K, 2, groups, zeros, false);
   const int step = sixteen ? 16 : 8;
   for (int row = 0; row < args.M; row += step) {
     DecodeArgs part = args;
@@ -127,7 +127,7 @@ cudaError_t launch_decode(DecodeArgs args, int groups, bool zeros, bool bf16, cu
     part.x += static_cast<size_t>(row) * args.ldx;
     part.y += static_cast<size_t>(row) * args.ldy;
     if (part.residual) part.residual += static_cast<size_t>(row) * args.ldr;
-    if (const cudaError_t status = launch_rows(part, groups, zeros, bf16, device, stream); status != cudaSuccess) return status;
+    if (const cudaError_t status = launch_rows(part, groups, zeros, bf16, in_a_row, device, stream); status != cudaSuccess) return status;
   }
   return cudaSuccess;
 }

@@ -33,7 +33,7 @@ struct DecodeArgs {
 
 constexpr int kDecodeMaxM = 32;  // beyond 16 in two launches
 
-// `groups` per chunk: 1, 2, 4.
-cudaError_t launch_decode(DecodeArgs args, int groups, bool zeros, bool bf16, cudaStream_t stream);
+// `groups` per chunk: 1, 2, 4. `in_a_row`: with one token, half of every multiprocessor is left to the product launched next.
+cudaError_t launch_decode(DecodeArgs args, int groups, bool zeros, bool bf16, bool in_a_row, cudaStream_t stream);
 
 }  // namespace gptq

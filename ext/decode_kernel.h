@@ -149,9 +149,9 @@ __global__ void __launch_bounds__(kDecodeThreads, NT == 1 ? kBlocksPerSM : 1) de
 #pragma unroll 1
       for (int segment = 1; segment <= at.segments; segment++) {
         const int end = min(segment * at.share, chunks);
-        if (2 * pair + 1 == count) multiply(end, One{}, std::integral_constant<Sums, Sums::kCompute>{});
-        else if (pair == 0) multiply(end, Two{}, std::integral_constant<Sums, Sums::kLeave>{});
-        else multiply(end, Two{}, std::integral_constant<Sums, Sums::kFind>{});  // the same chunks, whose sums of x this warp has left
+        using Find = std::integral_constant<Sums, Sums::kFind>;  // of the same chunks, which this warp has left
+        if (2 * pair + 1 < count) pair == 0 ? multiply(end, Two{}, std::integral_constant<Sums, Sums::kLeave>{}) : multiply(end, Two{}, Find{});
+        else pair == 0 ? multiply(end, One{}, std::integral_constant<Sums, Sums::kCompute>{}) : multiply(end, One{}, Find{});
         // Leave the sums with the warp that adds them.
         mbar_wait(read + 8 * buffer, round);
         const uint32_t dst = base + at.red + (buffer * kMathWarps + warp) * set + lane_slot;

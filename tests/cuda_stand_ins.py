@@ -82,10 +82,12 @@ def decode_attention(
     workspace: Tensor,
     window: int | None = None,
     rotary: RotaryInputs | None = None,
+    out_index: Tensor | None = None,
     *,
     prefetch: bool = False,
 ) -> None:
     assert prefetch == (rotary is not None)
+    assert out_index is None  # only packed CUDA weights have an order
     if rotary is not None:
         r = rotary
         rope_and_write(qkv, r.positions, r.slot_mapping, r.cos_sin, kv_layer, num_heads, r.q_norm, r.k_norm, r.eps)

@@ -77,12 +77,13 @@ class Case:
         rotary: RotaryInputs | None = None,
         prefetch: bool = False,
         teams: str = "best",
+        out_index: Tensor | None = None,
     ) -> Tensor:
         rows = self.qkv.shape[0]
         out = torch.full((rows, self.num_heads * self.head_dim), torch.nan, dtype=self.dtype, device="cuda")
         return decode_attention(
             *(self.qkv, self.cache, self.tables, self.lens, self.starts, out, self.num_heads, self.scale),
-            *(self.workspace, self.window, rotary),
+            *(self.workspace, self.window, rotary, out_index),
             prefetch=prefetch,
             teams=teams,
         )
@@ -260,6 +261,17 @@ def test_a_warp_alone_finds_the_same_bits(
         assert torch.equal(caches[0], caches[1])
 
 
+@CACHES
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(3, 3), (10, 2), (11, 1), (40, 40)])
+def test_results_in_the_order_of_the_next_product(num_heads: int, num_kv_heads: int, head_dim: int, fp8: bool) -> None:
+    for lengths in ([130], LENGTHS, LENGTHS * 20):  # also where warps would attend alone
+        case = Case(lengths, num_heads, num_kv_heads, head_dim, torch.float16, fp8)
+        order = torch.randperm(num_heads * head_dim, device="cuda")
+        sorted_ = case.run(out_index=torch.argsort(order).to(torch.int32))
+        assert torch.equal(sorted_, case.run()[:, order])
+
+
 def test_rows_of_others_and_padding() -> None:
     """A mixed step: sequences 1 and 3 bring several rows; a padding row becomes zeros."""
     case = Case([40, 50, 300, 7, 20], 8, 2, 128, torch.float16)
@@ -315,6 +327,11 @@ def test_refusals() -> None:
     with pytest.raises(ValueError, match="up to 4096"):
         Case([5000], 8, 2, 128, torch.float16).run(teams="warps")
     case = Case([5], 4, 2, 64, torch.float16)
+    index = torch.arange(256, dtype=torch.int32, device="cuda")
+    with pytest.raises(ValueError, match="warps that attend alone"):
+        case.run(teams="warps", out_index=index)
+    with pytest.raises(ValueError, match="out_index"):
+        case.run(out_index=index[:-1])
     with pytest.raises(ValueError, match="head dimension 80"):
         decode_attention_workspace(4, 2, 80, "cuda")
     with pytest.raises(ValueError, match="prefetch without rotary"):

@@ -100,6 +100,7 @@ def test_a_row_does_not_depend_on_the_rows_beside_it(k: int, act_order: bool, dt
     whole = gptq.gemm(x, weight)
     for m in range(1, DECODE_ROWS + 1):
         assert torch.equal(gptq.gemm(x[:m], weight), whole[:m]), m
+    assert torch.equal(gptq.gemm(x[:1], weight, in_a_row=True), whole[:1])
 
 
 @DTYPES
@@ -168,10 +169,10 @@ def test_a_chain_sees_what_the_kernel_before_it_wrote() -> None:
         for weight in weights:
             apart = gptq.gemm(apart, weight) / 32
             torch.cuda.synchronize()
-        for _ in range(20):
+        for i in range(20):
             together = x
             for weight in weights:
-                together = gptq.gemm(together, weight)
+                together = gptq.gemm(together, weight, in_a_row=i % 2 == 0)
                 together = together / 32
             assert torch.equal(together, apart)
 
@@ -218,4 +219,4 @@ def test_a_failed_launch_names_the_shape() -> None:
     x = random_x(1, 128, torch.float16)
     address = (weight.data.data_ptr(), x.data_ptr(), x.data_ptr(), 0, 0)
     with pytest.raises(RuntimeError, match="decode M=33 N=16 K=128"):
-        gptq._cuda.decode(*address, 33, 16, 128, 128, 16, 0, 0, 1, False, False, 0)
+        gptq._cuda.decode(*address, 33, 16, 128, 128, 16, 0, 0, 1, False, False, False, 0)

@@ -67,6 +67,7 @@ def decode_attention(
     workspace: Tensor,
     window: int | None = None,
     rotary: RotaryInputs | None = None,
+    out_index: Tensor | None = None,
     *,
     prefetch: bool = False,
     teams: str = "best",
@@ -80,6 +81,9 @@ def decode_attention(
 
     `rotary`: qkv is as the product left it; the key and value of the row go into the cache and are attended to as the
     cache holds them. None: q is rotated and the cache complete.
+
+    `out_index` int32 [num_heads * D]: where in its row each output goes; None: in order. For a few rows: elements are
+    then stored one by one, and beyond some 16 rows a gather afterwards is cheaper. Not where warps attend alone.
 
     `prefetch` (with `rotary`): tables, lengths, positions and the keys and values of earlier tokens may be read while
     the kernel before this one still runs. True where all of that was complete before the first kernel of an unbroken
@@ -115,6 +119,10 @@ def decode_attention(
         raise ValueError(f"window {window}, expected at least 1 or None")
     if teams not in TEAMS:
         raise ValueError(f"teams {teams!r}; one of {', '.join(TEAMS)}")
+    if out_index is not None:
+        _check_indices("out_index", out_index, num_heads * head_dim, qkv)
+        if teams == "warps":
+            raise ValueError("out_index with warps that attend alone, which know no order")
     if teams == "warps" and (longest := block_tables.stride(0) * block_size) > MAX_CONTEXT_OF_WARPS:
         raise ValueError(f"tables for {longest} tokens; a warp alone takes up to {MAX_CONTEXT_OF_WARPS}")
     if prefetch and rotary is None:
@@ -135,7 +143,7 @@ def decode_attention(
             raise ValueError(f"workspace {_described(workspace)}, expected {needed} bytes on {qkv.device}")
         _cuda.attention_decode(
             *(qkv.data_ptr(), kv_layer.data_ptr(), block_tables.data_ptr(), context_lens.data_ptr()),
-            *(query_start.data_ptr(), out.data_ptr(), *addresses, workspace.data_ptr()),
+            *(query_start.data_ptr(), out.data_ptr(), _address(out_index), *addresses, workspace.data_ptr()),
             *(0.0 if rotary is None else rotary.eps, scale, qkv.stride(0), out.stride(0), block_tables.stride(0)),
             *(sequences, num_heads, num_kv_heads, block_size, head_dim, window or 0, prefetch),
             *(

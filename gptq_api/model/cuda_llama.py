@@ -2,8 +2,8 @@
 
 Nothing here waits for the device, allocates (but for modules on the reference path, and o's sorted inputs) or looks at
 the numbers in a tensor, so that a step can be captured into a CUDA graph. The residual stream has the activations'
-type. Permutations of act-order checkpoints are applied by whoever writes a Linear's input, but for the attention: o
-sorts what comes from there.
+type. Permutations of act-order checkpoints are applied by whoever writes a Linear's input; by the attention in decode
+steps of few rows only, otherwise o sorts what comes from there.
 """
 
 from __future__ import annotations
@@ -15,12 +15,14 @@ from torch import Tensor
 
 from gptq_api.kernels import ops
 from gptq_api.kernels.decode_attention import RotaryInputs, decode_attention, decode_attention_workspace
-from gptq_api.kernels.decode_layers import DecodeLayers, LayerShape, LayerWeights
 from gptq_api.kernels.prefill_attention import prefill_attention
 from gptq_api.layers.linear import DenseLinear, Linear, PackedGPTQLinear
 from gptq_api.layers.norm import RMSNorm
 from gptq_api.model.cuda_inputs import StepInputs
 from gptq_api.model.llama import Llama, LlamaLayer
+
+SCATTER_MAX_ROWS = 8
+"""of a decode step, up to which the attention stores its results in o's order: beyond, a gather costs less"""
 
 
 @dataclass(frozen=True)
@@ -34,13 +36,19 @@ class _Layer:
     k_norm: Tensor | None
     window: int | None
     o: Linear
+    o_sorted: Linear
+    """o for inputs in its own order"""
+    o_index: Tensor | None
+    """int32 [heads * D]: where in that order each output of the attention stands; None: where it is"""
     post_attention_norm: Tensor
     gate_up: Linear
     down: Linear
 
     @classmethod
     def of(cls, layer: LlamaLayer, dtype: torch.dtype) -> _Layer:
-        norms = layer.attention.qk_norm
+        norms, order, o_sorted = layer.attention.qk_norm, None, layer.o
+        if isinstance(layer.o, PackedGPTQLinear) and layer.o.gather is not None:
+            order, o_sorted = layer.o.gather, layer.o.without_gather()
         return cls(
             input_norm=_weight(layer.input_norm, dtype, layer.qkv.perm),
             qkv=layer.qkv,
@@ -48,29 +56,11 @@ class _Layer:
             k_norm=None if norms is None else norms.k_weight.to(dtype).contiguous(),
             window=layer.attention.window,
             o=layer.o,
+            o_sorted=o_sorted,
+            o_index=None if order is None else torch.argsort(order).to(torch.int32),
             post_attention_norm=_weight(layer.post_attention_norm, dtype, layer.gate_up.perm),
             gate_up=layer.gate_up,
             down=layer.down,
-        )
-
-    @property
-    def packed(self) -> LayerWeights | None:
-        """For the kernel that takes whole layers; None where a Linear is of another kind."""
-        linears = (self.qkv, self.o, self.gate_up, self.down)
-        packed = [linear for linear in linears if isinstance(linear, PackedGPTQLinear)]
-        if len(packed) < len(linears):
-            return None
-        qkv, o, gate_up, down = packed
-        return LayerWeights(
-            *(qkv.weight, o.weight.without_perm(), gate_up.weight, down.weight),
-            biases=(qkv.bias, o.bias, gate_up.bias, down.bias),
-            input_norm=self.input_norm,
-            post_attention_norm=self.post_attention_norm,
-            qkv_perm=qkv.perm,
-            gate_up_perm=gate_up.perm,
-            o_perm=o.gather,
-            head_norms=None if self.q_norm is None or self.k_norm is None else (self.q_norm, self.k_norm),
-            window=self.window,
         )
 
 
@@ -102,17 +92,6 @@ class CudaLlama:
         self._last = buffer(max_sequences, c.hidden_size)
         self._logits = buffer(max_sequences, c.vocab_size, torch.float32)
         self._workspace = decode_attention_workspace(c.num_attention_heads, c.num_key_value_heads, c.head_dim, device)
-        self._whole = self._all_layers()
-
-    def _all_layers(self) -> DecodeLayers | None:
-        """The kernel for decode steps of one sequence, where the model and the device are such that there is one."""
-        c, layers = self.config, [layer.packed for layer in self._layers]
-        packed = [layer for layer in layers if layer is not None]
-        sizes = (c.hidden_size, c.intermediate_size, c.num_attention_heads, c.num_key_value_heads, c.head_dim)
-        shape = LayerShape(*sizes)
-        if len(packed) < len(layers) or not DecodeLayers.takes(packed, shape):
-            return None
-        return DecodeLayers(packed, shape, self._eps, self._cos_sin, self._workspace)
 
     def forward(
         self, inputs: StepInputs[Tensor], history: Tensor, cache: list[Tensor], decode: bool, every_row: bool = False
@@ -125,19 +104,15 @@ class CudaLlama:
         rows = inputs.positions.shape[0]
         x, normed = self._x[:rows], self._normed[:rows]
         ops.embed(history, inputs.row_slot, inputs.positions, self._embedding, x)
-        max_context = inputs.block_tables.shape[1] * cache[0].shape[3]
-        if decode and rows == 1 and self._whole is not None and self._whole.pays(cache, max_context):
-            where = (inputs.block_tables, inputs.context_lens, inputs.query_start)
-            self._whole.run(x, cache, *where, inputs.positions, inputs.slot_mapping)
-        else:
-            for layer, kv in zip(self._layers, cache, strict=True):
-                ops.rms_norm(x, layer.input_norm, self._eps, normed, layer.qkv.perm)
-                qkv = layer.qkv.forward(normed, self._qkv[:rows])
-                attended = self._attend(qkv, layer, kv, inputs, decode)
-                layer.o.forward(attended, x, residual=x)
-                ops.rms_norm(x, layer.post_attention_norm, self._eps, normed, layer.gate_up.perm)
-                gated = layer.gate_up.forward(normed, self._gated[:rows], silu_mul=True)
-                layer.down.forward(gated, x, residual=x)
+        for layer, kv in zip(self._layers, cache, strict=True):
+            ops.rms_norm(x, layer.input_norm, self._eps, normed, layer.qkv.perm)
+            qkv = layer.qkv.forward(normed, self._qkv[:rows])
+            few = decode and rows <= SCATTER_MAX_ROWS
+            attended = self._attend(qkv, layer, kv, inputs, decode, layer.o_index if few else None)
+            (layer.o_sorted if few else layer.o).forward(attended, x, residual=x)
+            ops.rms_norm(x, layer.post_attention_norm, self._eps, normed, layer.gate_up.perm)
+            gated = layer.gate_up.forward(normed, self._gated[:rows], silu_mul=True)
+            layer.down.forward(gated, x, residual=x)
         if every_row:
             ops.rms_norm(x, self._norm, self._eps, normed)
             return self._head(normed, torch.empty(rows, self._logits.shape[1], device=x.device))
@@ -146,7 +121,15 @@ class CudaLlama:
         num = len(inputs.last_rows)
         return self._head(ops.rms_norm(x, self._norm, self._eps, self._normed[:num]), self._logits[:num])
 
-    def _attend(self, qkv: Tensor, layer: _Layer, kv: Tensor, inputs: StepInputs[Tensor], decode: bool) -> Tensor:
+    def _attend(
+        self,
+        qkv: Tensor,
+        layer: _Layer,
+        kv: Tensor,
+        inputs: StepInputs[Tensor],
+        decode: bool,
+        out_index: Tensor | None,
+    ) -> Tensor:
         out = self._attended[: len(qkv)]
         where = (inputs.block_tables, inputs.context_lens, inputs.query_start)
         rotary = None
@@ -158,7 +141,7 @@ class CudaLlama:
         window = layer.window
         shared = (self._num_heads, self._scale)
         # What a pure decode step reads of the cache was there before its first kernel.
-        decode_attention(qkv, kv, *where, out, *shared, self._workspace, window, rotary, prefetch=decode)
+        decode_attention(qkv, kv, *where, out, *shared, self._workspace, window, rotary, out_index, prefetch=decode)
         if not decode:
             prefill_attention(qkv, kv, *where, inputs.tiles, out, *shared, window)
         return out
