@@ -13,6 +13,7 @@ namespace {
 constexpr int kReserved = 1024;  // shared memory the driver keeps per block
 constexpr int kDevices = 64;
 constexpr int kGoodDepth = 4;    // slots; with less, memory waits for the multiprocessors
+constexpr int kNorm = 20 << 10;       // shared memory of a block of RMSNorm in act-order, with what the driver keeps
 constexpr int kAttention = 72 << 10;  // shared memory of a block of the decode attention, with what the driver keeps
 constexpr int kShareMinM = 2;    // tokens from which blocks bring x in together
 
@@ -30,7 +31,7 @@ int split_for(int K, int groups, bool zeros, const Device& device) {
 }
 
 // One block for all of k where x fits beside a ring: where sums cross blocks, a kernel ends half a microsecond later. Room is left for a block of the
-// attention, which then begins beside the product before it, if that costs no ring worth having. With `in_a_row` two generations of products share a
+// attention, or else of a norm, which then begins beside the product before it, if that costs no ring worth having. With `in_a_row` two generations of products share a
 // multiprocessor, and the next one's ring fills while this one drains; among other kernels that has blocks of a product meet on some multiprocessors while
 // others have none: a 7B layer takes 49 us instead of 39.
 bool choose_shape(Shape& shape, const Device& device, int M, int K, int column_tiles, int groups, bool zeros, bool in_a_row) {
@@ -48,9 +49,9 @@ bool choose_shape(Shape& shape, const Device& device, int M, int K, int column_t
   if (chunks <= kMaxParts * kMathWarps) {
     if (in_a_row && M == 1 && fits(1, (device.smem + kReserved) / 2 - kReserved, kGoodDepth + 1, kGoodDepth - 1)) return true;
     if (fits(1, device.smem - kAttention, kMaxDepth, kGoodDepth)) return true;
-    if (fits(1, device.smem, kMaxDepth, kGoodDepth)) return true;
+    if (fits(1, device.smem - kNorm, kMaxDepth, kGoodDepth)) return true;
   }
-  return fits(split, device.smem, kMaxDepth, 1);
+  return fits(split, device.smem - kNorm, kMaxDepth, kGoodDepth) || fits(split, device.smem, kMaxDepth, 1);
 }
 
 cudaError_t prepare(const void* kernel, int index, const Device& device) {

@@ -35,7 +35,7 @@ __global__ void __launch_bounds__(kDecodeThreads, NT == 1 ? kBlocksPerSM : 1) de
   const int nch = (a.K + kChunkK - 1) / kChunkK;
   const DecodePlan& at = a.plan;
   const uint32_t base = smem_addr(smem);
-  const uint32_t full = base + 8 * kFull, free = base + 8 * kFree, sent = base + 8 * kSent, read = base + 8 * kRead;
+  const uint32_t full = base + 8 * kFull, sent = base + 8 * kSent, read = base + 8 * kRead;
   const uint32_t got = base + 8 * kGot, credit = base + 8 * kCredit, x_bar = base + 8 * kX;
   const int tasks = kPair * NT * at.red_lanes, set = tasks * 16;  // float4 of a warp's sums of a pair
 
@@ -66,7 +66,7 @@ __global__ void __launch_bounds__(kDecodeThreads, NT == 1 ? kBlocksPerSM : 1) de
   if (warp == kMathWarps) {
     if (elect()) {  // one thread and constant addresses: lanes would take turns
 #pragma unroll
-      for (int i = 0; i < kMaxDepth; i++) mbar_init(full + 8 * i, 1), mbar_init(free + 8 * i, kMathWarps);
+      for (int i = 0; i < kMaxDepth; i++) mbar_init(full + 8 * i, 1);
     }
     mbar_init_fence();
     __syncwarp();
@@ -97,13 +97,10 @@ __global__ void __launch_bounds__(kDecodeThreads, NT == 1 ? kBlocksPerSM : 1) de
       mbar_wait(full + 8 * (i - at.flight), 0);
       fetch();
     }
-    int slot = 0;
-    uint32_t phase = 0;
 #pragma unroll 1
     while (strips_left > 0) {
-      mbar_wait(free + 8 * slot, phase);
+      named_sync(kSlotFree + fill, kSlotThreads);
       fetch();
-      if (++slot == depth) slot = 0, phase ^= 1;
     }
     return;
   }
@@ -120,10 +117,9 @@ __global__ void __launch_bounds__(kDecodeThreads, NT == 1 ? kBlocksPerSM : 1) de
     float acc[kPair][NT][4] = {};
     const uint32_t chunk_first = base + at.ring + warp * kChunk;
     uint32_t phase = 0, round = 1, chunk = chunk_first;
-    int c = warp, slot = 0, buffer = 0;
+    int c = warp, slot = 0, buffer = 0, refills = pairs * parts - depth;  // slots that are filled again
     const auto next_slot = [&] {
-      __syncwarp();
-      if (lane == 0) mbar_arrive(free + 8 * slot);
+      if (refills-- > 0) named_arrive(kSlotFree + slot, kSlotThreads);
       slot++, chunk += kSlot;
       if (slot == depth) slot = 0, phase ^= 1, chunk = chunk_first;
     };

@@ -22,9 +22,11 @@ constexpr int kBlocksPerSM = 2;  // this kernel's, and the next one's
 // Before sm_90 there are no bulk copies; the consumer GPUs since have them, but not the shared memory for this kernel's ring beside x.
 inline bool takes_portable_kernel(int capability) { return capability < 90 || capability >= 120; }
 
-// Barriers, at the start of shared memory.
-constexpr int kFull = 0, kFree = kFull + kMaxDepth;                   // of the ring
-constexpr int kSent = kFree + kMaxDepth, kRead = kSent + kMaxBuffers;  // of the warps' sums
+// Named barriers: of a slot, that all warps that multiply are through with it. Unlike an mbarrier's, its arrival is that of a whole warp.
+constexpr int kSlotFree = 1, kSlotThreads = (kMathWarps + 1) * 32;
+// Mbarriers, at the start of shared memory.
+constexpr int kFull = 0;                                              // of the ring
+constexpr int kSent = kFull + kMaxDepth, kRead = kSent + kMaxBuffers;  // of the warps' sums
 constexpr int kGot = kRead + kMaxBuffers, kCredit = kGot + kTurns;     // of other blocks' sums; kCredit[owner][turn]
 constexpr int kX = kCredit + kTurns * kMaxCluster, kBarriers = kX + kMaxParts;
 

@@ -50,12 +50,14 @@ __global__ void __launch_bounds__(kWarps * 32) dequant_kernel(const DequantArgs 
 }
 
 constexpr int kGatherThreads = 256, kGatherRows = 4;
-constexpr int kFewThreads = 128, kFewRows = 32;
 
 // A block stages up to kGatherRows whole rows in shared memory and writes `units` x 8 columns of each, 16 bytes at a time.
 __global__ void __launch_bounds__(kGatherThreads) gather_kernel(const GatherArgs a, int rows, int units) {
   extern __shared__ uint4 staged[];
-  const int row_units = a.K / 8, first = blockIdx.x * rows, here = min(rows, a.M - first);
+  const int row_units = a.K / 8, first = blockIdx.x * rows, here = min(rows, a.M - first), begin = blockIdx.y * units + threadIdx.x;
+  const auto order = reinterpret_cast<const int4*>(a.perm);
+  int4 low = {}, high = {};  // of the first columns, which is all of them where rows are few: they depend on no kernel before
+  if (begin < row_units) low = order[2 * begin], high = order[2 * begin + 1];
   grid_launch_dependents();
   grid_wait();
   for (int r = 0; r < here; r++) {
@@ -64,8 +66,8 @@ __global__ void __launch_bounds__(kGatherThreads) gather_kernel(const GatherArgs
   }
   __syncthreads();
   const int end = min(row_units, static_cast<int>(blockIdx.y + 1) * units);
-  for (int i = blockIdx.y * units + threadIdx.x; i < end; i += kGatherThreads) {
-    const int4 low = reinterpret_cast<const int4*>(a.perm)[2 * i], high = reinterpret_cast<const int4*>(a.perm)[2 * i + 1];
+  for (int i = begin; i < end; i += kGatherThreads) {
+    if (i != begin) low = order[2 * i], high = order[2 * i + 1];
     const uint16_t* row = reinterpret_cast<const uint16_t*>(staged);
     uint16_t* out = a.out + static_cast<size_t>(first) * a.ldo + 8 * i;
     for (int r = 0; r < here; r++, row += a.K, out += a.ldo) {
@@ -75,10 +77,9 @@ __global__ void __launch_bounds__(kGatherThreads) gather_kernel(const GatherArgs
   }
 }
 
-// For few rows, or where one does not fit into shared memory: a thread's eight columns, with nothing to wait for but x. Few registers and no shared
-// memory, so that its blocks find room beside products, and the next product's weights are asked for meanwhile.
-__global__ void __launch_bounds__(kFewThreads, 16) gather_few_kernel(const GatherArgs a) {
-  const int i = blockIdx.x * kFewThreads + threadIdx.x;
+// Where a row does not fit into shared memory: a thread's eight columns.
+__global__ void __launch_bounds__(kGatherThreads) gather_unstaged_kernel(const GatherArgs a) {
+  const int i = blockIdx.x * kGatherThreads + threadIdx.x;
   int4 low = {}, high = {};
   if (8 * i < a.K) low = reinterpret_cast<const int4*>(a.perm)[2 * i], high = reinterpret_cast<const int4*>(a.perm)[2 * i + 1];
   grid_launch_dependents();
@@ -117,12 +118,9 @@ cudaError_t launch_gather(const GatherArgs& a, cudaStream_t stream) {
   Device device;
   if (const cudaError_t status = current_device(device); status != cudaSuccess) return status;
   const int row_bytes = 2 * a.K;
-  if (a.M <= kFewRows || row_bytes > device.smem) {
-    const void* kernel = reinterpret_cast<const void*>(gather_few_kernel);
-    static std::atomic<uint64_t> done;
-    if (const cudaError_t status = set_limits(kernel, done, 0, device); status != cudaSuccess) return status;
-    const dim3 grid((a.K / 8 + kFewThreads - 1) / kFewThreads, std::min(a.M, 1024));
-    return launch_kernel(kernel, {grid, kFewThreads, 0, stream}, device, a);
+  if (row_bytes > device.smem) {
+    const dim3 grid((a.K / 8 + kGatherThreads - 1) / kGatherThreads, std::min(a.M, 1024));
+    return launch_kernel(reinterpret_cast<const void*>(gather_unstaged_kernel), {grid, kGatherThreads, 0, stream}, device, a);
   }
   // More rows share one reading of perm, while every multiprocessor has a block; few rows are cut into slices of columns.
   const int rows = std::max(1, std::min({kGatherRows, device.smem / 2 / row_bytes, a.M / device.sms}));

@@ -82,6 +82,7 @@ constexpr Candidate kCandidates[] = {
 };
 constexpr int kCutCost = 8;                 // cutting tiles along k takes as long as so many chunks: partial sums are written, awaited and read
 constexpr int64_t kSmall = 16000;         // chunks of all strips
+constexpr int kNarrow = 5600;             // output rows
 constexpr int64_t kFewWeights = 1 << 20;  // an operand's rounding errors average out over many scales only; below, the exact tiles cost nothing
 
 // In chunks per block. `clusters` work at a time.
@@ -92,7 +93,7 @@ int64_t cut_time(int64_t tiles, int clusters, int chunks) { return (tiles * chun
 // Above, the tile that is done first: fewer padded tokens, fuller waves, less to add up.
 Choice choose(int m, int n, int chunks, int sms) {
   const int64_t units = static_cast<int64_t>(n / kStripRows) * chunks;
-  if (m <= 32) return {m <= 16 ? WgmmaTile::k128x16 : WgmmaTile::k128x32, units > kSmall ? WgmmaSharing::kTwo : WgmmaSharing::kOne};
+  if (m <= 32) return {m <= 16 ? WgmmaTile::k128x16 : WgmmaTile::k128x32, units > kSmall || n > kNarrow ? WgmmaSharing::kTwo : WgmmaSharing::kOne};
   Choice best = {};
   int64_t least = INT64_MAX;
   for (const Candidate& c : kCandidates) {

@@ -199,8 +199,9 @@ template <bool BF, bool PERM, int N>
 cudaError_t norm(const RmsNormArgs& a, cudaStream_t stream) {
   Device device;
   if (const cudaError_t status = current_device(device); status != cudaSuccess) return status;
-  const int threads = warps_for((a.H / kVector + N - 1) / N);
-  return launch<rms_norm_kernel<BF, PERM, N>>(dim3(std::min(a.T, 4 * device.sms)), threads, PERM ? 4 * a.H : 0, stream, a);
+  const int threads = warps_for((a.H / kVector + N - 1) / N), blocks = std::min(a.T, 4 * device.sms);
+  const int smem = PERM ? (a.T > blocks ? 4 : 2) * a.H : 0;  // a block with one row needs no second
+  return launch<rms_norm_kernel<BF, PERM, N>>(dim3(blocks), threads, smem, stream, a);
 }
 
 template <bool BF, bool PERM>

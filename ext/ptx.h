@@ -28,6 +28,10 @@ __device__ __forceinline__ bool elect() {
   return chosen != 0;
 }
 
+// ---- barriers of whole warps: `threads` arrive or wait, of those who wait all go on at once -------------------------------------------
+__device__ __forceinline__ void named_sync(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
+__device__ __forceinline__ void named_arrive(int id, int threads) { asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
+
 // ---- mbarriers and 1-D bulk copies -------------------------------------------------------------------------------------------------
 __device__ __forceinline__ void mbar_init(uint32_t bar, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(bar), "r"(arrivals) : "memory");
