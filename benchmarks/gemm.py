@@ -121,7 +121,7 @@ class Clock:
         self.best = max(self.best, now)
         return now
 
-    def settle(self, seconds: float = 3.0) -> None:
+    def settle(self, seconds: float = 1.0) -> None:
         deadline = time.monotonic() + seconds
         while self.read() < 0.98 * self.best and time.monotonic() < deadline:
             time.sleep(0.05)

@@ -15,7 +15,7 @@ from torch import Tensor
 from gptq_api.model.cuda_inputs import StepShape
 
 _log = logging.getLogger(__name__)
-_SMALL_BATCHES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256)
+_SMALL_BATCHES = (1, 2, 4, 6, 8, 16, 24, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256)
 MAX_MIXED_ROWS = 512
 """larger steps keep the device busy for longer than the host needs to launch their kernels, without padding"""
 _MIXED_ROWS = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512)
