@@ -198,11 +198,12 @@ class Bench:
             x = torch.randn(m, k, device="cuda").to(self.dtype)
             x16, out = x.half(), torch.empty(m, n, device="cuda", dtype=self.dtype)
             out16, flops = torch.empty(m, n, device="cuda", dtype=torch.float16), 2.0 * m * n * k
-            count, dense_calls = self.calls(len(weights), flops), self.calls(max(dense_count, 4), flops)
+            copies = min(len(weights), len(asym)) if variants else len(weights)
+            count, dense_calls = self.calls(copies, flops), self.calls(max(dense_count, 4), flops)
 
             def ours(pool: list[PackedLinear], x: Tensor = x, out: Tensor = out, count: int = count) -> None:
                 for i in range(count):
-                    gptq.gemm(x, pool[i], out, in_a_row=True)
+                    gptq.gemm(x, pool[i], out, in_a_row=pool[i].perm is None)  # a gather stands between them
 
             def cublas(x: Tensor = x16, out: Tensor = out16, count: int = dense_calls) -> None:
                 for i in range(count):
@@ -274,7 +275,7 @@ class Bench:
                         y = torch.mm(y, self.dense[at : at + k * n].view(n, k).t())
                         y, at = y[:, :hidden] if name == "qkv" else y[:, :inner] if name == "gate_up" else y, at + k * n
 
-            jobs = [(partial(ours, layers), CHAIN_LAYERS), (partial(ours, ordered), CHAIN_LAYERS)]
+            jobs = [(partial(ours, layers), CHAIN_LAYERS), (partial(ours, ordered, in_a_row=False), CHAIN_LAYERS)]
             jobs += [(cublas, CHAIN_LAYERS), (partial(ours, layers, in_a_row=False), CHAIN_LAYERS)]
             us, order_us, cublas_us, apart_us = self.timed(m, jobs)
             work = self.work(weight_bytes, 2.0 * m * sum(k * n for k, n in shapes.values()))
