@@ -10,11 +10,12 @@
 // Where k is so long that x of these tokens does not fit beside a ring, a cluster of blocks splits it: each takes one segment, and their sums meet
 // through distributed shared memory. Otherwise, where tokens are several, blocks bring x in together, each a part of it for both.
 //
-// Programmatic dependent launch: weights are asked for before grid_wait(), the next kernel is let in at once, and for few tokens registers
-// and shared memory are kept at half of a multiprocessor's so that its ring fills while this one drains. What a block does before its first
-// copy costs as much as a small linear's weights: no division, no loop over barriers.
+// Programmatic dependent launch: weights are asked for before grid_wait(), the next kernel is let in at once, and up to 8 tokens take no more
+// than half of a multiprocessor's registers, so that it finds room (of shared memory, see decode.cu). What a block does before its first copy
+// costs as much as a small linear's weights: no division, no loop over barriers.
 //
-// The sums of x that take out the zero points depend on x alone: the first pair computes them by mma beside its products and leaves them.
+// The sums of x that take out the zero points depend on x alone: at the first pair a warp computes those of its chunks by mma beside its products, and
+// leaves them for itself.
 #pragma once
 #include <type_traits>
 

@@ -104,6 +104,18 @@ def test_a_row_does_not_depend_on_the_rows_beside_it(k: int, act_order: bool, dt
 
 
 @DTYPES
+@pytest.mark.parametrize("m", [9, 16, 17, 32])
+@pytest.mark.parametrize(("k", "n"), [(1152, 656), (11008, 2112)])
+def test_the_decode_kernel_takes_32_rows_where_there_is_no_other(k: int, n: int, m: int, dtype: torch.dtype) -> None:
+    w = random_weight(k, n, 128, asym=True, act_order=False, device="cuda")
+    weight, x = packed(w), random_x(m, k, dtype)
+    y = torch.full((m, n), torch.nan, dtype=dtype, device="cuda")
+    gptq._decode(x, weight, y, None, None, silu_mul=False, in_a_row=False)
+    assert error(y, x.double() @ w.dense) < ERROR[dtype]
+    assert torch.equal(y[:DECODE_ROWS], gptq.gemm(x[:DECODE_ROWS], weight))
+
+
+@DTYPES
 @pytest.mark.parametrize("m", [8, 16, 32, 100])
 def test_a_row_of_nan_or_inf_spoils_no_other(m: int, dtype: torch.dtype) -> None:
     weight = packed(random_weight(5120, 16 * 150, 128, asym=True, act_order=False, device="cuda"))
