@@ -14,6 +14,7 @@ import pytest
 
 from gptq_api.config import Settings
 from gptq_api.engine.core import Engine
+from gptq_api.kernels import gptq
 from gptq_api.model.runner import load_runner
 from gptq_api.scheduler.blocks import BlockManager
 from gptq_api.scheduler.scheduler import Scheduler
@@ -65,6 +66,21 @@ def test_the_host_is_measured_through_real_processes(tmp_path: Path) -> None:
         assert row["streams"] == streams and row["api_us_per_token"] > 0
         assert row["ttft_ms"]["p50"] >= 3.2, "a step of the simulated device takes as long"
         assert row["inter_token_ms"]["mean"] > 3 and 0 < row["share"] < 1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not gptq.is_available(), reason=gptq.unavailable_reason() or "available")
+def test_the_gemm_is_timed_in_every_format(tmp_path: Path) -> None:
+    command = [sys.executable, str(BENCHMARKS / "gemm.py"), "--quick", "--commit", "a test", "--out", str(tmp_path)]
+    subprocess.run(command, check=True, timeout=90)
+    records = json.loads(next(tmp_path.glob("gemm-*.json")).read_text())["records"]
+    ours = [r for r in records if r["kernel"] == "gptq_api" and r["M"] in (1, 64, 1024)]
+    linears = {(r["K"], r["N"], r["M"], r["sym"], r["act_order"]) for r in ours if r["K"]}
+    assert len(linears) == 4 * 3 * 3, "four linears at three M: symmetric, asymmetric, act-order"
+    assert {(r["M"], r["act_order"]) for r in ours if not r["K"]} == {
+        (m, o) for m in (1, 64, 1024) for o in (False, True)
+    }
+    assert all(r["us"] > 1 and r["cublas_us"] > 1 and r["sm_mhz"] > 100 for r in records)
 
 
 @pytest.mark.parametrize("script", ["decode"], indirect=True)
