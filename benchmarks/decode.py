@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gemm import ceilings, machine
+from gpu_timing import ceilings, machine
 
 from gptq_api.bench.synthetic import SHAPES, synthetic_checkpoint
 from gptq_api.config import Settings

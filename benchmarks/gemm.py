@@ -20,8 +20,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -31,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from gpu_timing import Clock, ceilings, in_turns, machine
 from torch import Tensor
 
 from gptq_api.kernels import gptq
@@ -50,7 +49,6 @@ CHAIN_M = (1, 2, 4, 8, 16, 32, 64, 128, 256, 1024, 4096)
 COOL_M = 128
 CHAIN_LAYERS = 8
 ROTATE_BYTES = 1_200_000_000
-REPLAYS = 5
 TORCH_INT4_M = (1, 8, 16, 32)
 """beyond, torch's int4 product takes several times what its fp16 one takes"""
 OTHERS = {"vllm": "its Marlin and Machete ops", "gptqmodel": "its Marlin and exllama kernels"}
@@ -85,84 +83,6 @@ def torch_int4(k: int, n: int, m: int, group_size: int, copies: int) -> Callable
             torch._weight_int4pack_mm(x, packed[i], group_size, scales[i])
 
     return calls
-
-
-def capture(calls: Callable[[], None]) -> torch.cuda.CUDAGraph:
-    calls()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        calls()
-    return graph
-
-
-def clock() -> float:
-    """MHz of the multiprocessors, by how long a kernel takes that waits for so many cycles."""
-    cycles = 1_000_000
-    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    begin.record()
-    torch.cuda._sleep(cycles)
-    end.record()
-    torch.cuda.synchronize()
-    return cycles / begin.elapsed_time(end) / 1e3
-
-
-class Clock:
-    """Knows the highest clock seen, and waits for it."""
-
-    def __init__(self) -> None:
-        self.best = 0.0
-        for _ in range(20):
-            self.read()
-            time.sleep(0.01)
-
-    def read(self) -> float:
-        now = clock()
-        self.best = max(self.best, now)
-        return now
-
-    def settle(self, seconds: float = 1.0) -> None:
-        deadline = time.monotonic() + seconds
-        while self.read() < 0.98 * self.best and time.monotonic() < deadline:
-            time.sleep(0.05)
-
-
-def in_turns(jobs: list[tuple[Callable[[], None], int]]) -> list[float]:
-    """Microseconds per call of each job, (what to capture, calls in it)."""
-    graphs = [(capture(calls), count, list[float]()) for calls, count in jobs]
-    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    for _ in range(REPLAYS):
-        for graph, count, times in graphs:
-            time.sleep(0.003)
-            graph.replay()
-            begin.record()
-            graph.replay()
-            end.record()
-            torch.cuda.synchronize()
-            times.append(begin.elapsed_time(end) * 1e3 / count)
-    return [statistics.median(times) for _, _, times in graphs]
-
-
-def ceilings() -> tuple[float, float]:
-    """(TB/s of a large copy, read + written; fp16 TFLOP/s of 8192^3 through cuBLAS)."""
-    a = torch.empty(2**31, dtype=torch.uint8, device="cuda").random_(0, 256)
-    b = torch.empty_like(a)
-    x, y = (torch.randn(8192, 8192, device="cuda", dtype=torch.float16) for _ in range(2))
-    z = torch.empty_like(x)
-
-    def product() -> None:
-        torch.mm(x, y, out=z)
-
-    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    times = []
-    for _ in range(REPLAYS):  # no graph: as a node of one, a copy takes another, slower way
-        begin.record()
-        b.copy_(a)
-        end.record()
-        torch.cuda.synchronize()
-        times.append(begin.elapsed_time(end) * 1e3)
-    copy, multiply = statistics.median(times), in_turns([(product, 1)])[0]
-    return 2 * a.numel() / copy / 1e6, 2 * 8192**3 / multiply / 1e6
 
 
 def line(label: str, m: int, record: dict[str, Any]) -> str:
@@ -210,25 +130,20 @@ class Bench:
                     torch.mm(x, dense[i % dense_count], out=out)
 
             jobs = [(partial(ours, weights), count), (cublas, dense_calls)]
-            names = ["", ""]
+            work = self.work(weights[0].data.numel(), flops)
+            more: list[tuple[tuple[int, float, float], dict[str, Any]]] = []
             if variants and m in VARIANT_M:
                 jobs += [(partial(ours, asym), count), (partial(ours, order), count)]
-                names += ["asym", "act-order"]
+                more += [(self.work(asym[0].data.numel(), flops), {"sym": False}), (work, {"act_order": True})]
             if m in TORCH_INT4_M and self.group_size in (32, 64, 128):
                 jobs.append((torch_int4(k, n, m, self.group_size, len(weights)), len(weights)))
-                names.append("torch int4")
+                more.append((work, {"kernel": "torch int4", "dtype": "bfloat16", "sym": False}))
             us, cublas_us, *others = self.timed(m, jobs)
-            work = self.work(weights[0].data.numel(), flops)
-            record = self.record(k, n, m, us, cublas_us, work)
-            beside = [f"  {name} {other:.2f}" for name, other in zip(names[2:], others, strict=True)]
-            print(line(label, m, record) + "".join(beside), flush=True)
-            for name, other in zip(names[2:], others, strict=True):
-                if name == "torch int4":
-                    self.record(k, n, m, other, cublas_us, work, kernel=name, dtype="bfloat16", sym=False)
-                elif name == "asym":
-                    self.record(k, n, m, other, cublas_us, self.work(asym[0].data.numel(), flops), sym=False)
-                else:
-                    self.record(k, n, m, other, cublas_us, work, act_order=True)
+            print(line(label, m, self.record(k, n, m, us, cublas_us, work)), end="")
+            for other, (its_work, what) in zip(others, more, strict=True):
+                self.record(k, n, m, other, cublas_us, its_work, **what)
+                print(f"  {' '.join(f'{name} {value}' for name, value in what.items())}: {other:.2f}", end="")
+            print(flush=True)
 
     def pool(self, k: int, n: int, *, asym: bool) -> list[PackedLinear]:
         """As many weights as do not fit into the L2 between two uses of one."""
@@ -312,23 +227,6 @@ class Bench:
         path = folder / f"gemm-{result['gpu'].lower().replace(' ', '-')}.json"
         path.write_text(json.dumps(result, indent=1) + "\n")
         print(f"{path.name}: {len(self.records)} records after {result['seconds']} s", flush=True)
-
-
-def machine(commit: str | None) -> dict[str, Any]:
-    query = "name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit,temperature.gpu"
-    smi = subprocess.run(
-        ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"], capture_output=True, text=True
-    ).stdout
-    if commit is None:
-        found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
-        commit = found.stdout.strip() or "unknown"
-    values = [value.strip() for value in smi.splitlines()[0].split(",")] if smi else []
-    return {
-        "gpu": torch.cuda.get_device_name(),
-        "machine": dict(zip(query.split(","), values, strict=False)),
-        "versions": {"python": sys.version.split()[0], "torch": torch.__version__, "cuda": torch.version.cuda},
-        "commit": commit,
-    }
 
 
 def draw(result: dict[str, Any], path: Path) -> None:

@@ -19,7 +19,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
-from gemm import machine
+from gpu_timing import machine
 
 from gptq_api.bench.synthetic import SHAPES, write_folder
 from gptq_api.cli import quantize

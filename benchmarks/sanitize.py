@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gemm import machine, random_weight
+from gemm import random_weight
+from gpu_timing import machine
 
 from gptq_api.kernels import gptq
 

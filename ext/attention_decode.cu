@@ -27,8 +27,6 @@ int part_heads_of(int group) { return (group + parts_of(group) - 1) / parts_of(g
 
 }  // namespace
 
-bool attention_decode_takes(int head_dim) { return attention_decode_fp16(head_dim, false, false) != nullptr; }
-
 size_t attention_decode_workspace_bytes(int heads, int kv_heads, int head_dim) {
   Device device;
   if (current_device(device) != cudaSuccess) return 0;
@@ -37,7 +35,7 @@ size_t attention_decode_workspace_bytes(int heads, int kv_heads, int head_dim) {
 
 cudaError_t launch_attention_decode(AttentionDecodeArgs args, int head_dim, bool bf16, bool fp8, int blocks_per_sm, Teams teams, cudaStream_t stream) {
   const int size = args.block_size;
-  if (!attention_decode_takes(head_dim) || args.sequences < 1 || args.heads % args.kv_heads || size < 8 || (size & (size - 1))) return cudaErrorInvalidValue;
+  if (args.sequences < 1 || args.heads % args.kv_heads || size < 8 || (size & (size - 1))) return cudaErrorInvalidValue;
   Device device;
   if (const cudaError_t status = current_device(device); status != cudaSuccess) return status;
   const int group = args.heads / args.kv_heads;
@@ -50,13 +48,14 @@ cudaError_t launch_attention_decode(AttentionDecodeArgs args, int head_dim, bool
   if (teams == Teams::kWarps && !can_be_alone) return cudaErrorInvalidValue;
   const bool alone = teams == Teams::kWarps || (teams == Teams::kBest && can_be_alone && items >= int64_t{fp8 ? kAloneMinItemsE4m3 : kAloneMinItems} * device.sms);
   const void* kernel = (bf16 ? attention_decode_bf16 : attention_decode_fp16)(head_dim, fp8, alone);
+  if (!kernel) return cudaErrorInvalidValue;
   static std::atomic<uint64_t> done[2][2][2][2];
   std::atomic<uint64_t>& mine = done[head_dim == 64][bf16][fp8][alone];
   if (const cudaError_t status = set_limits(kernel, mine, device.smem, device); status != cudaSuccess) return status;
   const int smem = (alone ? smem_of<OneWarp> : smem_of<WholeBlock>)(head_dim, fp8, args.part_heads, small);
   if (smem > device.smem) return cudaErrorInvalidConfiguration;
   const int resident = 2 * (smem + 1024) <= device.smem + 1024 ? kBlocksPerSM : 1;
-  // Where there is little to do, the next kernel's weights are better company for a block than a second block: 8 us a layer at batch 1.
+  // Where there is little to do, the products before and after are better company for a block than a second block.
   const int per_sm = blocks_per_sm ? std::min(blocks_per_sm, kBlocksPerSM) : 2 * items <= device.sms ? 1 : resident;
   const int64_t blocks = std::min<int64_t>(alone ? (steps + kAttentionWarps - 1) / kAttentionWarps : steps, device.sms * per_sm);
   return launch_kernel(kernel, {dim3(static_cast<unsigned>(blocks)), kAttentionThreads, smem, stream}, device, args);

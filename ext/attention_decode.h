@@ -33,8 +33,6 @@ struct AttentionDecodeArgs {
   int parts, part_heads;  // the query heads of a key head in parts of at most 8
 };
 
-bool attention_decode_takes(int head_dim);
-
 // Who attends to a step: the four warps of a block, or one; a warp alone takes contexts of up to 4096 tokens (by table_stride).
 enum class Teams { kBest, kBlocks, kWarps };
 

@@ -25,7 +25,7 @@ struct AttentionShape {
   static constexpr int kRow = D * kElement;       // bytes of a token's key
   static constexpr int kChunks = kRow / 16;       // 16-byte pieces of it
   static constexpr int kEntry = kTile * kRow;     // a tile of keys, or of values
-  // Entries of a warp's ring: keys, values, keys, ... No more, so that a block fits beside a product's: deeper ones are no faster.
+  // Entries of a warp's ring: keys, values, keys, ... No more, so that a block fits beside a product's.
   static constexpr int kDepth = !SMALL ? (kEntry >= 8192 ? 2 : 4) : kEntry >= 4096 ? 16384 / kEntry : 6;
   static constexpr int kTiles = D / 16;           // m-tiles of the output: rows are dimensions, columns heads
   static constexpr int kRing = kAttentionWarps * kDepth * kEntry;

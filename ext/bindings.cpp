@@ -172,7 +172,6 @@ PYBIND11_MODULE(_cuda, m, py::mod_gil_not_used()) {
   m.def("sample_adjust", &sample_adjust, free_gil);
   m.def("sample_logprobs", &sample_logprobs, free_gil);
   m.def("attention_decode", &attention_decode, free_gil);
-  m.def("attention_decode_takes", &gptq::attention_decode_takes);
   m.def("attention_decode_workspace_bytes", &gptq::attention_decode_workspace_bytes);
 #ifdef GPTQ_API_HOPPER
   m.def("wgmma", &wgmma, free_gil);

@@ -28,7 +28,7 @@ __device__ __forceinline__ bool complete(const WgmmaParams& p, const Segment& s,
 #pragma unroll
       for (int i = 0; i < TN / 8; i++) __stcg(to + i * 128, make_float4(d[f][4 * i], d[f][4 * i + 1], d[f][4 * i + 2], d[f][4 * i + 3]));
     }
-    named_barrier(1 + group, 128);
+    named_sync(1 + group, 128);
     if (thread == 0) flag_set(p.flags + (mine * CL + rank) * NWG + group);
     return false;
   }
@@ -40,7 +40,7 @@ __device__ __forceinline__ bool complete(const WgmmaParams& p, const Segment& s,
       while (!flag_is_set(flag)) __nanosleep(20);
       *flag = 0;  // ready for the next launch on this stream
     }
-    named_barrier(1 + group, 128);
+    named_sync(1 + group, 128);
     // As many loads in flight as there are registers for; the sums are in order of k all the same.
     constexpr int kBatch = S::kConsumerRegisters >= 128 ? 16 : TN < 64 ? 8 : 4, kQuads = TN / 8;
     constexpr int kAtOnce = kBatch > kQuads ? kBatch / kQuads : 1, kPart = kBatch < kQuads ? kBatch : kQuads;
@@ -105,10 +105,10 @@ __device__ __forceinline__ void store_tile(const WgmmaParams& p, const Segment& 
             visit(box + token * 128 + ((unit ^ (token & 7)) << 4), static_cast<int64_t>(pass * S::kPass + token));
         }
       };
-      named_barrier(1 + group, 128);
+      named_sync(1 + group, 128);
       if (residual != nullptr) {
         each_unit([&](uint32_t at, int64_t token) { store_shared16(at, *reinterpret_cast<const uint4*>(residual + token * p.ldr)); });
-        named_barrier(1 + group, 128);
+        named_sync(1 + group, 128);
       }
 #pragma unroll
       for (int half = 0; half < S::kPass / 16; half++) {
@@ -141,7 +141,7 @@ __device__ __forceinline__ void store_tile(const WgmmaParams& p, const Segment& 
           stmatrix_x4_trans(at, r[0], r[1], r[2], r[3]);
         }
       }
-      named_barrier(1 + group, 128);
+      named_sync(1 + group, 128);
       each_unit([&](uint32_t at, int64_t token) { *reinterpret_cast<uint4*>(y + token * p.ldy) = lds128(at); });
     }
   }

@@ -28,10 +28,6 @@ __device__ __forceinline__ bool elect() {
   return chosen != 0;
 }
 
-// ---- barriers of whole warps: `threads` arrive or wait, of those who wait all go on at once -------------------------------------------
-__device__ __forceinline__ void named_sync(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
-__device__ __forceinline__ void named_arrive(int id, int threads) { asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
-
 // ---- mbarriers and 1-D bulk copies -------------------------------------------------------------------------------------------------
 __device__ __forceinline__ void mbar_init(uint32_t bar, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(bar), "r"(arrivals) : "memory");
@@ -60,6 +56,10 @@ __device__ __forceinline__ void bulk_load_everywhere(uint32_t dst, const void* s
                : "memory");
 }
 #endif
+
+// ---- barriers of whole warps: `threads` arrive or wait, of those who wait all go on at once -------------------------------------------
+__device__ __forceinline__ void named_sync(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
+__device__ __forceinline__ void named_arrive(int id, int threads) { asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
 
 // ---- cp.async, for sm_80 .. sm_89 --------------------------------------------------------------------------------------------------
 __device__ __forceinline__ void cp_async16(uint32_t dst, const void* src) {

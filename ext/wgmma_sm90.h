@@ -141,8 +141,6 @@ __device__ __forceinline__ void store_shared16(uint32_t addr, uint4 v) {
   asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(addr), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
 }
 
-__device__ __forceinline__ void named_barrier(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
-
 // ---- flags in global memory -----------------------------------------------------------------------------------------------------------
 __device__ __forceinline__ void flag_set(int* flag) { asm volatile("st.release.gpu.global.b32 [%0], 1;" ::"l"(flag) : "memory"); }
 __device__ __forceinline__ bool flag_is_set(const int* flag) {

@@ -133,14 +133,6 @@ class PackedGPTQLinear:
         self._weight, self._bias = weight.without_perm() if folded else weight, bias
 
     @property
-    def weight(self) -> PackedLinear:
-        return self._weight
-
-    @property
-    def bias(self) -> Tensor | None:
-        return self._bias
-
-    @property
     def num_bytes(self) -> int:
         tensors = (self._weight.data, self.perm, self._weight.perm, self._bias)
         return sum(t.numel() * t.element_size() for t in tensors if t is not None)

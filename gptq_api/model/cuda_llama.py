@@ -104,10 +104,10 @@ class CudaLlama:
         rows = inputs.positions.shape[0]
         x, normed = self._x[:rows], self._normed[:rows]
         ops.embed(history, inputs.row_slot, inputs.positions, self._embedding, x)
+        few = decode and rows <= SCATTER_MAX_ROWS
         for layer, kv in zip(self._layers, cache, strict=True):
             ops.rms_norm(x, layer.input_norm, self._eps, normed, layer.qkv.perm)
             qkv = layer.qkv.forward(normed, self._qkv[:rows])
-            few = decode and rows <= SCATTER_MAX_ROWS
             attended = self._attend(qkv, layer, kv, inputs, decode, layer.o_index if few else None)
             (layer.o_sorted if few else layer.o).forward(attended, x, residual=x)
             ops.rms_norm(x, layer.post_attention_norm, self._eps, normed, layer.gate_up.perm)
