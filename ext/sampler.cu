@@ -9,43 +9,55 @@ struct Kept {
   float value;
   int id;
 
-  __device__ __forceinline__ u64 weight(float x, int i) const { return x > value || (x == value && i <= id) ? weights.of(weights.scaled(x)) : 0; }
+  __device__ __forceinline__ bool has(float x, int i) const { return (x > value || (x == value && i <= id)) && weights.of(weights.scaled(x)); }
 };
 
-// The warp whose part the target-th unit of mass lies in; `before`: the mass before the parts, then before that warp's. mass: of the calling warp.
-__device__ int find_warp(u64 mass, u64 target, u64& before, u64* scratch) {
-  __syncthreads();
-  if ((threadIdx.x & 31) == 0) scratch[threadIdx.x >> 5] = mass;
-  __syncthreads();
-  const u64 until = before + warp_scan(scratch[threadIdx.x & 31]);
-  const int warp = __ffs(__ballot_sync(~0u, target < until)) - 1;
-  if (warp > 0) before = __shfl_sync(~0u, until, warp - 1);
-  return warp;
-}
+// The exponential race of a row: every element that is kept scores its scaled logit plus Gumbel noise of its own, in units of log 2; the highest wins.
+struct Race {
+  Kept kept;
+  uint32_t key0, key1;
+  float score;  // of the leader, as far as this lane knows
+  int id;
 
-__device__ __forceinline__ u64 kept_mass(const Row& row, const Kept& kept) {
-  u64 mass = 0;
-  row.each<2>(-INFINITY, [&](float x, int id) { mass += kept.weight(x, id); });
-  return warp_sum(mass);
-}
+  __device__ __forceinline__ Race(const Kept& kept, u64 bits, int best_id)
+      : kept(kept), key0(static_cast<uint32_t>(bits)), key1(static_cast<uint32_t>(bits >> 32)), score(race_noise(random_word(key0, key1, best_id))), id(best_id) {}
 
-// The first id at which the running sum of weights passes target, by the warp in whose part that is; -1 in the lanes that do not have it.
-__device__ int look_up(const Row& row, const Kept& kept, u64 before, u64 target) {
-#pragma unroll 1
-  for (int c = row.first; c < row.last; c++) {
-    const float4 v = row.load(c, -INFINITY);
-    const int id = c * kRowChunk + (threadIdx.x & 31) * 4;
-    const u64 w0 = kept.weight(v.x, id), w1 = kept.weight(v.y, id + 1), w2 = kept.weight(v.z, id + 2), w3 = kept.weight(v.w, id + 3);
-    const u64 end = before + warp_scan(w0 + w1 + w2 + w3);
-    const uint32_t passed = __ballot_sync(~0u, target < end);
-    if (passed) {
-      if ((threadIdx.x & 31) != __ffs(passed) - 1) return -1;
-      return target < end - w3 - w2 - w1 ? id : target < end - w3 - w2 ? id + 1 : target < end - w3 ? id + 2 : id + 3;
-    }
-    before = __shfl_sync(~0u, end, 31);
+  __device__ __forceinline__ void enter(float x, int i, uint32_t word) {
+    const float s = __fmaf_rn(kept.weights.scaled(x), 1.44269504f, race_noise(word));
+    if (s > score && kept.has(x, i)) score = s, id = i;
   }
-  return -1;
-}
+
+  // One warp's elements, four chunks in flight. E is at least v / log(2), so only words below a bound can beat the leader, even beside the likeliest of
+  // the lane's four elements: the logarithms are for those. (The bound's margin, 1 %, is far above the rounding of all that is in it.)
+  __device__ __forceinline__ void run(const Row& row) {
+#pragma unroll 1
+    for (int c = row.first; c < row.last; c += 4) {
+      float4 x[4];
+#pragma unroll
+      for (int u = 0; u < 4; u++) x[u] = row.load(c + u, -INFINITY);
+#pragma unroll
+      for (int u = 0; u < 4; u++) chunk(x[u], (c + u) * kRowChunk + (threadIdx.x & 31) * 4);
+    }
+  }
+
+  __device__ __forceinline__ void chunk(float4 x, int i) {
+    const float largest = fmaxf(fmaxf(x.x, x.y), fmaxf(x.z, x.w));
+    const float lead = __fmaf_rn(kept.weights.scaled(largest), 1.44269504f, 31.49f - score);
+    const uint32_t bound = largest < kept.value ? 0 : __float2uint_rn(exp2_approx(lead));
+    if (!__any_sync(~0u, bound > 0)) return;
+    const uint32_t w0 = random_word(key0, key1, i), w1 = random_word(key0, key1, i + 1), w2 = random_word(key0, key1, i + 2), w3 = random_word(key0, key1, i + 3);
+    const bool may_win = min(min(w0, w1), min(w2, w3)) < bound;
+    if (!__any_sync(~0u, may_win)) return;
+    if (may_win) enter(x.x, i, w0), enter(x.y, i + 1, w1), enter(x.z, i + 2, w2), enter(x.w, i + 3, w3);
+    follow();
+  }
+
+  // Every lane takes over the leader of the warp.
+  __device__ __forceinline__ void follow() {
+    const u64 leader = warp_max(rank_key(score, id));
+    score = key_value(leader), id = key_id(leader);
+  }
+};
 
 template <int C>
 __device__ __forceinline__ void sample_row(const SamplerRows& a, const SamplerHistory& history, int* tokens) {
@@ -106,21 +118,10 @@ __device__ __forceinline__ void sample_row(const SamplerRows& a, const SamplerHi
     if (cut) kept.value = key_value(cut), kept.id = key_id(cut);
   }
 
-  const u64 mass = kept_mass(row, kept);
-  u64 total, before = team.before(block_sum((threadIdx.x & 31) == 0 ? mass : 0, sh.scratch), total);
-  const u64 target = __umul64hi(random_bits(field(a, r, kSeedLow), field(a, r, kSeedHigh), field(a, r, kLength)), total);
-  int owner = find_warp(mass, target, before, sh.scratch);
-  if (owner < 0 || target < before) return;  // another block has it
-  Row part = Row(a, r).part(team.rank * kRowWarps + owner, C * kRowWarps);
-  if (part.last - part.first > 4) {  // once more, by all warps
-    const Row whole = part;
-    part = whole.part(warp, kRowWarps);
-    owner = find_warp(kept_mass(part, kept), target, before, sh.scratch);
-    part = whole.part(owner, kRowWarps);
-  }
-  if (warp != owner) return;
-  const int token = look_up(part, kept, before, target);
-  if (token >= 0) finish(token);
+  Race race(kept, random_bits(field(a, r, kSeedLow), field(a, r, kSeedHigh), field(a, r, kLength)), key_id(top));
+  race.run(row);
+  const u64 winner = team.max(block_max(rank_key(race.score, race.id), sh.scratch));
+  if (first_thread) finish(key_id(winner));
 }
 
 template <int C>

@@ -15,8 +15,7 @@ struct Weights {
 
   __device__ __forceinline__ float scaled(float x) const { return __fmul_rn(__fsub_rn(x, best), inverse_temperature); }
   __device__ __forceinline__ u64 of(float t) const {
-    float e;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(e) : "f"(t * 1.44269504f));
+    float e = exp2_approx(t * 1.44269504f);
     if (e < min_p) e = 0.f;
     // 17 bits above and 23 below the point of e * 2^17, each as the mantissa of a float: several times faster than a conversion to 64 bits.
     const float high = __fmaf_rz(e, 0x1p17f, 0x1p23f), rest = __fmaf_rn(e, 0x1p17f, 0x1p23f - high), low = __fmaf_rz(rest, 0x1p23f, 0x1p23f);

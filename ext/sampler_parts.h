@@ -135,6 +135,41 @@ __device__ __forceinline__ u64 random_bits(uint32_t key0, uint32_t key1, uint32_
   return static_cast<u64>(c1) << 32 | c0;
 }
 
+// The random number of a token id in the row whose random_bits are (key0, key1): two rounds of multiply and xor-shift, the second key between them
+// (the constants of lowbias32, Wellons and others, "Prospecting for hash functions").
+__device__ __forceinline__ uint32_t random_word(uint32_t key0, uint32_t key1, uint32_t id) {
+  uint32_t x = id * 0x9E3779B9u + key0;
+  x = (x ^ x >> 16) * 0x21F0AAADu + key1;
+  x = (x ^ x >> 15) * 0xD35A2D97u;
+  return x ^ x >> 15;
+}
+
+__device__ __forceinline__ float exp2_approx(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+__device__ __forceinline__ float log2_approx(float x) {
+  float y;
+  asm("lg2.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// Gumbel noise in units of log 2: -log2(E), E = -log2(1 - v), v = (word + 1/2) / 2^32. E is accurate where it is small, which is where races are won.
+__device__ __forceinline__ float race_noise(uint32_t word) {
+  const float v = __fmaf_rn(__uint2float_rn(word), 0x1p-32f, 0x1p-33f);
+  float e;
+  if (v < 0.0625f) {
+    float p = __fmaf_rn(v, 0.2f, 0.25f);
+    p = __fmaf_rn(v, p, 0.333333333f);
+    p = __fmaf_rn(v, p, 0.5f);
+    e = v * __fmaf_rn(v, p, 1.f) * 1.44269504f;
+  } else {
+    e = -log2_approx(__fmaf_rn(__uint2float_rn(~word), 0x1p-32f, 0x1p-33f));
+  }
+  return -log2_approx(e);
+}
+
 // In clusters of so many blocks.
 template <typename... P>
 cudaError_t launch_overlapped(void (*kernel)(P...), dim3 grid, int threads, int cluster, cudaStream_t stream, const std::decay_t<P>&... args) {

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from msgspec.structs import replace
 from torch import Tensor
 
 from gptq_api.kernels import gptq, sampling
@@ -105,7 +106,8 @@ def agree(logits: Tensor, batch: list[Sequence], tolerated: int = 0) -> None:
 
 @pytest.mark.parametrize("size", [1, 6, 129, 700, 2048, 32000, 32001, 128256])
 def test_the_tokens_of_the_cpu(size: int) -> None:
-    """Up to the rounding of exp where a draw falls on an edge: about one token in a hundred thousand."""
+    """Up to the rounding of logarithms where the first two of a race are as close: about one token in a hundred
+    thousand."""
     num = 300 if size < 40000 else 60
     agree(rows(num, size), sequences(num, size, KINDS), tolerated=1)
     agree(rows(num, size, 1, 0.02), sequences(num, size, KINDS, 1), tolerated=1)  # nearly flat: full bins
@@ -195,6 +197,20 @@ def test_a_row_does_not_depend_on_the_others_and_graphs_replay() -> None:
         step.tokens.fill_(-9)
         graph.replay()
         assert step.tokens.tolist() == whole
+
+
+@pytest.mark.parametrize("scale", [0.1, 3.0], ids=["flat", "peaked"])
+@pytest.mark.parametrize("params", [{}, {"temperature": 0.8}, {"top_p": 0.9}, {"top_k": 50}, {"min_p": 0.05}])
+def test_noise_of_rounding_size_changes_hardly_any_draw(scale: float, params: dict[str, Any]) -> None:
+    """As on the CPU (tests/test_sampler.py)."""
+    logits, noise = rows(1, 32000, scale=scale).repeat(200, 1), rows(200, 32000, 6, 1e-3)
+    batch = sequences(200, 32000, [params])
+    for i, s in enumerate(batch):
+        s.params = replace(s.params, seed=i)
+    drawn, moved = Step(logits, batch).run()[0], Step(logits + noise, batch).run()[0]
+    changed = sum(a != b for a, b in zip(drawn, moved, strict=True))
+    assert len(set(drawn)) > 5
+    assert changed <= (10 if scale < 1 and "top_k" in params else 2)
 
 
 def test_wrong_shapes_are_named() -> None:

@@ -1,18 +1,24 @@
 """From logits to tokens, for sequences with different parameters in one batch.
 
 The order of the steps is that of `SamplingParams`. A token is a pure function of (seed, position, logits of its row):
-one random number is made from (seed, position) and looked up in the row's cumulative distribution, so nothing depends
-on who else is in the batch or in which order. Greedy rows cost one argmax.
+nothing depends on who else is in the batch or in which order. Greedy rows cost one argmax.
 
-The arithmetic is that of ext/sampler.cu, so that a seed gives the same text on either device: a token's weight is
-exp((logit - best) / temperature) in 40-bit fixed point, whose sums are exact in any order; ranks are by logit, then by
-the lower id; the draw is looked up in the order of ids.
+Drawing is an exponential race, also known as Gumbel-max: every token id that the filters keep has a random number of
+its own, made from (seed, position, id), and the highest of (logit - best) / temperature + Gumbel noise wins. A logit
+that moves by a rounding changes the token only where the first two of the race are as close as that. (A number looked
+up in the cumulative distribution meets another token as soon as the logits before it have moved.)
+
+The arithmetic is that of ext/sampler.cu, so that a seed gives the same text on either device. top-k and top-p weigh a
+token with exp((logit - best) / temperature) in 40-bit fixed point, whose sums are exact in any order; ranks are by
+logit, then by the lower id.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -23,6 +29,8 @@ from gptq_api.types import SamplingParams, TokenLogprobs
 _CANDIDATES = 256
 """top-k and top-p look at so many most likely tokens first; a row that needs more is sorted whole"""
 _WEIGHT_ONE = 2.0**40
+_RACE_ELEMENTS = 1 << 16
+"""logits whose random numbers are made at a time, so that they stay in the cache"""
 _LOWEST = torch.finfo(torch.float32).min
 """the logit of a forbidden token: not -inf, which would be a broken row"""
 
@@ -40,6 +48,23 @@ def random_bits(seed: int, position: int) -> int:
         c0, c1, c2, c3 = product1 >> 32 ^ c1 ^ key0, product1 & word, product0 >> 32 ^ c3 ^ key1, product0 & word
         key0, key1 = key0 + 0x9E3779B9 & word, key1 + 0xBB67AE85 & word
     return c1 << 32 | c0
+
+
+def random_words(bits: list[int], vocab_size: int) -> npt.NDArray[np.uint32]:
+    """The random numbers of all token ids in rows of these `random_bits`: uint32 [S, vocab_size].
+
+    Two rounds of multiply and xor-shift, the second half of the row's bits between them, with the constants of
+    lowbias32 (Wellons and others, "Prospecting for hash functions").
+    """
+    key1, key0 = np.array([divmod(b, 2**32) for b in bits], dtype=np.uint32).T[:, :, None]
+    x: npt.NDArray[np.uint32] = np.arange(vocab_size, dtype=np.uint32) * np.uint32(0x9E3779B9) + key0
+    x ^= x >> 16
+    x *= np.uint32(0x21F0AAAD)
+    x += key1
+    x ^= x >> 15
+    x *= np.uint32(0xD35A2D97)
+    x ^= x >> 15
+    return x
 
 
 def sample(logits: Tensor, sequences: list[Sequence]) -> tuple[list[int], list[TokenLogprobs | None]]:
@@ -113,22 +138,26 @@ def _draw(logits: Tensor, sequences: list[Sequence]) -> list[int]:
     inverse = _column([inverse_temperature(p.temperature) for p in params], logits)
     # Relative to the best first: the smallest temperatures must not overflow.
     share = logits.sub(logits.amax(-1, keepdim=True)).mul_(inverse).exp_()
-    weights = (share * _WEIGHT_ONE).to(torch.int64)
-    if any(p.min_p > 0 for p in params):
-        weights.masked_fill_(share < _column([p.min_p for p in params], logits), 0)
-    tokens = [0] * len(sequences)
-    plain = [i for i, p in enumerate(params) if not _filters(p)]
-    if plain:
-        rows = weights if len(plain) == len(params) else weights[plain]
-        for i, token in zip(plain, _look_up(rows, [bits[i] for i in plain]), strict=True):
-            tokens[i] = token
-    filtered = [i for i, p in enumerate(params) if _filters(p)]
+    filtered = [i for i, p in enumerate(params) if p.top_k > 0 or p.top_p < 1.0 or p.min_p > 0]
     if filtered:
         whole = len(filtered) == len(params)
-        rows, row_weights = (logits, weights) if whole else (logits[filtered], weights[filtered])
-        drawn = _draw_filtered(rows, row_weights, [params[i] for i in filtered], [bits[i] for i in filtered])
-        for i, token in zip(filtered, drawn, strict=True):
-            tokens[i] = token
+        rows, row_share = (logits, share) if whole else (logits[filtered], share[filtered])
+        share[filtered] = row_share * _kept(rows, row_share, [params[i] for i in filtered])
+    return _race(share, bits)
+
+
+def _race(share: Tensor, bits: list[int]) -> list[int]:
+    """Shares exp((logit - best) / temperature) float32 [S, V], 0 for what may not be drawn -> one token for each row.
+
+    The highest share / E wins, E exponential: the logarithm of that is the scaled logit plus Gumbel noise.
+    """
+    tokens: list[int] = []
+    step = max(1, _RACE_ELEMENTS // share.shape[1])
+    for start in range(0, len(bits), step):
+        uniform = random_words(bits[start : start + step], share.shape[1]) * 2.0**-32
+        uniform += 2.0**-33
+        exponential = torch.from_numpy(uniform).neg_().log1p_().neg_().to(share.device)
+        tokens += share[start : start + step].div(exponential).argmax(-1).tolist()
     return tokens
 
 
@@ -136,35 +165,37 @@ def _column(values: list[float], like: Tensor) -> Tensor:
     return torch.tensor(values, dtype=torch.float32, device=like.device).unsqueeze(1)
 
 
-def _filters(p: SamplingParams) -> bool:
-    return p.top_k > 0 or p.top_p < 1.0
+def _kept(logits: Tensor, share: Tensor, params: list[SamplingParams]) -> Tensor:
+    """What min_p, top-k and top-p leave of rows [V], bool [S, V]: at least the best token of each."""
+    weights = (share * _WEIGHT_ONE).to(torch.int64)
+    weights.masked_fill_(share < _column([p.min_p for p in params], logits), 0)
+    kept = weights > 0
+    ranked = [i for i, p in enumerate(params) if p.top_k > 0 or p.top_p < 1.0]
+    if ranked:
+        whole = len(ranked) == len(params)
+        rows, row_weights = (logits, weights) if whole else (logits[ranked], weights[ranked])
+        kept[ranked] &= _head(rows, row_weights, [params[i] for i in ranked])
+    return kept
 
 
-def _draw_filtered(logits: Tensor, weights: Tensor, params: list[SamplingParams], bits: list[int]) -> list[int]:
-    """Rows [V] with top-k or top-p: among the most likely candidates where they suffice, else among all."""
-    mass = weights.sum(-1)
-    tokens = [0] * len(params)
+def _head(logits: Tensor, weights: Tensor, params: list[SamplingParams]) -> Tensor:
+    """What top-k and top-p leave, bool [S, V]: found among the most likely candidates where they suffice, else among
+    all."""
+    mass, vocab_size = weights.sum(-1), logits.shape[1]
+    head = torch.zeros_like(logits, dtype=torch.bool)
     rest = list(range(len(params)))
-    if logits.shape[1] > _CANDIDATES:
+    if vocab_size > _CANDIDATES:
         values, ids = _ties_by_id(*logits.topk(_CANDIDATES, -1))
-        values_weights = weights.gather(1, ids)
-        kept = _nucleus(values_weights, mass, params)
+        kept = _nucleus(weights.gather(1, ids), mass, params)
+        head.scatter_(1, ids, kept)
         # Of tokens as likely as the last candidate some may be missing: a cut among those is left to the sort.
         fits = (kept.sum(-1) <= (values > values[:, -1:]).sum(-1)).tolist()
-        enough = [p.top_k <= _CANDIDATES and e for p, e in zip(params, fits, strict=True)]
-        inside = [i for i in rest if enough[i]]
-        rest = [i for i in rest if not enough[i]]
-        if inside:
-            drawn = _draw_kept(ids[inside], (values_weights * kept)[inside], [bits[i] for i in inside])
-            for i, token in zip(inside, drawn, strict=True):
-                tokens[i] = token
+        rest = [i for i, p in enumerate(params) if not fits[i] or p.top_k > _CANDIDATES]
     if rest:
         ids = logits[rest].sort(dim=-1, descending=True, stable=True)[1]
-        ranked = weights[rest].gather(1, ids)
-        kept = _nucleus(ranked, mass[rest], [params[i] for i in rest])
-        for i, token in zip(rest, _draw_kept(ids, ranked * kept, [bits[i] for i in rest]), strict=True):
-            tokens[i] = token
-    return tokens
+        kept = _nucleus(weights[rest].gather(1, ids), mass[rest], [params[i] for i in rest])
+        head[rest] = torch.zeros_like(kept).scatter_(1, ids, kept)
+    return head
 
 
 def _ties_by_id(values: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -191,23 +222,6 @@ def _nucleus(weights: Tensor, mass: Tensor, params: list[SamplingParams]) -> Ten
     need = (top_p * total.double()).ceil().to(torch.int64).clamp(min=1)
     need = torch.where(top_p < 1.0, need, torch.iinfo(torch.int64).max)
     return (torch.arange(width, device=device) < top_k) & (cumulative - weights < need.unsqueeze(1))
-
-
-def _draw_kept(ids: Tensor, weights: Tensor, bits: list[int]) -> list[int]:
-    """One of the ids [S, C] by weights [S, C], looked up in the order of ids."""
-    ids, order = ids.sort(-1)
-    picked = torch.tensor(_look_up(weights.gather(1, order), bits), device=ids.device)
-    tokens: list[int] = ids.gather(1, picked.unsqueeze(1)).flatten().tolist()
-    return tokens
-
-
-def _look_up(weights: Tensor, bits: list[int]) -> list[int]:
-    """The index at which the cumulative sum of each row [C] passes bits / 2**64 of the total: never one of weight 0."""
-    cumulative = weights.cumsum(-1)
-    targets = [(b * total) >> 64 for b, total in zip(bits, cumulative[:, -1].tolist(), strict=True)]
-    wanted = torch.tensor(targets, dtype=torch.int64, device=weights.device).unsqueeze(1)
-    index: list[int] = torch.searchsorted(cumulative, wanted, right=True).flatten().tolist()
-    return index
 
 
 def _logprobs(raw: Tensor, tokens: list[int], sequences: list[Sequence]) -> list[TokenLogprobs | None]:
