@@ -44,7 +44,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     repetition_penalty: float = 1.0
     seed: int = 0
     """Always set: the API process draws one where the client gave none. Sampling is a function of
-    (seed, position, logits), so the text does not depend on who else is in the batch."""
+    (seed, position, logits), so the text depends on who else is in the batch only as far as logits do: not on the CPU,
+    and on CUDA in their last bits, which change a token only where the draw is as close as that."""
     stop_token_ids: tuple[int, ...] = ()
     """Ends the sequence with reason "stop"; holds the checkpoint's EOS ids unless ignore_eos. The stop token itself
     is reported as the last token."""

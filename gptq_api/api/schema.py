@@ -57,7 +57,7 @@ class SamplingFields(Body):
     frequency_penalty: Penalty | None = None
     repetition_penalty: Repetition | None = None
     seed: Seed | None = None
-    """The same seed gives the same text, whoever else is being served."""
+    """The same seed gives the same text, whoever else is being served (on a GPU: but for ties within rounding)."""
     n: Choices | None = None
     max_tokens: CountOrZero | None = None
     """Default: what the context leaves."""
