@@ -27,6 +27,7 @@ lint: $(VENV)/.installed-dev
 gpu: $(VENV)/.installed-dev
 	$(VENV)/bin/python -m pytest -m gpu $(ARGS)
 	$(VENV)/bin/python benchmarks/gemm.py --out benchmarks/results
+	$(VENV)/bin/python benchmarks/sampler.py --out benchmarks/results
 	$(VENV)/bin/python benchmarks/sanitize.py --out benchmarks/results
 	$(VENV)/bin/python benchmarks/decode.py --synthetic llama-13b --out benchmarks/results
 

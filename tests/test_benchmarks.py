@@ -121,3 +121,21 @@ def test_variants_of_one_commit_meet_in_one_file(script: ModuleType, tmp_path: P
     assert save("fp16", "b", 4.0) == [("fp16", 4.0)]
     assert save("fp16", "b", 5.0, kv_cache_dtype="fp8") == [("fp16", 5.0)]
     assert save("g128", "b", 6.0) == [("fp16", 4.0), ("g128", 6.0)]
+
+
+@pytest.mark.parametrize("script", ["sampler"], indirect=True)
+def test_commits_stand_beside_each_other(script: ModuleType, tmp_path: Path) -> None:
+    for commit, value in (("a", 1), ("b", 2), ("a", 3)):
+        script.save({"gpu": "A GPU", "commit": commit, "times": value}, tmp_path)
+    runs = json.loads((tmp_path / "sampler-a-gpu.json").read_text())
+    assert [(run["commit"], run["times"]) for run in runs] == [("b", 2), ("a", 3)]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not gptq.is_available(), reason=gptq.unavailable_reason() or "available")
+def test_the_sampler_is_timed_and_its_texts_are_compared(tmp_path: Path) -> None:
+    command = [sys.executable, str(BENCHMARKS / "sampler.py"), "--models", "demo", "--commit", "a test"]
+    subprocess.run([*command, "--out", str(tmp_path)], check=True, timeout=90)
+    (run,) = json.loads(next(tmp_path.glob("sampler-*.json")).read_text())
+    assert all(row["us"] > 1 for row in run["times"])
+    assert run["texts"][0]["same_alone_again"] == run["texts"][0]["texts"]
