@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import socket
+import statistics
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
+import pytest
 from server import Server, chat_body, chunks, raw_request
 
 from gptq_api.api.app import ROUTERS
@@ -124,6 +128,97 @@ def test_pipelined_requests_are_answered_in_order(server: Server) -> None:
         sock.sendall(raw_request("/version", b"", method="GET") + raw_request("/v1/models", b"", method="GET"))
         data = read_all_until(sock, b'"object":"list"')
     assert data.index(b'"version"') < data.index(b'"object":"list"')
+
+
+ENDLESS = b"Transfer-Encoding: chunked\r\n\r\n"
+"""the end of the headers of a request whose body never ends; the body consists of"""
+TINY_CHUNKS = b"1\r\nx\r\n" * 10_000
+
+
+def head(path: str, *extra: bytes, method: str = "POST") -> bytes:
+    return b"\r\n".join([f"{method} {path} HTTP/1.1".encode(), b"Host: x", *extra, ENDLESS])
+
+
+@pytest.mark.parametrize("flags", [(), ("--api-key", "key")])
+def test_tiny_chunks_do_not_stop_the_event_loop(flags: tuple[str, ...]) -> None:
+    """A body of one-byte chunks, as fast as it is taken, where it is read and where the key is missing: with one sender
+    and with four, /health takes 6 and 44 ms on two cores; parsed as it arrives, 0.5 and 2.8 s."""
+    with Server(*flags) as server:  # of its own: it works for a while on what the senders leave in the kernel
+        for num_senders in (1, 4):
+            assert statistics.median(health_beside_tiny_chunks(server, num_senders)) < 0.4
+
+
+def health_beside_tiny_chunks(server: Server, num_senders: int) -> list[float]:
+    """seconds of each of 40 requests, or of fewer where those take too long"""
+    left = threading.Event()
+
+    def send() -> None:
+        while not left.is_set():
+            with connect(server) as sock, contextlib.suppress(OSError):
+                sock.sendall(head("/v1/chat/completions", b"Content-Type: application/json"))
+                while not left.is_set():
+                    sock.send(TINY_CHUNKS)
+
+    senders = [threading.Thread(target=send) for _ in range(num_senders)]
+    for sender in senders:
+        sender.start()
+    try:
+        time.sleep(0.5)
+        seconds: list[float] = []
+        while len(seconds) < 40 and sum(seconds) < 16:
+            started = time.monotonic()
+            assert server.http.get("/health").status_code == 200
+            seconds.append(time.monotonic() - started)
+    finally:
+        left.set()
+        for sender in senders:
+            sender.join()
+    return seconds
+
+
+def test_an_answer_before_the_end_of_the_body_closes_the_connection(server: Server, strict_server: Server) -> None:
+    """The answer says so, arrives although the client goes on sending, and is followed by the end, soon."""
+    json_type, key = b"Content-Type: application/json", b"Authorization: Bearer first-key"
+    for running, status, request in (
+        (server, 200, head("/health", method="GET")),
+        (server, 404, head("/nope")),
+        (server, 405, head("/v1/models", method="PUT")),
+        (server, 400, head("/tokenize", b"Content-Type: text/plain")),
+        (server, 415, head("/tokenize", json_type, b"Content-Encoding: gzip")),
+        (strict_server, 401, head("/tokenize", json_type)),
+        (strict_server, 401, head("/tokenize", json_type, b"Expect: 100-continue")),
+        (strict_server, 413, head("/tokenize", json_type, key)),
+    ):
+        with connect(running) as sock:
+            sock.sendall(request)
+            for _ in range(40):  # 2.4 MB; no reset until then, or this would raise
+                sock.sendall(TINY_CHUNKS)
+            data = read_all(sock)
+            ended = time.monotonic()
+            assert data.startswith(b"HTTP/1.1 %d " % status), (status, data)
+            assert b"\r\nconnection: close\r\n" in data.lower(), (status, data)
+            assert data.count(b"HTTP/1.1 ") == 1, data
+            with pytest.raises(OSError):
+                while time.monotonic() - ended < 8:
+                    sock.sendall(TINY_CHUNKS)
+
+
+def test_what_waits_for_us_is_no_fault_of_the_client(strict_server: Server) -> None:
+    """Bodies whose parsing takes longer than the deadline, from clients that sent them at once."""
+    body = json.dumps(chat_body(max_tokens=1)).encode()
+    body += b" " * (99_000 - len(body))
+    chunked = b"".join(b"1\r\n%c\r\n" % byte for byte in body) + b"0\r\n\r\n"
+    request = head("/v1/chat/completions", b"Content-Type: application/json", b"Authorization: Bearer first-key")
+    socks = [connect(strict_server) for _ in range(4)]
+    senders = [threading.Thread(target=sock.sendall, args=(request + chunked,)) for sock in socks]
+    for sender in senders:
+        sender.start()
+    for sock in socks:
+        sock.settimeout(60)
+        assert read_all_until(sock, b"}}").startswith(b"HTTP/1.1 200 ")
+        sock.close()
+    for sender in senders:
+        sender.join()
 
 
 def test_a_stream_to_a_client_that_knows_no_chunks(server: Server) -> None:

@@ -2,7 +2,8 @@
 
 uvicorn only times idle keep-alive connections: a client that sends half a header, or a byte of body per second, holds
 its socket for ever. Here headers and bodies have a deadline as a whole (not per byte). A peer that vanished without a
-FIN is noticed by the kernel (keep-alive probes, TCP_USER_TIMEOUT).
+FIN is noticed by the kernel (keep-alive probes, TCP_USER_TIMEOUT). How much is parsed at a time, and what becomes of a
+body that nobody wants any more, is EdgeTransport's business.
 """
 
 from __future__ import annotations
@@ -13,10 +14,12 @@ from typing import Any
 
 import h11
 from uvicorn.config import Config
+from uvicorn.protocols.http.flow_control import CLOSE_HEADER
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.server import ServerState
 
 from gptq_api.api.errors import error_body, error_object
+from gptq_api.api.transport import EdgeTransport
 
 MAX_HEADER_BYTES = 32 * 1024
 SEND_BUFFER = 128 * 1024
@@ -34,9 +37,22 @@ def edge_protocol(header_timeout_s: float, body_timeout_s: float) -> type[asynci
     return Edge
 
 
+class EdgeConnection(h11.Connection):
+    """h11, and a rule about a request's body."""
+
+    def send(self, event: Any) -> Any:
+        """An answer that comes before the end of the body says that the rest of it will not be read."""
+        if isinstance(event, h11.Response) and self.their_state is h11.SEND_BODY and CLOSE_HEADER not in event.headers:
+            headers = [*event.headers, CLOSE_HEADER]
+            event = h11.Response(status_code=event.status_code, headers=headers, reason=event.reason)
+        return super().send(event)
+
+
 class EdgeProtocol(H11Protocol):
     header_timeout: float
     body_timeout: float
+    conn: EdgeConnection
+    transport: EdgeTransport
 
     def __init__(
         self,
@@ -47,31 +63,31 @@ class EdgeProtocol(H11Protocol):
     ) -> None:
         # each request's scope["state"] is a copy of this: how a response gets at its connection
         super().__init__(config, server_state, {**app_state, "connection": self}, _loop)
-        self._deadline: asyncio.TimerHandle | None = None
+        self.conn = EdgeConnection(h11.SERVER, MAX_HEADER_BYTES)
         self._awaiting: str | None = None
+        self._seconds_left = 0.0
+        """that the client has for what is awaited"""
+        self._deadline: asyncio.TimerHandle | None = None
+        """while these seconds run"""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
+        super().connection_made(EdgeTransport(transport, self.conn, self._parse, self._watch))
         tune(transport.get_extra_info("socket"))
         self._watch()
 
     def data_received(self, data: bytes) -> None:
-        # h11 looks at its limit only when headers are incomplete: let it look before a whole bomb is there
-        while len(data) > MAX_HEADER_BYTES // 2 and self.conn.their_state is h11.IDLE:
-            super().data_received(data[: MAX_HEADER_BYTES // 2])
-            data = data[MAX_HEADER_BYTES // 2 :]
-            if self.transport.is_closing():
-                return
+        self.transport.receive(data)
+
+    def _parse(self, data: bytes) -> None:
         super().data_received(data)
-        self._watch(fresh_data=True)
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
         self._watch()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._arm(None)
         super().connection_lost(exc)
+        self._watch()
         self._unset_keepalive_if_required()  # uvicorn leaves the timer armed after a reset
 
     def send_chunk(self, data: bytes) -> bool:
@@ -95,39 +111,46 @@ class EdgeProtocol(H11Protocol):
         if self.transport is not None:
             self.transport.abort()
 
-    def _watch(self, fresh_data: bool = False) -> None:
-        """Arm or disarm the deadline for what the client owes us now."""
-        state = self.conn.their_state
-        if self.transport.is_closing():
-            self._arm(None)
-        elif state is h11.SEND_BODY:
-            self._arm("body")
-        elif state is h11.IDLE and (self.cycle is None or (fresh_data and self.conn.trailing_data[0])):
-            self._arm("headers")
-        elif state is not h11.IDLE or self._awaiting == "body":
-            self._arm(None)
-
-    def _arm(self, awaiting: str | None) -> None:
-        if awaiting == self._awaiting:
-            return
+    def _watch(self) -> None:
+        """Let the client's time run for what it owes us, while we read: what it has sent and we have not parsed is our
+        delay."""
         if self._deadline is not None:
+            self._seconds_left = self._deadline.when() - self.loop.time()
             self._deadline.cancel()
             self._deadline = None
-        self._awaiting = awaiting
-        if awaiting is not None:
-            seconds = self.header_timeout if awaiting == "headers" else self.body_timeout
-            self._deadline = self.loop.call_later(seconds, self._too_slow, awaiting, seconds)
+        if (owed := self._owed()) != self._awaiting:
+            self._awaiting = owed
+            self._seconds_left = self.header_timeout if owed == "headers" else self.body_timeout
+        if owed is not None and self.transport.reading:
+            self._deadline = self.loop.call_later(self._seconds_left, self._too_slow, owed)
 
-    def _too_slow(self, awaiting: str, seconds: float) -> None:
+    def _owed(self) -> str | None:
+        """What the client has to send before anything else can happen."""
+        if self.transport.is_closing():
+            return None
+        if self.conn.their_state is h11.SEND_BODY:
+            return "body"
+        begun = self.cycle is None or self.conn.trailing_data[0]
+        return "headers" if self.conn.their_state is h11.IDLE and begun else None
+
+    def _too_slow(self, awaiting: str) -> None:
         if self.transport.is_closing():
             return
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            seconds = self.header_timeout if awaiting == "headers" else self.body_timeout
             self._refuse(408, f"The request's {awaiting} did not arrive within {seconds:g} s.")
-        self.abort() if self.transport.get_write_buffer_size() else self.transport.close()
+        self.abort() if self.transport.get_write_buffer_size() else self._hang_up()
 
     def send_400_response(self, msg: str) -> None:
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
             self._refuse(400, f"This is not valid HTTP/1.1, or its headers are longer than {MAX_HEADER_BYTES} bytes.")
+        self._hang_up()
+
+    def _hang_up(self) -> None:
+        """Close. Who works on the request learns at once that its client is gone, although the connection lingers."""
+        if self.cycle is not None and not self.cycle.response_complete:
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
         self.transport.close()
 
     def _refuse(self, status: int, message: str) -> None:

@@ -82,12 +82,7 @@ class _JsonRequest(Request):
 
 
 def _too_large(max_bytes: int) -> ApiError:
-    return ApiError(
-        413,
-        f"The request body is larger than {max_bytes} bytes.",
-        code="request_too_large",
-        headers={"connection": "close"},  # the rest of it is not read
-    )
+    return ApiError(413, f"The request body is larger than {max_bytes} bytes.", code="request_too_large")
 
 
 def _parsed(body: bytes) -> Any:

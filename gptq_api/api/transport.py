@@ -1,0 +1,131 @@
+"""What stands between asyncio's transport and uvicorn's protocol, and decides when h11 gets to see what arrived.
+
+asyncio hands over up to 256 KiB at a time, and h11 and uvicorn work through all of it before anyone else has a turn: as
+chunks of one byte that is half a second. Here what arrived waits, and one slice of it is parsed per turn of the event
+loop; nothing more is read while something waits.
+
+A connection that is closed before its client has finished lingers: the client sees the answer and its end, and what it
+still sends is thrown away unparsed for a moment. To what comes to a closed socket the kernel answers with a reset, at
+which many clients give up without having read the answer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import h11
+
+SLICE = 2 * 1024
+"""bytes that one connection may have parsed per turn of the loop: 3 ms as chunks of one byte. Smaller slices would cost
+honest bodies too much: at 2 KiB, one of 7 MiB takes 0.12 s (at 8 KiB 0.06 s)."""
+LINGER_S = 1.0
+"""seconds that a client has to read an answer it got early: several round trips to anywhere"""
+LINGER_BYTES = 16 * 2**20
+"""bytes that are thrown away at most: twice the largest body by default; reading them takes milliseconds"""
+
+
+class EdgeTransport(asyncio.Transport):
+    """The transport that uvicorn knows. `parse` takes a slice; `on_change` is told when `reading` may have changed."""
+
+    def __init__(
+        self,
+        transport: asyncio.Transport,
+        conn: h11.Connection,
+        parse: Callable[[bytes], None],
+        on_change: Callable[[], None],
+    ) -> None:
+        super().__init__()
+        self._transport = transport
+        self._conn = conn
+        self._parse = parse
+        self._on_change = on_change
+        self._loop = asyncio.get_running_loop()
+        self._waiting = bytearray()
+        self._paused = False
+        """by uvicorn, because of a body that is not consumed or of a request that is not yet its turn"""
+        self._turn: asyncio.Handle | None = None
+        self._lingering = False
+        self._num_discarded = 0
+
+    @property
+    def reading(self) -> bool:
+        """Whether it is for the client to send; otherwise what it sent is for us to work on."""
+        return not self._waiting and not self._paused
+
+    def receive(self, data: bytes) -> None:
+        """What asyncio's transport has read. The first slice is parsed at once."""
+        if self._deaf:
+            self._num_discarded += len(data)
+            if self._num_discarded > LINGER_BYTES:
+                self._transport.close()
+            return
+        self._waiting += data
+        self._take_turn()
+
+    def pause_reading(self) -> None:
+        self._paused = True
+        self._regulate()
+
+    def resume_reading(self) -> None:
+        self._paused = False
+        self._regulate()
+
+    def _take_turn(self) -> None:
+        self._turn = None
+        if self._deaf:
+            self._waiting.clear()
+        elif self._waiting and not self._paused:
+            piece = bytes(self._waiting[:SLICE])
+            del self._waiting[:SLICE]
+            try:
+                self._parse(piece)
+            except BaseException:
+                self.abort()  # asyncio does so only for what it calls itself
+                raise
+        self._regulate()
+
+    def _regulate(self) -> None:
+        if self.reading:
+            self._transport.resume_reading()
+        else:
+            self._transport.pause_reading()
+        if self._waiting and not self._paused and self._turn is None:
+            self._turn = self._loop.call_soon(self._take_turn)
+        self._on_change()
+
+    @property
+    def _deaf(self) -> bool:
+        """Whether nothing the client may send can be a part of a request."""
+        return self.is_closing() or self._conn.their_state in (h11.MUST_CLOSE, h11.CLOSED, h11.ERROR)
+
+    def is_closing(self) -> bool:
+        return self._lingering or self._transport.is_closing()
+
+    def close(self) -> None:
+        """Send what is buffered and close; linger where the client is in the middle of a body or of nonsense."""
+        if self.is_closing():
+            return
+        if not self._waiting and self._conn.their_state not in (h11.SEND_BODY, h11.ERROR):
+            self._transport.close()
+            return
+        self._lingering = True
+        self._waiting.clear()
+        with contextlib.suppress(OSError):  # the peer may have gone
+            self._transport.write_eof()
+        self._loop.call_later(LINGER_S, self._transport.close)
+        self.resume_reading()
+
+    def abort(self) -> None:
+        self._transport.abort()
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        self._transport.write(data)
+
+    def get_write_buffer_size(self) -> int:
+        return self._transport.get_write_buffer_size()
+
+    def get_extra_info(self, name: str, default: Any = None) -> Any:
+        return self._transport.get_extra_info(name, default)
