@@ -130,6 +130,25 @@ def test_pipelined_requests_are_answered_in_order(server: Server) -> None:
     assert data.index(b'"version"') < data.index(b'"object":"list"')
 
 
+def test_a_body_of_two_lengths_is_refused_whoever_sends_it(server: Server, strict_server: Server) -> None:
+    """One answer and the end of the connection: what a proxy may take for the next request is not looked at."""
+    body = b"0\r\n\r\n"
+    following = raw_request("/version", b"", "Authorization: Bearer first-key", method="GET")
+    for method, path in (("GET", "/health"), ("GET", "/nope"), ("PUT", "/v1/models"), ("POST", "/tokenize")):
+        for running, headers in (
+            (server, []),
+            (strict_server, []),
+            (strict_server, ["Authorization: Bearer first-key"]),
+        ):
+            request = raw_request(path, body, "Transfer-Encoding: chunked", *headers, method=method)
+            with connect(running) as sock:
+                sock.sendall(request + following)
+                data = read_all(sock)
+            assert data.startswith(b"HTTP/1.1 400 ") and b"\r\nconnection: close\r\n" in data.lower(), (path, data)
+            assert b"Send either Content-Length or Transfer-Encoding." in data, (path, data)
+            assert data.count(b"HTTP/1.1 ") == 1, (path, data)
+
+
 ENDLESS = b"Transfer-Encoding: chunked\r\n\r\n"
 """the end of the headers of a request whose body never ends; the body consists of"""
 TINY_CHUNKS = b"1\r\nx\r\n" * 10_000

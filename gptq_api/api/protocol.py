@@ -38,7 +38,21 @@ def edge_protocol(header_timeout_s: float, body_timeout_s: float) -> type[asynci
 
 
 class EdgeConnection(h11.Connection):
-    """h11, and a rule about a request's body."""
+    """h11, and two rules about a request's body."""
+
+    refusal: str | None = None
+    """why a request that is valid HTTP for h11 is not for us"""
+
+    def next_event(self) -> Any:
+        """A body of two lengths is refused before anyone acts upon the request: a proxy in front may see two requests
+        in it."""
+        event = super().next_event()
+        if isinstance(event, h11.Request):
+            names = {name for name, _ in event.headers}
+            if b"content-length" in names and b"transfer-encoding" in names:
+                self.refusal = "Send either Content-Length or Transfer-Encoding."
+                raise h11.RemoteProtocolError(self.refusal)
+        return event
 
     def send(self, event: Any) -> Any:
         """An answer that comes before the end of the body says that the rest of it will not be read."""
@@ -143,7 +157,8 @@ class EdgeProtocol(H11Protocol):
 
     def send_400_response(self, msg: str) -> None:
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
-            self._refuse(400, f"This is not valid HTTP/1.1, or its headers are longer than {MAX_HEADER_BYTES} bytes.")
+            invalid = f"This is not valid HTTP/1.1, or its headers are longer than {MAX_HEADER_BYTES} bytes."
+            self._refuse(400, self.conn.refusal or invalid)
         self._hang_up()
 
     def _hang_up(self) -> None:

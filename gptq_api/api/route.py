@@ -62,8 +62,6 @@ class _JsonRequest(Request):
 
     def _check_headers(self, max_bytes: int) -> None:
         length = self.headers.get("content-length", "")
-        if length and "transfer-encoding" in self.headers:  # a proxy in front may see two requests in it
-            raise ApiError(400, "Send either Content-Length or Transfer-Encoding.", headers={"connection": "close"})
         if length.isdecimal() and int(length[:20]) > max_bytes:
             raise _too_large(max_bytes)
         kind = self.headers.get("content-type", "").partition(";")[0].strip().lower()
