@@ -1,17 +1,17 @@
 """Settings: every knob once. A field `max_num_seqs` is the CLI flag `--max-num-seqs`, the environment variable
-`GPTQ_API_MAX_NUM_SEQS` and the TOML key `max_num_seqs`; the docstring under it is its help text.
+`GPTQ_API_MAX_NUM_SEQS` and the TOML key `max_num_seqs` or `max-num-seqs`; the docstring under it is its help text.
 
 Precedence: command line, environment, TOML file (`--config FILE` or `GPTQ_API_CONFIG`), default. Unknown flags, keys
-and GPTQ_API_* variables are refused by name.
+and GPTQ_API_* variables are refused by name. A list is split at commas; flags that are repeated add up.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args, get_origin
 
-from pydantic import AliasChoices, Field, field_validator, model_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import AliasChoices, Field, ValidationInfo, field_validator, model_validator
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 ENV_PREFIX = "GPTQ_API_"
 
@@ -21,13 +21,14 @@ class ConfigError(ValueError):
 
 
 class CommandSettings(BaseSettings):
-    """What the settings of all commands have in common: where values come from."""
+    """What the settings of all commands have in common: how values are written. Made by hand it holds what it is given;
+    settings_source.py reads the three sources."""
 
     model_config = SettingsConfigDict(
-        env_prefix=ENV_PREFIX,
         frozen=True,
         extra="forbid",
         use_attribute_docstrings=True,
+        enable_decoding=False,  # lists are not JSON: _as_written splits them
         cli_kebab_case=True,
         cli_implicit_flags=True,
         cli_avoid_json=True,
@@ -37,12 +38,35 @@ class CommandSettings(BaseSettings):
     positional: ClassVar[tuple[str, ...]] = ("model_path",)
     """fields that leading arguments without a flag fill, in this order; a list takes all that are left"""
 
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return (init_settings,)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _as_written(cls, value: object, info: ValidationInfo) -> object:
+        """Flags and variables are text: lists are split, choices among numbers become numbers, nothing is no value."""
+        assert info.field_name is not None
+        annotation = cls.model_fields[info.field_name].annotation
+        if takes_list(annotation):
+            return _items(value)
+        if isinstance(value, str) and not value.strip() and str not in (annotation, *get_args(annotation)):
+            raise ValueError("is empty; leave it out for its default")
+        return _number(value) if _chooses_number(annotation) else value
+
 
 class Settings(CommandSettings):
     """The server for 4-bit GPTQ LLaMA checkpoints. Every option is also a GPTQ_API_* variable and a TOML key."""
 
     # The model
-    model_path: str = "demo"
+    model_path: str = Field("demo", min_length=1)
     """Checkpoint folder (or a .safetensors / .pt file in one), or a name on the Hugging Face hub such as
     `TheBloke/vicuna-7B-1.1-GPTQ`. `demo` is the small model in the package."""
     revision: str | None = None
@@ -90,11 +114,11 @@ class Settings(CommandSettings):
     """CPU threads of the engine. Default: the cores this process may use."""
 
     # The server
-    host: str = "127.0.0.1"
+    host: str = Field("127.0.0.1", min_length=1)
     """Address to listen on. Anything but loopback needs --api-key or --allow-unauthenticated."""
     port: int = Field(8000, ge=0, le=65535)
     """Port to listen on; 0 picks a free one and prints it."""
-    api_key: list[str] = []
+    api_key: list[str] = Field([], repr=False)
     """Accepted bearer tokens, separated by commas; none: no authentication."""
     allow_unauthenticated: bool = False
     """Listen on a non-loopback address without an API key."""
@@ -121,23 +145,20 @@ class Settings(CommandSettings):
     config: Path | None = None
     """TOML file with any of these settings."""
 
-    @field_validator("gptq_wbits", mode="before")
-    @classmethod
-    def _wbits(cls, value: object) -> object:
-        return _number(value)
-
     @field_validator("gptq_groupsize")
     @classmethod
     def _groupsize(cls, value: int | None) -> int | None:
         return None if value is None else _group_size(value)
 
-    @field_validator("api_key", mode="before")
+    @field_validator("api_key")
     @classmethod
-    def _keys(cls, value: object) -> object:
-        keys = [value] if isinstance(value, str) else value
-        if isinstance(keys, list) and not all(isinstance(key, str) and key for key in keys):
-            raise ValueError("holds an empty key")
-        return keys
+    def _keys(cls, value: list[str]) -> list[str]:
+        if not all(key.isascii() and key.isprintable() and not {" ", ","} & set(key) for key in value):
+            raise ValueError(
+                "holds a key that no HTTP header carries as it is: a key is made of ASCII letters, digits and signs, "
+                "without spaces and commas"
+            )
+        return value
 
     @model_validator(mode="after")
     def _exposure(self) -> Settings:
@@ -228,11 +249,6 @@ class QuantizeSettings(CommandSettings):
     config: Path | None = None
     """TOML file with any of these settings."""
 
-    @field_validator("bits", mode="before")
-    @classmethod
-    def _bits(cls, value: object) -> object:
-        return _number(value)
-
     @field_validator("group_size")
     @classmethod
     def _size(cls, value: int) -> int:
@@ -279,13 +295,12 @@ class BenchSettings(CommandSettings):
     config: Path | None = None
     """TOML file with any of these settings."""
 
-    @field_validator("models", mode="before")
+    @field_validator("models")
     @classmethod
-    def _models(cls, value: object) -> object:
-        models = [value] if isinstance(value, str) else value
-        if isinstance(models, list) and not (models and all(models)):
+    def _models(cls, value: list[str]) -> list[str]:
+        if not value:
             raise ValueError("names no model")
-        return models
+        return value
 
 
 ALL_SETTINGS: tuple[type[CommandSettings], ...] = (
@@ -295,6 +310,29 @@ ALL_SETTINGS: tuple[type[CommandSettings], ...] = (
     QuantizeSettings,
     BenchSettings,
 )
+
+
+def takes_list(annotation: Any) -> bool:
+    """Whether the setting is a list, or may be one."""
+    return any(get_origin(kind) is list for kind in (annotation, *get_args(annotation)))
+
+
+def _items(value: object) -> object:
+    """What a list holds; a TOML array says itself where its items end."""
+    if isinstance(value, str) and value.lstrip().startswith('["'):
+        raise ValueError("takes values separated by commas, and not JSON")
+    items = value.split(",") if isinstance(value, str) else value
+    if not isinstance(items, list):
+        return items
+    items = [item.strip() if isinstance(item, str) else item for item in items]
+    if "" in items:
+        raise ValueError("holds an empty item")
+    return items
+
+
+def _chooses_number(annotation: Any) -> bool:
+    kinds = [kind for kind in (annotation, *get_args(annotation)) if get_origin(kind) is Literal]
+    return any(isinstance(choice, int) for kind in kinds for choice in get_args(kind))
 
 
 def _number(value: object) -> object:

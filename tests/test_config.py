@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import pytest
+from pydantic import TypeAdapter, ValidationError
+from pydantic.fields import FieldInfo
 
 from gptq_api.cli.main import main
 from gptq_api.config import (
+    ALL_SETTINGS,
     ENV_PREFIX,
     BenchSettings,
     ChatSettings,
@@ -148,6 +153,174 @@ def test_unknown_variables_and_keys_are_named(monkeypatch: pytest.MonkeyPatch, t
     monkeypatch.setenv("GPTQ_API_BLOCK_SIZE", "-4")
     with pytest.raises(ConfigError, match="environment variable GPTQ_API_BLOCK_SIZE"):
         load_settings(Settings, [])
+
+
+NUMBERS = (7, 0.5, 7000)
+"""one of them is allowed wherever a number is"""
+
+
+def sample(field: FieldInfo) -> Any:
+    """A value of the field's type as TOML writes it, other than the default. Fails for a type that is new here."""
+    kinds = [kind for kind in get_args(field.annotation) or (field.annotation,) if kind is not type(None)]
+    if get_origin(field.annotation) in (Literal, list):
+        kinds = [field.annotation]
+    (kind,) = kinds
+    if get_origin(kind) is Literal:
+        return get_args(kind)[-1]
+    if get_origin(kind) is list:
+        assert get_args(kind) == (str,)
+        return ["one", "two"]
+    if kind is bool:
+        return not field.default
+    if kind in (int, float):
+        return next(number for number in NUMBERS if fits(field, number))
+    assert kind in (str, Path), f"{kind} has no sample"
+    return "localhost"
+
+
+def fits(field: FieldInfo, number: float) -> bool:
+    try:
+        TypeAdapter(Annotated[field.annotation, field.description, *field.metadata]).validate_python(number)
+    except ValidationError:
+        return False
+    return number != field.default
+
+
+def as_flags(name: str, value: Any) -> list[str]:
+    if isinstance(value, bool):
+        return [flag(name) if value else "--no-" + flag(name)[2:]]
+    return [f"{flag(name)}={','.join(value) if isinstance(value, list) else value}"]
+
+
+def as_text(value: Any) -> str:
+    return ",".join(value) if isinstance(value, list) else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [(kind, name) for kind in ALL_SETTINGS for name in kind.model_fields if name != "config"],
+    ids=lambda item: item if isinstance(item, str) else item.__name__,
+)
+def test_every_setting_of_every_command_reads_the_same_from_all_sources(
+    kind: type[CommandSettings], name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """`config` names one of the sources, and is not read from itself."""
+    fields = kind.model_fields
+    value = sample(fields[name])
+    others = [item for other in fields if fields[other].is_required() and other != name for item in (flag(other), "x")]
+    read = {"flag": load_settings(kind, [*others, *as_flags(name, value)])}
+    flag_name = flag(name)[2:]
+    for spelling in {name, name.replace("_", "-"), flag_name}:
+        for text in {json.dumps(value), json.dumps(as_text(value))}:
+            file = tmp_path / "gptq.toml"
+            file.write_text(f"{spelling} = {text}\n")
+            read[f"TOML {spelling} = {text}"] = load_settings(kind, [*others, "--config", str(file)])
+    for spelling in {name, flag_name.replace("-", "_")}:
+        with monkeypatch.context() as patch:
+            patch.setenv(ENV_PREFIX + spelling.upper(), as_text(value))
+            read[f"variable {spelling.upper()}"] = load_settings(kind, others)
+    expected = Path(value) if isinstance(getattr(read["flag"], name), Path) else value
+    assert len(read) >= 3
+    for source, settings in read.items():
+        assert getattr(settings, name) == expected, source
+        assert settings.model_dump(exclude={"config"}) == read["flag"].model_dump(exclude={"config"}), source
+    assert expected != fields[name].default
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"), [(Settings, "api_key"), (ChatSettings, "api_key"), (BenchSettings, "models")]
+)
+def test_lists_are_split_at_commas(
+    kind: type[CommandSettings], name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def read(*args: str) -> Any:
+        return getattr(load_settings(kind, args), name)
+
+    assert read(flag(name), "a") == ["a"]
+    assert read(flag(name), "a", flag(name), " b , c") == read(f"{flag(name)}=a,b,c") == ["a", "b", "c"]
+    file = tmp_path / "gptq.toml"
+    for text in ('"a , b"', '["a", " b "]'):
+        file.write_text(f"{name} = {text}\n")
+        assert read("--config", str(file)) == ["a", "b"]
+    variable = ENV_PREFIX + name.upper()
+    for text in ("a,b", " a, b\n"):
+        monkeypatch.setenv(variable, text)
+        assert read() == ["a", "b"]
+    for text in ("", " ", "a,", ",a", "a,,b", "a, ,b"):
+        monkeypatch.setenv(variable, text)
+        with pytest.raises(ConfigError, match=f"environment variable {variable}: holds an empty item"):
+            read()
+    monkeypatch.setenv(variable, '["a", "b"]')
+    with pytest.raises(ConfigError, match=f"environment variable {variable}: takes values separated by commas"):
+        read()
+    monkeypatch.delenv(variable)
+    file.write_text(f'{name} = ["a", ""]\n')
+    with pytest.raises(ConfigError, match=rf"key {name} in .*gptq.toml: holds an empty item"):
+        read("--config", str(file))
+    with pytest.raises(ConfigError, match=f"^{flag(name)}: holds an empty item"):
+        read(flag(name), "a", flag(name), "")
+
+
+@pytest.mark.parametrize("key", ["geh\u00e4im", "two words", "tab\tin", "line\nbreak", "nul\0", "\u2019"])
+def test_a_key_that_no_header_carries_is_refused_and_not_shown(key: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^--api-key: holds a key that no HTTP header carries as it is") as refusal:
+        load_settings(Settings, ["--api-key", f"good,{key}"])
+    assert "good" not in str(refusal.value) and key not in str(refusal.value)
+    file = tmp_path / "gptq.toml"
+    file.write_text('api-key = ["one,key"]\n')
+    with pytest.raises(ConfigError, match=r"key api-key in .*gptq.toml: holds a key that no HTTP header"):
+        load_settings(Settings, ["--config", str(file)])
+    assert "good" not in repr(load_settings(Settings, ["--api-key", "good"]))
+
+
+def test_two_spellings_of_one_setting_in_one_source_are_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    file = tmp_path / "gptq.toml"
+    for kind, text, first, second in (
+        (Settings, "max-num-seqs = 4\nmax_num_seqs = 4\n", "max-num-seqs", "max_num_seqs"),
+        (InspectSettings, "json_output = true\njson = true\n", "json_output", "json"),
+        (BenchSettings, 'json = "x"\njson-file = "x"\n', "json", "json-file"),
+    ):
+        file.write_text(text)
+        args = ["--config", str(file)]
+        with pytest.raises(ConfigError, match=rf"key {first} in .* and key {second} in .* are the same setting"):
+            load_settings(kind, args)
+    monkeypatch.setenv("GPTQ_API_JSON", "1")
+    monkeypatch.setenv("GPTQ_API_JSON_OUTPUT", "1")
+    with pytest.raises(ConfigError, match="GPTQ_API_JSON and environment variable GPTQ_API_JSON_OUTPUT are the same"):
+        load_settings(InspectSettings, [])
+
+
+def test_wrong_keys_of_a_file_are_named_as_they_are_written(tmp_path: Path) -> None:
+    file = tmp_path / "gptq.toml"
+    for text, words in (
+        ("max-num-seqs = 0\n", r"^key max-num-seqs in .*gptq.toml: .*greater than or equal to 1 \(got '0'\)"),
+        ("max-num-sequences = 2\n", r"^key max-num-sequences in .* is not a setting; did you mean max-num-seqs\?"),
+        ("[server]\nport = 1\n", r"^key server in .* is not a setting"),
+        ('config = "other.toml"\n', r"^key config in .*: a settings file does not name another one"),
+    ):
+        file.write_text(text)
+        with pytest.raises(ConfigError, match=words):
+            load_settings(Settings, ["--config", str(file)])
+
+
+@pytest.mark.parametrize(
+    "name", [name for name, field in Settings.model_fields.items() if str not in get_args(field.annotation)]
+)
+def test_an_empty_variable_is_named(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    variable = ENV_PREFIX + name.upper()
+    monkeypatch.setenv(variable, "")
+    with pytest.raises(ConfigError, match=f"^environment variable {variable}: ") as refusal:
+        load_settings(Settings, [])
+    assert any(words in str(refusal.value) for words in ("is empty", "holds an empty item", "at least 1 character"))
+
+
+def test_variables_without_our_prefix_are_not_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JSON", "true")
+    assert load_settings(InspectSettings, []).json_output is False
+    monkeypatch.setenv("GPTQ_API_PORT", "1")
+    assert Settings().port == 8000, "settings made by hand, as in the engine process, are what they are given"
 
 
 def test_the_variable_of_the_build_is_not_in_the_way(monkeypatch: pytest.MonkeyPatch) -> None:
