@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -26,10 +26,19 @@ ONE_THREAD = ("--num-threads", "1")
 class Server:
     """`with Server("--max-queued-requests", "4") as server:`; ready when the block begins, gone when it ends."""
 
-    def __init__(self, *flags: str, env: dict[str, str] | None = None, port: int = 0, wait: bool = True) -> None:
+    def __init__(
+        self,
+        *flags: str,
+        env: dict[str, str] | None = None,
+        port: int = 0,
+        wait: bool = True,
+        command: Sequence[str] | None = None,
+    ) -> None:
+        """`command`: all that stands after `gptq-api`, instead of `serve` with a free port, one thread and `flags`."""
+        arguments = ["serve", "--port", str(port), *ONE_THREAD, *flags] if command is None else command
         self._log = tempfile.NamedTemporaryFile(suffix=".log")  # noqa: SIM115  (closed by close)
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "gptq_api", "serve", "--port", str(port), *ONE_THREAD, *flags],
+            [sys.executable, "-m", "gptq_api", *arguments],
             stdin=subprocess.DEVNULL,
             stdout=self._log,
             stderr=subprocess.STDOUT,
