@@ -117,6 +117,8 @@ class EngineStats(msgspec.Struct, frozen=True, array_like=True):
     """prompt tokens that were found there, in total"""
     num_batched_tokens: int
     """tokens computed by this step; 0 where there was none"""
+    num_log_lines_dropped: int = 0
+    """by the engine process, in total"""
 
 
 class StepOutput(msgspec.Struct, frozen=True, tag="step", kw_only=True):

@@ -33,15 +33,17 @@ class Server:
         port: int = 0,
         wait: bool = True,
         command: Sequence[str] | None = None,
+        stderr: int = subprocess.STDOUT,
     ) -> None:
-        """`command`: all that stands after `gptq-api`, instead of `serve` with a free port, one thread and `flags`."""
+        """`command`: all that stands after `gptq-api`, instead of `serve` with a free port, one thread and `flags`.
+        `stderr`: a descriptor for the log; without its lines there is nothing to wait for."""
         arguments = ["serve", "--port", str(port), *ONE_THREAD, *flags] if command is None else command
         self._log = tempfile.NamedTemporaryFile(suffix=".log")  # noqa: SIM115  (closed by close)
         self.process = subprocess.Popen(
             [sys.executable, "-m", "gptq_api", *arguments],
             stdin=subprocess.DEVNULL,
             stdout=self._log,
-            stderr=subprocess.STDOUT,
+            stderr=stderr,
             env={**os.environ, **(env or {})},
             start_new_session=True,  # ^C in the test run is not for the server
         )

@@ -12,6 +12,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from gptq_api.engine.client import EngineClient
+from gptq_api.logs import num_dropped
 from gptq_api.types import StepOutput
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -72,7 +73,7 @@ class Metrics:
 
 
 class _EngineCollector(Collector):
-    """What the engine said with its last step."""
+    """What the engine said with its last step, and the log lines that neither process could write."""
 
     def __init__(self, model_name: str, engine: EngineClient) -> None:
         self._model_name, self._engine = model_name, engine
@@ -92,12 +93,16 @@ class _EngineCollector(Collector):
             gauge.add_metric([self._model_name], value)
             yield gauge
         counters = {
-            "num_preemptions": ("Sequences thrown out of the KV cache and computed again.", stats.num_preemptions),
-            "prefix_cache_queries": ("Prompt tokens looked up in the prefix cache.", stats.num_prefix_queries),
-            "prefix_cache_hits": ("Prompt tokens found in the prefix cache.", stats.num_prefix_hits),
+            "vllm:num_preemptions": ("Sequences thrown out of the KV cache and computed again.", stats.num_preemptions),
+            "vllm:prefix_cache_queries": ("Prompt tokens looked up in the prefix cache.", stats.num_prefix_queries),
+            "vllm:prefix_cache_hits": ("Prompt tokens found in the prefix cache.", stats.num_prefix_hits),
+            "gptq_api:log_lines_dropped": (
+                "Log lines that were not written, because nobody read them or the disk was full.",
+                num_dropped() + stats.num_log_lines_dropped,
+            ),
         }
         for name, (text, value) in counters.items():
-            counter = CounterMetricFamily(f"vllm:{name}", text, labels=["model_name"])
+            counter = CounterMetricFamily(name, text, labels=["model_name"])
             counter.add_metric([self._model_name], value)
             yield counter
         if engine.alive:

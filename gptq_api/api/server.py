@@ -14,7 +14,6 @@ import os
 import resource
 import signal
 import socket
-import sys
 import time
 
 import structlog
@@ -24,12 +23,12 @@ from starlette.types import ASGIApp
 from gptq_api import __version__
 from gptq_api.api.app import build_app
 from gptq_api.api.listen import PortError, bind, in_use
-from gptq_api.api.logs import configure
 from gptq_api.api.middleware import RequestMiddleware
 from gptq_api.api.protocol import MAX_HEADER_BYTES, edge_protocol
 from gptq_api.api.service import Service
 from gptq_api.config import Settings
 from gptq_api.engine.client import EngineClient, EngineFailed
+from gptq_api.logs import configure
 from gptq_api.text.chat_template import ChatTemplate, ChatTemplateError, load_chat_template
 from gptq_api.text.folder import FolderError, checkpoint_folder
 from gptq_api.text.tokenizer import Tokenizer, TokenizerError, load_tokenizer
@@ -47,12 +46,13 @@ STOP_S = 0.5
 
 def run(settings: Settings) -> int:
     """Serve until told to stop. Exit status: 0 drained, 1 could not start, 70 the engine died."""
-    configure(settings.log_level, settings.log_json)
+    lines = configure(settings.log_level, settings.log_json)
     _allow_connections()
     try:
         return asyncio.run(_run(settings))
     except (PortError, EngineFailed, FolderError, TokenizerError, ChatTemplateError) as error:
-        print(f"gptq-api serve: {error}", file=sys.stderr)
+        sentence = f"gptq-api serve: {error}"
+        log.error(sentence) if settings.log_json else lines.msg(sentence)
         return EXIT_FAILED
 
 

@@ -6,6 +6,7 @@ import logging
 from collections import deque
 from typing import Generic, Protocol, TypeVar
 
+from gptq_api.logs import num_dropped
 from gptq_api.scheduler.scheduler import Scheduler
 from gptq_api.sequence import Batch, DeviceMemoryError, Sampled, Sequence
 from gptq_api.types import Add, EngineStats, FinishReason, StepOutput, TokenLogprobs, pack_ids, unpack_ids
@@ -133,4 +134,5 @@ class Engine(Generic[Launched]):
             num_prefix_queries=scheduler.counters.prefix_queries,
             num_prefix_hits=scheduler.counters.prefix_hits,
             num_batched_tokens=num_batched_tokens,
+            num_log_lines_dropped=num_dropped(),
         )

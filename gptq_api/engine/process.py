@@ -19,6 +19,7 @@ import msgspec
 
 from gptq_api.config import ConfigError, Settings
 from gptq_api.engine import wire
+from gptq_api.logs import configure
 from gptq_api.types import Abort, Add, Failed, Ready, ToEngine
 
 GRACE_S = 1.5
@@ -37,6 +38,7 @@ def main(fd: int) -> int:
     if first is None:
         return 0
     settings = Settings(**msgspec.json.decode(first))
+    configure(settings.log_level, settings.log_json)
     inbox: Inbox = queue.SimpleQueue()
     threading.Thread(target=_read, args=(sock, inbox), name="inbox", daemon=True).start()
     try:

@@ -9,6 +9,8 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from gptq_api.logs import say
+
 _QUICK_S = 1.0
 _LINE_S = 5.0
 
@@ -44,5 +46,5 @@ class LoadProgress:
             self._task = self._bar.add_task(self._what, total=self._total, completed=self._done)
             self._bar.start()
         else:
-            print(f"{self._what}: {self._done} of {self._total}", file=sys.stderr, flush=True)
+            say(f"{self._what}: {self._done} of {self._total}")
             self._next_line = time.monotonic() + _LINE_S
