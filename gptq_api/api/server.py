@@ -52,7 +52,10 @@ def run(settings: Settings) -> int:
         return asyncio.run(_run(settings))
     except (PortError, EngineFailed, FolderError, TokenizerError, ChatTemplateError) as error:
         sentence = f"gptq-api serve: {error}"
-        log.error(sentence) if settings.log_json else lines.msg(sentence)
+        if settings.log_json:
+            log.error(sentence)
+        else:
+            lines.msg(sentence)  # as every command says why it failed
         return EXIT_FAILED
 
 
