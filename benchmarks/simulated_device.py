@@ -12,7 +12,7 @@ import time
 from bisect import bisect_right
 from collections.abc import Callable
 
-from gptq_api.sequence import Batch, Sampled
+from gptq_api.step import Sampled, Step
 
 _ROWS_MS = ((1, 3.2), (8, 3.2), (32, 4.4), (64, 5.7), (128, 7.6), (256, 12.6), (512, 20.9), (2048, 77.5), (8192, 310.0))
 """rows of a step -> what its Linears take"""
@@ -34,7 +34,7 @@ def step_ms(rows: int, context: int, sampled: int) -> float:
 
 
 class SimulatedRunner:
-    """One step ahead, as the CUDA runner is. Tokens are a hash of sequence and position."""
+    """One step ahead, as the CUDA runner is. Tokens are a hash of seat and position."""
 
     lookahead = 1
     row_multiple = 192
@@ -49,15 +49,16 @@ class SimulatedRunner:
         self._now, self._sleep = now, sleep
         self._busy_until = 0.0
 
-    def launch(self, batch: Batch) -> tuple[float, Sampled]:
-        context = sum(start for start, n in zip(batch.num_computed_tokens, batch.num_new_tokens, strict=True) if n == 1)
-        seconds = step_ms(batch.num_tokens, context, sum(batch.samples)) / 1e3
+    def launch(self, step: Step) -> tuple[float, Sampled]:
+        context = sum(start for start, n in zip(step.num_computed, step.num_new, strict=True) if n == 1)
+        seconds = step_ms(step.num_tokens, context, sum(step.num_sampled)) / 1e3
         self._busy_until = max(self._now(), self._busy_until) + seconds
         tokens = [
-            FIRST_TOKEN + (seq.sequence_id * 7919 + start * 104729) % (VOCAB_SIZE - FIRST_TOKEN) if samples else None
-            for seq, start, samples in zip(batch.sequences, batch.num_computed_tokens, batch.samples, strict=True)
+            FIRST_TOKEN + (seat * 7919 + start * 104729) % (VOCAB_SIZE - FIRST_TOKEN)
+            for seat, start, num in zip(step.seats, step.num_computed, step.num_sampled, strict=True)
+            if num
         ]
-        return self._busy_until, Sampled(tokens, [None] * len(tokens))
+        return self._busy_until, Sampled(step.num_sampled, tokens)
 
     def collect(self, launched: tuple[float, Sampled]) -> Sampled:
         ends, sampled = launched

@@ -122,19 +122,21 @@ class EngineStats(msgspec.Struct, frozen=True, array_like=True):
 
 
 class StepOutput(msgspec.Struct, frozen=True, tag="step", kw_only=True):
-    """Engine -> API, one per step, columnar: entry i of each column is about sequence_ids[i].
+    """Engine -> API, one per step, columnar: token i belongs to sequence_ids[i]. A sequence that got several tokens has
+    as many entries, in their order.
 
     Without any entries when the engine comes to rest after a message that no step has answered, such as an abort.
     """
 
     sequence_ids: bytes
-    """`pack_ids`; only sequences that got a token in this step"""
+    """`pack_ids`, one entry per token"""
     tokens: bytes
-    """`pack_ids`; the token each of them got"""
+    """`pack_ids`"""
     finished: dict[int, FinishReason]
     cached_tokens: dict[int, int]
     """sequence id -> prompt tokens served from the prefix cache; sent with the first token of a sequence"""
     logprobs: dict[int, TokenLogprobs]
+    """by entry, where they were asked for"""
     stats: EngineStats
 
 

@@ -254,13 +254,15 @@ import sys
 if "gptq_api.engine.process" in sys.orig_argv:
     from gptq_api.model.runner import ModelRunner
     launch = ModelRunner.launch
-    def faulty(self, batch):
-        sampled = launch(self, batch)
-        for i, sequence in enumerate(batch.sequences):
-            if sequence.params.seed == 666 and sequence.num_output_tokens == 5:
-                sampled.tokens[i] = -1
-            if sequence.params.seed == 667 and sequence.num_output_tokens == 5:
+    def faulty(self, step):
+        sampled, place = launch(self, step), 0
+        for seat, num_sampled in zip(step.seats, step.num_sampled):
+            sequence = self._seats._seats[seat]
+            if num_sampled and sequence.params.seed == 666 and sequence.num_output_tokens == 6:
+                sampled.tokens[place] = -1
+            if sequence.params.seed == 667 and sequence.num_output_tokens == 6:
                 raise RuntimeError("injected")
+            place += num_sampled
         return sampled
     ModelRunner.launch = faulty
 """

@@ -25,9 +25,9 @@ from gptq_api.model.cuda_runner import CudaRunner
 from gptq_api.model.loaded import LoadedRunner
 from gptq_api.model.loader import load_llama
 from gptq_api.model.runner import load_runner
+from gptq_api.model.solo import Solo, step_of
 from gptq_api.scheduler.blocks import BlockManager
 from gptq_api.scheduler.scheduler import Scheduler
-from gptq_api.sequence import Batch, Sequence
 from gptq_api.types import Add, SamplingParams, pack_ids, unpack_ids
 
 BASE = Recipe(max_position_embeddings=128)
@@ -121,10 +121,10 @@ def test_not_finite_is_one_sequences_fault(tmp_path: Path) -> None:
     _, runner = runners(write_checkpoint(tmp_path, random_model(BASE)), 64)
     runner._model._embedding[90] = torch.nan
     params = SamplingParams(max_tokens=1, temperature=0)
-    sick = Sequence(0, [5, 90, 7] * 4, params, block_table=[3, 9], slot=2)
-    well = Sequence(1, [5, 6, 7], params, block_table=[4], slot=0)
-    sampled = runner.collect(runner.launch(Batch.of([sick, well], [12, 3], num_admitted=2)))
-    assert sampled.tokens[0] == -1 and sampled.tokens[1] is not None and sampled.tokens[1] >= 0
+    sick = Solo([5, 90, 7] * 4, params, block_table=[3, 9], seat=2)
+    well = Solo([5, 6, 7], params, block_table=[4], seat=0)
+    sampled = runner.collect(runner.launch(step_of([sick, well], [12, 3])))
+    assert sampled.tokens[0] == -1 and sampled.tokens[1] >= 0
     assert all(bool(layer.isfinite().all()) for layer in runner._cache.layers)
     assert all(bool(layer[3].any() and layer[4].any()) for layer in runner._cache.layers)
 
@@ -133,22 +133,20 @@ def test_more_places_for_sequences_than_for_rows(tmp_path: Path) -> None:
     """Both are padded, and not alike."""
     reference, runner = runners(write_checkpoint(tmp_path, random_model(BASE)), 64, num_seqs=30)
     params = SamplingParams(max_tokens=1, temperature=0)
-    sequences = [Sequence(i, [5 + i], params, block_table=[i], slot=i) for i in range(10)]
-    batch = Batch.of(sequences, [1] * 10, num_admitted=10)
-    assert runner.collect(runner.launch(batch)).tokens == reference.collect(reference.launch(batch)).tokens
+    step = step_of([Solo([5 + i], params, block_table=[i], seat=i) for i in range(10)], [1] * 10)
+    assert runner.collect(runner.launch(step)).tokens == reference.collect(reference.launch(step)).tokens
 
 
 def test_a_step_is_padded_with_what_kernels_skip() -> None:
     table = SequenceTable(4, 6, 4)
     params = SamplingParams(max_tokens=1)
-    first = Sequence(0, list(range(9)), params, block_table=[7, 8, 9], slot=3)
-    second = Sequence(1, [1, 2], params, block_table=[5], slot=1)
-    second.num_computed_tokens = 1
-    step = table.take_in(Batch.of([first, second], [9, 1], num_admitted=1), np.array([3, 1], np.int32))
+    first = Solo(list(range(9)), params, block_table=[7, 8, 9], seat=3)
+    second = Solo([1, 2], params, block_table=[5], seat=1, num_computed_tokens=1)
+    columns = table.take_in(step_of([first, second], [9, 1]))
     shape = StepShape(12, 3, 5, 4)
     arrays = StepInputs.over(np.full(num_words(shape), 99, np.int32), shape)
-    table.write(step, 4, arrays)
-    assert arrays.row_slot.tolist() == [3] * 9 + [1, 0, 0]
+    table.write(columns, 4, arrays)
+    assert arrays.row_seat.tolist() == [3] * 9 + [1, 0, 0]
     assert arrays.positions.tolist() == [*range(9), 1, -1, -1]
     assert arrays.slot_mapping.tolist() == [28, 29, 30, 31, 32, 33, 34, 35, 36, 21, -1, -1]
     assert arrays.query_start.tolist() == [0, 9, 10, 10]

@@ -22,9 +22,9 @@ from gptq_api.kernels import gptq
 from gptq_api.model.cuda_runner import CudaRunner
 from gptq_api.model.loaded import LoadedRunner
 from gptq_api.model.runner import ModelRunner, load_runner
+from gptq_api.model.solo import Solo, step_of
 from gptq_api.scheduler.blocks import BlockManager
 from gptq_api.scheduler.scheduler import Scheduler
-from gptq_api.sequence import Batch, Sequence
 from gptq_api.text.chat_template import load_chat_template
 from gptq_api.text.tokenizer import load_tokenizer
 from gptq_api.types import Add, SamplingParams, TokenLogprobs, pack_ids, unpack_ids
@@ -72,10 +72,11 @@ def run(
         output = engine.step()
         if output is None:
             return
-        for i, token in zip(unpack_ids(output.sequence_ids), unpack_ids(output.tokens), strict=True):
+        columns = zip(unpack_ids(output.sequence_ids), unpack_ids(output.tokens), strict=True)
+        for entry, (i, token) in enumerate(columns):
             outcome.tokens[i].append(token)
-        for i, found in output.logprobs.items():
-            outcome.logprobs.setdefault(i, []).append(found)
+            if entry in output.logprobs:
+                outcome.logprobs.setdefault(i, []).append(output.logprobs[entry])
         outcome.finished |= output.finished
 
     for i, prompt in enumerate(prompts):
@@ -227,12 +228,11 @@ IDS = torch.randint(3, 512, (150,), generator=torch.Generator().manual_seed(5)).
 
 def every_logit(runner: LoadedRunner, num_at_once: int) -> torch.Tensor:
     """Of all of IDS, in chunks: float32 [len(IDS), V] on the CPU."""
-    sequence = Sequence(1, list(IDS), SamplingParams(max_tokens=1), block_table=list(range(3, 3 + len(IDS) // 16 + 1)))
+    solo = Solo(list(IDS), SamplingParams(max_tokens=1), block_table=list(range(3, 3 + len(IDS) // 16 + 1)))
     parts = []
-    while sequence.num_computed_tokens < len(IDS):
-        num = min(num_at_once, len(IDS) - sequence.num_computed_tokens)
-        parts.append(runner.logits(Batch.of([sequence], [num]), every_row=True)[0].cpu())
-        sequence.num_computed_tokens += num
+    while solo.num_pending_tokens:
+        num = min(num_at_once, solo.num_pending_tokens)
+        parts.append(runner.logits(step_of([solo], [num]), every_row=True)[0].cpu())
     return torch.cat(parts)
 
 
@@ -273,9 +273,8 @@ def test_a_text_of_heads_of_128(recipe: Recipe, dtype: str, tmp_path: Path) -> N
         texts = run(runner, prompts, [greedy] * 3, max_num_seqs=max_num_seqs).tokens
         for i, prompt in enumerate(prompts):
             assert len(texts[i]) == 100
-            whole = Sequence(1, [*prompt, *texts[i]], SamplingParams(max_tokens=1), block_table=list(range(3, 18)))
-            num = len(whole.token_ids)
-            logits, _ = exact.logits(Batch.of([whole], [num]), every_row=True)
+            whole = Solo([*prompt, *texts[i]], SamplingParams(max_tokens=1), block_table=list(range(3, 18)))
+            logits, _ = exact.logits(step_of([whole], [len(whole.token_ids)]), every_row=True)
             after = logits[len(prompt) - 1 : -1]
             chosen = after.gather(1, torch.tensor(texts[i])[:, None])[:, 0]
             assert float((after.max(1).values - chosen).max()) < 0.1 * float(after.std())
@@ -299,8 +298,8 @@ def test_what_the_kernels_do_not_take_runs_in_float32(recipe: Recipe, more: dict
     folder = write_checkpoint(tmp_path, random_model(recipe))
     runner = load(folder, num_blocks=100, **more)
     assert isinstance(runner, ModelRunner) and runner.device.startswith("cuda") and runner.dtype == "float32"
-    sequence = Sequence(1, list(IDS), SamplingParams(max_tokens=1), block_table=list(range(60)))
-    got, _ = runner.logits(Batch.of([sequence], [len(IDS)]), every_row=True)
+    solo = Solo(list(IDS), SamplingParams(max_tokens=1), block_table=list(range(60)))
+    got, _ = runner.logits(step_of([solo], [len(IDS)]), every_row=True)
     expected = every_logit(load_runner(Settings(model_path=str(folder), device="cpu", dtype="float32")), len(IDS))
     assert (got.cpu() - expected).abs().max() < 1e-2
 

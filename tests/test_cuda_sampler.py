@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gptq_api.kernels import gptq, sampling
 from gptq_api.layers.sampler import sample as sample_on_cpu
-from gptq_api.sequence import Sequence
+from gptq_api.layers.seats import Seat
 from gptq_api.types import SamplingParams, TokenLogprobs
 
 _reason = gptq.unavailable_reason()
@@ -43,15 +43,14 @@ PENALTIES: list[dict[str, Any]] = [
 ]
 
 
-def sequences(num: int, size: int, kinds: list[dict[str, Any]], seed: int = 0) -> list[Sequence]:
+def sequences(num: int, size: int, kinds: list[dict[str, Any]], seed: int = 0) -> list[Seat]:
     generator = torch.Generator().manual_seed(seed)
     made = []
     for i in range(num):
         prompt = torch.randint(min(size, 50), (1 + i % 40,), generator=generator).tolist()
-        sequence = Sequence(i, prompt, SamplingParams(max_tokens=100, **{"seed": 1 - i * i, **kinds[i % len(kinds)]}))
-        sequence.token_ids += torch.randint(min(size, 20), (i % 23,), generator=generator).tolist()
-        sequence.slot = num - 1 - i
-        made.append(sequence)
+        output = torch.randint(min(size, 20), (i % 23,), generator=generator).tolist()
+        params = SamplingParams(max_tokens=100, **{"seed": 1 - i * i, **kinds[i % len(kinds)]})
+        made.append(Seat(prompt + output, len(prompt), params))
     return made
 
 
@@ -62,18 +61,18 @@ def rows(num: int, size: int, seed: int = 0, scale: float = 3.0) -> Tensor:
 class Step:
     """What the runner holds for one step."""
 
-    def __init__(self, logits: Tensor, batch: list[Sequence], capacity: int = 80) -> None:
+    def __init__(self, logits: Tensor, batch: list[Seat], capacity: int = 80) -> None:
         self.logits, self.batch = logits.cuda(), batch
-        num_slots = 1 + max(s.slot for s in batch)
-        self.table = sampling.SamplingTable(num_slots)
-        self.history = torch.full((num_slots, capacity), -7, dtype=torch.int32)
-        for s in batch:
-            self.table.set(s.slot, s.params, s.num_prompt_tokens)
-            self.history[s.slot, : len(s.token_ids)] = torch.tensor(s.token_ids, dtype=torch.int32)
+        self.table = sampling.SamplingTable(len(batch))
+        self.history = torch.full((len(batch), capacity), -7, dtype=torch.int32)
+        self.seats = list(range(len(batch) - 1, -1, -1))  # not the order of the rows
+        for seat, s in zip(self.seats, batch, strict=True):
+            self.table.set(seat, s.params, s.num_prompt_tokens)
+            self.history[seat, : len(s.token_ids)] = torch.tensor(s.token_ids, dtype=torch.int32)
         self.history = self.history.cuda()
-        self.slots, self.lengths = [s.slot for s in batch], [len(s.token_ids) for s in batch]
+        self.lengths = [len(s.token_ids) for s in batch]
         self.staging = torch.empty(sampling.FIELDS, len(batch) + 3, dtype=torch.int32, pin_memory=True)
-        self.needs = self.table.fill(self.staging[:, : len(batch)], self.slots, self.lengths)
+        self.needs = self.table.fill(self.staging[:, : len(batch)], self.seats, self.lengths)
         self.inputs = sampling.SamplingInputs(self.staging.cuda()[:, : len(batch)])
         self.tokens = torch.full((len(batch),), -9, dtype=torch.int32, device="cuda")
         self.logprobs = torch.zeros(len(batch), 2, 21, dtype=torch.int32, device="cuda")
@@ -81,7 +80,7 @@ class Step:
     def run(self) -> tuple[list[int], list[TokenLogprobs | None]]:
         adjusted = self.logits
         if self.needs.adjust:
-            entries = self.table.entries(self.slots, self.lengths).cuda()
+            entries = self.table.entries(self.seats, self.lengths).cuda()
             adjusted = torch.empty_like(self.logits) if self.needs.logprobs else self.logits
             sampling.adjust(self.logits, self.inputs, self.history, entries, adjusted)
         sampling.sample(adjusted, self.inputs, self.history, self.tokens)
@@ -95,7 +94,7 @@ class Step:
         return self.tokens.tolist(), logprobs
 
 
-def agree(logits: Tensor, batch: list[Sequence], tolerated: int = 0) -> None:
+def agree(logits: Tensor, batch: list[Seat], tolerated: int = 0) -> None:
     expected = sample_on_cpu(logits.clone(), batch)[0]
     found = Step(logits, batch).run()[0]
     for num in (1, 10, 20, 40):  # the fewer rows, the more blocks each gets
@@ -162,7 +161,7 @@ def test_a_row_that_is_not_finite_gives_minus_one_and_spares_the_others(bad: flo
         assert tokens == sample_on_cpu(logits.clone(), batch)[0]
         assert tokens[::3] == [-1] * len(tokens[::3]) and min(tokens[2::3]) >= 0
         assert logprobs[0] is None and logprobs[2] is not None
-        assert step.history[batch[0].slot, len(batch[0].token_ids)] == 0
+        assert step.history[step.seats[0], len(batch[0].token_ids)] == 0
 
 
 def test_history_grows_by_the_token_and_padding_is_left_alone() -> None:
@@ -174,7 +173,7 @@ def test_history_grows_by_the_token_and_padding_is_left_alone() -> None:
     for i, s in enumerate(batch):
         assert (tokens[i] == -1) == (i % 7 == 5)
         if i % 7 != 5:
-            before[s.slot, len(s.token_ids)] = tokens[i]
+            before[step.seats[i], len(s.token_ids)] = tokens[i]
     assert torch.equal(step.history, before)
     Step(rows(1, 50), [batch[9]], capacity=len(batch[9].token_ids)).run()  # nothing is written behind the end
 
@@ -186,7 +185,7 @@ def test_a_row_does_not_depend_on_the_others_and_graphs_replay() -> None:
     for i in range(0, len(kinds), 7):
         assert Step(logits[i : i + 1], [batch[i]]).run()[0] == [whole[i]]
     step = Step(logits, batch)
-    entries, adjusted = step.table.entries(step.slots, step.lengths).cuda(), torch.empty_like(step.logits)
+    entries, adjusted = step.table.entries(step.seats, step.lengths).cuda(), torch.empty_like(step.logits)
     step.run()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

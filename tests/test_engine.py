@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Callable
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from toy_runner import NUM_TOKENS, STOP, Step, ToyRunner, expected
+from toy_runner import NUM_TOKENS, STOP, Launched, ToyRunner, expected
 
 from gptq_api.engine.core import Engine
 from gptq_api.scheduler.blocks import BlockManager
 from gptq_api.scheduler.scheduler import Scheduler
-from gptq_api.sequence import Sampled
+from gptq_api.step import Sampled
 from gptq_api.types import Add, SamplingParams, StepOutput, pack_ids, unpack_ids
 
 
@@ -30,11 +31,12 @@ class World:
         caching: bool = True,
         out_of_memory: float = 0.0,
         max_tokens: int = 10**9,
+        num_drafted: int = 0,
     ) -> None:
         self.runner = ToyRunner(lookahead, max_num_seqs, block_size, out_of_memory, max_tokens)
         self.blocks = BlockManager(num_blocks, block_size)
-        self.scheduler = Scheduler(self.blocks, max_num_seqs, budget, caching)
-        self.engine: Engine[Step] = Engine(self.runner, self.scheduler)
+        self.scheduler = Scheduler(self.blocks, max_num_seqs, budget, caching, num_drafted=num_drafted)
+        self.engine: Engine[Launched] = Engine(self.runner, self.scheduler)
         self.prompts: dict[int, tuple[list[int], SamplingParams]] = {}
         self.tokens: dict[int, list[int]] = {}
         self.finished: dict[int, str] = {}
@@ -55,16 +57,20 @@ class World:
 
     def step(self) -> StepOutput | None:
         output = self.engine.step()
-        slots = [seq.slot for seq in self.scheduler.running]
-        assert len(set(slots)) == len(slots) and min(slots, default=0) >= 0
-        assert all(seq.slot == -1 and not seq.block_table for seq in self.scheduler.waiting)
+        seats = [seq.seat for seq in self.scheduler.running]
+        assert len(set(seats)) == len(seats) and min(seats, default=0) >= 0
+        assert all(seq.seat == -1 and not seq.block_table for seq in self.scheduler.waiting)
         if output is not None:
             self.outputs.append(output)
+            told: set[int] = set()  # whose first token this is
             for sequence_id, token in zip(unpack_ids(output.sequence_ids), unpack_ids(output.tokens), strict=True):
                 assert sequence_id not in self.finished and sequence_id not in self.aborted, "news of the dead"
                 assert token >= 0
-                assert (sequence_id in output.cached_tokens) == (not self.tokens[sequence_id])
+                if not self.tokens[sequence_id]:
+                    assert sequence_id in output.cached_tokens
+                    told.add(sequence_id)
                 self.tokens[sequence_id].append(token)
+            assert set(output.cached_tokens) == told
             for sequence_id, reason in output.finished.items():
                 assert sequence_id not in self.finished and sequence_id not in self.aborted
                 self.finished[sequence_id] = reason
@@ -85,7 +91,7 @@ class World:
             else:
                 assert (self.tokens[sequence_id], self.finished[sequence_id]) == (tokens, reason)
         assert self.blocks.num_free == self.blocks.num_blocks
-        assert sorted(self.scheduler._free_slots) == list(range(self.scheduler.max_num_seqs))
+        assert sorted(self.scheduler._free_seats) == list(range(self.scheduler.max_num_seqs))
         assert not self.scheduler._live
 
 
@@ -100,6 +106,7 @@ class World:
     num_sequences=st.integers(1, 25),
     caching=st.booleans(),
     out_of_memory=st.sampled_from([0.0, 0.0, 0.1, 0.5]),
+    num_drafted=st.sampled_from([0, 0, 1, 3]),
 )
 def test_random_workloads(
     seed: int,
@@ -111,9 +118,12 @@ def test_random_workloads(
     num_sequences: int,
     caching: bool,
     out_of_memory: float,
+    num_drafted: int,
 ) -> None:
     rng = random.Random(seed)
-    world = World(lookahead, num_blocks, block_size, max_num_seqs, budget, caching, out_of_memory)
+    world = World(
+        lookahead, num_blocks, block_size, max_num_seqs, budget, caching, out_of_memory, num_drafted=num_drafted
+    )
     capacity = num_blocks * block_size
     stems = [[rng.randrange(1, NUM_TOKENS) for _ in range(capacity)] for _ in range(2)]  # shared beginnings
     left = num_sequences
@@ -217,7 +227,7 @@ def test_a_token_arrives_at_a_sequence_that_was_preempted_meanwhile() -> None:
     seen = []
     collect = world.runner.collect
 
-    def look(launched: Step) -> Sampled:
+    def look(launched: Launched) -> Sampled:
         seen.extend(seq for seq in world.scheduler.waiting if seq.num_tokens_in_flight)
         return collect(launched)
 
@@ -236,7 +246,7 @@ def test_abort_with_a_step_in_flight(num_steps: int) -> None:
         world.step()
     world.abort(gone)
     assert [seq.sequence_id for seq in world.scheduler.running] == [stays]
-    world.add([6, 6], max_tokens=3)  # takes its slot, and its blocks
+    world.add([6, 6], max_tokens=3)  # takes its seat, and its blocks
     world.drain()
     assert len(world.tokens[gone]) == num_steps - 1
     world.check()
@@ -286,3 +296,32 @@ def test_what_can_never_fit_ends_with_an_error() -> None:
     assert world.engine.has_work()
     assert world.step() is not None and world.finished == {lost: "error"}
     assert not world.engine.has_work()
+
+
+@pytest.mark.parametrize("lookahead", [0, 1])
+def test_drafted_tokens_bring_the_same_text_in_fewer_steps(lookahead: int) -> None:
+    """A sequence gets one to four tokens from a step, in the order of its text; surplus ones are nobody's."""
+    plain, drafting = World(lookahead), World(lookahead, num_drafted=3)
+    for world in (plain, drafting):
+        for seed in range(6):
+            world.add(PROMPT, max_tokens=20, seed=seed)
+        world.drain()
+        world.check()
+    assert plain.runner.num_confirmed == 0 < drafting.runner.num_confirmed
+    most = max(
+        Counter(unpack_ids(output.sequence_ids)).most_common(1)[0][1]
+        for output in drafting.outputs
+        if output.sequence_ids
+    )
+    assert most == 4
+    if not lookahead:
+        assert len(drafting.outputs) < 0.7 * len(plain.outputs)
+
+
+def test_guesses_take_nobodys_memory() -> None:
+    """Where the cache has no room for drafted tokens, a step goes without, and nobody is preempted for them."""
+    world = World(0, num_blocks=4, block_size=2, max_num_seqs=1, num_drafted=3)
+    world.add([1, 2, 3], max_tokens=5, stop_token_ids=())
+    world.drain()
+    assert world.scheduler.counters.preemptions == 0
+    world.check()

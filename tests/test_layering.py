@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1] / "gptq_api"
-FLOOR = {"config", "settings_source", "types", "sequence", "logs"}
+FLOOR = {"config", "settings_source", "types", "step", "logs"}
 MAY_IMPORT = {
     "cli": {"api", "hub", "text", "engine", "quantize", "bench", "gptq", "model", "demo"},
     "bench": {"text", "model", "gptq"},
@@ -63,6 +63,13 @@ def test_imports_follow_the_arrows(path: Path) -> None:
             assert target == "cli", f"{path.name} imports {name}"
             continue
         assert target in MAY_IMPORT[package], f"{package} imports {name}: that arrow does not exist"
+
+
+def test_sequences_stay_in_the_scheduler() -> None:
+    """Everybody else has values: a Step, what was sampled, ids."""
+    for path in FILES:
+        if package_of(path) != "scheduler":
+            assert not any(name.startswith("gptq_api.scheduler.sequence") for name in imported(path)), path
 
 
 @pytest.mark.parametrize("package", WITHOUT_TORCH)

@@ -12,7 +12,7 @@ from checkpoints import RandomModel, Recipe, random_model, write_checkpoint
 
 from gptq_api.config import Settings
 from gptq_api.model.runner import ModelRunner, load_runner
-from gptq_api.sequence import Batch, Sequence
+from gptq_api.model.solo import Solo, step_of
 from gptq_api.types import SamplingParams
 
 IDS = torch.randint(3, 96, (70,), generator=torch.Generator().manual_seed(5)).tolist()
@@ -24,8 +24,8 @@ def load(folder: Path, **settings: Any) -> ModelRunner:
 
 
 def all_logits(runner: ModelRunner, ids: list[int]) -> torch.Tensor:
-    sequence = Sequence(1, list(ids), SamplingParams(max_tokens=1), block_table=list(range(2, 2 + len(ids) // 16 + 1)))
-    return runner.logits(Batch.of([sequence], [len(ids)]), every_row=True)[0]
+    solo = Solo(list(ids), SamplingParams(max_tokens=1), block_table=list(range(2, 2 + len(ids) // 16 + 1)))
+    return runner.logits(step_of([solo], [len(ids)]), every_row=True)[0]
 
 
 def check(model: RandomModel, folder: Path, ids: list[int] = IDS, **settings: Any) -> ModelRunner:

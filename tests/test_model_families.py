@@ -14,7 +14,7 @@ from test_model_config import LLAMA1
 
 from gptq_api.gptq.checkpoint import CheckpointError
 from gptq_api.model.config import parse_config
-from gptq_api.sequence import Batch, Sequence
+from gptq_api.model.solo import Solo, step_of
 from gptq_api.types import SamplingParams
 
 LONG = torch.randint(3, 96, (700,), generator=torch.Generator().manual_seed(9)).tolist()
@@ -77,16 +77,16 @@ def test_a_row_in_a_window_is_the_same_in_chunks_and_in_company(
     ids = LONG[:650]
     whole = all_logits(runner, ids)[-1]
     table = list(range(100, 100 + 41))
-    one = Sequence(1, list(ids), SamplingParams(max_tokens=1), block_table=table)
+    one = Solo(list(ids), SamplingParams(max_tokens=1), block_table=table)
     for n in (1, 200, 320, 128):
-        runner.logits(Batch.of([one], [n]))
-        one.num_computed_tokens += n
+        runner.logits(step_of([one], [n]))
+    assert one.num_computed_tokens == 649
     others = [
-        Sequence(2 + i, LONG[: 90 * i + 1], SamplingParams(max_tokens=1), block_table=list(range(50 * i, 50 * i + 30)))
+        Solo(LONG[: 90 * i + 1], SamplingParams(max_tokens=1), block_table=list(range(50 * i, 50 * i + 30)), seat=i)
         for i in (3, 4, 5)
     ]
-    got, _ = runner.logits(Batch.of([*others, one], [len(s.token_ids) for s in others] + [1]))
-    assert one.num_computed_tokens == 649 and torch.equal(got[-1], whole)
+    got, _ = runner.logits(step_of([*others, one], [len(s.token_ids) for s in others] + [1]))
+    assert torch.equal(got[-1], whole)
 
 
 def windows(**change: Any) -> tuple[int | None, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,8 @@ from checkpoints import Recipe, random_model, write_checkpoint
 
 from gptq_api.config import ConfigError, Settings
 from gptq_api.model.runner import ModelRunner, load_runner
-from gptq_api.sequence import Batch, Sequence
+from gptq_api.model.solo import Solo, step_of
+from gptq_api.step import Sampled
 from gptq_api.types import SamplingParams
 
 BLOCK = 16
@@ -40,6 +42,7 @@ class Blocks:
     def __init__(self, runner: ModelRunner, seed: int = 0) -> None:
         self._free = list(range(runner.num_blocks))
         random.Random(seed).shuffle(self._free)
+        self.num_seats = 0
 
     def take(self, num_tokens: int) -> list[int]:
         return [self._free.pop() for _ in range(-(-num_tokens // BLOCK))]
@@ -50,23 +53,23 @@ def prompts(num: int, seed: int = 1, longest: int = 300) -> list[list[int]]:
     return [[rng.randrange(3, 96) for _ in range(rng.choice([1, 5, 16, 33, 100, 257, longest]))] for _ in range(num)]
 
 
-def sequence(ids: list[int], blocks: Blocks, num_output: int = 30, **params: Any) -> Sequence:
-    made = Sequence(0, list(ids), SamplingParams(**{"max_tokens": num_output, "temperature": 0.0, **params}))
-    made.block_table = blocks.take(len(ids) + num_output)
-    return made
+def sequence(ids: list[int], blocks: Blocks, num_output: int = 30, **params: Any) -> Solo:
+    made = SamplingParams(**{"max_tokens": num_output, "temperature": 0.0, **params})
+    blocks.num_seats += 1
+    return Solo(list(ids), made, blocks.take(len(ids) + num_output), seat=blocks.num_seats)
 
 
-def step(runner: ModelRunner, sequences: list[Sequence], num_new: list[int]) -> None:
+def step(runner: ModelRunner, sequences: list[Solo], num_new: list[int]) -> None:
     """What scheduler and engine do around a step."""
-    sampled = runner.launch(Batch.of(sequences, num_new))
-    for s, n, token in zip(sequences, num_new, sampled.tokens, strict=True):
-        s.num_computed_tokens += n
-        if token is not None:
+    sampled = runner.launch(step_of(sequences, num_new))
+    tokens = iter(sampled.tokens)
+    for s, num in zip(sequences, sampled.num_tokens, strict=True):
+        for token in itertools.islice(tokens, num):
             assert token >= 0
             s.token_ids.append(token)
 
 
-def finish(runner: ModelRunner, s: Sequence, num_output: int, chunk: int = 10**6) -> list[int]:
+def finish(runner: ModelRunner, s: Solo, num_output: int, chunk: int = 10**6) -> list[int]:
     while s.num_output_tokens < num_output:
         step(runner, [s], [min(chunk, s.num_pending_tokens)])
     return s.token_ids[s.num_prompt_tokens :]
@@ -90,23 +93,23 @@ def test_logits_are_the_same_bits_alone_and_in_company(runner: ModelRunner, num_
     texts = prompts(9, seed=3)
     blocks = Blocks(runner)
     together = [sequence(ids, blocks) for ids in texts]
-    batched, sampling = runner.logits(Batch.of(together, [len(ids) for ids in texts]))
+    batched, sampling = runner.logits(step_of(together, [len(ids) for ids in texts]))
     assert sampling == list(range(9))
     for i, ids in enumerate(texts):
         one = sequence(ids, Blocks(runner, i))
-        assert torch.equal(runner.logits(Batch.of([one], [len(ids)]))[0][0], batched[i])
+        assert torch.equal(runner.logits(step_of([one], [len(ids)]))[0][0], batched[i])
     torch.set_num_threads(1)
 
 
 def test_the_last_logits_of_a_prompt_are_the_same_however_it_is_cut(runner: ModelRunner) -> None:
     ids = prompts(1, seed=4, longest=300)[0] + [7] * 250
     whole = sequence(ids, Blocks(runner))
-    expected = runner.logits(Batch.of([whole], [len(ids)]))[0]
+    expected = runner.logits(step_of([whole], [len(ids)]))[0]
     for cuts in ([1], [16, 17, 100], list(range(1, 40))):
         s = sequence(ids, Blocks(runner, 5))
         for cut in cuts:
             step(runner, [s], [cut - s.num_computed_tokens])
-        got = runner.logits(Batch.of([s], [s.num_pending_tokens]))[0]
+        got = runner.logits(step_of([s], [s.num_pending_tokens]))[0]
         assert torch.equal(got, expected)
 
 
@@ -116,7 +119,7 @@ def test_recompute_after_preemption_continues_the_same_text(runner: ModelRunner)
         s = sequence(ids, Blocks(runner, i + 1))
         finish(runner, s, 5)
         s.block_table = Blocks(runner, i + 2).take(len(ids) + 30)
-        s.num_computed_tokens = 0
+        s.num_computed_tokens, s.num_told_blocks = 0, None
         assert finish(runner, s, 12, chunk=50) == expected
 
 
@@ -153,11 +156,12 @@ def test_seeded_sampling_does_not_depend_on_neighbours(runner: ModelRunner) -> N
 def test_logprobs_are_those_of_the_raw_logits(runner: ModelRunner) -> None:
     ids = prompts(1, seed=10)[0]
     s = sequence(ids, Blocks(runner), temperature=0.7, top_logprobs=3, logit_bias={5: 100.0})
-    table = runner.logits(Batch.of([s], [len(ids)]))[0][0].log_softmax(-1)
-    sampled = runner.launch(Batch.of([s], [len(ids)]))
+    table = runner.logits(step_of([s], [len(ids)]))[0][0].log_softmax(-1)
+    s.num_computed_tokens = 0
+    sampled = runner.launch(step_of([s], [len(ids)]))
     assert sampled.tokens == [5]
     found = sampled.logprobs[0]
-    assert found is not None and found.logprob == pytest.approx(table[5].item(), abs=1e-5)
+    assert found.logprob == pytest.approx(table[5].item(), abs=1e-5)
     values, tokens = table.topk(3)
     assert [t for t, _ in found.top] == tokens.tolist()
     assert [v for _, v in found.top] == pytest.approx(values.tolist(), abs=1e-5)
@@ -165,8 +169,8 @@ def test_logprobs_are_those_of_the_raw_logits(runner: ModelRunner) -> None:
 
 def test_a_chunk_that_ends_before_the_last_token_samples_nothing(runner: ModelRunner) -> None:
     s = sequence([5] * 40, Blocks(runner))
-    assert runner.launch(Batch.of([s], [39])).tokens == [None]
-    assert runner.launch(Batch.of([], [])).tokens == []
+    assert runner.launch(step_of([s], [39])) == Sampled([0], [])
+    assert runner.launch(step_of([], [])) == Sampled([], [])
 
 
 def test_not_finite_is_one_sequences_fault_and_leaves_no_trace(folder: Path) -> None:
@@ -177,7 +181,7 @@ def test_not_finite_is_one_sequences_fault_and_leaves_no_trace(folder: Path) -> 
     blocks = Blocks(runner)
     sick = sequence([4, 90, 6], blocks)
     well = sequence(healthy[0], blocks)
-    sampled = runner.launch(Batch.of([sick, well], [3, 4]))
+    sampled = runner.launch(step_of([sick, well], [3, 4]))
     assert sampled.tokens == [-1, expected[0][0]]
     # The next owner of the sick sequence's blocks sees them beyond its own end.
     heir = sequence(healthy[1], blocks)
@@ -190,8 +194,8 @@ def test_block_size_is_free(folder: Path) -> None:
     texts = []
     for size in (1, 7, 16, 64):
         runner = load_runner(settings(folder, dtype="float32", block_size=size))
-        s = Sequence(0, list(ids), SamplingParams(max_tokens=9, temperature=0.0))
-        s.block_table = list(reversed(range(100 // size + 1)))
+        params = SamplingParams(max_tokens=9, temperature=0.0)
+        s = Solo(list(ids), params, block_table=list(reversed(range(100 // size + 1))))
         texts.append(finish(runner, s, 9))
     assert texts == [texts[0]] * 4
 

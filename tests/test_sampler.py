@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from gptq_api.layers.sampler import random_bits, random_words, sample
-from gptq_api.sequence import Sequence
+from gptq_api.layers.seats import Seat
 from gptq_api.types import SamplingParams
 
 
@@ -27,10 +27,9 @@ ROW = torch.tensor([2.0, 1.0, 0.5, 0.0, -1.0, -3.0])
 WIDE = torch.randn(700, generator=torch.Generator().manual_seed(3)) * 2
 
 
-def sequence(prompt: list[int] | None = None, output: list[int] | None = None, **params: Any) -> Sequence:
-    made = Sequence(0, list(prompt or [1]), SamplingParams(**{"max_tokens": 100, **params}))
-    made.token_ids += output or []
-    return made
+def sequence(prompt: list[int] | None = None, output: list[int] | None = None, **params: Any) -> Seat:
+    tokens = prompt or [1]
+    return Seat([*tokens, *(output or [])], len(tokens), SamplingParams(**{"max_tokens": 100, **params}))
 
 
 def draws(row: torch.Tensor, num: int = 4000, **params: Any) -> torch.Tensor:

@@ -1,18 +1,23 @@
 """A runner that is no model: the next token is a hash of the tokens before it, read where a device would read them.
 
-It has a device's memory and nothing else: `history` by slot, filled at admission and extended by what is sampled, and
-for every KV slot the tokens it was written for. What it is launched with is read at once; the work itself is done when
-its result is asked for, in the order of launching. Stale blocks, positions or slots are assertion errors.
+It has a device's memory and nothing else: by seat the tokens of an admission and what was sampled since, and for every
+KV slot the tokens it was written for. A step's work is done when its result is asked for, in the order of launching.
+Stale blocks, positions or seats are assertion errors.
+
+Of a sequence's drafted tokens it confirms as many as it likes, none of them being what the sequence would not have got
+anyway; the rows of the others leave noise in the cache.
 """
 
 from __future__ import annotations
 
 import random
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import blake2b
 
-from gptq_api.sequence import Batch, DeviceMemoryError, Sampled, Sequence
+import msgspec
+
+from gptq_api.step import Admission, DeviceMemoryError, Sampled, Step
 from gptq_api.types import SamplingParams
 
 STOP = 0
@@ -45,22 +50,20 @@ def expected(prompt: list[int], params: SamplingParams) -> tuple[list[int], str]
 
 
 @dataclass
-class Work:
-    """One sequence's share of a step, as copied to the device."""
+class Seat:
+    """What the device knows of one sequence."""
 
-    slot: int
-    start: int
-    num_new: int
-    samples: bool
-    upload: list[int] | None
-    block_table: list[int]
-    num_prompt_tokens: int
-    params: SamplingParams
+    admission: Admission
+    history: list[int] = field(init=False)
+    block_table: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.history = list(self.admission.token_ids)
 
 
 @dataclass
-class Step:
-    work: list[Work]
+class Launched:
+    step: Step
     result: Sampled | None = None
 
 
@@ -73,69 +76,72 @@ class ToyRunner:
         self.lookahead, self.max_num_seqs, self.block_size = lookahead, max_num_seqs, block_size
         self.out_of_memory, self.max_tokens = out_of_memory, max_tokens
         self.num_rows = 0
+        self.num_confirmed = 0
+        """drafted tokens that counted"""
         self.most_in_flight = 0
         self._rng = random.Random(5)
-        self._history: list[list[int]] = [[] for _ in range(max_num_seqs)]
+        self._seats: dict[int, Seat] = {}
         self._kv: dict[int, list[int]] = {}
-        self._queue: deque[Step] = deque()
+        self._queue: deque[Launched] = deque()
 
-    def launch(self, batch: Batch) -> Step:
-        num_running = len(batch.sequences) - batch.num_admitted
-        admitted = [i >= num_running for i in range(len(batch.sequences))]
-        step = Step([self._copy(batch, i, is_new) for i, is_new in enumerate(admitted)])
-        slots = [work.slot for work in step.work]
-        assert len(set(slots)) == len(slots) and all(0 <= slot < self.max_num_seqs for slot in slots)
-        if batch.num_tokens > self.max_tokens or (batch.num_tokens > 1 and self._rng.random() < self.out_of_memory):
-            raise DeviceMemoryError(f"{batch.num_tokens} tokens")
-        self.num_rows += batch.num_tokens
-        self._queue.append(step)
+    def launch(self, step: Step) -> Launched:
+        assert len(set(step.seats)) == len(step.seats) and all(0 <= seat < self.max_num_seqs for seat in step.seats)
+        assert {new.seat for new in step.admitted} | {new.seat for new in step.new_blocks} <= set(step.seats)
+        if step.num_tokens > self.max_tokens or (step.num_tokens > 1 and self._rng.random() < self.out_of_memory):
+            raise DeviceMemoryError(f"{step.num_tokens} tokens")
+        self.num_rows += step.num_tokens
+        # A value: what is done with it later must not depend on what happens meanwhile.
+        launched = Launched(msgspec.json.decode(msgspec.json.encode(step), type=Step))
+        self._queue.append(launched)
         self.most_in_flight = max(self.most_in_flight, len(self._queue))
         assert len(self._queue) <= self.lookahead + 1
-        return step
+        return launched
 
-    def collect(self, launched: Step) -> Sampled:
-        step = self._queue.popleft()
-        assert step is launched, "collected out of order"
-        return self._execute(step)
-
-    def _copy(self, batch: Batch, i: int, admitted: bool) -> Work:
-        seq: Sequence = batch.sequences[i]
-        return Work(
-            seq.slot,
-            batch.num_computed_tokens[i],
-            batch.num_new_tokens[i],
-            batch.samples[i],
-            list(seq.token_ids) if admitted else None,
-            list(seq.block_table),
-            seq.num_prompt_tokens,
-            seq.params,
-        )
+    def collect(self, launched: Launched) -> Sampled:
+        assert self._queue.popleft() is launched, "collected out of order"
+        return self._execute(launched.step)
 
     def _execute(self, step: Step) -> Sampled:
-        for work in step.work:
-            if work.upload is not None:
-                self._history[work.slot] = work.upload
-        for work in step.work:
-            history = self._history[work.slot]
-            assert work.num_new >= 1 and work.start + work.num_new <= len(history), "a token nobody has sampled"
-            assert work.samples == (work.start + work.num_new == len(history))
-            for position in range(work.start, work.start + work.num_new):
-                self._kv[self._kv_slot(work, position)] = history[: position + 1]
-        tokens: list[int | None] = []
-        for work in step.work:  # after all writes: as a layer does
-            history = self._history[work.slot]
-            for position in range(work.start + work.num_new):
-                assert self._kv.get(self._kv_slot(work, position)) == history[: position + 1], "stale K/V"
-            if not work.samples:
-                tokens.append(None)
-                continue
-            # Behind a token that could not be sampled all is noise, and nobody may look at it.
-            sick = -1 in history
-            token = -1 if sick else next_token(history, work.num_prompt_tokens, work.params)
-            assert sick or len(history) - work.num_prompt_tokens < work.params.max_tokens, "a surplus token"
-            history.append(token)
-            tokens.append(token)
-        return Sampled(tokens, [None] * len(tokens))
+        for new in step.admitted:
+            self._seats[new.seat] = Seat(new)
+        for blocks in step.new_blocks:
+            self._seats[blocks.seat].block_table[blocks.first :] = blocks.block_ids
+        seats = [self._seats[seat] for seat in step.seats]
+        work = list(zip(seats, step.num_computed, step.num_new, step.num_sampled, strict=True))
+        for seat, start, num_new, num_sampled in work:
+            num_drafted = max(0, num_sampled - 1)
+            end = start + num_new - num_drafted
+            assert num_new >= 1 and end <= len(seat.history), "a token nobody has sampled"
+            assert (num_sampled > 0) == (end == len(seat.history))
+            for position in range(start, end):
+                self._kv[self._kv_slot(seat, position)] = seat.history[: position + 1]
+            for position in range(end, end + num_drafted):
+                self._kv[self._kv_slot(seat, position)] = [-7]  # overwritten where the draft turns out to be right
+        counts: list[int] = []
+        tokens: list[int] = []
+        for seat, start, num_new, num_sampled in work:  # after all writes: as a layer does
+            end = start + num_new - max(0, num_sampled - 1)
+            for position in range(end):
+                assert self._kv.get(self._kv_slot(seat, position)) == seat.history[: position + 1], "stale K/V"
+            sampled = self._sample(seat, num_sampled)
+            for position in range(end, end + len(sampled) - 1):
+                self._kv[self._kv_slot(seat, position)] = seat.history[: position + 1]
+            counts.append(len(sampled))
+            tokens += sampled
+        return Sampled(counts, tokens)
 
-    def _kv_slot(self, work: Work, position: int) -> int:
-        return work.block_table[position // self.block_size] * self.block_size + position % self.block_size
+    def _sample(self, seat: Seat, most: int) -> list[int]:
+        params, sampled = seat.admission.params, list[int]()
+        num_prompt = seat.admission.num_prompt_tokens
+        while len(sampled) < most and (not sampled or self._rng.random() < 0.6):
+            # Behind a token that could not be sampled all is noise, and nobody may look at it.
+            sick = -1 in seat.history
+            token = -1 if sick else next_token(seat.history, num_prompt, params)
+            assert sick or len(seat.history) - num_prompt < params.max_tokens, "a surplus token"
+            seat.history.append(token)
+            sampled.append(token)
+        self.num_confirmed += max(0, len(sampled) - 1)
+        return sampled
+
+    def _kv_slot(self, seat: Seat, position: int) -> int:
+        return seat.block_table[position // self.block_size] * self.block_size + position % self.block_size

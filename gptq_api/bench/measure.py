@@ -27,7 +27,7 @@ from gptq_api.gptq.summary import summarise
 from gptq_api.model.config import read_config
 from gptq_api.model.loaded import LoadedRunner
 from gptq_api.model.runner import make_runner, resolve_device
-from gptq_api.sequence import Batch, Sequence
+from gptq_api.model.solo import Solo, step_of
 from gptq_api.text.chat_template import load_chat_template
 from gptq_api.text.samples import encode_documents, read_documents, spread, windows
 from gptq_api.text.tokenizer import load_tokenizer
@@ -129,55 +129,50 @@ def _texts(job: Job, folder: Path, window: int) -> list[list[int]]:
     return found if job.num_windows is None else spread(found, min(job.num_windows, len(found)))
 
 
-def _sequence(token_ids: list[int], num_tokens: int) -> Sequence:
+def _solo(token_ids: list[int], num_tokens: int) -> Solo:
     """With a block table of its own: nobody else is in the cache."""
-    return Sequence(0, token_ids, _GREEDY, block_table=list(range(-(-num_tokens // _BLOCK_SIZE))), slot=0)
+    return Solo(token_ids, _GREEDY, block_table=list(range(-(-num_tokens // _BLOCK_SIZE))))
 
 
 def _decode(runner: LoadedRunner, job: Job) -> float:
     """Median seconds of one step at batch 1, sampling included."""
     prompt = [i * 7919 % runner.vocab_size for i in range(1, job.prompt_tokens + 1)]
     total = job.prompt_tokens + job.num_tokens + _WARM_UP
-    sequence = _sequence(prompt, total)
-    token = None
-    while sequence.num_pending_tokens:
-        num = min(_CHUNK, sequence.num_pending_tokens)
-        admitted = int(sequence.num_computed_tokens == 0)
-        token = runner.collect(runner.launch(Batch.of([sequence], [num], admitted))).tokens[0]
-        sequence.num_computed_tokens += num
+    solo = _solo(prompt, total)
+    tokens: list[int] = []
+    while solo.num_pending_tokens:
+        tokens = runner.collect(runner.launch(step_of([solo], [min(_CHUNK, solo.num_pending_tokens)]))).tokens
     times = []
     launched: deque[Any] = deque()
     for step in range(job.num_tokens + _WARM_UP):
         if step == 0 or not runner.lookahead:
-            _append(sequence, token, job)
+            _append(solo, tokens, job)
         # A runner that looks ahead has the token before we do, as in the engine.
-        launched.append(runner.launch(Batch([sequence], [1], [sequence.num_computed_tokens], [True], 0)))
-        sequence.num_computed_tokens += 1
+        launched.append(runner.launch(step_of([solo], [1])))
         if len(launched) > runner.lookahead:
-            token = runner.collect(launched.popleft()).tokens[0]
+            tokens = runner.collect(launched.popleft()).tokens
             times.append(time.perf_counter())
             if runner.lookahead:
-                _append(sequence, token, job)
+                _append(solo, tokens, job)
     while launched:
         runner.collect(launched.popleft())
     return statistics.median(b - a for a, b in itertools.pairwise(times[_WARM_UP - 1 :]))
 
 
-def _append(sequence: Sequence, token: int | None, job: Job) -> None:
-    if token is None or token < 0:
+def _append(solo: Solo, tokens: list[int], job: Job) -> None:
+    if min(tokens) < 0:
         raise CheckpointError(f"{job.name}: the logits are not finite; the weights are corrupt")
-    sequence.token_ids.append(token)
+    solo.token_ids += tokens
 
 
 def _perplexity(runner: LoadedRunner, texts: list[list[int]]) -> tuple[float, int]:
     """(exp of the mean negative log-likelihood of every token but the windows' first, number of these tokens)."""
     total, num = 0.0, 0
     for ids in texts:
-        sequence = _sequence(ids, len(ids))
-        while sequence.num_pending_tokens:
-            start = sequence.num_computed_tokens
-            logits, _ = runner.logits(Batch.of([sequence], [min(_CHUNK, len(ids) - start)]), every_row=True)
-            sequence.num_computed_tokens += len(logits)
+        solo = _solo(ids, len(ids))
+        while solo.num_pending_tokens:
+            start = solo.num_computed_tokens
+            logits, _ = runner.logits(step_of([solo], [min(_CHUNK, len(ids) - start)]), every_row=True)
             targets = torch.tensor(ids[start + 1 : start + 1 + len(logits)], device=logits.device)
             total += float(functional.cross_entropy(logits[: len(targets)], targets, reduction="sum"))
         num += len(ids) - 1

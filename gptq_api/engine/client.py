@@ -240,9 +240,11 @@ class EngineClient:
         for sequence_id, num_cached in step.cached_tokens.items():
             if generation := generations.get(sequence_id):
                 generation.num_cached_tokens = num_cached
-        for sequence_id, token in zip(unpack_ids(step.sequence_ids), unpack_ids(step.tokens), strict=True):
+        for i, (sequence_id, token) in enumerate(
+            zip(unpack_ids(step.sequence_ids), unpack_ids(step.tokens), strict=True)
+        ):
             if generation := generations.get(sequence_id):  # it may have left already
-                generation.put(token, step.logprobs.get(sequence_id))
+                generation.put(token, step.logprobs.get(i))
         for sequence_id, reason in step.finished.items():
             if generation := generations.get(sequence_id):
                 generation.finish(reason)

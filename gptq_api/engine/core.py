@@ -4,32 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from typing import Generic, Protocol, TypeVar
+from typing import Generic
 
 from gptq_api.logs import num_dropped
-from gptq_api.scheduler.scheduler import Scheduler
-from gptq_api.sequence import Batch, DeviceMemoryError, Sampled, Sequence
+from gptq_api.scheduler.scheduler import Progress, Scheduler
+from gptq_api.step import DeviceMemoryError, Launched, Runner, Step
 from gptq_api.types import Add, EngineStats, FinishReason, StepOutput, TokenLogprobs, pack_ids, unpack_ids
 
 _log = logging.getLogger(__name__)
-
-Launched = TypeVar("Launched")
-
-
-class Runner(Protocol[Launched]):
-    """What the engine needs of a model: the work of one batch done, K/V written, tokens sampled."""
-
-    lookahead: int
-    """0: a step is collected before the next one is scheduled; 1: afterwards"""
-
-    def launch(self, batch: Batch) -> Launched:
-        """Start a step, after all that were launched before, and do not wait for it. Raises DeviceMemoryError.
-
-        All that is needed of the batch's sequences is read here: they change while the step runs.
-        """
-
-    def collect(self, launched: Launched) -> Sampled:
-        """Wait for the step launched longest ago."""
 
 
 class Engine(Generic[Launched]):
@@ -37,15 +19,13 @@ class Engine(Generic[Launched]):
 
     def __init__(self, runner: Runner[Launched], scheduler: Scheduler) -> None:
         self.runner, self.scheduler = runner, scheduler
-        self._in_flight: deque[tuple[Batch, Launched]] = deque()
+        self._in_flight: deque[tuple[Step, Launched]] = deque()
         self._finished: dict[int, FinishReason] = {}  # to be told with the next output
 
     def add(self, message: Add) -> None:
         """Queue a sequence. One that can never fit (the API process should have refused it) ends with "error"."""
-        seq = Sequence(message.sequence_id, unpack_ids(message.prompt), message.params, message.cache_salt)
-        if self.scheduler.fits(seq):
-            self.scheduler.add(seq)
-        else:
+        ids = unpack_ids(message.prompt)
+        if not self.scheduler.add(message.sequence_id, ids, message.params, message.cache_salt):
             self._finished[message.sequence_id] = "error"
 
     def abort(self, sequence_id: int) -> None:
@@ -68,58 +48,38 @@ class Engine(Generic[Launched]):
 
     def report(self) -> StepOutput:
         """The state between steps; nobody gets a token."""
-        return self._output(0, [], [], {}, {})
+        return self._output(0, Progress(), {})
 
     def _launch(self) -> bool:
         """Whether there was anything to launch."""
-        while (batch := self.scheduler.schedule()).sequences:
+        while (step := self.scheduler.schedule()).seats:
             try:
-                self._in_flight.append((batch, self.runner.launch(batch)))
+                self._in_flight.append((step, self.runner.launch(step)))
                 return True
             except DeviceMemoryError as error:
-                self.scheduler.withdraw(batch)
-                _log.warning("no memory on the device for a step of %d tokens: %s", batch.num_tokens, error)
-                if batch.num_tokens == 1:
-                    hopeless = batch.sequences[0].sequence_id
-                    self.scheduler.abort(hopeless)
-                    self._finished[hopeless] = "error"
+                ids = self.scheduler.withdraw(step)
+                _log.warning("no memory on the device for a step of %d tokens: %s", step.num_tokens, error)
+                if step.num_tokens == 1:
+                    self.scheduler.abort(ids[0])
+                    self._finished[ids[0]] = "error"
         return False
 
     def _collect(self) -> StepOutput:
-        batch, launched = self._in_flight.popleft()
+        step, launched = self._in_flight.popleft()
         sampled = self.runner.collect(launched)
-        ids: list[int] = []
-        tokens: list[int] = []
-        cached: dict[int, int] = {}
-        logprobs: dict[int, TokenLogprobs] = {}
-        for seq, token, logprob in zip(batch.sequences, sampled.tokens, sampled.logprobs, strict=True):
-            if token is None or token < 0 or seq not in self.scheduler:
-                continue
-            ids.append(seq.sequence_id)
-            tokens.append(token)
-            if seq.num_output_tokens == 0:
-                cached[seq.sequence_id] = seq.num_cached_tokens or 0
-            if logprob is not None:
-                logprobs[seq.sequence_id] = logprob
-        done = self.scheduler.update(batch, sampled)
-        self._finished |= {seq.sequence_id: reason for seq, reason in done.items()}
-        return self._output(batch.num_tokens, ids, tokens, cached, logprobs)
+        progress = self.scheduler.update(step, sampled)
+        self._finished |= progress.finished
+        return self._output(step.num_tokens, progress, sampled.logprobs)
 
-    def _output(
-        self,
-        num_batched_tokens: int,
-        ids: list[int],
-        tokens: list[int],
-        cached: dict[int, int],
-        logprobs: dict[int, TokenLogprobs],
-    ) -> StepOutput:
+    def _output(self, num_batched_tokens: int, progress: Progress, logprobs: dict[int, TokenLogprobs]) -> StepOutput:
         finished, self._finished = self._finished, {}
+        told = {i: logprobs[place] for i, place in enumerate(progress.places) if place in logprobs} if logprobs else {}
         return StepOutput(
-            sequence_ids=pack_ids(ids),
-            tokens=pack_ids(tokens),
+            sequence_ids=pack_ids(progress.sequence_ids),
+            tokens=pack_ids(progress.tokens),
             finished=finished,
-            cached_tokens=cached,
-            logprobs=logprobs,
+            cached_tokens=progress.cached_tokens,
+            logprobs=told,
             stats=self.stats(num_batched_tokens),
         )
 

@@ -21,16 +21,16 @@ MAX_NORM_WIDTH = 16384
 """of the widest LLaMA; two rows of it fit into shared memory"""
 
 
-def embed(history: Tensor, row_slot: Tensor, positions: Tensor, table: Tensor, out: Tensor) -> Tensor:
-    """out[t] = table[history[row_slot[t], positions[t]]]; zeros where the position is -1 or the token not in the table.
+def embed(history: Tensor, row_seat: Tensor, positions: Tensor, table: Tensor, out: Tensor) -> Tensor:
+    """out[t] = table[history[row_seat[t], positions[t]]]; zeros where the position is -1 or the token not in the table.
 
-    history int32 [max_num_seqs, max_model_len]; row_slot and positions int32 [T]; table fp16 or bf16 [V, H], out
+    history int32 [max_num_seqs, max_model_len]; row_seat and positions int32 [T]; table fp16 or bf16 [V, H], out
     [T, H] of its type.
     """
     rows, width = out.shape
     _check_activations("table", table, (table.shape[0], width))
     _check_activations("out", out, (rows, width), like=table)
-    _check_indices("row_slot", row_slot, rows, table)
+    _check_indices("row_seat", row_seat, rows, table)
     _check_indices("positions", positions, rows, table)
     if history.dim() != 2 or history.dtype != torch.int32 or history.stride(1) != 1 or history.device != table.device:
         raise ValueError(f"history {_described(history)}, expected int32 [sequences, tokens] on {table.device}")
@@ -38,7 +38,7 @@ def embed(history: Tensor, row_slot: Tensor, positions: Tensor, table: Tensor, o
         raise ValueError("table and out have to be contiguous")
     if rows:
         with torch.cuda.device(out.device):
-            addresses = (history.data_ptr(), row_slot.data_ptr(), positions.data_ptr(), table.data_ptr())
+            addresses = (history.data_ptr(), row_seat.data_ptr(), positions.data_ptr(), table.data_ptr())
             _cuda.embed(*addresses, out.data_ptr(), rows, table.shape[0], width, history.stride(0), _stream(out))
     return out
 

@@ -1,11 +1,11 @@
 """Logits to tokens on a CUDA device: one launch for all rows, whatever their parameters, without host synchronisation.
 
-Per sequence, on the host: `SamplingTable.set(slot, params, num_prompt_tokens)` when it is admitted. Per step:
+Per sequence, on the host: `SamplingTable.set(seat, params, num_prompt_tokens)` when it is admitted. Per step:
 
-1. `needs = table.fill(staging, slots, lengths)` writes the step's columns into pinned memory, int32 [FIELDS, S] (a view
+1. `needs = table.fill(staging, seats, lengths)` writes the step's columns into pinned memory, int32 [FIELDS, S] (a view
    with any row stride, so that it can be a part of the step's one staging buffer); after the copy the same view of the
    device's buffer is `SamplingInputs(view)`.
-2. Where `needs.adjust`: `table.entries(slots, lengths)`, copied into an int32 device tensor, and `adjust(...)`, which
+2. Where `needs.adjust`: `table.entries(seats, lengths)`, copied into an int32 device tensor, and `adjust(...)`, which
    must come before `sample`. Write it to a second [S, V] tensor where `needs.logprobs` too, else in place.
 3. `sample(...)`: everything else is decided on the device, row by row. Appends to `history` what it drew.
 4. Where `needs.logprobs`: `logprobs(raw logits, ...)` after `sample`; `read_logprobs` on the host's copy of its output.
@@ -34,7 +34,7 @@ except ImportError:  # kernels/gptq.py has the reason for people
 
 _COLUMN = struct.Struct("<3i2I2i6f")
 FIELDS = _COLUMN.size // 4
-"""int32 or float32 words per row, in this order: slot, length, num_prompt_tokens, seed (2 words, low first), top_k,
+"""int32 or float32 words per row, in this order: seat, length, num_prompt_tokens, seed (2 words, low first), top_k,
 top_logprobs (-1: none), 1 / temperature (0: greedy), top_p, min_p, repetition, presence, frequency penalty"""
 MAX_TOP_LOGPROBS = 20
 _LARGEST_INVERSE_TEMPERATURE = 1e30
@@ -60,7 +60,7 @@ class SamplingInputs:
     """The rows' parameters on the device."""
 
     packed: Tensor
-    """int32 [FIELDS, S], columns contiguous; column i is row i of the logits; slot -1: the row is skipped"""
+    """int32 [FIELDS, S], columns contiguous; column i is row i of the logits; seat -1: the row is skipped"""
 
     def __post_init__(self) -> None:
         p = self.packed
@@ -69,24 +69,24 @@ class SamplingInputs:
 
 
 class SamplingTable:
-    """The sampling parameters of the running sequences, on the host, by slot."""
+    """The sampling parameters of the running sequences, on the host, by seat."""
 
     def __init__(self, max_num_seqs: int) -> None:
         self._columns = torch.empty(FIELDS, max_num_seqs + 1, dtype=torch.int32)
-        self._columns[:] = _words(_PADDING).unsqueeze(1)  # the last column serves slot -1
+        self._columns[:] = _words(_PADDING).unsqueeze(1)  # the last column serves seat -1
         self._adjusted: set[int] = set()
         self._logged: set[int] = set()
         self._bias: dict[int, dict[int, float]] = {}
         self._stops: dict[int, tuple[int, tuple[int, ...]]] = {}
 
-    def set(self, slot: int, params: SamplingParams, num_prompt_tokens: int) -> None:
-        """The sequence that has `slot` from now on. ValueError for more logprobs than the kernel keeps."""
+    def set(self, seat: int, params: SamplingParams, num_prompt_tokens: int) -> None:
+        """The sequence that has `seat` from now on. ValueError for more logprobs than the kernel keeps."""
         p = params
         if p.top_logprobs is not None and p.top_logprobs > MAX_TOP_LOGPROBS:
             raise ValueError(f"top_logprobs {p.top_logprobs}; at most {MAX_TOP_LOGPROBS} are kept")
-        self._columns[:, slot] = _words(
+        self._columns[:, seat] = _words(
             _COLUMN.pack(
-                slot,
+                seat,
                 0,
                 num_prompt_tokens,
                 p.seed & 0xFFFFFFFF,
@@ -101,46 +101,51 @@ class SamplingTable:
                 p.frequency_penalty,
             )
         )
-        self._bias.pop(slot, None)
-        self._stops.pop(slot, None)
+        self._bias.pop(seat, None)
+        self._stops.pop(seat, None)
         if p.logit_bias:
-            self._bias[slot] = p.logit_bias
+            self._bias[seat] = p.logit_bias
         if p.min_tokens > 0 and p.stop_token_ids:
-            self._stops[slot] = (num_prompt_tokens + p.min_tokens, p.stop_token_ids)
+            self._stops[seat] = (num_prompt_tokens + p.min_tokens, p.stop_token_ids)
         penalised = p.repetition_penalty != 1.0 or p.presence_penalty != 0.0 or p.frequency_penalty != 0.0
-        for slots, belongs in (
+        for seats, belongs in (
             (self._adjusted, penalised or bool(p.logit_bias)),
             (self._logged, p.top_logprobs is not None),
         ):
-            (slots.add if belongs else slots.discard)(slot)
+            (seats.add if belongs else seats.discard)(seat)
 
-    def fill(self, staging: Tensor, slots: list[int], lengths: list[int]) -> StepNeeds:
-        """The columns of the rows `slots` (-1: padding) into `staging`, int32 [FIELDS, S] on the host; `lengths[i]`
+    def fill(self, staging: Tensor, seats: list[int], lengths: list[int]) -> StepNeeds:
+        """The columns of the rows `seats` (-1: padding) into `staging`, int32 [FIELDS, S] on the host; `lengths[i]`
         tokens stand before the one that row i samples."""
         # array is several times faster than torch.tensor on a list
-        columns = torch.frombuffer(array("q", slots), dtype=torch.int64) % self._columns.shape[1]
+        columns = torch.frombuffer(array("q", seats), dtype=torch.int64) % self._columns.shape[1]
         torch.index_select(self._columns, 1, columns, out=staging)
         staging[1] = torch.frombuffer(array("i", lengths), dtype=torch.int32)
-        adjust = not self._adjusted.isdisjoint(slots)
+        adjust = not self._adjusted.isdisjoint(seats)
         if not adjust and self._stops:
-            adjust = any(self._waits(slot, length) for slot, length in zip(slots, lengths, strict=True))
-        return StepNeeds(adjust, not self._logged.isdisjoint(slots))
+            adjust = any(self._waits(seat, length) for seat, length in zip(seats, lengths, strict=True))
+        return StepNeeds(adjust, not self._logged.isdisjoint(seats))
 
-    def entries(self, slots: list[int], lengths: list[int]) -> Tensor:
+    def entries(self, seats: list[int], lengths: list[int]) -> Tensor:
         """The sparse part of `adjust`, int32 [S + 1 + 2 N] on the host: where each row's entries start, then (token,
         float32 bits) of all N entries: a bias to add, or -inf for a stop token that min_tokens forbids."""
         starts, pairs = [0], bytearray()
-        for slot, length in zip(slots, lengths, strict=True):
-            for token, bias in self._bias.get(slot, {}).items():
+        for seat, length in zip(seats, lengths, strict=True):
+            for token, bias in self._bias.get(seat, {}).items():
                 pairs += struct.pack("<if", token, bias)
-            if self._waits(slot, length):
-                for token in self._stops[slot][1]:
+            if self._waits(seat, length):
+                for token in self._stops[seat][1]:
                     pairs += struct.pack("<if", token, -math.inf)
             starts.append(len(pairs) // 8)
         return _words(struct.pack(f"<{len(starts)}i", *starts) + bytes(pairs))
 
-    def _waits(self, slot: int, length: int) -> bool:
-        return slot in self._stops and length < self._stops[slot][0]
+    def top_logprobs(self, seats: list[int]) -> list[int]:
+        """How many each of these sequences asked for; -1: none."""
+        found: list[int] = self._columns[6, seats].tolist()
+        return found
+
+    def _waits(self, seat: int, length: int) -> bool:
+        return seat in self._stops and length < self._stops[seat][0]
 
 
 def _words(data: bytes) -> Tensor:
@@ -148,7 +153,7 @@ def _words(data: bytes) -> Tensor:
 
 
 def sample(logits: Tensor, inputs: SamplingInputs, history: Tensor, out_tokens: Tensor) -> None:
-    """Logits float32 [S, V] -> out_tokens int32 [S], and history[slot, length] = token.
+    """Logits float32 [S, V] -> out_tokens int32 [S], and history[seat, length] = token.
 
     `history` is int32 [max_num_seqs, max_model_len]. A row that holds NaN or an infinity gives -1 (and token 0 in
     history, which must stay a valid input id), a padding row -1. Greedy: the lowest of the best ids. Otherwise the
@@ -166,7 +171,7 @@ def adjust(
     """logit_bias, penalties and forbidden stop tokens: logits float32 [S, V] -> `out` (None: in place).
 
     `entries`: `SamplingTable.entries` on the device, None where no row has any; it may be longer than they are. Rows
-    without adjustments cost nothing in place and are copied otherwise. Repetition counts history[slot, :length],
+    without adjustments cost nothing in place and are copied otherwise. Repetition counts history[seat, :length],
     presence and frequency its part from num_prompt_tokens on.
     """
     _check(logits, inputs, history)
@@ -219,7 +224,7 @@ def _check(logits: Tensor, inputs: SamplingInputs, history: Tensor | None) -> No
     if inputs.packed.shape[1] != logits.shape[0] or inputs.packed.device != logits.device:
         raise ValueError(f"{inputs.packed.shape[1]} columns on {inputs.packed.device} for {logits.shape[0]} rows")
     if history is not None and (history.dtype != torch.int32 or history.dim() != 2 or history.stride(1) != 1):
-        raise ValueError(f"history {tuple(history.shape)} {history.dtype}, expected int32 [slots, tokens]")
+        raise ValueError(f"history {tuple(history.shape)} {history.dtype}, expected int32 [seats, tokens]")
 
 
 def _check_tokens(tokens: Tensor, logits: Tensor) -> None:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from gptq_api.kernels.sampling import inverse_temperature
-from gptq_api.sequence import Sequence
+from gptq_api.layers.seats import Seat
 from gptq_api.types import SamplingParams, TokenLogprobs
 
 _CANDIDATES = 256
@@ -67,8 +67,8 @@ def random_words(bits: list[int], vocab_size: int) -> npt.NDArray[np.uint32]:
     return x
 
 
-def sample(logits: Tensor, sequences: list[Sequence]) -> tuple[list[int], list[TokenLogprobs | None]]:
-    """Logits float32 [S, V], overwritten; row i belongs to sequences[i], whose next token it is.
+def sample(logits: Tensor, seats: list[Seat]) -> tuple[list[int], list[TokenLogprobs | None]]:
+    """Logits float32 [S, V], overwritten; row i belongs to seats[i], whose next token it is.
 
     Returns the tokens and, where asked for, their logprobs. A row that is not finite gives -1 and None.
     """
@@ -77,64 +77,64 @@ def sample(logits: Tensor, sequences: list[Sequence]) -> tuple[list[int], list[T
     all_finite = bool(finite.all())
     if not all_finite:
         logits.masked_fill_(~finite.unsqueeze(1), 0.0)
-    wants_logprobs = any(s.params.top_logprobs is not None for s in sequences)
+    wants_logprobs = any(s.params.top_logprobs is not None for s in seats)
     raw = logits.clone() if wants_logprobs else logits
-    for row, sequence in enumerate(sequences):
-        if _adjusts(sequence):
-            _adjust(logits[row], sequence)
+    for row, seat in enumerate(seats):
+        if _adjusts(seat):
+            _adjust(logits[row], seat)
             if not bool(logits[row].isfinite().all()):
                 finite[row], all_finite = False, False
                 logits[row] = 0.0
-    drawn = [i for i, s in enumerate(sequences) if s.params.temperature > 0]
-    tokens: list[int] = logits.argmax(-1).tolist() if len(drawn) < len(sequences) else [0] * len(sequences)
+    drawn = [i for i, s in enumerate(seats) if s.params.temperature > 0]
+    tokens: list[int] = logits.argmax(-1).tolist() if len(drawn) < len(seats) else [0] * len(seats)
     if drawn:
-        rows = logits if len(drawn) == len(sequences) else logits[drawn]
-        for i, token in zip(drawn, _draw(rows, [sequences[i] for i in drawn]), strict=True):
+        rows = logits if len(drawn) == len(seats) else logits[drawn]
+        for i, token in zip(drawn, _draw(rows, [seats[i] for i in drawn]), strict=True):
             tokens[i] = token
-    logprobs: list[TokenLogprobs | None] = [None] * len(sequences)
+    logprobs: list[TokenLogprobs | None] = [None] * len(seats)
     if wants_logprobs:
-        logprobs = _logprobs(raw, tokens, sequences)
+        logprobs = _logprobs(raw, tokens, seats)
     if not all_finite:
         for i in (~finite).nonzero().flatten().tolist():
             tokens[i], logprobs[i] = -1, None
     return tokens, logprobs
 
 
-def _adjusts(sequence: Sequence) -> bool:
-    p = sequence.params
+def _adjusts(seat: Seat) -> bool:
+    p = seat.params
     return (
         bool(p.logit_bias)
         or p.repetition_penalty != 1.0
         or p.presence_penalty != 0.0
         or p.frequency_penalty != 0.0
-        or (sequence.num_output_tokens < p.min_tokens and bool(p.stop_token_ids))
+        or (seat.num_output_tokens < p.min_tokens and bool(p.stop_token_ids))
     )
 
 
-def _adjust(logits: Tensor, sequence: Sequence) -> None:
+def _adjust(logits: Tensor, seat: Seat) -> None:
     """Bias and penalties of one row [V], in place."""
-    p, device = sequence.params, logits.device
+    p, device = seat.params, logits.device
     if p.logit_bias:
         ids = torch.tensor(list(p.logit_bias), dtype=torch.int64, device=device)
         logits.index_add_(0, ids, torch.tensor(list(p.logit_bias.values()), dtype=logits.dtype, device=device))
     if p.repetition_penalty != 1.0:
-        ids = torch.tensor(list(set(sequence.token_ids)), dtype=torch.int64, device=device)
+        ids = torch.tensor(list(set(seat.token_ids)), dtype=torch.int64, device=device)
         seen = logits[ids]
         logits[ids] = torch.where(seen > 0, seen / p.repetition_penalty, seen * p.repetition_penalty)
-    output = sequence.token_ids[sequence.num_prompt_tokens :]
+    output = seat.token_ids[seat.num_prompt_tokens :]
     if output and (p.presence_penalty or p.frequency_penalty):
         counts = Counter(output)
         ids = torch.tensor(list(counts), dtype=torch.int64, device=device)
         times = torch.tensor(list(counts.values()), dtype=logits.dtype, device=device)
         logits[ids] -= p.presence_penalty + p.frequency_penalty * times
-    if sequence.num_output_tokens < p.min_tokens and p.stop_token_ids:
+    if seat.num_output_tokens < p.min_tokens and p.stop_token_ids:
         logits[list(p.stop_token_ids)] = _LOWEST
 
 
-def _draw(logits: Tensor, sequences: list[Sequence]) -> list[int]:
+def _draw(logits: Tensor, seats: list[Seat]) -> list[int]:
     """One token for each row [V] with temperature above 0."""
-    params = [s.params for s in sequences]
-    bits = [random_bits(s.params.seed, len(s.token_ids)) for s in sequences]
+    params = [s.params for s in seats]
+    bits = [random_bits(s.params.seed, len(s.token_ids)) for s in seats]
     inverse = _column([inverse_temperature(p.temperature) for p in params], logits)
     # Relative to the best first: the smallest temperatures must not overflow.
     share = logits.sub(logits.amax(-1, keepdim=True)).mul_(inverse).exp_()
@@ -224,15 +224,15 @@ def _nucleus(weights: Tensor, mass: Tensor, params: list[SamplingParams]) -> Ten
     return (torch.arange(width, device=device) < top_k) & (cumulative - weights < need.unsqueeze(1))
 
 
-def _logprobs(raw: Tensor, tokens: list[int], sequences: list[Sequence]) -> list[TokenLogprobs | None]:
-    wanted = [i for i, s in enumerate(sequences) if s.params.top_logprobs is not None]
+def _logprobs(raw: Tensor, tokens: list[int], seats: list[Seat]) -> list[TokenLogprobs | None]:
+    wanted = [i for i, s in enumerate(seats) if s.params.top_logprobs is not None]
     table = raw[wanted].log_softmax(-1)
     chosen = (
         table.gather(1, torch.tensor([tokens[i] for i in wanted], device=raw.device).unsqueeze(1)).flatten().tolist()
     )
-    counts = [min(sequences[i].params.top_logprobs or 0, raw.shape[1]) for i in wanted]
+    counts = [min(seats[i].params.top_logprobs or 0, raw.shape[1]) for i in wanted]
     values, ids = table.topk(max(counts), -1) if max(counts) else (table[:, :0], table[:, :0])
-    result: list[TokenLogprobs | None] = [None] * len(sequences)
+    result: list[TokenLogprobs | None] = [None] * len(seats)
     ranked = zip(wanted, counts, chosen, values.tolist(), ids.tolist(), strict=True)
     for i, count, logprob, row_values, row_ids in ranked:
         result[i] = TokenLogprobs(

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gptq_api.kernels.sampling import FIELDS
-from gptq_api.sequence import Batch
+from gptq_api.step import Step
 
 Ints = NDArray[np.int32]
 Array = TypeVar("Array", Ints, Tensor)
@@ -37,7 +37,7 @@ class StepShape(NamedTuple):
 class StepInputs(Generic[Array]):
     """int32 arrays over one buffer: numpy's on the host, tensors on the device."""
 
-    row_slot: Array
+    row_seat: Array
     """[T]"""
     positions: Array
     """[T], -1: padding"""
@@ -82,10 +82,10 @@ def _dims(shape: StepShape) -> tuple[tuple[int, ...], ...]:
 
 
 @dataclass(frozen=True)
-class Step:
-    """A batch as arrays, one entry per sequence, in the batch's order."""
+class Columns:
+    """A step as arrays, one entry per sequence, in its order."""
 
-    slots: Ints
+    seats: Ints
     computed: Ints
     """tokens in the cache before the step"""
     new: Ints
@@ -108,52 +108,40 @@ class Step:
 
 
 class SequenceTable:
-    """What stays of a running sequence from step to step, by slot, so that a step of many sequences is a few numpy
+    """The block tables of the running sequences, by seat, so that a step of many sequences is a few numpy
     calls and no loop over them."""
 
     def __init__(self, max_num_seqs: int, max_blocks: int, block_size: int) -> None:
         self._block_size = block_size
         self._blocks = np.zeros((max_num_seqs, max_blocks), np.int32)
-        self._num_blocks = np.zeros(max_num_seqs, np.int32)
 
-    def take_in(self, batch: Batch, slots: Ints) -> Step:
-        """Note the blocks that have come since the last step; those of the sequences admitted now are all new."""
-        computed = np.array(batch.num_computed_tokens, np.int32)
-        new = np.array(batch.num_new_tokens, np.int32)
-        context = computed + new
-        self.forget(slots[len(slots) - batch.num_admitted :])
-        missing = self._num_blocks[slots] * self._block_size < context
-        for i in np.flatnonzero(missing).tolist():
-            slot, table = slots[i], batch.sequences[i].block_table
-            known = int(self._num_blocks[slot])
-            self._blocks[slot, known : len(table)] = table[known:]
-            self._num_blocks[slot] = len(table)
-        decode = not batch.num_admitted and int(new.max(initial=1)) == 1
-        return Step(slots, computed, new, context, decode)
+    def take_in(self, step: Step) -> Columns:
+        """Note the blocks that have come since the last step."""
+        for blocks in step.new_blocks:
+            self._blocks[blocks.seat, blocks.first : blocks.first + len(blocks.block_ids)] = blocks.block_ids
+        seats, computed, new = (np.array(c, np.int32) for c in (step.seats, step.num_computed, step.num_new))
+        decode = not step.admitted and int(new.max(initial=1)) == 1
+        return Columns(seats, computed, new, computed + new, decode)
 
-    def forget(self, slots: Ints) -> None:
-        """Read the blocks of these slots anew in their next step."""
-        self._num_blocks[slots] = 0
-
-    def write(self, step: Step, tile_rows: int, to: StepInputs[Ints]) -> None:
+    def write(self, step: Columns, tile_rows: int, to: StepInputs[Ints]) -> None:
         """Fill the arrays of a shape that holds the step, padding included; all but `sampling`."""
-        num, size = len(step.slots), self._block_size
+        num, size = len(step.seats), self._block_size
         if step.decode:
-            rows, row_slot, positions = num, step.slots, step.computed
+            rows, row_seat, positions = num, step.seats, step.computed
             ends = np.arange(1, num + 1, dtype=np.int32)
         else:
             ends = np.cumsum(step.new, dtype=np.int32)
-            rows, row_slot = int(ends[-1]), np.repeat(step.slots, step.new)
+            rows, row_seat = int(ends[-1]), np.repeat(step.seats, step.new)
             positions = np.arange(rows, dtype=np.int32) + np.repeat(step.context - ends, step.new)
             _write_tiles(step.new, tile_rows, to.tiles)
         block, offset = np.divmod(positions, size)
-        to.row_slot[:rows], to.row_slot[rows:] = row_slot, 0
+        to.row_seat[:rows], to.row_seat[rows:] = row_seat, 0
         to.positions[:rows], to.positions[rows:] = positions, -1
-        to.slot_mapping[:rows], to.slot_mapping[rows:] = self._blocks[row_slot, block] * size + offset, -1
+        to.slot_mapping[:rows], to.slot_mapping[rows:] = self._blocks[row_seat, block] * size + offset, -1
         to.query_start[0], to.query_start[1 : num + 1], to.query_start[num + 1 :] = 0, ends, rows
         to.context_lens[:num], to.context_lens[num:] = step.context, 0
         to.last_rows[:num], to.last_rows[num:] = ends - 1, 0
-        to.block_tables[:num], to.block_tables[num:] = self._blocks[step.slots, : to.block_tables.shape[1]], 0
+        to.block_tables[:num], to.block_tables[num:] = self._blocks[step.seats, : to.block_tables.shape[1]], 0
 
 
 def _write_tiles(new: Ints, tile_rows: int, tiles: Ints) -> None:
@@ -167,7 +155,7 @@ def _write_tiles(new: Ints, tile_rows: int, tiles: Ints) -> None:
 
 def write_idle(to: StepInputs[Ints]) -> None:
     """A step of padding alone; `sampling` is not touched."""
-    for array in (to.row_slot, to.query_start, to.context_lens, to.last_rows, to.block_tables):
+    for array in (to.row_seat, to.query_start, to.context_lens, to.last_rows, to.block_tables):
         array[...] = 0
     for array in (to.positions, to.slot_mapping, to.tiles):
         array[...] = -1

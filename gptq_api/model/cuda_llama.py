@@ -103,7 +103,7 @@ class CudaLlama:
         """
         rows = inputs.positions.shape[0]
         x, normed = self._x[:rows], self._normed[:rows]
-        ops.embed(history, inputs.row_slot, inputs.positions, self._embedding, x)
+        ops.embed(history, inputs.row_seat, inputs.positions, self._embedding, x)
         few = decode and rows <= SCATTER_MAX_ROWS
         for layer, kv in zip(self._layers, cache, strict=True):
             ops.rms_norm(x, layer.input_norm, self._eps, normed, layer.qkv.perm)

@@ -1,7 +1,7 @@
-"""Steps on CUDA: `launch` stages a batch and starts it, `collect` waits for the few bytes it sampled.
+"""Steps on CUDA: `launch` stages a step and starts it, `collect` waits for the few bytes it sampled.
 
 All work is on one stream, in the order of the launches, so a step finds in `history` and in the cache what the steps
-before it left there, whether or not the host has seen it. The host's side of a step is arrays by slot, not a loop over
+before it left there, whether or not the host has seen it. The host's side of a step is arrays by seat, not a loop over
 sequences.
 """
 
@@ -18,9 +18,9 @@ from gptq_api.kernels.prefill_attention import TILE_ROWS
 from gptq_api.kernels.sampling import MAX_TOP_LOGPROBS, SamplingInputs, SamplingTable
 from gptq_api.model.cuda_cache import CudaKVCache
 from gptq_api.model.cuda_graphs import Buckets, Graphs
-from gptq_api.model.cuda_inputs import Ints, SequenceTable, Step, StepInputs, StepShape, num_words, write_idle
+from gptq_api.model.cuda_inputs import Columns, Ints, SequenceTable, StepInputs, StepShape, num_words, write_idle
 from gptq_api.model.cuda_llama import CudaLlama
-from gptq_api.sequence import Batch, DeviceMemoryError, Sampled
+from gptq_api.step import Admission, DeviceMemoryError, Sampled, Step
 from gptq_api.types import TokenLogprobs
 
 _NUM_STAGES = 3
@@ -53,12 +53,14 @@ class _Stage:
 class Launched:
     """A step under way."""
 
-    batch: Batch
     step: Step
+    context: Ints
+    """[S], tokens in the cache after it"""
     stage: _Stage
     block_tables: Ints
     """[S, blocks], the stage's"""
-    has_logprobs: bool
+    num_top: list[int] | None
+    """top_logprobs of each sequence, -1: none; None: none of any"""
 
 
 def _largest_shape(max_num_seqs: int, max_num_batched_tokens: int, max_blocks: int) -> StepShape:
@@ -111,57 +113,55 @@ class CudaRunner:
         self._graphs = Graphs(self._forward_and_sample)
 
     @torch.inference_mode()
-    def launch(self, batch: Batch) -> Launched:
-        """Start the step behind those launched before. Blocks, slots and, of admitted sequences, tokens and parameters
-        are read here. DeviceMemoryError where the device has no memory for it; nothing is sampled then."""
-        slots = np.fromiter((sequence.slot for sequence in batch.sequences), np.int32, len(batch.sequences))
+    def launch(self, step: Step) -> Launched:
+        """Start the step behind those launched before."""
+        assert max(step.num_sampled) <= 1, "drafted tokens are for runners that draft"
         with torch.cuda.stream(self._stream):
             try:
-                self._admit(batch, slots, len(slots) - batch.num_admitted)
-                return self._launch(batch, self._table.take_in(batch, slots))
+                self._admit(step.admitted)
+                return self._launch(step, self._table.take_in(step))
             except torch.cuda.OutOfMemoryError as error:
-                self._table.forget(slots)
                 raise DeviceMemoryError(str(error).partition("\n")[0]) from None
 
     @torch.inference_mode()
     def collect(self, launched: Launched) -> Sampled:
         """Wait for the step; at most two may be uncollected. Sequences whose logits were not finite get -1, and what is
         not finite in their blocks becomes zeros."""
-        batch, stage = launched.batch, launched.stage
+        step, stage = launched.step, launched.stage
         stage.done.synchronize()
-        drawn = stage.tokens[: len(batch.sequences)].tolist()
-        tokens = [token if wanted else None for token, wanted in zip(drawn, batch.samples, strict=True)]
-        logprobs: list[TokenLogprobs | None] = [None] * len(tokens)
-        if launched.has_logprobs:
-            for i, sequence in enumerate(batch.sequences):
-                if batch.samples[i] and sequence.params.top_logprobs is not None:
-                    logprobs[i] = sampling.read_logprobs(stage.logprobs[i], sequence.params.top_logprobs)
-        for i, token in enumerate(tokens):
-            if token is not None and token < 0:
-                num = -(-int(launched.step.context[i]) // self._cache.block_size)
-                self._scrub(launched.block_tables[i, :num])
-        return Sampled(tokens, logprobs)
+        drawn = stage.tokens[: len(step.seats)].tolist()
+        wanted = [i for i, num in enumerate(step.num_sampled) if num]
+        tokens = [drawn[i] for i in wanted]
+        logprobs: dict[int, TokenLogprobs] = {}
+        if launched.num_top is not None:
+            for place, i in enumerate(wanted):
+                num_top = launched.num_top[i]
+                found = sampling.read_logprobs(stage.logprobs[i], num_top) if num_top >= 0 else None
+                if found is not None:
+                    logprobs[place] = found
+        for i, token in zip(wanted, tokens, strict=True):
+            if token < 0:
+                num_blocks = -(-int(launched.context[i]) // self._cache.block_size)
+                self._scrub(launched.block_tables[i, :num_blocks])
+        return Sampled(step.num_sampled, tokens, logprobs)
 
     @torch.inference_mode()
-    def logits(self, batch: Batch, every_row: bool = False) -> tuple[Tensor, list[int]]:
-        """Run the model without sampling: (float32 [S, V], the batch indices of the S sequences that would sample).
+    def logits(self, step: Step, every_row: bool = False) -> tuple[Tensor, list[int]]:
+        """Run the model without sampling: (float32 [S, V], the entries of the S sequences that would sample).
 
-        With `every_row`, the rows of all new tokens in the batch's order. For evaluation: waits, and takes tokens,
-        blocks and slots anew from every sequence (the place in the batch for one without a slot).
+        With `every_row`, the rows of all new tokens in the step's order. For evaluation: waits.
         """
-        slots = np.array([i if s.slot < 0 else s.slot for i, s in enumerate(batch.sequences)], np.int32)
         with torch.cuda.stream(self._stream):
-            self._upload(batch, slots, 0)
-            self._table.forget(slots)
-            step = self._table.take_in(batch, slots)
-            shape, _ = self._shape(step, exact=True)
+            self._admit(step.admitted)
+            columns = self._table.take_in(step)
+            shape, _ = self._shape(columns, exact=True)
             stage = self._stages[0]
             stage.done.synchronize()
             host, _ = stage.views(shape, keep=False)
-            self._table.write(step, TILE_ROWS, host)
+            self._table.write(columns, TILE_ROWS, host)
             inputs = self._copy_in(stage, shape)
-            logits = self._model.forward(inputs, self._history, self._cache.layers, step.decode, every_row)
-            wanted = [i for i, samples in enumerate(batch.samples) if samples]
+            logits = self._model.forward(inputs, self._history, self._cache.layers, columns.decode, every_row)
+            wanted = [i for i, num in enumerate(step.num_sampled) if num]
             result = logits if every_row else logits[wanted]
             self._stream.synchronize()
             return result, wanted
@@ -188,33 +188,34 @@ class CudaRunner:
             self._graphs.run(shape, capture)
             stage.done.record()
 
-    def _launch(self, batch: Batch, step: Step) -> Launched:
+    def _launch(self, step: Step, columns: Columns) -> Launched:
         stage = self._stages[0]
         self._stages = [*self._stages[1:], stage]
         stage.done.synchronize()
-        shape, recurs = self._shape(step, exact=False)
+        shape, recurs = self._shape(columns, exact=False)
         host, packed = stage.views(shape, recurs)
-        self._table.write(step, TILE_ROWS, host)
-        padding = shape.num_sequences - len(step.slots)
-        slots = np.where(batch.samples, step.slots, -1).tolist() + [-1] * padding
-        lengths = step.context.tolist() + [0] * padding
-        needs = self._sampling.fill(packed, slots, lengths)
+        self._table.write(columns, TILE_ROWS, host)
+        num, padding = len(step.seats), shape.num_sequences - len(step.seats)
+        seats = np.where(step.num_sampled, columns.seats, -1).tolist() + [-1] * padding
+        lengths = columns.context.tolist() + [0] * padding
+        needs = self._sampling.fill(packed, seats, lengths)
         inputs = self._copy_in(stage, shape)
         logits = self._graphs.run(shape, recurs)
-        tokens, columns = self._tokens[: shape.num_sequences], SamplingInputs(inputs.sampling)
+        tokens, how = self._tokens[: shape.num_sequences], SamplingInputs(inputs.sampling)
         if needs.adjust:
             # The step has sampled from the raw logits: sample again, over it.
-            entries = self._sampling.entries(slots, lengths).pin_memory().to(logits.device, non_blocking=True)
+            entries = self._sampling.entries(seats, lengths).pin_memory().to(logits.device, non_blocking=True)
             adjusted = torch.empty_like(logits) if needs.logprobs else logits
-            sampling.adjust(logits, columns, self._history, entries, adjusted)
-            sampling.sample(adjusted, columns, self._history, tokens)
+            sampling.adjust(logits, how, self._history, entries, adjusted)
+            sampling.sample(adjusted, how, self._history, tokens)
         if needs.logprobs:
             found = self._logprobs[: shape.num_sequences]
-            sampling.logprobs(logits, columns, tokens, found)
-            stage.logprobs[: len(step.slots)].copy_(found[: len(step.slots)], non_blocking=True)
-        stage.tokens[: len(step.slots)].copy_(tokens[: len(step.slots)], non_blocking=True)
+            sampling.logprobs(logits, how, tokens, found)
+            stage.logprobs[:num].copy_(found[:num], non_blocking=True)
+        stage.tokens[:num].copy_(tokens[:num], non_blocking=True)
         stage.done.record()
-        return Launched(batch, step, stage, host.block_tables, needs.logprobs)
+        num_top = self._sampling.top_logprobs(step.seats) if needs.logprobs else None
+        return Launched(step, columns.context, stage, host.block_tables, num_top)
 
     def _forward_and_sample(self, shape: StepShape) -> Tensor:
         inputs = StepInputs.over(self._inputs, shape)
@@ -222,9 +223,9 @@ class CudaRunner:
         sampling.sample(logits, SamplingInputs(inputs.sampling), self._history, self._tokens[: shape.num_sequences])
         return logits
 
-    def _shape(self, step: Step, exact: bool) -> tuple[StepShape, bool]:
+    def _shape(self, step: Columns, exact: bool) -> tuple[StepShape, bool]:
         """(shape, whether it is one of the few that steps are padded to)."""
-        num_blocks, num = step.num_blocks(self._cache.block_size), len(step.slots)
+        num_blocks, num = step.num_blocks(self._cache.block_size), len(step.seats)
         tiles = 0 if step.decode else max(1, step.num_tiles(TILE_ROWS))
         if not exact:
             if step.decode:
@@ -241,20 +242,15 @@ class CudaRunner:
         self._inputs[:words].copy_(stage.inputs[:words], non_blocking=True)
         return StepInputs.over(self._inputs, shape)
 
-    def _admit(self, batch: Batch, slots: Ints, first: int) -> None:
-        for i in range(first, len(slots)):
-            sequence = batch.sequences[i]
-            self._sampling.set(sequence.slot, sequence.params, sequence.num_prompt_tokens)
-        self._upload(batch, slots, first)
-
-    def _upload(self, batch: Batch, slots: Ints, first: int) -> None:
-        """All tokens of the sequences from `first` on into `history`, by one pinned copy each."""
-        if first == len(slots):
+    def _admit(self, admitted: list[Admission]) -> None:
+        """Their parameters into the sampler's table, all their tokens into `history`, by one pinned copy each."""
+        if not admitted:
             return
-        texts = [np.array(sequence.token_ids, np.int32) for sequence in batch.sequences[first:]]
+        texts = [np.array(new.token_ids, np.int32) for new in admitted]
         tokens, start = torch.from_numpy(np.concatenate(texts)).pin_memory(), 0
-        for slot, text in zip(slots[first:].tolist(), texts, strict=True):
-            self._history[slot, : len(text)].copy_(tokens[start : start + len(text)], non_blocking=True)
+        for new, text in zip(admitted, texts, strict=True):
+            self._sampling.set(new.seat, new.params, new.num_prompt_tokens)
+            self._history[new.seat, : len(text)].copy_(tokens[start : start + len(text)], non_blocking=True)
             start += len(text)
 
     def _scrub(self, blocks: Ints) -> None:

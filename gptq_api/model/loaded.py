@@ -6,14 +6,12 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from gptq_api.sequence import Batch, Sampled
+from gptq_api.step import Runner, Step
 
 
-class LoadedRunner(Protocol):
+class LoadedRunner(Runner[Any], Protocol):
     """Not thread-safe: one caller steps it."""
 
-    lookahead: int
-    """0: a step is collected before the next one is launched; 1: afterwards"""
     row_multiple: int
     """what the number of tokens in one step is best a multiple of, where they are many"""
     max_model_len: int
@@ -30,14 +28,8 @@ class LoadedRunner(Protocol):
     description: str
     """one line for the log"""
 
-    def launch(self, batch: Batch) -> Any:
-        """Start a step. Raises DeviceMemoryError."""
+    def logits(self, step: Step, every_row: bool = False) -> tuple[Tensor, list[int]]:
+        """Run the model without sampling: (float32 [S, V], the entries of the S sequences that would sample).
 
-    def collect(self, launched: Any) -> Sampled:
-        """What `launch` returned becomes what the step sampled."""
-
-    def logits(self, batch: Batch, every_row: bool = False) -> tuple[Tensor, list[int]]:
-        """Run the model without sampling: (float32 [S, V], the batch indices of the S sequences that would sample).
-
-        With `every_row`, the rows of all new tokens in the batch's order; for evaluation.
+        With `every_row`, the rows of all new tokens in the step's order; for evaluation.
         """

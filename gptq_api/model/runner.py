@@ -1,5 +1,4 @@
-"""Batch in, sampled tokens out. The only part of the model that knows sequences; it keeps nothing of them between
-steps."""
+"""A step in, sampled tokens out; and how a checkpoint becomes a runner."""
 
 from __future__ import annotations
 
@@ -15,14 +14,16 @@ from gptq_api.config import BenchSettings, ConfigError, QuantizeSettings, Settin
 from gptq_api.gptq.checkpoint import Checkpoint, CheckpointError, Expected, open_checkpoint
 from gptq_api.layers.attention import KVCache, Span, plan_attention
 from gptq_api.layers.sampler import sample
+from gptq_api.layers.seats import Seat, Seats
 from gptq_api.model import cuda_load
 from gptq_api.model.cache_plan import cache_dtype, cache_memory, does_not_fit, plan_cache
 from gptq_api.model.config import LlamaConfig, read_config
 from gptq_api.model.llama import Llama
 from gptq_api.model.loaded import LoadedRunner
 from gptq_api.model.loader import LoadReport, load_llama
-from gptq_api.sequence import Batch, Sampled, Sequence
-from gptq_api.types import SamplingParams, TokenLogprobs
+from gptq_api.model.solo import Solo, step_of
+from gptq_api.step import Sampled, Step
+from gptq_api.types import SamplingParams
 
 _log = logging.getLogger(__name__)
 _SMALL_MODEL_BYTES = 64 * 2**20
@@ -36,7 +37,7 @@ class ModelRunner:
     row_multiple = 1
 
     def __init__(self, model: Llama, cache: KVCache, max_model_len: int, dtype: torch.dtype) -> None:
-        self._model, self._cache = model, cache
+        self._model, self._cache, self._seats = model, cache, Seats()
         self._queries_per_kv = model.config.num_attention_heads // model.config.num_key_value_heads
         self.max_model_len = max_model_len
         self.vocab_size = model.config.vocab_size
@@ -49,39 +50,43 @@ class ModelRunner:
         self.description = ""
 
     @torch.inference_mode()
-    def launch(self, batch: Batch) -> Sampled:
-        """Compute the batch's new tokens and sample where `batch.samples`. On the CPU all is done when it returns.
+    def launch(self, step: Step) -> Sampled:
+        """Compute the step's new tokens and sample where it says so. On the CPU all is done when it returns.
 
-        K and V of all new tokens are written in each layer before attention reads, so sequences of one batch may share
-        blocks that are filled in this step. Token ids must be below vocab_size and block tables long enough.
+        K and V of all new tokens are written in each layer before attention reads, so sequences of one step may share
+        blocks that are filled in it. Token ids must be below vocab_size and block tables long enough.
         """
-        sequences = batch.sequences
-        tokens: list[int | None] = [None] * len(sequences)
-        logprobs: list[TokenLogprobs | None] = [None] * len(sequences)
-        if not sequences:
-            return Sampled(tokens, logprobs)
-        logits, sampling = self.logits(batch)
-        if sampling:
-            drawn, drawn_logprobs = sample(logits, [sequences[i] for i in sampling])
-            for i, token, logprob in zip(sampling, drawn, drawn_logprobs, strict=True):
-                tokens[i], logprobs[i] = token, logprob
-                if token < 0:
-                    self._cache.scrub(sequences[i].block_table)
-        return Sampled(tokens, logprobs)
+        seats = self._seats.take_in(step)
+        if not any(step.num_sampled):
+            if seats:
+                self._forward(step, seats)
+            return Sampled([0] * len(seats), [])
+        logits, sampling = self._forward(step, seats)
+        tokens, logprobs = sample(logits, [seats[i] for i in sampling])
+        for i, token in zip(sampling, tokens, strict=True):
+            seats[i].token_ids.append(max(token, 0))
+            if token < 0:
+                self._cache.scrub(seats[i].block_table)
+        found = {place: logprob for place, logprob in enumerate(logprobs) if logprob is not None}
+        return Sampled(step.num_sampled, tokens, found)
 
     def collect(self, launched: Sampled) -> Sampled:
         """What a launched step sampled."""
         return launched
 
     @torch.inference_mode()
-    def logits(self, batch: Batch, every_row: bool = False) -> tuple[Tensor, list[int]]:
-        """Run the model: (float32 [S, V], the batch indices of the S sequences that sample).
+    def logits(self, step: Step, every_row: bool = False) -> tuple[Tensor, list[int]]:
+        """Run the model without sampling: (float32 [S, V], the entries of the S sequences that would sample).
 
-        With `every_row`, the rows of all new tokens in the batch's order; for evaluation.
+        With `every_row`, the rows of all new tokens in the step's order; for evaluation.
         """
+        return self._forward(step, self._seats.take_in(step), every_row)
+
+    def _forward(self, step: Step, seats: list[Seat], every_row: bool = False) -> tuple[Tensor, list[int]]:
+        assert max(step.num_sampled) <= 1, "drafted tokens are for runners that draft"
         spans = [
-            Span(start, n, s.block_table)
-            for s, start, n in zip(batch.sequences, batch.num_computed_tokens, batch.num_new_tokens, strict=True)
+            Span(start, n, seat.block_table)
+            for seat, start, n in zip(seats, step.num_computed, step.num_new, strict=True)
         ]
         plan = plan_attention(spans, self._cache, self._queries_per_kv, self._model.windows)
         ids: list[int] = []
@@ -90,8 +95,8 @@ class ModelRunner:
         for i in plan.order:
             start, n = spans[i].num_computed, spans[i].num_tokens
             first_row[i] = len(ids)
-            ids.extend(batch.sequences[i].token_ids[start : start + n])
-            if batch.samples[i]:
+            ids.extend(seats[i].token_ids[start : start + n])
+            if step.num_sampled[i]:
                 last_row[i] = len(ids) - 1
         sampling = sorted(last_row)
         if every_row:
@@ -203,9 +208,8 @@ def _allocate_cache(
 def _self_check(runner: LoadedRunner, checkpoint: Checkpoint) -> None:
     """One token through the whole model: warms it up, and a broken file is told here and not in the answers."""
     token = min(1, runner.vocab_size - 1)
-    params = SamplingParams(max_tokens=1, temperature=0)
-    batch = Batch.of([Sequence(0, [token], params, block_table=[0], slot=0)], [1], num_admitted=1)
-    if runner.collect(runner.launch(batch)).tokens == [-1]:
+    step = step_of([Solo([token], SamplingParams(max_tokens=1, temperature=0), [0])], [1])
+    if runner.collect(runner.launch(step)).tokens == [-1]:
         raise CheckpointError(f"{checkpoint.files[0]}: the logits of one token are not finite; the weights are corrupt")
 
 

@@ -6,19 +6,22 @@ Membership in `waiting` or `running` is the status. Pure Python; knows neither t
 
 A step may be scheduled before the tokens of the one before it are known. Then a sequence has a token in flight: one
 more to compute, without a value here. It costs one surplus step where that token turns out to be a stop token; a
-sequence that reaches max_tokens is known beforehand. Blocks and slots are given back at once, whatever is in flight:
+sequence that reaches max_tokens is known beforehand. Blocks and seats are given back at once, whatever is in flight:
 steps run in the order in which they are scheduled, so the next owner writes after the last one read.
+
+With `num_drafted` a sequence that decodes gets that many rows more, for tokens that the runner guesses. How many of
+them count is known with the result of the step, and so is how many tokens of the sequence have been computed.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from gptq_api.scheduler.blocks import BlockManager, block_hash
-from gptq_api.sequence import Batch, Sampled, Sequence
-from gptq_api.types import FinishReason
+from gptq_api.scheduler.sequence import Sequence
+from gptq_api.step import Admission, NewBlocks, Sampled, Step
+from gptq_api.types import FinishReason, SamplingParams
 
 MANY_TILES = 4
 """so many, and a rounding to whole ones changes little in what a step takes"""
@@ -35,11 +38,25 @@ class Counters:
     """prompt tokens found there"""
 
 
+@dataclass(slots=True)
+class Progress:
+    """What a step brought: columns of one entry per token, in order."""
+
+    sequence_ids: list[int] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    places: list[int] = field(default_factory=list)
+    """where each token stands in Sampled.tokens"""
+    cached_tokens: dict[int, int] = field(default_factory=dict)
+    """sequence id -> prompt tokens found in the prefix cache, of those that got their first token"""
+    finished: dict[int, FinishReason] = field(default_factory=dict)
+    """by sequence id; these hold no memory any more"""
+
+
 class Scheduler:
-    """`add`, `abort`, and per step `schedule` (decide) and `update` (digest).
+    """`add`, `abort`, and per step `schedule` (decide) and `update` (digest). Sequences stay in here.
 
     max_num_seqs: sequences in one step; max_num_batched_tokens: tokens in one step; row_multiple: what their number is
-    best a multiple of, where they are many.
+    best a multiple of, where they are many; num_drafted: tokens that the runner guesses behind a sequence's last one.
     """
 
     def __init__(
@@ -49,29 +66,31 @@ class Scheduler:
         max_num_batched_tokens: int,
         enable_prefix_caching: bool = True,
         row_multiple: int = 1,
+        num_drafted: int = 0,
     ) -> None:
-        self.blocks, self._row_multiple = blocks, row_multiple
+        self.blocks, self._row_multiple, self._num_drafted = blocks, row_multiple, num_drafted
         self.max_num_seqs, self.max_num_batched_tokens = max_num_seqs, max_num_batched_tokens
         self.enable_prefix_caching = enable_prefix_caching
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # oldest first; the youngest is preempted first
         self._live: dict[int, Sequence] = {}
-        self._free_slots = list(range(max_num_seqs - 1, -1, -1))
+        self._free_seats = list(range(max_num_seqs - 1, -1, -1))
+        self._in_flight: deque[list[Sequence]] = deque()  # those of each scheduled step, in its order
         self._budget = max_num_batched_tokens  # less for a while after the device had no memory for a step
         self.counters = Counters()
 
-    def fits(self, seq: Sequence) -> bool:
-        """Whether the sequence could ever finish, alone in the cache. Admission refuses the others."""
-        longest = seq.num_prompt_tokens + seq.params.max_tokens
-        return seq.num_prompt_tokens > 0 and longest <= self.blocks.num_blocks * self.blocks.block_size
-
-    def add(self, seq: Sequence) -> None:
-        if not self.fits(seq):
-            raise ValueError(f"sequence {seq.sequence_id} can never fit into the KV cache; admission has to refuse it")
+    def add(self, sequence_id: int, token_ids: list[int], params: SamplingParams, cache_salt: bytes = b"") -> bool:
+        """Queue a sequence. False for one that could never finish, even alone in the cache: admission should have
+        refused it."""
+        longest = len(token_ids) + params.max_tokens
+        if not token_ids or longest > self.blocks.num_blocks * self.blocks.block_size:
+            return False
+        seq = Sequence(sequence_id, token_ids, params, cache_salt)
         self.waiting.append(seq)
-        self._live[seq.sequence_id] = seq
+        self._live[sequence_id] = seq
+        return True
 
-    def __contains__(self, seq: Sequence) -> bool:
+    def _is_live(self, seq: Sequence) -> bool:
         """Whether it is waiting or running still, and not finished or aborted while its token was in flight."""
         return self._live.get(seq.sequence_id) is seq
 
@@ -79,13 +98,13 @@ class Scheduler:
         """Forget a sequence, wherever it is; unknown ids (already finished) are ignored."""
         seq = self._live.pop(sequence_id, None)
         if seq is not None:
-            (self.waiting if seq.slot < 0 else self.running).remove(seq)
+            (self.waiting if seq.seat < 0 else self.running).remove(seq)
             self._give_back(seq)
 
     def has_work(self) -> bool:
         return bool(self.waiting or self.running)
 
-    def schedule(self) -> Batch:
+    def schedule(self) -> Step:
         """Choose the tokens of one step, which counts as computed from here on; at least one whenever there is work
         and no token in flight."""
         taken: dict[Sequence, int] = {}
@@ -100,9 +119,14 @@ class Scheduler:
             if seq in preempted:
                 continue
             n = min(num_pending, budget)
-            if n == 0:  # its last token is in flight
+            if n == 0:  # its last token is in flight, or as many as nobody knows
                 continue
+            if self._num_drafted and num_pending == 1:
+                n += self._num_drafts(seq, budget)
             while not self.blocks.grow(seq.block_table, seq.num_computed_tokens + n):
+                if n > num_pending:  # a guess is worth nobody's memory
+                    n = num_pending
+                    continue
                 victim = self.preempt_youngest()
                 preempted.add(victim)
                 budget += taken.pop(victim, 0)
@@ -111,11 +135,11 @@ class Scheduler:
             else:
                 taken[seq] = n
                 budget -= n
-        batch = Batch([], [], [], [], 0)
+        step = Step([], [], [], [], [], [])
+        self._in_flight.append([])
         for seq, n in taken.items():
-            self._commit(batch, seq, n)  # only now: until here any of them could still be preempted
+            self._commit(step, seq, n)  # only now: until here any of them could still be preempted
 
-        num_admitted = 0
         while self.waiting and not preempted and budget and len(self.running) < self.max_num_seqs:
             seq = self.waiting[0]
             if seq.num_tokens_in_flight:  # preempted: admitted when all its tokens are known
@@ -127,16 +151,23 @@ class Scheduler:
                 self.blocks.release(seq.block_table)
                 break
             self.running.append(self.waiting.popleft())
-            seq.slot = self._free_slots.pop()
+            seq.seat = self._free_seats.pop()
             seq.num_computed_tokens = num_cached
             if seq.num_cached_tokens is None:
                 seq.num_cached_tokens = num_cached
                 self.counters.prefix_queries += seq.num_prompt_tokens
                 self.counters.prefix_hits += num_cached
-            self._commit(batch, seq, n)
+            step.admitted.append(Admission(seq.seat, list(seq.token_ids), seq.num_prompt_tokens, seq.params))
+            self._commit(step, seq, n)
             budget -= n
-            num_admitted += 1
-        return dataclasses.replace(batch, num_admitted=num_admitted)
+        if not step.seats:
+            self._in_flight.pop()
+        return step
+
+    def _num_drafts(self, seq: Sequence, budget: int) -> int:
+        """How many tokens may be guessed behind the sequence's last one, which may be in flight."""
+        left = seq.params.max_tokens - seq.num_output_tokens - seq.num_tokens_in_flight
+        return max(0, min(self._num_drafted, budget - 1, left - 1))
 
     def preempt_youngest(self) -> Sequence:
         """Take the youngest running sequence's memory; what it has so far becomes a longer prompt."""
@@ -147,44 +178,67 @@ class Scheduler:
         self.counters.preemptions += 1
         return seq
 
-    def withdraw(self, batch: Batch) -> None:
+    def withdraw(self, step: Step) -> list[int]:
         """Undo `schedule` for the step it chose last, which could not be launched, and choose half as many tokens from
-        now on: one more with every step that succeeds."""
+        now on: one more with every step that succeeds. Returns the ids of the step's sequences."""
         size = self.blocks.block_size
-        for seq, start, samples in zip(batch.sequences, batch.num_computed_tokens, batch.samples, strict=True):
+        sequences = self._in_flight.pop()
+        for seq, start, num_sampled in zip(sequences, step.num_computed, step.num_sampled, strict=True):
             self.blocks.discard(seq.block_hashes[start // size : seq.num_known_computed_tokens // size])
             seq.num_computed_tokens = start
-            seq.num_tokens_in_flight -= samples
-        for _ in range(batch.num_admitted):  # they may share blocks that this step was to write
+            seq.num_tokens_in_flight -= num_sampled
+            seq.num_told_blocks = 0
+        for _ in step.admitted:  # they may share blocks that this step was to write
             self.preempt_youngest()
-        self._budget = max(1, batch.num_tokens // 2)
+        self._budget = max(1, step.num_tokens // 2)
+        return [seq.sequence_id for seq in sequences]
 
-    def update(self, batch: Batch, sampled: Sampled) -> dict[Sequence, FinishReason]:
-        """Take in the result of a step; returns the sequences that are done, which hold no memory any more.
+    def update(self, step: Step, sampled: Sampled) -> Progress:
+        """Take in the result of the step scheduled longest ago.
 
-        Tokens of sequences that are gone are dropped; one that was preempted meanwhile gets its token.
+        Tokens of sequences that are gone are dropped; one that was preempted meanwhile gets its tokens.
         """
         self._budget = min(self._budget + 1, self.max_num_batched_tokens)
-        finished: dict[Sequence, FinishReason] = {}
-        for seq, token in zip(batch.sequences, sampled.tokens, strict=True):
-            if token is None:
-                continue
-            seq.num_tokens_in_flight -= 1
-            if token < 0:
+        progress, done, place = Progress(), set[Sequence](), 0
+        sick = min(sampled.tokens, default=0) < 0
+        columns = zip(self._in_flight.popleft(), step.num_sampled, sampled.num_tokens, strict=True)
+        for seq, most, num in columns:
+            seq.num_tokens_in_flight -= most
+            places, place = range(place, place + num), place + num
+            if sick and any(sampled.tokens[i] < 0 for i in places):
                 self.blocks.discard(seq.block_hashes)
-            if seq not in self:
+            if not self._is_live(seq):
                 continue
-            reason: FinishReason | None = "error" if token < 0 else self._append(seq, token)
+            if seq.seat >= 0:
+                seq.num_computed_tokens -= most - num
+            reason = self._take(seq, sampled.tokens, places, progress)
             if reason is not None:
-                finished[seq] = reason
+                progress.finished[seq.sequence_id] = reason
+                done.add(seq)
                 del self._live[seq.sequence_id]
-        if finished:
-            self.running = [seq for seq in self.running if seq not in finished]
-            if any(seq.slot < 0 for seq in finished):
-                self.waiting = deque(seq for seq in self.waiting if seq not in finished)
-            for seq in finished:
+        if done:
+            self.running = [seq for seq in self.running if seq not in done]
+            if any(seq.seat < 0 for seq in done):
+                self.waiting = deque(seq for seq in self.waiting if seq not in done)
+            for seq in done:
                 self._give_back(seq)
-        return finished
+        return progress
+
+    def _take(self, seq: Sequence, tokens: list[int], places: range, progress: Progress) -> FinishReason | None:
+        """Append tokens until one ends the sequence; those behind it are surplus."""
+        for place in places:
+            token = tokens[place]
+            if token < 0:
+                return "error"
+            if seq.num_output_tokens == 0:
+                progress.cached_tokens[seq.sequence_id] = seq.num_cached_tokens or 0
+            progress.sequence_ids.append(seq.sequence_id)
+            progress.tokens.append(token)
+            progress.places.append(place)
+            reason = self._append(seq, token)
+            if reason is not None:
+                return reason
+        return None
 
     def _step_budget(self, num_decoding: int) -> int:
         """Tokens of the next step. Whoever decodes waits for the prompts beside it, so while somebody does, these get
@@ -207,23 +261,28 @@ class Scheduler:
         return "length" if seq.num_output_tokens >= seq.params.max_tokens else None
 
     def _give_back(self, seq: Sequence) -> None:
-        """Blocks and slot."""
+        """Blocks and seat."""
         self.blocks.release(seq.block_table)
-        if seq.slot >= 0:
-            self._free_slots.append(seq.slot)
-            seq.slot = -1
+        seq.num_told_blocks = 0
+        if seq.seat >= 0:
+            self._free_seats.append(seq.seat)
+            seq.seat = -1
 
-    def _commit(self, batch: Batch, seq: Sequence, num_new_tokens: int) -> None:
+    def _commit(self, step: Step, seq: Sequence, num_new_tokens: int) -> None:
         """Enter a sequence into the step, and let others find its blocks that are full once the step has run."""
-        samples = num_new_tokens == seq.num_pending_tokens
-        batch.sequences.append(seq)
-        batch.num_new_tokens.append(num_new_tokens)
-        batch.num_computed_tokens.append(seq.num_computed_tokens)
-        batch.samples.append(samples)
+        num_sampled = max(0, 1 + num_new_tokens - seq.num_pending_tokens)
+        self._in_flight[-1].append(seq)
+        step.seats.append(seq.seat)
+        step.num_computed.append(seq.num_computed_tokens)
+        step.num_new.append(num_new_tokens)
+        step.num_sampled.append(num_sampled)
+        told = seq.num_told_blocks
+        if told < len(seq.block_table):
+            step.new_blocks.append(NewBlocks(seq.seat, told, seq.block_table[told:]))
+            seq.num_told_blocks = len(seq.block_table)
         num_known = seq.num_known_computed_tokens
         seq.num_computed_tokens += num_new_tokens
-        if samples:
-            seq.num_tokens_in_flight += 1
+        seq.num_tokens_in_flight += num_sampled
         self._register(seq, num_known)
 
     def _share_prefix(self, seq: Sequence) -> int:

@@ -1,0 +1,55 @@
+"""A sequence, as the scheduler knows it; nobody else does."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from gptq_api.types import SamplingParams
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One prompt and the tokens sampled after it. Identity is object identity; `sequence_id` is the caller's name."""
+
+    sequence_id: int
+    token_ids: list[int]
+    """prompt, then what was sampled"""
+    params: SamplingParams
+    cache_salt: bytes = b""
+    num_prompt_tokens: int = field(init=False)
+    num_computed_tokens: int = 0
+    """how many tokens have their K/V in the cache, or will have when the steps launched so far have run: the only
+    progress there is"""
+    num_tokens_in_flight: int = 0
+    """tokens that launched steps sample, at most, and whose values are not known here yet; they follow token_ids"""
+    seat: int = -1
+    """its row in the runner's tables, in [0, max_num_seqs) while running; -1 otherwise"""
+    block_table: list[int] = field(default_factory=list)
+    """KV block ids, in order"""
+    num_told_blocks: int = 0
+    """how many entries of block_table the runner has been told"""
+    block_hashes: list[bytes] = field(default_factory=list)
+    """chained hashes of the full blocks of token_ids, computed as far as needed"""
+    num_cached_tokens: int | None = None
+    """prompt tokens found in the prefix cache when it was first scheduled; None until then"""
+
+    def __post_init__(self) -> None:
+        self.num_prompt_tokens = len(self.token_ids)
+
+    @property
+    def num_pending_tokens(self) -> int:
+        """Tokens whose K/V still have to be computed, one in flight included. 0 while it is not known how many tokens a
+        step brings, and once the last token that max_tokens allows is in flight, whose K/V nobody needs."""
+        in_flight = self.num_tokens_in_flight
+        if in_flight > 1 or (in_flight and self.num_output_tokens + in_flight >= self.params.max_tokens):
+            return 0
+        return len(self.token_ids) + in_flight - self.num_computed_tokens
+
+    @property
+    def num_known_computed_tokens(self) -> int:
+        """Computed tokens whose values are known here: the last one computed may be in flight."""
+        return min(self.num_computed_tokens, len(self.token_ids))
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.token_ids) - self.num_prompt_tokens

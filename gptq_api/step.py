@@ -1,0 +1,85 @@
+"""What crosses between the scheduler and a runner: values that nobody changes.
+
+The scheduler owns sequences, seats and block tables and emits a `Step`; a runner knows by seat what it was told at the
+admission and what it has sampled since, and answers with `Sampled`. So a step can be written to a file, read again and
+given to another runner, and a runner may keep a step for as long as it likes.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol, TypeVar
+
+import msgspec
+
+from gptq_api.types import SamplingParams, TokenLogprobs
+
+Launched = TypeVar("Launched")
+
+
+class Admission(msgspec.Struct, frozen=True):
+    """A sequence takes a seat: what a runner has to know of it. Whoever had the seat before is forgotten."""
+
+    seat: int
+    token_ids: list[int]
+    """prompt, and for a sequence that was preempted what it has sampled so far"""
+    num_prompt_tokens: int
+    params: SamplingParams
+
+
+class NewBlocks(msgspec.Struct, frozen=True):
+    """A sequence's block table has grown: entries from `first` on. Token i of a sequence lives in KV cache slot
+    block_ids[i // block_size] * block_size + i % block_size of its whole table."""
+
+    seat: int
+    first: int
+    block_ids: list[int]
+
+
+class Step(msgspec.Struct, frozen=True):
+    """The work of one step, columnar: entry i of each column belongs to the sequence in seat seats[i]."""
+
+    seats: list[int]
+    num_computed: list[int]
+    """tokens whose K/V are in the cache before the step"""
+    num_new: list[int]
+    """tokens to compute, at least 1"""
+    num_sampled: list[int]
+    """How many of the last rows are sampled from. 0: a chunk of a longer prompt. 1: the last row. 1 + k: the last known
+    token and k drafted ones behind it, of which as many count as the sampled tokens confirm."""
+    new_blocks: list[NewBlocks]
+    admitted: list[Admission]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(self.num_new)
+
+
+class Sampled(msgspec.Struct, frozen=True):
+    """The result of one step."""
+
+    num_tokens: list[int]
+    """for each entry of the Step how many tokens it got: at most its num_sampled. Fewer than that and none are allowed:
+    the rows behind the last token do not count as computed."""
+    tokens: list[int]
+    """All of them, in the order of the Step. -1: the logits were not finite, and the sequence has to end with reason
+    "error" (token 0 is never made up)."""
+    logprobs: dict[int, TokenLogprobs] = {}
+    """by place in `tokens`, where they were asked for"""
+
+
+class DeviceMemoryError(RuntimeError):
+    """The device has no memory for this step. A runner's `launch` raises it having launched nothing that samples."""
+
+
+class Runner(Protocol[Launched]):
+    """What the engine needs of a model: the work of a step done, K/V written, tokens sampled. Steps run in the order in
+    which they are launched."""
+
+    lookahead: int
+    """0: a step is collected before the next one is scheduled; 1: afterwards"""
+
+    def launch(self, step: Step) -> Launched:
+        """Start a step, after all that were launched before, and do not wait for it. Raises DeviceMemoryError."""
+
+    def collect(self, launched: Launched) -> Sampled:
+        """Wait for the step launched longest ago. With lookahead 1 an entry whose num_sampled is 1 gets its token."""
