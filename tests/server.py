@@ -76,12 +76,18 @@ class Server:
     def chat(self, content: str = "Hello", **fields: Any) -> httpx.Response:
         return self.post("/v1/chat/completions", chat_body(content, **fields))
 
-    def metric(self, name: str, **labels: str) -> float:
-        """The value of one series of /metrics."""
-        for line in self.http.get("/metrics").text.splitlines():
-            if re.match(rf"{re.escape(name)}[{{ ]", line) and all(f'{k}="{v}"' in line for k, v in labels.items()):
-                return float(line.rsplit(" ", 1)[1])
-        raise AssertionError(f"no metric {name} {labels}")
+    def metric(self, *names: str, **labels: str) -> float:
+        """The value of one series of /metrics, or the sum of several as of one moment."""
+        lines, total = self.http.get("/metrics").text.splitlines(), 0.0
+        for name in names:
+            found = [
+                line
+                for line in lines
+                if re.match(rf"{re.escape(name)}[{{ ]", line) and all(f'{k}="{v}"' in line for k, v in labels.items())
+            ]
+            assert found, f"no metric {name} {labels}"
+            total += float(found[0].rsplit(" ", 1)[1])
+        return total
 
     def wait_idle(self, seconds: float = 5) -> None:
         wait_for(lambda: self.metric("vllm:num_requests_running") == 0, seconds)

@@ -23,7 +23,7 @@ ENDLESS: dict[str, Any] = {"ignore_eos": True, "temperature": 0}
 
 
 def running(server: Server) -> float:
-    return server.metric("vllm:num_requests_running") + server.metric("vllm:num_requests_waiting")
+    return server.metric("vllm:num_requests_running", "vllm:num_requests_waiting")
 
 
 def reset(sock: socket.socket) -> None:
