@@ -142,6 +142,9 @@ class Settings(CommandSettings):
     """Least severe messages that are logged."""
     log_json: bool = False
     """One JSON object per log line."""
+    trace: Path | None = None
+    """File for one line of JSON per step of the engine: its sizes and times, and the token ids of prompts and answers.
+    tools/replay.py runs it again."""
     config: Path | None = None
     """TOML file with any of these settings."""
 

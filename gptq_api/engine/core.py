@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections import deque
+from dataclasses import dataclass
 from typing import Generic
 
+from gptq_api.engine.trace import Trace
 from gptq_api.logs import num_dropped
 from gptq_api.scheduler.scheduler import Progress, Scheduler
 from gptq_api.step import DeviceMemoryError, Launched, Runner, Step
@@ -14,12 +17,21 @@ from gptq_api.types import Add, EngineStats, FinishReason, StepOutput, TokenLogp
 _log = logging.getLogger(__name__)
 
 
+@dataclass(slots=True, frozen=True)
+class _InFlight(Generic[Launched]):
+    step: Step
+    launched: Launched
+    began: float
+    """time.perf_counter() before the launch, and after it"""
+    ended: float
+
+
 class Engine(Generic[Launched]):
     """Owns the loop's state. Not thread-safe: add, abort and step are called by one thread."""
 
-    def __init__(self, runner: Runner[Launched], scheduler: Scheduler) -> None:
-        self.runner, self.scheduler = runner, scheduler
-        self._in_flight: deque[tuple[Step, Launched]] = deque()
+    def __init__(self, runner: Runner[Launched], scheduler: Scheduler, trace: Trace | None = None) -> None:
+        self.runner, self.scheduler, self._trace = runner, scheduler, trace
+        self._in_flight: deque[_InFlight[Launched]] = deque()
         self._finished: dict[int, FinishReason] = {}  # to be told with the next output
 
     def add(self, message: Add) -> None:
@@ -54,7 +66,9 @@ class Engine(Generic[Launched]):
         """Whether there was anything to launch."""
         while (step := self.scheduler.schedule()).seats:
             try:
-                self._in_flight.append((step, self.runner.launch(step)))
+                began = time.perf_counter()
+                launched = self.runner.launch(step)
+                self._in_flight.append(_InFlight(step, launched, began, time.perf_counter()))
                 return True
             except DeviceMemoryError as error:
                 ids = self.scheduler.withdraw(step)
@@ -65,8 +79,10 @@ class Engine(Generic[Launched]):
         return False
 
     def _collect(self) -> StepOutput:
-        step, launched = self._in_flight.popleft()
-        sampled = self.runner.collect(launched)
+        first = self._in_flight.popleft()
+        step, sampled = first.step, self.runner.collect(first.launched)
+        if self._trace is not None:
+            self._trace.write(first.began, first.ended, step, sampled)
         progress = self.scheduler.update(step, sampled)
         self._finished |= progress.finished
         return self._output(step.num_tokens, progress, sampled.logprobs)

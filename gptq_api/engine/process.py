@@ -63,6 +63,7 @@ def _serve(sock: socket.socket, inbox: Inbox, settings: Settings) -> int:
     import torch
 
     from gptq_api.engine.core import Engine
+    from gptq_api.engine.trace import Head, Trace
     from gptq_api.gptq.errors import CheckpointError
     from gptq_api.model.runner import load_runner, token_budget
     from gptq_api.scheduler.blocks import BlockManager
@@ -70,13 +71,17 @@ def _serve(sock: socket.socket, inbox: Inbox, settings: Settings) -> int:
 
     try:
         runner = load_runner(settings)
+        trace = None
+        if settings.trace is not None:
+            sizes = (runner.block_size, runner.num_blocks, settings.max_num_seqs)
+            trace = Trace(settings.trace, Head(settings.model_path, runner.device, runner.dtype, *sizes))
     except (CheckpointError, ConfigError, MemoryError, OSError) as error:
         sock.sendall(wire.encode(Failed(str(error) or f"{type(error).__name__} while loading the model")))
         return 1
     budget = token_budget(settings, torch.device(runner.device))
     blocks = BlockManager(runner.num_blocks, runner.block_size)
     scheduler = Scheduler(blocks, settings.max_num_seqs, budget, settings.enable_prefix_caching, runner.row_multiple)
-    engine = Engine(runner, scheduler)
+    engine = Engine(runner, scheduler, trace)
     gc.collect()
     gc.freeze()  # the weights never die: keep the collector off them
     ready = Ready(

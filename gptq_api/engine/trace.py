@@ -1,0 +1,79 @@
+"""A file of steps: what the engine launched, what came back and when, one line of JSON each. tools/replay.py runs it
+again.
+
+The first line is a `Head`, every other one a `TracedStep`. The file holds the token ids of prompts and answers.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+
+from gptq_api.config import ConfigError
+from gptq_api.step import Sampled, Step
+
+_log = logging.getLogger(__name__)
+
+
+class Head(msgspec.Struct, frozen=True):
+    """What the steps were computed with."""
+
+    model_path: str
+    device: str
+    dtype: str
+    block_size: int
+    num_blocks: int
+    max_num_seqs: int
+
+
+class TracedStep(msgspec.Struct, frozen=True):
+    at_s: float
+    """seconds since the trace began, when the step was launched"""
+    launch_ms: float
+    """until `launch` returned"""
+    total_ms: float
+    """until its result was there"""
+    step: Step
+    sampled: Sampled
+
+
+class Trace:
+    """Writes. A file that cannot be written any more ends the trace and nothing else."""
+
+    def __init__(self, path: Path, head: Head) -> None:
+        """Raises ConfigError where the file cannot be written."""
+        self._began = time.perf_counter()
+        try:
+            self._file = path.open("wb")
+            self._line(head)
+        except OSError as error:
+            raise ConfigError(f"--trace {path} cannot be written: {error.strerror}") from None
+        self._open = True
+
+    def write(self, began: float, launched: float, step: Step, sampled: Sampled) -> None:
+        """`began`, `launched`: time.perf_counter() before and after the launch."""
+        if not self._open:
+            return
+        launch_ms, total_ms = (launched - began) * 1e3, (time.perf_counter() - began) * 1e3
+        at_s = began - self._began
+        try:
+            self._line(TracedStep(round(at_s, 6), round(launch_ms, 4), round(total_ms, 4), step, sampled))
+        except OSError as error:
+            self._open = False
+            _log.warning("the trace ends here: %s", error.strerror)
+
+    def _line(self, value: msgspec.Struct) -> None:
+        self._file.write(msgspec.json.encode(value) + b"\n")
+        self._file.flush()
+
+
+def read_trace(path: Path) -> tuple[Head, Iterator[TracedStep]]:
+    """(its head, its steps, read one by one). msgspec.MsgspecError for what is no trace, OSError."""
+    lines = path.open("rb")
+    head = msgspec.json.decode(next(lines, b""), type=Head)
+    decoder = msgspec.json.Decoder(TracedStep)
+    return head, (decoder.decode(line) for line in lines)

@@ -1,0 +1,95 @@
+"""Runs the steps of a trace (`gptq-api serve --trace FILE`) again, on this machine and any runner:
+
+    python tools/replay.py trace.jsonl [--device cuda] [--dtype float16] [any flag of the server]
+
+Steps are launched in their order and as far ahead as the runner looks, with no scheduler and no clients, so two commits
+or two devices do exactly the same work. Printed are the times beside the recorded ones, and how many sampled tokens are
+the same.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from collections import deque
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from gptq_api.config import ConfigError, Settings
+from gptq_api.engine.trace import Head, TracedStep, read_trace
+from gptq_api.gptq.errors import CheckpointError
+from gptq_api.model.loaded import LoadedRunner
+from gptq_api.model.runner import load_runner
+from gptq_api.settings_source import load_settings
+
+
+def replay(runner: LoadedRunner, steps: Iterable[TracedStep]) -> dict[str, Any]:
+    """Launch and collect every step; what came of it."""
+    in_flight: deque[tuple[float, TracedStep, Any]] = deque()
+    recorded: list[float] = []
+    replayed: list[float] = []
+    num_tokens = num_same = 0
+    began = time.perf_counter()
+
+    def collect() -> None:
+        nonlocal num_tokens, num_same
+        started, traced, launched = in_flight.popleft()
+        sampled = runner.collect(launched)
+        recorded.append(traced.total_ms)
+        replayed.append((time.perf_counter() - started) * 1e3)
+        num_tokens += len(traced.sampled.tokens)
+        num_same += sum(a == b for a, b in zip(traced.sampled.tokens, sampled.tokens, strict=False))
+
+    for traced in steps:
+        in_flight.append((time.perf_counter(), traced, runner.launch(traced.step)))
+        if len(in_flight) > runner.lookahead:
+            collect()
+    while in_flight:
+        collect()
+    return {
+        "steps": len(recorded),
+        "tokens": num_tokens,
+        "same_tokens": num_same,
+        "median_ms": round(statistics.median(replayed), 3) if replayed else None,
+        "recorded_median_ms": round(statistics.median(recorded), 3) if recorded else None,
+        "seconds": round(time.perf_counter() - began, 3),
+    }
+
+
+def settings_of(head: Head, flags: list[str]) -> Settings:
+    """Flags, and for what they do not say what the trace was recorded with."""
+    given = {flag.split("=", 1)[0] for flag in flags}
+    sizes = {
+        "--block-size": head.block_size,
+        "--num-blocks": head.num_blocks,
+        "--max-num-seqs": head.max_num_seqs,
+        "--model-path": head.model_path,
+    }
+    more = [item for name, value in sizes.items() if name not in given for item in (name, str(value))]
+    return load_settings(Settings, [*flags, *more], prog="replay.py FILE")
+
+
+def main(args: list[str]) -> int:
+    if not args or args[0] in ("-h", "--help"):
+        print(__doc__)
+        return 0 if args else 2
+    try:
+        head, steps = read_trace(Path(args[0]))
+        settings = settings_of(head, args[1:])
+        result = replay(load_runner(settings), steps)
+    except (ConfigError, CheckpointError, OSError) as error:
+        print(f"replay.py: {error}", file=sys.stderr)
+        return 1
+    except msgspec.MsgspecError as error:
+        print(f"replay.py: {args[0]} is not a trace of this version: {error}", file=sys.stderr)
+        return 1
+    print(msgspec.json.encode(result).decode())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
