@@ -75,6 +75,8 @@ class Runner(Protocol[Launched]):
     """What the engine needs of a model: the work of a step done, K/V written, tokens sampled. Steps run in the order in
     which they are launched."""
 
+    vocab_size: int
+    """rows of the embedding: token ids are below it"""
     lookahead: int
     """0: a step is collected before the next one is scheduled; 1: afterwards"""
 

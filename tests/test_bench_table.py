@@ -48,7 +48,7 @@ def reference_perplexity(folder: Path, length: int, num_windows: int) -> float:
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
-    found = windows(encode_documents(read_documents(TEXT), TEXT, load_tokenizer(folder), None), length)
+    found = windows(encode_documents(read_documents(TEXT), TEXT, load_tokenizer(folder), None, vocab_size()), length)
     chosen = [found[i * len(found) // num_windows] for i in range(num_windows)]
     total, num = 0.0, 0
     with torch.no_grad():

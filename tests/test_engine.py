@@ -325,3 +325,25 @@ def test_guesses_take_nobodys_memory() -> None:
     world.drain()
     assert world.scheduler.counters.preemptions == 0
     world.check()
+
+
+@pytest.mark.parametrize("bad", [NUM_TOKENS, 2**31 - 1, -1])
+@pytest.mark.parametrize("where", ["prompt", "stop_token_ids", "logit_bias"])
+def test_an_id_without_a_row_ends_its_sequence_and_no_other(where: str, bad: int) -> None:
+    """The API process refuses it; should it come through, no step may see it."""
+    world = World()
+    well = world.add(PROMPT)
+    world.step()
+    params = {"stop_token_ids": (STOP, bad)} if where == "stop_token_ids" else {}
+    lost = world.add(
+        [*PROMPT, bad] if where == "prompt" else PROMPT,
+        **params,
+        logit_bias={2: 0.0, bad: 1.0} if where == "logit_bias" else {},
+    )
+    num_rows = world.runner.num_rows
+    world.step()
+    assert world.finished[lost] == "error" and not world.tokens[lost]
+    assert world.runner.num_rows <= num_rows + 1
+    world.drain()
+    assert (world.tokens[well], world.finished[well]) == expected(*world.prompts[well])
+    assert world.blocks.num_free == world.blocks.num_blocks and not world.scheduler._live

@@ -70,6 +70,8 @@ class Launched:
 class ToyRunner:
     """`out_of_memory`: the share of launches of more than one token that fail; `max_tokens`: more always fail."""
 
+    vocab_size = NUM_TOKENS
+
     def __init__(
         self, lookahead: int, max_num_seqs: int, block_size: int, out_of_memory: float = 0.0, max_tokens: int = 10**9
     ) -> None:

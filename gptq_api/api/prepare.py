@@ -12,6 +12,7 @@ from gptq_api.api.errors import bad_request, context_exceeded
 from gptq_api.api.schema import ChatCompletionRequest, ChatMessage, CompletionRequest, SamplingFields
 from gptq_api.api.service import Service
 from gptq_api.text.chat_template import ChatTemplateError
+from gptq_api.text.tokenizer import NoRowError
 from gptq_api.types import SamplingParams
 
 SMALLEST_TOP_P = 1e-6
@@ -75,18 +76,8 @@ async def completion_prompts(service: Service, body: CompletionRequest) -> list[
     prompts = []
     for item in body.prompt:
         ids = next(encoded) if isinstance(item, str) else item
-        check_ids(service, ids, "prompt")
         prompts.append(_prompt(service, body, ids, num_samples, num_top, (), "prompt"))
     return prompts
-
-
-def check_ids(service: Service, ids: list[int], param: str) -> None:
-    """Raises ApiError 400 for ids the model has no row for, and for no ids at all."""
-    vocab_size = service.engine.ready.vocab_size
-    if not ids:
-        raise bad_request(f"Invalid value for '{param}': it must hold at least one token.", param)
-    if (worst := max(ids)) >= vocab_size:
-        raise bad_request(f"Invalid value for '{param}': token id {worst} is not below {vocab_size}.", param)
 
 
 def check_fits(service: Service, texts: list[str], param: str, each: bool = False) -> None:
@@ -107,6 +98,8 @@ def _prompt(
     stop_ids: tuple[int, ...],
     param: str,
 ) -> Prompt:
+    """The one way of every prompt to the engine. Raises ApiError 400."""
+    _check_ids(service, ids, param)
     if num_samples > service.settings.max_queued_requests:
         raise bad_request(
             f"Invalid value for 'n': this server takes {service.settings.max_queued_requests} sequences at a time.", "n"
@@ -144,6 +137,15 @@ def _prompt(
     return Prompt(ids, [first, *rest])
 
 
+def _check_ids(service: Service, ids: list[int], param: str) -> None:
+    if not ids:
+        raise bad_request(f"Invalid value for '{param}': it must hold at least one token.", param)
+    try:
+        service.tokenizer.check_rows(ids, service.engine.ready.vocab_size)
+    except NoRowError as error:
+        raise bad_request(f"Invalid value for '{param}': {error}.", param) from None
+
+
 def _or(value: float | None, default: float) -> float:
     return default if value is None else float(value)
 
@@ -163,10 +165,11 @@ def _stop_token_ids(service: Service, body: SamplingFields, template_ids: tuple[
     asked = body.stop_token_ids or []
     if asked and max(asked) >= ready.vocab_size:
         raise bad_request(
-            f"Invalid value for 'stop_token_ids': {max(asked)} is not below {ready.vocab_size}.", "stop_token_ids"
+            f"Invalid value for 'stop_token_ids': token id {max(asked)} is not below {ready.vocab_size}.",
+            "stop_token_ids",
         )
-    named = service.tokenizer.end_ids(ready.eos_token_ids, ready.vocab_size)
-    ends = () if body.ignore_eos else (*named, *template_ids)
+    named = service.tokenizer.end_ids(ready.eos_token_ids, ready.vocab_size, template_ids)
+    ends = () if body.ignore_eos else named
     return tuple(sorted({*asked, *ends}))
 
 

@@ -85,6 +85,8 @@ async def _run(settings: Settings) -> int:
         seconds = f"{time.monotonic() - started:.1f} s"
         log.info(engine.ready.description)
         log.info(service.template.source)
+        if warning := service.tokenizer.without_rows(engine.ready.vocab_size):
+            log.warning(warning)
         return await _serve(service, sockets, signals, seconds)
     finally:
         service.close()

@@ -79,7 +79,7 @@ def _measure(job: Job, source: Checkpoint, checkpoint: Checkpoint) -> Row:
             "--prompt-tokens or --num-tokens"
         )
     settings = settings.model_copy(update={"num_blocks": -(-longest // _BLOCK_SIZE)})
-    texts = _texts(job, checkpoint.folder, window)
+    texts = _texts(job, checkpoint.folder, window, config.vocab_size)
     runner = make_runner(settings, checkpoint, device)
     load_seconds = time.monotonic() - started
     seconds = _decode(runner, job)
@@ -118,14 +118,14 @@ def _open(job: Job, folder: Path) -> tuple[Checkpoint, Checkpoint]:
     return source, dequantised(source) if job.kind == "dequantised" else source
 
 
-def _texts(job: Job, folder: Path, window: int) -> list[list[int]]:
+def _texts(job: Job, folder: Path, window: int, num_rows: int) -> list[list[int]]:
     if job.text is None:
         return []
     path, tokenizer = Path(job.text), load_tokenizer(folder)
     documents = read_documents(path)
     chats = any(isinstance(document, list) for document in documents)
     template = load_chat_template(folder, tokenizer) if chats else None
-    found = windows(encode_documents(documents, path, tokenizer, template), window)
+    found = windows(encode_documents(documents, path, tokenizer, template, num_rows), window)
     return found if job.num_windows is None else spread(found, min(job.num_windows, len(found)))
 
 

@@ -15,7 +15,7 @@ from gptq_api.engine.client import EngineClient, EngineDead, EngineFailed
 from gptq_api.text.chat_template import ChatTemplateError, load_chat_template
 from gptq_api.text.folder import FolderError, checkpoint_folder
 from gptq_api.text.stream import TextStream
-from gptq_api.text.tokenizer import TokenizerError, load_tokenizer
+from gptq_api.text.tokenizer import NoRowError, TokenizerError, load_tokenizer
 from gptq_api.types import SamplingParams
 
 Message = dict[str, Any]
@@ -71,7 +71,8 @@ class LocalModel:
             self._ready = await self._client.start()
         except EngineFailed as error:
             raise ChatError(str(error), fatal=True) from None
-        self.description = f"{self._ready.description}\n{self._template.source}"
+        warning = self._tokenizer.without_rows(self._ready.vocab_size)
+        self.description = "\n".join(filter(None, (self._ready.description, self._template.source, warning)))
 
     async def stop(self) -> None:
         if self._client.alive:
@@ -82,13 +83,13 @@ class LocalModel:
         prompt = self._fit(messages, report)
         room = self._ready.max_model_len - len(prompt)
         settings, tokenizer, template = self._settings, self._tokenizer, self._template
-        ends = tokenizer.end_ids(self._ready.eos_token_ids, self._ready.vocab_size)
+        ends = tokenizer.end_ids(self._ready.eos_token_ids, self._ready.vocab_size, template.stop_token_ids)
         params = SamplingParams(
             max_tokens=min(settings.max_tokens or room, room),
             temperature=settings.temperature,
             top_p=settings.top_p,
             seed=random.getrandbits(31) if settings.seed is None else settings.seed,
-            stop_token_ids=tuple(dict.fromkeys((*ends, *template.stop_token_ids))),
+            stop_token_ids=ends,
         )
         stream = TextStream(tokenizer, stop=template.stop)
         try:
@@ -116,7 +117,8 @@ class LocalModel:
         while True:
             try:
                 prompt = self._template.render(_without_oldest(messages, report.num_dropped))
-            except ChatTemplateError as error:
+                self._tokenizer.check_rows(prompt, self._ready.vocab_size)
+            except (ChatTemplateError, NoRowError) as error:
                 raise ChatError(str(error)) from None
             if len(prompt) + room <= limit:
                 return prompt

@@ -85,7 +85,7 @@ def _run(settings: QuantizeSettings) -> None:
         raise SamplesError(
             f"--sample-length {length} is beyond the model's context of {config.max_position_embeddings}"
         )
-    texts = _Texts(settings, folder, tokenizer, length)
+    texts = _Texts(settings, folder, tokenizer, length, config.vocab_size)
     with WorkFolder(out, _fingerprint(source, recipe, texts, device.type)) as work:
         for sentence in texts.sentences:
             console.print(sentence, soft_wrap=True)
@@ -120,7 +120,9 @@ def _run(settings: QuantizeSettings) -> None:
 class _Texts:
     """What is calibrated and measured on."""
 
-    def __init__(self, settings: QuantizeSettings, folder: Path, tokenizer: Tokenizer, length: int) -> None:
+    def __init__(
+        self, settings: QuantizeSettings, folder: Path, tokenizer: Tokenizer, length: int, num_rows: int
+    ) -> None:
         """Raises SamplesError."""
         self.calibration: list[list[int]] = []
         self.evaluation: list[list[int]] = []
@@ -131,7 +133,7 @@ class _Texts:
             documents = read_documents(path)
             chats = any(isinstance(document, list) for document in documents)
             template = load_chat_template(folder, tokenizer) if chats else None
-            return windows(encode_documents(documents, path, tokenizer, template), length)
+            return windows(encode_documents(documents, path, tokenizer, template, num_rows), length)
 
         if settings.calibration is None and not settings.nearest:
             raise SamplesError("--calibration FILE is missing: a text, or JSONL, of what the model will be used for")

@@ -15,7 +15,6 @@ class LoadedRunner(Runner[Any], Protocol):
     row_multiple: int
     """what the number of tokens in one step is best a multiple of, where they are many"""
     max_model_len: int
-    vocab_size: int
     block_size: int
     num_blocks: int
     cache_bytes: int

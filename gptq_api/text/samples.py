@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from gptq_api.text.chat_template import ChatTemplate, ChatTemplateError
-from gptq_api.text.tokenizer import Tokenizer
+from gptq_api.text.tokenizer import NoRowError, Tokenizer
 
 _SEPARATOR = "<|endoftext|>"
 
@@ -67,19 +67,26 @@ def _from_json(line: str, where: str) -> Document:
 
 
 def encode_documents(
-    documents: list[Document], path: Path, tokenizer: Tokenizer, template: ChatTemplate | None
+    documents: list[Document], path: Path, tokenizer: Tokenizer, template: ChatTemplate | None, num_rows: int
 ) -> list[list[int]]:
-    """Token ids of each document of the file `path`; the template is for chats."""
+    """Token ids of each document of the file `path`, for a model of so many rows; the template is for chats.
+
+    Raises SamplesError.
+    """
     encoded = []
     for document in documents:
-        if isinstance(document, str):
-            encoded.append(tokenizer.encode(document, add_bos=True))
-            continue
-        assert template is not None
         try:
-            encoded.append(template.render(document, add_generation_prompt=False))
+            if isinstance(document, str):
+                ids = tokenizer.encode(document, add_bos=True)
+            else:
+                assert template is not None
+                ids = template.render(document, add_generation_prompt=False)
+            tokenizer.check_rows(ids, num_rows)
         except ChatTemplateError as error:
             raise SamplesError(f"{path} holds a chat that the template refuses: {error}") from None
+        except NoRowError as error:
+            raise SamplesError(f"{path} cannot be used: {error}") from None
+        encoded.append(ids)
     return encoded
 
 

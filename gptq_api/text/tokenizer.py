@@ -17,7 +17,13 @@ from gptq_api.text.json_vocabulary import JsonVocabulary
 from gptq_api.text.spm_vocabulary import SpmVocabulary
 from gptq_api.text.tokenizer_config import TokenizerConfig, TokenizerError, read_json, read_tokenizer_config
 
-__all__ = ["Tokenizer", "TokenizerError", "load_tokenizer"]
+__all__ = ["NoRowError", "Tokenizer", "TokenizerError", "load_tokenizer"]
+
+_MAX_NAME = 64
+
+
+class NoRowError(ValueError):
+    """A text holds a token that the model's embedding has no row for; half a sentence with the id and its text."""
 
 
 class Vocabulary(Protocol):
@@ -39,7 +45,8 @@ class Vocabulary(Protocol):
 class Tokenizer:
     """One checkpoint's tokenizer. Encoding may be called from any thread.
 
-    `vocab_size` counts the tokenizer's ids; the model's embedding may have more rows, and those ids stand for nothing.
+    `vocab_size` counts the tokenizer's ids. The model's embedding may have more rows, and those ids stand for nothing; or
+    fewer, and texts that need the others are refused (`check_rows`).
     """
 
     def __init__(self, vocabulary: Vocabulary, *, bos: str | None, eos: str | None, adds_bos: bool) -> None:
@@ -103,14 +110,33 @@ class Tokenizer:
             start += 1
         return [self.bos_token_id, *ids[start:]]
 
-    def end_ids(self, named: Sequence[int], vocab_size: int) -> tuple[int, ...]:
-        """The ids that end a text, of a model with so many: those its config names and this tokenizer's EOS. Where a
-        config calls our BOS an end (LLaMA-1 conversions of 2023: bos 0, eos 1 for what is <s>), it is wrong."""
+    def end_ids(self, named: Sequence[int], num_rows: int, of_turns: Sequence[int] = ()) -> tuple[int, ...]:
+        """The ids that end a text: those the model's config names, this tokenizer's EOS, and a chat template's ends of
+        turns; no id that a model of so many rows cannot produce. Where a config calls our BOS an end (LLaMA-1
+        conversions of 2023: bos 0, eos 1 for what is <s>), it is wrong."""
         wrong = {self.bos_token_id} - {self.eos_token_id}
         ends = [token_id for token_id in named if token_id not in wrong]
-        if self.eos_token_id is not None and self.eos_token_id < vocab_size:
+        if self.eos_token_id is not None:
             ends.append(self.eos_token_id)
-        return tuple(dict.fromkeys(ends))
+        return tuple(dict.fromkeys(token_id for token_id in (*ends, *of_turns) if token_id < num_rows))
+
+    def check_rows(self, ids: Sequence[int], num_rows: int) -> None:
+        """Raises NoRowError where the model has no row for one of the ids: tokens were added to the tokenizer alone, or
+        the vocabulary was cut."""
+        if not ids or max(ids) < num_rows:
+            return
+        token_id = next(token_id for token_id in ids if token_id >= num_rows)
+        text = self.piece(token_id, skip_special=False).decode("utf-8", "replace")[:_MAX_NAME]
+        shown = f" ({text!r})" if text else ""
+        raise NoRowError(f"the model has no row for token id {token_id}{shown}; it has {num_rows}")
+
+    def without_rows(self, num_rows: int) -> str | None:
+        """What to tell whoever starts a model of so many rows, where some tokens have none."""
+        num = sum(1 for token_id in range(num_rows, self.vocab_size) if self.id_to_token(token_id))
+        if not num:
+            return None
+        ids, them = ("id", "it") if num == 1 else ("ids", "them")
+        return f"the tokenizer has {num} {ids} that the model has no row for; prompts that need {them} are refused"
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
         """The text of `ids`; bytes that are no UTF-8 become U+FFFD. Control tokens are left out or written as they

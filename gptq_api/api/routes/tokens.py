@@ -8,7 +8,7 @@ from fastapi import Response
 
 from gptq_api.api.errors import bad_request
 from gptq_api.api.logprobs import token_text
-from gptq_api.api.prepare import check_fits, check_ids, render
+from gptq_api.api.prepare import check_fits, render
 from gptq_api.api.route import guarded_router
 from gptq_api.api.schema import DetokenizeRequest, TokenizeRequest, check_messages
 from gptq_api.api.service import ServiceDep
@@ -48,8 +48,9 @@ async def detokenize(body: DetokenizeRequest, service: ServiceDep) -> Response:
     """The text of token ids, control tokens written out."""
     service.check_model(body.model)
     unknown = body.unknown(strict=service.settings.strict_params)
-    if body.tokens:
-        check_ids(service, body.tokens, "tokens")
+    limit = max(service.tokenizer.vocab_size, service.engine.ready.vocab_size)
+    if body.tokens and (worst := max(body.tokens)) >= limit:
+        raise bad_request(f"Invalid value for 'tokens': token id {worst} is not below {limit}.", "tokens")
     text = await service.in_text_thread(lambda: service.tokenizer.decode(body.tokens, skip_special=False))
     headers = {"x-unsupported-params": ", ".join(unknown)} if unknown else {}
     return Response(json_bytes({"prompt": text}), headers=headers, media_type="application/json")
