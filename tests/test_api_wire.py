@@ -141,6 +141,49 @@ def test_unknown_fields_are_named(server: Server) -> None:
     assert "set-cookie" not in evil.headers and len(evil.headers["x-unsupported-params"]) < 200
 
 
+ODD_NAMES = {
+    "": "(empty)",
+    " ": "?",
+    "\t": "?",
+    "\n": "?",
+    "\x00": "?",
+    "\x85": "?",
+    "é": "?",
+    "🤖": "?",
+    "a,b": "a?b",
+    " x ": "?x?",
+    "n" * 65: "n" * 64,
+    " " * 100: "?" * 64,
+}
+ROUTES: list[tuple[str, dict[str, Any]]] = [
+    ("/v1/chat/completions", chat_body(max_tokens=1)),
+    ("/v1/chat/completions", chat_body(max_tokens=1, stream=True)),
+    ("/v1/completions", {"prompt": "x", "max_tokens": 1}),
+    ("/v1/completions", {"prompt": "x", "max_tokens": 1, "stream": True}),
+    ("/tokenize", {"prompt": "x"}),
+    ("/detokenize", {"tokens": [5]}),
+]
+
+
+@pytest.mark.parametrize(("path", "body"), ROUTES)
+def test_no_name_of_a_field_costs_the_answer(server: Server, path: str, body: dict[str, Any]) -> None:
+    """h11 refuses a header value that begins or ends in a space, after the tokens were computed."""
+    for name, shown in ODD_NAMES.items():
+        for fields, expected in (
+            ({name: 1}, shown),
+            ({name: 1, "zz": 2}, f"{shown}, zz"),
+            ({"zz": 1, name: 2}, f"zz, {shown}"),
+        ):
+            answer = server.post(path, body | fields)
+            assert answer.status_code == 200, (name, answer.text)
+            assert answer.headers["x-unsupported-params"] == expected
+            assert answer.text.endswith("[DONE]\n\n") if body.get("stream") else answer.json()
+    if "stream" in body:
+        nested = server.post(path, body | {"stream_options": {"": 1}})
+        assert nested.headers["x-unsupported-params"] == "stream_options.(empty)"
+    assert "Traceback" not in server.log()
+
+
 def test_request_ids(server: Server) -> None:
     sane = server.chat(max_tokens=1)
     assert re.fullmatch(r"req_[0-9a-f]{32}", sane.headers["x-request-id"])

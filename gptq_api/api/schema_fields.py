@@ -197,5 +197,10 @@ class Body(BaseModel):
 
 
 def _printable(name: str) -> str:
-    """For a header and an error: at most 64 harmless ASCII characters."""
-    return "".join(c if c.isascii() and (c.isalnum() or c in "_-.") else "?" for c in name[:64])
+    """For a header and an error: 1 to 64 harmless ASCII characters, none of them a space."""
+    return "".join(c if c.isascii() and (c.isalnum() or c in "_-.") else "?" for c in name[:64]) or "(empty)"
+
+
+def unknown_header(unknown: list[str]) -> dict[str, str]:
+    """The response header that says which fields of the request, as `Body.unknown` spells them, had no effect."""
+    return {"x-unsupported-params": ", ".join(unknown)} if unknown else {}

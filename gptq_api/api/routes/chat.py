@@ -16,6 +16,7 @@ from gptq_api.api.logprobs import TokenEntry, chat_logprobs
 from gptq_api.api.prepare import chat_prompt
 from gptq_api.api.route import guarded_router
 from gptq_api.api.schema import ChatCompletionRequest, StreamOptions, check_messages
+from gptq_api.api.schema_fields import unknown_header
 from gptq_api.api.service import RecordDep, ServiceDep
 from gptq_api.api.shapes import ChatChunks, Head, Logprobs, json_bytes
 from gptq_api.api.sse import StreamResponse, events
@@ -32,7 +33,6 @@ async def chat_completions(
     strict = service.settings.strict_params
     unknown = [*body.unknown(strict=strict), *check_messages(body.messages, strict=strict)]
     body.check()
-    headers = {"x-unsupported-params": ", ".join(unknown)} if unknown else {}
     head = Head(f"chatcmpl-{uuid.uuid4().hex}", int(time.time()), service.model_name, service.fingerprint)
     options = TextOptions(
         stop=[*body.stop, *service.template.stop],
@@ -54,12 +54,12 @@ async def chat_completions(
                 events(work, chunks, stream_options, [""] * len(work.choices)),
                 owned=owned.pop_all(),
                 work=work,
-                headers=headers,
+                headers=unknown_header(unknown),
                 ping_s=service.settings.sse_ping_s,
                 send_timeout_s=service.settings.send_timeout_s,
             )
         answer = await until_disconnect(request, _answer(work, head, logprobs))
-        return Response(json_bytes(answer), headers=headers, media_type="application/json")
+        return Response(json_bytes(answer), headers=unknown_header(unknown), media_type="application/json")
 
 
 async def _answer(work: Work, head: Head, logprobs: Logprobs | None) -> dict[str, Any]:

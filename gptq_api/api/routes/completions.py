@@ -16,6 +16,7 @@ from gptq_api.api.logprobs import TokenEntry, completion_logprobs
 from gptq_api.api.prepare import completion_prompts
 from gptq_api.api.route import guarded_router
 from gptq_api.api.schema import CompletionRequest, StreamOptions
+from gptq_api.api.schema_fields import unknown_header
 from gptq_api.api.service import RecordDep, Service, ServiceDep
 from gptq_api.api.shapes import CompletionChunks, Head, Logprobs, json_bytes
 from gptq_api.api.sse import StreamResponse, events
@@ -29,7 +30,6 @@ async def completions(body: CompletionRequest, request: Request, service: Servic
     service.check_model(body.model)
     unknown = body.unknown(strict=service.settings.strict_params)
     body.check()
-    headers = {"x-unsupported-params": ", ".join(unknown)} if unknown else {}
     head = Head(f"cmpl-{uuid.uuid4().hex}", int(time.time()), service.model_name, service.fingerprint)
     options = TextOptions(
         stop=body.stop,
@@ -52,12 +52,12 @@ async def completions(body: CompletionRequest, request: Request, service: Servic
                 events(work, chunks, stream_options, echoes),
                 owned=owned.pop_all(),
                 work=work,
-                headers=headers,
+                headers=unknown_header(unknown),
                 ping_s=service.settings.sse_ping_s,
                 send_timeout_s=service.settings.send_timeout_s,
             )
         answer = await until_disconnect(request, _answer(work, head, logprobs, echoes, body.num_choices))
-        return Response(json_bytes(answer), headers=headers, media_type="application/json")
+        return Response(json_bytes(answer), headers=unknown_header(unknown), media_type="application/json")
 
 
 async def _echoes(service: Service, body: CompletionRequest, work: Work) -> list[str]:

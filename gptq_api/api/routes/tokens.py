@@ -11,6 +11,7 @@ from gptq_api.api.logprobs import token_text
 from gptq_api.api.prepare import check_fits, render
 from gptq_api.api.route import guarded_router
 from gptq_api.api.schema import DetokenizeRequest, TokenizeRequest, check_messages
+from gptq_api.api.schema_fields import unknown_header
 from gptq_api.api.service import ServiceDep
 from gptq_api.api.shapes import json_bytes
 
@@ -39,8 +40,7 @@ async def tokenize(body: TokenizeRequest, service: ServiceDep) -> Response:
     answer: dict[str, Any] = {"count": len(ids), "max_model_len": service.max_tokens, "tokens": ids}
     if body.return_token_strs:
         answer["token_strs"] = [token_text(service.tokenizer, token_id) for token_id in ids]
-    headers = {"x-unsupported-params": ", ".join(unknown)} if unknown else {}
-    return Response(json_bytes(answer), headers=headers, media_type="application/json")
+    return Response(json_bytes(answer), headers=unknown_header(unknown), media_type="application/json")
 
 
 @router.post("/detokenize")
@@ -52,8 +52,7 @@ async def detokenize(body: DetokenizeRequest, service: ServiceDep) -> Response:
     if body.tokens and (worst := max(body.tokens)) >= limit:
         raise bad_request(f"Invalid value for 'tokens': token id {worst} is not below {limit}.", "tokens")
     text = await service.in_text_thread(lambda: service.tokenizer.decode(body.tokens, skip_special=False))
-    headers = {"x-unsupported-params": ", ".join(unknown)} if unknown else {}
-    return Response(json_bytes({"prompt": text}), headers=headers, media_type="application/json")
+    return Response(json_bytes({"prompt": text}), headers=unknown_header(unknown), media_type="application/json")
 
 
 @router.get("/tokenizer_info")
