@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from itertools import islice
 from typing import Annotated, Any
 
-from annotated_types import Ge, Gt, Le, Len
+from annotated_types import Ge, Le, Len
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, WithJsonSchema
 
 from gptq_api.api.errors import bad_request, not_supported
@@ -42,7 +42,10 @@ Temperature = Annotated[float, Ge(0), Le(2)]
 Share = Annotated[float, Ge(0), Le(1)]
 TopK = Annotated[int, Ge(-1), Le(MAX_TOKEN)]
 Penalty = Annotated[float, Ge(-2), Le(2)]
-Repetition = Annotated[float, Gt(0), Le(10)]
+Repetition = Annotated[float, Ge(0.01), Le(10)]
+"""Not any number above 0: at 1e-38 a logit divided by it overflows. With these bounds an adjusted logit x is at most
+100 * (|x| + 100) + 2 + 2 * count, and the count of a token is below 2**31: finite in float32 for every |x| up to 1e36.
+Temperatures need no such bound, since the sampler clamps 1 / temperature and looks at differences to the best."""
 Seed = Annotated[int, Ge(-(2**63)), Le(2**63 - 1)]
 Choices = Annotated[int, Ge(1), Le(128)]
 Bias = Annotated[float, Ge(-100), Le(100)]

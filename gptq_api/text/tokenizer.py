@@ -45,8 +45,8 @@ class Vocabulary(Protocol):
 class Tokenizer:
     """One checkpoint's tokenizer. Encoding may be called from any thread.
 
-    `vocab_size` counts the tokenizer's ids. The model's embedding may have more rows, and those ids stand for nothing; or
-    fewer, and texts that need the others are refused (`check_rows`).
+    `vocab_size` counts the tokenizer's ids. The model's embedding may have more rows, and those ids stand for nothing;
+    or fewer, and texts that need the others are refused (`check_rows`).
     """
 
     def __init__(self, vocabulary: Vocabulary, *, bos: str | None, eos: str | None, adds_bos: bool) -> None:
