@@ -13,7 +13,7 @@ from gptq_api.api.logprobs import Ledger, TokenEntry
 from gptq_api.api.middleware import RequestRecord
 from gptq_api.api.prepare import Prompt
 from gptq_api.api.service import Service
-from gptq_api.engine.client import EngineDead, EngineFull, Generation
+from gptq_api.engine.client import EngineDead, EngineFull, EngineStalled, Generation
 from gptq_api.text.stream import TextStream
 from gptq_api.text.tokenizer import Tokenizer
 from gptq_api.types import FinishReason, SamplingParams
@@ -95,7 +95,7 @@ class Choice:
     async def pieces(self) -> AsyncIterator[Piece]:
         """Text as it may be shown; the last piece, and only that one, has a finish_reason.
 
-        Raises EngineDead, GenerationFailed.
+        Raises EngineDead, EngineStalled, GenerationFailed.
         """
         if self.generation is None:
             yield Piece(self, "", [], "length")
@@ -175,6 +175,11 @@ class Work:
             self.outcome = "error"
             self.service.metrics.success["error"].inc()
             raise ApiError(500, str(error), code="generation_failed", headers={"x-should-retry": "false"}) from None
+        except EngineStalled:
+            self.outcome = "engine_stalled"
+            raise unavailable(
+                "The engine fell silent while the answer was being generated.", "engine_stalled"
+            ) from None
         except EngineDead:
             if self.service.draining:
                 self.outcome = "shutdown"
@@ -228,9 +233,10 @@ def admitted(
         except EngineFull as error:
             service.metrics.rejected["server_full"].inc()
             raise too_many(error.retry_after_s, f"The server is full: {error}.") from None
-        except EngineDead:
-            service.metrics.rejected["unavailable"].inc()
-            raise unavailable("The engine is not running.", "engine_dead") from None
+        except (EngineDead, EngineStalled):
+            refusal = service.refusal()
+            assert refusal is not None
+            raise refusal from None
         work = Work(choices, prompts, service, record)
         _count(service, prompts)
         try:

@@ -90,7 +90,7 @@ async def _run(settings: Settings) -> int:
         return await _serve(service, sockets, signals, seconds)
     finally:
         service.close()
-        await _stop_engine(engine, in_a_hurry=signals.num_received > 1)
+        await _stop_engine(engine, in_a_hurry=signals.num_received > 1 or engine.stalled)
 
 
 async def _load(settings: Settings, engine: EngineClient) -> Service:

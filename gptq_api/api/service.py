@@ -71,13 +71,10 @@ class Service:
     def preparing(self) -> Iterator[None]:
         """Around the work before admission, so that a crowd at the door is refused before it costs anything.
 
-        Raises ApiError 503 where nothing is admitted any more, 429 where the house is full already.
+        Raises ApiError 503 where nothing is admitted any more, or not now; 429 where the house is full already.
         """
-        if self.draining or not self.engine.alive:
-            self.metrics.rejected["unavailable"].inc()
-            if self.draining:
-                raise unavailable("The server is shutting down.", "server_shutting_down")
-            raise unavailable("The engine is not running.", "engine_dead")
+        if (refusal := self.refusal()) is not None:
+            raise refusal
         if self.engine.num_generations + self.num_preparing >= self.settings.max_queued_requests:
             self.metrics.rejected["server_full"].inc()
             raise too_many(1.0, "The server is full: as many requests are running or waiting as it takes.")
@@ -86,6 +83,19 @@ class Service:
             yield
         finally:
             self.num_preparing -= 1
+
+    def refusal(self) -> ApiError | None:
+        """Why nothing is admitted, a 503 that is counted; None where it is."""
+        if self.draining:
+            error = unavailable("The server is shutting down.", "server_shutting_down")
+        elif not self.engine.alive:
+            error = unavailable("The engine is not running.", "engine_dead")
+        elif self.engine.stalled:
+            error = unavailable("The engine does not answer.", "engine_stalled")
+        else:
+            return None
+        self.metrics.rejected["unavailable"].inc()
+        return error
 
     async def in_text_thread(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._text_thread, work)

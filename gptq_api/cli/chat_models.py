@@ -11,7 +11,7 @@ import httpx
 import msgspec
 
 from gptq_api.config import ChatSettings
-from gptq_api.engine.client import EngineClient, EngineDead, EngineFailed
+from gptq_api.engine.client import EngineClient, EngineDead, EngineFailed, EngineStalled
 from gptq_api.text.chat_template import ChatTemplateError, load_chat_template
 from gptq_api.text.folder import FolderError, checkpoint_folder
 from gptq_api.text.stream import TextStream
@@ -105,6 +105,8 @@ class LocalModel:
                 if generation.finish_reason == "error":
                     raise ChatError("the model's output is not finite: this checkpoint or its quantisation is damaged")
                 report.finish_reason = generation.finish_reason
+        except EngineStalled as error:
+            raise ChatError(f"{error}; a step that takes longer needs a larger --engine-timeout-s") from None
         except EngineDead as error:
             raise ChatError(str(error), fatal=True) from None
         if text := stream.finish():

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
 import os
 import socket
 import subprocess
@@ -39,12 +40,22 @@ from gptq_api.types import (
 )
 
 
+_log = logging.getLogger(__name__)
+
+_LATE_S = 1.0
+"""A look at the clock that comes so late says that this process was stopped as well (^Z, a paused container)"""
+
+
 class EngineFailed(RuntimeError):
     """The engine could not start; the text is one sentence for the user."""
 
 
 class EngineDead(RuntimeError):
     """The engine process is gone."""
+
+
+class EngineStalled(RuntimeError):
+    """The engine has been silent over its work for settings.engine_timeout_s; the sequence was given up."""
 
 
 class EngineFull(RuntimeError):
@@ -97,7 +108,7 @@ class Generation:
             reader.set_result(None)
 
     async def __aiter__(self) -> AsyncIterator[Delta]:
-        """Deltas until the sequence is finished; raises EngineDead when the engine dies first."""
+        """Deltas until the sequence is finished; raises EngineDead, EngineStalled when the engine fails first."""
         while True:
             if not self._delta.tokens and self.finish_reason is None and self._error is None:
                 self._reader = asyncio.get_running_loop().create_future()
@@ -127,6 +138,8 @@ class EngineClient:
         self._generations: dict[int, Generation] = {}
         self._num_unfinished = 0
         self._owed_since: float | None = None  # when the engine last spoke, or was first spoken to; None: it is at rest
+        self._watch: asyncio.TimerHandle | None = None  # looks at _owed_since, where it is not None
+        self._told_stalled = False
         self._ids = itertools.count(1)
         self._finish_times: deque[float] = deque(maxlen=64)
 
@@ -139,7 +152,7 @@ class EngineClient:
     def stalled(self) -> bool:
         """Whether the engine has work and has not been heard of for settings.engine_timeout_s."""
         owed_since = self._owed_since
-        return owed_since is not None and time.monotonic() - owed_since > self.settings.engine_timeout_s
+        return owed_since is not None and time.monotonic() - owed_since >= self.settings.engine_timeout_s
 
     @property
     def pid(self) -> int:
@@ -186,9 +199,12 @@ class EngineClient:
 
     @contextmanager
     def submit(self, prompt_ids: list[int], params: SamplingParams, cache_salt: bytes = b"") -> Iterator[Generation]:
-        """Queue one sequence. Raises EngineDead, EngineFull; ValueError if it is longer than the context."""
+        """Queue one sequence. Raises EngineDead, EngineStalled, EngineFull; ValueError if it is longer than the
+        context."""
         if not self.alive:
             raise EngineDead("the engine process is not running")
+        if self.stalled:
+            raise EngineStalled(self._silence())
         if not prompt_ids or len(prompt_ids) + params.max_tokens > self.ready.max_model_len:
             raise ValueError(
                 f"prompt of {len(prompt_ids)} and answer of {params.max_tokens} tokens do not fit into "
@@ -203,18 +219,54 @@ class EngineClient:
             self._send(Add(sequence_id, pack_ids(prompt_ids), params, cache_salt))
             yield generation
         finally:  # finished, stop string, client gone, error: one door
-            del self._generations[sequence_id]
-            self._finish_times.append(time.monotonic())
-            if generation.finish_reason is None:
-                self._num_unfinished -= 1
-                if self.alive:
-                    self._send(Abort(sequence_id))
+            if self._generations.pop(sequence_id, None) is not None:  # otherwise it was given up
+                self._finish_times.append(time.monotonic())
+                if generation.finish_reason is None:
+                    self._abort(sequence_id)
+
+    def _abort(self, sequence_id: int) -> None:
+        self._num_unfinished -= 1
+        if self.alive:
+            self._send(Abort(sequence_id))
 
     def _send(self, message: Add | Abort) -> None:
         """Everything that is sent is answered: by a step's output, or by its state when the engine comes to rest."""
         if self._owed_since is None:
-            self._owed_since = time.monotonic()
+            self._owed(time.monotonic())
         self._transport.write(wire.encode(message))
+
+    def _owed(self, since: float | None) -> None:
+        """Called with every step. The one timer is not moved: it looks again when it fires."""
+        self._owed_since = since
+        if since is not None and self._watch is None:
+            due = since + self.settings.engine_timeout_s
+            self._watch = asyncio.get_running_loop().call_at(due, self._look, due)
+
+    def _look(self, due: float) -> None:
+        self._watch = None
+        if self._owed_since is None or not self.alive:
+            return
+        now = time.monotonic()
+        if now - due > _LATE_S:
+            self._owed(now)  # the engine gets its time once more
+        elif self.stalled:
+            self._give_up()
+        else:
+            self._owed(self._owed_since)
+
+    def _give_up(self) -> None:
+        """Tell the reader of every unfinished sequence, and give back its place: a reader may be slow to leave. An
+        engine that wakes up finds the aborts and forgets them."""
+        unfinished = {i: generation for i, generation in self._generations.items() if generation.finish_reason is None}
+        _log.error("%s; %d sequences are given up", self._silence(), len(unfinished))
+        self._told_stalled = True
+        for sequence_id, generation in unfinished.items():
+            del self._generations[sequence_id]
+            self._abort(sequence_id)
+            generation.fail(EngineStalled(self._silence()))
+
+    def _silence(self) -> str:
+        return f"the engine has been silent over its work for {self.settings.engine_timeout_s:g} s"
 
     def _retry_after_s(self) -> float:
         """When a place should be free: from the rate at which generations ended lately; 1 to 60 s."""
@@ -250,7 +302,10 @@ class EngineClient:
                 generation.finish(reason)
                 self._num_unfinished -= 1
         at_rest = not (self._num_unfinished or step.stats.num_running or step.stats.num_waiting)
-        self._owed_since = None if at_rest else time.monotonic()
+        self._owed(None if at_rest else time.monotonic())
+        if self._told_stalled:
+            self._told_stalled = False
+            _log.warning("the engine speaks again")
         if self.on_step is not None:
             self.on_step(step)
 
@@ -265,6 +320,8 @@ class EngineClient:
     def _lose(self, why: str) -> None:
         """The engine is out of reach: every reader is told."""
         self.alive = False
+        if self._watch is not None:
+            self._watch.cancel()
         for generation in self._generations.values():
             if generation.finish_reason is None:
                 generation.fail(EngineDead(why))
