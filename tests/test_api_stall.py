@@ -212,7 +212,7 @@ async def test_a_lively_engine_costs_no_timer_per_step(monkeypatch: pytest.Monke
 async def test_who_was_stopped_together_with_its_engine_gives_it_its_time() -> None:
     client = quiet_client(0.1)
     with client.submit([1], SamplingParams(max_tokens=5)) as generation:
-        time.sleep(1.3)  # noqa: ASYNC251  (as ^Z does)
+        time.sleep(1.3)  # neither runs, as with ^Z
         await asyncio.sleep(0.02)
         assert not client.stalled and client.num_generations == 1
         with pytest.raises(EngineStalled):

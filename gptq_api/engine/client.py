@@ -39,7 +39,6 @@ from gptq_api.types import (
     unpack_ids,
 )
 
-
 _log = logging.getLogger(__name__)
 
 _LATE_S = 1.0
