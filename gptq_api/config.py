@@ -134,8 +134,10 @@ class Settings(CommandSettings):
     """Time a client may leave a stream unread before it is cancelled."""
     sse_ping_s: float = Field(15.0, gt=0)
     """Seconds between keep-alive comments in a stream."""
-    engine_timeout_s: float = Field(60.0, gt=0)
-    """Seconds an engine that has work may be silent before /health and /ready answer 503; longer than any step."""
+    engine_timeout_s: float | None = Field(None, gt=0)
+    """Seconds an engine that has work may be silent; then requests, running and new ones, get 503 engine_stalled, and
+    so do /health and /ready, until it speaks. Longer than any step. Default: 60 on CUDA, 600 on the CPU, where the
+    chunk of a large model's prompt takes minutes."""
     drain_timeout_s: float = Field(30.0, ge=0)
     """Seconds running requests have to finish after SIGTERM or ^C."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"

@@ -189,6 +189,13 @@ def quiet_client(timeout_s: float) -> EngineClient:
     return client
 
 
+@pytest.mark.parametrize(("device", "asked", "seconds"), [("cpu", None, 600), ("cuda:0", None, 60), ("cpu", 2.5, 2.5)])
+def test_how_long_an_engine_may_be_silent(device: str, asked: float | None, seconds: float) -> None:
+    client = EngineClient(Settings(engine_timeout_s=asked))
+    client.ready = SimpleNamespace(device=device)  # type: ignore[assignment]
+    assert client.timeout_s == seconds
+
+
 def step(num_running: int) -> StepOutput:
     stats = EngineStats(num_running, 0, 0, 0, 0, 0, 0, 1)
     return StepOutput(sequence_ids=b"", tokens=b"", finished={}, cached_tokens={}, logprobs={}, stats=stats)

@@ -44,10 +44,10 @@ import sys
 if "gptq_api.engine.process" in sys.orig_argv:
     from gptq_api.model.runner import ModelRunner
     launch = ModelRunner.launch
-    def faulty(self, batch):
-        if any(sequence.params.seed == 667 for sequence in batch.sequences):
+    def faulty(self, step):
+        if any(new.params.seed == 667 for new in step.admitted):
             raise RuntimeError("injected")
-        return launch(self, batch)
+        return launch(self, step)
     ModelRunner.launch = faulty
 """
 

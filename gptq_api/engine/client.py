@@ -41,6 +41,7 @@ from gptq_api.types import (
 
 _log = logging.getLogger(__name__)
 
+_CPU_TIMEOUT_S, _CUDA_TIMEOUT_S = 600.0, 60.0
 _LATE_S = 1.0
 """A look at the clock that comes so late says that this process was stopped as well (^Z, a paused container)"""
 
@@ -54,7 +55,7 @@ class EngineDead(RuntimeError):
 
 
 class EngineStalled(RuntimeError):
-    """The engine has been silent over its work for settings.engine_timeout_s; the sequence was given up."""
+    """The engine has been silent over its work for `EngineClient.timeout_s`; the sequence was given up."""
 
 
 class EngineFull(RuntimeError):
@@ -149,9 +150,16 @@ class EngineClient:
 
     @property
     def stalled(self) -> bool:
-        """Whether the engine has work and has not been heard of for settings.engine_timeout_s."""
+        """Whether the engine has work and has not been heard of for `timeout_s`."""
         owed_since = self._owed_since
-        return owed_since is not None and time.monotonic() - owed_since >= self.settings.engine_timeout_s
+        return owed_since is not None and time.monotonic() - owed_since >= self.timeout_s
+
+    @property
+    def timeout_s(self) -> float:
+        """How long the engine may be silent over its work."""
+        if self.settings.engine_timeout_s is not None:
+            return self.settings.engine_timeout_s
+        return _CPU_TIMEOUT_S if self.ready.device == "cpu" else _CUDA_TIMEOUT_S
 
     @property
     def pid(self) -> int:
@@ -238,7 +246,7 @@ class EngineClient:
         """Called with every step. The one timer is not moved: it looks again when it fires."""
         self._owed_since = since
         if since is not None and self._watch is None:
-            due = since + self.settings.engine_timeout_s
+            due = since + self.timeout_s
             self._watch = asyncio.get_running_loop().call_at(due, self._look, due)
 
     def _look(self, due: float) -> None:
@@ -265,7 +273,7 @@ class EngineClient:
             generation.fail(EngineStalled(self._silence()))
 
     def _silence(self) -> str:
-        return f"the engine has been silent over its work for {self.settings.engine_timeout_s:g} s"
+        return f"the engine has been silent over its work for {self.timeout_s:g} s"
 
     def _retry_after_s(self) -> float:
         """When a place should be free: from the rate at which generations ended lately; 1 to 60 s."""

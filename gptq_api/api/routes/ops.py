@@ -20,7 +20,8 @@ def _probe(status: str, code: int) -> Response:
 
 @public.get("/health")
 async def health(service: ServiceDep) -> Response:
-    """Liveness: 503 when the engine is gone, or has been silent for too long over its work: only a restart helps."""
+    """Liveness: 503 when the engine is gone, or has been silent for too long over its work: a restart
+    helps, unless it wakes up."""
     fault = _fault(service)
     return _probe(fault, 503) if fault else _probe("ok", 200)
 
