@@ -31,10 +31,10 @@ import torch
 from gpu_timing import ceilings, machine
 
 from gptq_api.bench.synthetic import SHAPES, synthetic_checkpoint
+from gptq_api.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from gptq_api.checkpoint.dense import dequantized
 from gptq_api.config import Settings
 from gptq_api.engine.core import Engine
-from gptq_api.gptq.checkpoint import Checkpoint, open_checkpoint
-from gptq_api.gptq.dense import dequantised
 from gptq_api.model.runner import make_runner, token_budget
 from gptq_api.scheduler.blocks import BlockManager
 from gptq_api.scheduler.scheduler import Scheduler
@@ -299,7 +299,7 @@ def checkpoint_of(variant: str, args: argparse.Namespace, folder: Path) -> Check
     how = VARIANTS[variant]
     if args.synthetic is None:
         checkpoint = open_checkpoint(args.model_path)
-        return dequantised(checkpoint) if how.dense else checkpoint
+        return dequantized(checkpoint) if how.dense else checkpoint
     target = folder / variant
     return synthetic_checkpoint(
         args.synthetic, target, group_size=how.group_size, act_order=how.act_order, dense=how.dense
@@ -310,7 +310,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--synthetic", choices=sorted(SHAPES))
-    which.add_argument("--model-path", type=Path, help="a GPTQ checkpoint; its FP16 row is itself, dequantised")
+    which.add_argument("--model-path", type=Path, help="a GPTQ checkpoint; its FP16 row is itself, dequantized")
     items = lambda kind: lambda text: [kind(item) for item in text.split(",") if item]  # noqa: E731
     parser.add_argument("--variants", type=items(str), help=f"of {', '.join(VARIANTS)}; default: all that there are")
     parser.add_argument("--parts", type=items(str), help=f"of {', '.join(PARTS)}; default: what suits the variant")

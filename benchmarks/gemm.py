@@ -32,7 +32,7 @@ import torch
 from gpu_timing import Clock, ceilings, in_turns, machine
 from torch import Tensor
 
-from gptq_api.kernels import gptq
+from gptq_api.kernels import gemm
 from gptq_api.kernels.layout import PackedLinear, chunk_bytes
 
 LINEARS: dict[str, dict[str, tuple[int, int]]] = {
@@ -123,7 +123,7 @@ class Bench:
 
             def ours(pool: list[PackedLinear], x: Tensor = x, out: Tensor = out, count: int = count) -> None:
                 for i in range(count):
-                    gptq.gemm(x, pool[i], out, in_a_row=pool[i].perm is None)  # a gather stands between them
+                    gemm.gemm(x, pool[i], out, in_a_row=pool[i].perm is None)  # a gather stands between them
 
             def cublas(x: Tensor = x16, out: Tensor = out16, count: int = dense_calls) -> None:
                 for i in range(count):
@@ -178,7 +178,7 @@ class Bench:
             x16 = x.half()
 
             def ours(layers: list[list[PackedLinear]], x: Tensor = x, in_a_row: bool = True) -> None:
-                product = partial(gptq.gemm, in_a_row=in_a_row)
+                product = partial(gemm.gemm, in_a_row=in_a_row)
                 for qkv, o, gate_up, down in layers:
                     y = product(product(x, qkv)[:, :hidden], o)
                     product(product(y, gate_up, silu_mul=True), down)
@@ -273,7 +273,7 @@ def main() -> None:
     if options.draw is not None:
         draw(json.loads(options.draw.read_text()), options.draw.with_suffix(".png"))
         return
-    if (reason := gptq.unavailable_reason()) is not None:
+    if (reason := gemm.unavailable_reason()) is not None:
         sys.exit(f"no benchmark: {reason}")
     for name, what in OTHERS.items():
         state = (

@@ -25,9 +25,9 @@ import torch
 from gpu_timing import Clock, ceilings, in_turns, machine
 
 from gptq_api.bench.synthetic import SHAPES, synthetic_checkpoint
+from gptq_api.checkpoint.checkpoint import open_checkpoint
 from gptq_api.config import Settings
 from gptq_api.engine.core import Engine
-from gptq_api.gptq.checkpoint import open_checkpoint
 from gptq_api.kernels import sampling
 from gptq_api.model.runner import make_runner, token_budget
 from gptq_api.scheduler.blocks import BlockManager

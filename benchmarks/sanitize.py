@@ -22,7 +22,7 @@ import torch
 from gemm import random_weight
 from gpu_timing import machine
 
-from gptq_api.kernels import gptq
+from gptq_api.kernels import gemm
 
 TOOLS = ("memcheck", "racecheck", "synccheck")
 TOOL_SECONDS = 60
@@ -44,11 +44,11 @@ def small_grid() -> list[str]:
             for m in ms:
                 x = torch.randn(m, k, device="cuda").to(dtype)
                 bias, residual = torch.randn(n, device="cuda").to(dtype), torch.randn(m, n, device="cuda").to(dtype)
-                gptq.gemm(x, weight, residual, bias=bias, residual=residual)
-                gptq.gemm(x, weight, silu_mul=True)
+                gemm.gemm(x, weight, residual, bias=bias, residual=residual)
+                gemm.gemm(x, weight, silu_mul=True)
                 done.append(f"gemm M={m} K={k} N={n} group {group_size} {'asym' if asym else 'sym'} {dtype}")
-            gptq.dequantise(weight, dtype)
-            done.append(f"dequantise K={k} N={n} {dtype}")
+            gemm.dequantize(weight, dtype)
+            done.append(f"dequantize K={k} N={n} {dtype}")
     torch.cuda.synchronize()
     return done
 
@@ -82,7 +82,7 @@ def main() -> None:
     parser.add_argument("--commit", help="what was checked, where there is no git")
     parser.add_argument("--work", action="store_true", help="only launch the grid; what the tools run")
     options = parser.parse_args()
-    if (reason := gptq.unavailable_reason()) is not None:
+    if (reason := gemm.unavailable_reason()) is not None:
         sys.exit(f"nothing to check: {reason}")
     if options.work:
         small_grid()

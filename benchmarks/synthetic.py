@@ -19,7 +19,7 @@ def main() -> int:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--group-size", type=int, default=128, help="-1: one group")
     parser.add_argument("--act-order", action="store_true")
-    parser.add_argument("--fp16", action="store_true", help="unquantised")
+    parser.add_argument("--fp16", action="store_true", help="unquantized")
     args = parser.parse_args()
     started = time.monotonic()
     write_folder(args.model, args.folder, group_size=args.group_size, act_order=args.act_order, dense=args.fp16)

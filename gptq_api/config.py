@@ -205,7 +205,7 @@ class QuantizeSettings(CommandSettings):
     positional: ClassVar[tuple[str, ...]] = ("model_path", "out")
 
     model_path: str = Field(min_length=1)
-    """Folder of the model to quantise, or its name on the Hugging Face hub."""
+    """Folder of the model to quantize, or its name on the Hugging Face hub."""
     out: Path
     """Folder to write, which must not exist; work in progress is kept in OUT.partial."""
     revision: str | None = None
@@ -219,11 +219,11 @@ class QuantizeSettings(CommandSettings):
     group_size: int = 128
     """Input channels that share a scale and a zero point; -1: all of them."""
     act_order: bool = False
-    """Quantise the channels with the largest inputs first: mostly better, and served nearly as fast."""
+    """Quantize the channels with the largest inputs first: mostly better, and served nearly as fast."""
     static_groups: bool = False
-    """Fit the groups before quantising, so that act-order leaves them sequential."""
+    """Fit the groups before quantizing, so that act-order leaves them sequential."""
     group_aware: bool | None = None
-    """Without act-order: quantise the groups with the largest inputs first, at no cost when served. Default: with 2 and
+    """Without act-order: quantize the groups with the largest inputs first, at no cost when served. Default: with 2 and
     3 bits, where it helps."""
     sym: bool = True
     """Zero points in the middle of the range; --no-sym fits them."""
@@ -261,7 +261,7 @@ class QuantizeSettings(CommandSettings):
 
 
 class BenchSettings(CommandSettings):
-    """Memory, perplexity and seconds per token of GPTQ checkpoints beside the unquantised model, on this machine."""
+    """Memory, perplexity and seconds per token of GPTQ checkpoints beside the unquantized model, on this machine."""
 
     positional: ClassVar[tuple[str, ...]] = ("models",)
 
@@ -272,7 +272,7 @@ class BenchSettings(CommandSettings):
     gptq_ckpt: Path | None = None
     """The weights file, where a checkpoint folder holds more than one."""
     fp16: Path | None = None
-    """Folder of the unquantised model. Default: the first checkpoint's weights, dequantised."""
+    """Folder of the unquantized model. Default: the first checkpoint's weights, dequantized."""
     synthetic: Literal["llama-7b", "llama-13b", "llama-3-8b", "llama-70b"] | None = None
     """Measure random weights of this shape instead of models: FP16, and 4 bits in groups of 128 and in one group."""
     text: Path | None = None
@@ -288,7 +288,7 @@ class BenchSettings(CommandSettings):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the models run."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Activation type, and the type of the unquantised weights. auto is bfloat16 on the CPU."""
+    """Activation type, and the type of the unquantized weights. auto is bfloat16 on the CPU."""
     kv_cache_dtype: Literal["auto", "fp8"] = "auto"
     """Type of the KV cache on CUDA, for all rows: what fp8 costs in perplexity."""
     num_threads: int | None = Field(None, ge=1)

@@ -94,7 +94,7 @@ class Ready(msgspec.Struct, frozen=True, tag="ready", kw_only=True):
     dtype: str
     eos_token_ids: tuple[int, ...]
     description: str
-    """One line for the log: the model, its quantisation, the kernels in use, memory."""
+    """One line for the log: the model, its quantization, the kernels in use, memory."""
 
 
 class Failed(msgspec.Struct, frozen=True, tag="failed"):

@@ -1,4 +1,4 @@
-"""Small random LLaMA checkpoints in any layout, and the same model in transformers built from the dequantised
+"""Small random LLaMA checkpoints in any layout, and the same model in transformers built from the dequantized
 weights."""
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from gptq_api.gptq.packing import ZeroVersion, pack_qweight, pack_qzeros, values_per_unit
+from gptq_api.checkpoint.packing import ZeroVersion, pack_qweight, pack_qzeros, values_per_unit
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What the random model is and how it is quantised."""
+    """What the random model is and how it is quantized."""
 
     seed: int = 0
     family: str = "llama"
@@ -41,26 +41,26 @@ class Recipe:
     group_size: int = 32
     act_order: bool = False
     sym: bool = True
-    quantise_head: bool = False
+    quantize_head: bool = False
     dense: tuple[str, ...] = ()
-    """module name endings that stay unquantised"""
+    """module name endings that stay unquantized"""
     mixed_bits: dict[str, int] = field(default_factory=dict)
     """module name ending -> bits"""
     float_dtype: torch.dtype = torch.float16
-    """of what is not quantised; scales are float16"""
+    """of what is not quantized; scales are float16"""
     own_order: tuple[str, ...] = ()
     """module name endings whose act-order differs from that of their neighbours with the same input"""
 
 
 @dataclass(frozen=True)
-class QuantisedModule:
+class QuantizedModule:
     q: Tensor
     zeros: Tensor
     scales: Tensor
     g_idx: Tensor
     bits: int
 
-    def dequantised(self) -> Tensor:
+    def dequantized(self) -> Tensor:
         """float32 [N, K]"""
         g = self.g_idx.long()
         return ((self.q.float() - self.zeros[g].float()) * self.scales[g].float()).t().contiguous()
@@ -70,18 +70,18 @@ class QuantisedModule:
 class RandomModel:
     recipe: Recipe
     config: dict[str, Any]
-    modules: dict[str, QuantisedModule]
+    modules: dict[str, QuantizedModule]
     dense: dict[str, Tensor]
-    """every unquantised tensor by its name, biases included"""
+    """every unquantized tensor by its name, biases included"""
 
     def reference(self) -> Any:
-        """transformers' model of the family in float32 with the dequantised weights."""
+        """transformers' model of the family in float32 with the dequantized weights."""
         from transformers import AutoConfig, AutoModelForCausalLM
 
         config = AutoConfig.for_model(self.recipe.family, **self.config)
         model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
         state = {name: tensor.to(self.recipe.float_dtype).float() for name, tensor in self.dense.items()}
-        state |= {f"{name}.weight": module.dequantised() for name, module in self.modules.items()}
+        state |= {f"{name}.weight": module.dequantized() for name, module in self.modules.items()}
         if self.recipe.tie:
             state["lm_head.weight"] = state["model.embed_tokens.weight"]
         model.load_state_dict(state, strict=True)
@@ -104,7 +104,7 @@ class RandomModel:
 
 
 def random_model(recipe: Recipe) -> RandomModel:
-    """Weights large enough that logits differ clearly between tokens, quantised by rounding to nearest."""
+    """Weights large enough that logits differ clearly between tokens, quantized by rounding to nearest."""
     r = recipe
     generator = torch.Generator().manual_seed(r.seed)
     head_dim = r.head_dim or r.hidden_size // r.num_heads
@@ -132,10 +132,10 @@ def random_model(recipe: Recipe) -> RandomModel:
         for part in ("gate", "up"):
             linears[f"{layer}.mlp.{part}_proj"] = (r.hidden_size, r.intermediate_size, r.mlp_bias, 10 * i + 2)
         linears[f"{layer}.mlp.down_proj"] = (r.intermediate_size, r.hidden_size, r.mlp_bias, 10 * i + 3)
-    if r.quantise_head:
+    if r.quantize_head:
         dense.pop("lm_head.weight")
         linears["lm_head"] = (r.hidden_size, r.vocab_size, False, 9999)
-    modules: dict[str, QuantisedModule] = {}
+    modules: dict[str, QuantizedModule] = {}
     for name, (k, n, bias, order) in linears.items():
         weight = normal(n, k, std=0.8 / k**0.5)
         if bias:
@@ -151,7 +151,7 @@ def random_model(recipe: Recipe) -> RandomModel:
 
 def round_to_nearest(
     weight: Tensor, bits: int, group_size: int, sym: bool, act_order: bool, order_seed: int = 0
-) -> QuantisedModule:
+) -> QuantizedModule:
     """float32 [N, K] in groups of group_size inputs (-1: one), the last one possibly partial."""
     n, k = weight.shape
     assert k % values_per_unit(bits) == 0 and n % values_per_unit(bits) == 0
@@ -174,7 +174,7 @@ def round_to_nearest(
     scales = scales.half()
     g = g_idx.long()
     q = (weight.t() / scales.float()[g] + zeros[g]).round().clamp(0, top)
-    return QuantisedModule(q.to(torch.uint8), zeros.to(torch.uint8), scales, g_idx, bits)
+    return QuantizedModule(q.to(torch.uint8), zeros.to(torch.uint8), scales, g_idx, bits)
 
 
 def _config(r: Recipe, head_dim: int) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Small unquantised models with a tokenizer, as folders: trained for seconds on the project's own prose, or random."""
+"""Small unquantized models with a tokenizer, as folders: trained for seconds on the project's own prose, or random."""
 
 from __future__ import annotations
 

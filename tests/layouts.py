@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from checkpoints import QuantisedModule, RandomModel, Recipe, write_checkpoint
+from checkpoints import QuantizedModule, RandomModel, Recipe, write_checkpoint
 from safetensors.torch import save_file
 from torch import Tensor
 
-from gptq_api.gptq.packing import ZeroVersion, pack_qweight, pack_qzeros
+from gptq_api.checkpoint.packing import ZeroVersion, pack_qweight, pack_qzeros
 
 State = dict[str, Tensor]
 Write = Callable[[Path, RandomModel], None]
@@ -67,7 +67,7 @@ def _json(path: Path, name: str, value: dict[str, Any]) -> None:
 def before_2023_03_20(path: Path, model: RandomModel) -> None:
     """One row of scales and zero * scale per output, float32; a bias everywhere; no qzeros, no g_idx."""
 
-    def module(m: QuantisedModule) -> State:
+    def module(m: QuantizedModule) -> State:
         scales = m.scales.float().t().contiguous()
         return {
             "qweight": pack_qweight(m.q, m.bits),
@@ -83,7 +83,7 @@ def before_2023_03_20(path: Path, model: RandomModel) -> None:
 def march_2023(path: Path, model: RandomModel) -> None:
     """2023-03-20 .. 30: qzeros as wide as N // 256 * bits * 8, float32 scales, a bias everywhere, no g_idx."""
 
-    def module(m: QuantisedModule) -> State:
+    def module(m: QuantizedModule) -> State:
         qzeros = pack_qzeros(m.zeros, m.bits, 1)
         assert qzeros.shape[1] == m.q.shape[1] // 256 * m.bits * 8
         return {
@@ -97,7 +97,7 @@ def march_2023(path: Path, model: RandomModel) -> None:
 
 
 def gptq_for_llama(file: str, **config: Any) -> Write:
-    """2023-03-31 and later: the tensors of today, rotary buffers, no word about the quantisation."""
+    """2023-03-31 and later: the tensors of today, rotary buffers, no word about the quantization."""
 
     def write(path: Path, model: RandomModel) -> None:
         state = model.tensors()
@@ -205,7 +205,7 @@ def edited(change: Callable[[State], object], **config: Any) -> Write:
     return write
 
 
-def _state(model: RandomModel, module: Callable[[QuantisedModule], State]) -> State:
+def _state(model: RandomModel, module: Callable[[QuantizedModule], State]) -> State:
     state = {name: tensor.half() for name, tensor in model.dense.items()}
     for name, m in model.modules.items():
         state |= {f"{name}.{part}": tensor for part, tensor in module(m).items()}
@@ -267,7 +267,7 @@ LAYOUTS: dict[str, Layout] = {
     ),
     "transformers": Layout(BASE, optimum("safetensors")),
     "transformers, shards": Layout(replace(ORDERED, sym=False), optimum("sharded", desc_act=True, sym=False)),
-    "transformers, partly quantised blocks": Layout(
+    "transformers, partly quantized blocks": Layout(
         replace(BASE, dense=("o_proj", "down_proj")),
         optimum("sharded", modules_in_block_to_quantize=[["self_attn.q_proj"], ["mlp.up_proj", "mlp.gate_proj"]]),
     ),
@@ -281,7 +281,7 @@ LAYOUTS: dict[str, Layout] = {
     ),
     "GPTQModel, dynamic": Layout(MIXED, gptqmodel(sym=False, dynamic=DYNAMIC)),
     "GPTQModel, dynamic, v2": Layout(MIXED, gptqmodel(2, sym=False, dynamic=DYNAMIC), {"v2": 12}),
-    "GPTQModel, quantised head": Layout(replace(ORDERED, quantise_head=True), gptqmodel(lm_head=True, desc_act=True)),
+    "GPTQModel, quantized head": Layout(replace(ORDERED, quantize_head=True), gptqmodel(lm_head=True, desc_act=True)),
     **{f"{bits} bits": Layout(replace(BASE, bits=bits), gptqmodel(bits=bits)) for bits in (2, 3, 8)},
     **{
         f"{bits} bits, asymmetric, act-order, v2": Layout(

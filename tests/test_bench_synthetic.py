@@ -11,12 +11,12 @@ from torch.nn import functional
 
 from gptq_api.bench import synthetic
 from gptq_api.bench.measure import measure
+from gptq_api.checkpoint.checkpoint import open_checkpoint
+from gptq_api.checkpoint.dense import open_dense
+from gptq_api.checkpoint.summary import summarise
 from gptq_api.cli import bench
 from gptq_api.config import BenchSettings, Settings
-from gptq_api.gptq.checkpoint import open_checkpoint
-from gptq_api.gptq.dense import open_dense
-from gptq_api.gptq.summary import summarise
-from gptq_api.kernels.reference import dequantise
+from gptq_api.kernels.reference import dequantize
 from gptq_api.model.runner import load_runner, make_runner
 from gptq_api.text.tokenizer import load_tokenizer
 
@@ -75,11 +75,11 @@ def test_a_linear_keeps_activations_of_order_one(tmp_path: Path) -> None:
             weight = checkpoint.tensor(f"{name}.weight", (384, 256)).float()
         else:
             t = checkpoint.gptq(name)
-            weight = dequantise(t.qweight, t.zeros, t.scales, t.g_idx, 4).t()
+            weight = dequantize(t.qweight, t.zeros, t.scales, t.g_idx, 4).t()
         assert 0.8 < float(functional.linear(torch.randn(64, 256), weight).std()) < 1.2
 
 
-def test_the_unquantised_twin_runs_without_files(tmp_path: Path) -> None:
+def test_the_unquantized_twin_runs_without_files(tmp_path: Path) -> None:
     checkpoint = synthetic.synthetic_checkpoint("tiny", tmp_path, dense=True)
     settings = Settings(model_path=str(tmp_path), device="cpu", dtype="float32", num_threads=1)
     assert make_runner(settings, checkpoint, torch.device("cpu")).weight_bytes > 2 * 2100 * 256
@@ -105,14 +105,14 @@ def test_the_table_of_random_weights(monkeypatch: pytest.MonkeyPatch) -> None:
         ("gptq", -1, False),
     ]
     monkeypatch.setitem(synthetic.SHAPES, "llama-13b", TINY)
-    dense, *quantised = [measure(job) for job in jobs]
+    dense, *quantized = [measure(job) for job in jobs]
     assert dense.bits == [] and dense.seconds_per_token > 0
-    assert [(row.bits, row.group_sizes, row.act_order) for row in quantised] == [
+    assert [(row.bits, row.group_sizes, row.act_order) for row in quantized] == [
         ([4], [128], "yes"),
         ([4], [128], "no"),
         ([4], [-1], "no"),
     ]
-    assert all(row.weights_mib < dense.weights_mib and row.shape == dense.shape for row in quantised)
+    assert all(row.weights_mib < dense.weights_mib and row.shape == dense.shape for row in quantized)
 
 
 @pytest.mark.parametrize("more", [{"text": Path("a.txt")}, {"fp16": Path("a")}, {"models": ["a"]}, {"revision": "a"}])

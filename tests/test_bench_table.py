@@ -24,11 +24,11 @@ RECIPE = Recipe(vocab_size=vocab_size(), max_position_embeddings=128)
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """One model in 4 bits with act-order, and the same weights, dequantised, as an FP16 folder."""
+    """One model in 4 bits with act-order, and the same weights, dequantized, as an FP16 folder."""
     root = tmp_path_factory.mktemp("bench")
     model = random_model(Recipe(**{**RECIPE.__dict__, "act_order": True}))
     dense = {name: tensor.half() for name, tensor in model.dense.items()}
-    dense |= {f"{name}.weight": module.dequantised().half() for name, module in model.modules.items()}
+    dense |= {f"{name}.weight": module.dequantized().half() for name, module in model.modules.items()}
     folders = {
         "gptq": write_checkpoint(root / "tiny-gptq", model),
         "fp16": write_checkpoint(root / "tiny", model, tensors=dense),
@@ -72,7 +72,7 @@ def test_rows_against_transformers_and_both_files(
     assert (second["bits"], second["group_sizes"], second["act_order"]) == ([4], [32], "yes")
     expected = reference_perplexity(folders["fp16"], 100, 12)
     assert first["perplexity"] == pytest.approx(expected, rel=1e-3)
-    assert second["perplexity"] == pytest.approx(expected, rel=5e-3)  # dequantised there to float16
+    assert second["perplexity"] == pytest.approx(expected, rel=5e-3)  # dequantized there to float16
     assert first["perplexity_tokens"] == second["perplexity_tokens"] > 1000
     assert second["speed_up"] == pytest.approx(first["seconds_per_token"] / second["seconds_per_token"])
     assert first["speed_up"] == 1.0 and report["machine"]["torch"] == torch.__version__
@@ -104,10 +104,10 @@ def test_the_demo_model_alone_says_what_its_first_row_is(tmp_path: Path) -> None
     done = subprocess.run([*command, "--json", str(file)], capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
     rows = json.loads(file.read_text())["rows"]
-    assert [(row["name"], row["kind"]) for row in rows] == [("demo", "dequantised"), ("demo", "gptq")]
+    assert [(row["name"], row["kind"]) for row in rows] == [("demo", "dequantized"), ("demo", "gptq")]
     assert rows[1]["weights_mib"] < 0.6 * rows[0]["weights_mib"]
     shown = [[cell.strip() for cell in line.split("│")[1:-1]] for line in done.stdout.splitlines() if line[0] == "│"]
-    assert shown[0][:2] == ["demo (dequantised, bfloat16)", "16"] and shown[1][:4] == ["demo", "4", "32", "yes"]
+    assert shown[0][:2] == ["demo (dequantized, bfloat16)", "16"] and shown[1][:4] == ["demo", "4", "32", "yes"]
     assert [row[6] for row in shown] == ["-", "-"]
     assert "--fp16 FOLDER measures the original" in done.stdout
 
@@ -128,7 +128,7 @@ def test_bad_inputs_are_one_sentence(
     assert "--revision main is for models on the hub" in refused(capsys, models=models, revision="main")
     assert "no folder" in refused(capsys, models=models, json_file=tmp_path / "no" / "bench.json")
     assert "--text" in refused(capsys, models=models, text=tmp_path / "none.txt")
-    assert "is quantised already" in refused(capsys, models=models, fp16=folders["gptq"])
+    assert "is quantized already" in refused(capsys, models=models, fp16=folders["gptq"])
     assert "has a context of 128 tokens" in refused(capsys, models=models, num_tokens=200)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert "--png needs matplotlib" in refused(capsys, models=models, png=tmp_path / "bench.png")

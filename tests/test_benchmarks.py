@@ -14,7 +14,7 @@ import pytest
 
 from gptq_api.config import Settings
 from gptq_api.engine.core import Engine
-from gptq_api.kernels import gptq
+from gptq_api.kernels import gemm
 from gptq_api.model.runner import load_runner
 from gptq_api.scheduler.blocks import BlockManager
 from gptq_api.scheduler.scheduler import Scheduler
@@ -69,7 +69,7 @@ def test_the_host_is_measured_through_real_processes(tmp_path: Path) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not gptq.is_available(), reason=gptq.unavailable_reason() or "available")
+@pytest.mark.skipif(not gemm.is_available(), reason=gemm.unavailable_reason() or "available")
 def test_the_gemm_is_timed_in_every_format(tmp_path: Path) -> None:
     command = [sys.executable, str(BENCHMARKS / "gemm.py"), "--quick", "--commit", "a test", "--out", str(tmp_path)]
     subprocess.run(command, check=True, timeout=90)
@@ -132,7 +132,7 @@ def test_commits_stand_beside_each_other(script: ModuleType, tmp_path: Path) -> 
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not gptq.is_available(), reason=gptq.unavailable_reason() or "available")
+@pytest.mark.skipif(not gemm.is_available(), reason=gemm.unavailable_reason() or "available")
 def test_the_sampler_is_timed_and_its_texts_are_compared(tmp_path: Path) -> None:
     command = [sys.executable, str(BENCHMARKS / "sampler.py"), "--models", "demo", "--commit", "a test"]
     subprocess.run([*command, "--out", str(tmp_path)], check=True, timeout=90)

@@ -48,7 +48,7 @@ def test_as_json_and_the_plan_is_what_loading_does(folder: Path, capsys: pytest.
     facts = json.loads(capsys.readouterr().out)
     runner = load_runner(Settings(model_path=str(folder), device="cpu", kv_cache_mib=1, num_threads=1))
     assert facts["kv_cache_tokens"] == runner.num_blocks * runner.block_size
-    assert facts["quantisation"]["bits"] == {"4": 12, "8": 2}
+    assert facts["quantization"]["bits"] == {"4": 12, "8": 2}
     # Merging q, k and v keeps one permutation instead of three; nothing else differs.
     assert abs(facts["weight_bytes"] - runner._model.num_bytes) / runner._model.num_bytes < 0.05
 
@@ -57,7 +57,7 @@ def test_windows_and_families_and_old_zeros_are_told(tmp_path: Path) -> None:
     layout = LAYOUTS["GPTQ-for-LLaMa before 2023-03-20, 4 bits"]
     layout.write(tmp_path / "old", random_model(layout.recipe))
     facts = inspect(InspectSettings(model_path=str(tmp_path / "old"), device="cpu"))
-    assert facts["quantisation"]["zero_version"] == {"float": 7} and facts["architecture"]["name"] == "LLaMA"
+    assert facts["quantization"]["zero_version"] == {"float": 7} and facts["architecture"]["name"] == "LLaMA"
     windowed = {"use_sliding_window": True, "sliding_window": 24, "max_window_layers": 1}
     qwen = random_model(Recipe(family="qwen3", head_dim=32, more_config=windowed))
     settings = InspectSettings(model_path=str(write_checkpoint(tmp_path / "qwen", qwen)), device="cpu")
@@ -74,7 +74,7 @@ def test_a_broken_checkpoint_is_one_sentence_and_status_1(folder: Path, capsys: 
 
 
 def test_the_weights_are_not_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from gptq_api.gptq.tensors import TensorStore
+    from gptq_api.checkpoint.tensors import TensorStore
 
     read = TensorStore.read
     names: list[str] = []

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from gptq_api.kernels import gptq
+from gptq_api.kernels import gemm
 from gptq_api.kernels.decode_attention import RotaryInputs, decode_attention, decode_attention_workspace
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not gptq.is_available(), reason=gptq.unavailable_reason() or "available"),
+    pytest.mark.skipif(not gemm.is_available(), reason=gemm.unavailable_reason() or "available"),
 ]
 DTYPES = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
 CACHES = pytest.mark.parametrize("fp8", [False, True], ids=["16-bit", "e4m3"])
@@ -222,7 +222,7 @@ def test_bits_depend_neither_on_the_batch_nor_on_the_run() -> None:
 
 
 @pytest.mark.skipif(
-    gptq.is_available() and torch.cuda.get_device_capability() not in ((9, 0), (10, 0)), reason="needs a Hopper GPU"
+    gemm.is_available() and torch.cuda.get_device_capability() not in ((9, 0), (10, 0)), reason="needs a Hopper GPU"
 )
 @DTYPES
 @CACHES

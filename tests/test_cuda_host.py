@@ -13,9 +13,9 @@ import pytest
 import torch
 from checkpoints import Recipe, random_model, write_checkpoint
 
+from gptq_api.checkpoint.checkpoint import open_checkpoint
 from gptq_api.config import Settings
 from gptq_api.engine.core import Engine
-from gptq_api.gptq.checkpoint import open_checkpoint
 from gptq_api.model.config import read_config
 from gptq_api.model.cuda_cache import CudaKVCache
 from gptq_api.model.cuda_graphs import Buckets

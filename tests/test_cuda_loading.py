@@ -13,9 +13,9 @@ from cuda_weights import random_weight
 from torch import Tensor
 from torch.nn import functional
 
-from gptq_api.gptq.checkpoint import CheckpointError, open_checkpoint
-from gptq_api.gptq.device_reader import DeviceReader
-from gptq_api.kernels import gptq
+from gptq_api.checkpoint.checkpoint import CheckpointError, open_checkpoint
+from gptq_api.checkpoint.device_reader import DeviceReader
+from gptq_api.kernels import gemm
 from gptq_api.kernels.layout import PackedLinear, emulate
 from gptq_api.layers import linear as linear_module
 from gptq_api.layers.linear import KernelChoice, Linear, PackedGPTQLinear, SplitLinear, choose_kernel
@@ -55,12 +55,12 @@ def packed(monkeypatch: pytest.MonkeyPatch) -> None:
     """The CPU takes what CUDA would."""
 
     def choose(bits: int, k: int, n: int, group_size: int, device: torch.device, dtype: torch.dtype) -> KernelChoice:
-        reason = gptq.refusal(bits, k, n, group_size)
+        reason = gemm.refusal(bits, k, n, group_size)
         return KernelChoice("cuda int4" if reason is None else "reference", reason)
 
     monkeypatch.setattr(loader, "choose_kernel", choose)
     monkeypatch.setattr(linear_module, "choose_kernel", choose)
-    monkeypatch.setattr(gptq, "gemm", emulated_gemm)
+    monkeypatch.setattr(gemm, "gemm", emulated_gemm)
 
 
 def first_layer(folder: Path, model: RandomModel) -> LlamaLayer:
@@ -71,7 +71,7 @@ def first_layer(folder: Path, model: RandomModel) -> LlamaLayer:
 
 def weight(model: RandomModel, *parts: str) -> Tensor:
     """float64 [K, N]"""
-    return torch.cat([model.modules[f"model.layers.0.{p}_proj"].dequantised().t() for p in parts], 1).double()
+    return torch.cat([model.modules[f"model.layers.0.{p}_proj"].dequantized().t() for p in parts], 1).double()
 
 
 def in_order(x: Tensor, linear: Linear) -> Tensor:
@@ -143,7 +143,7 @@ def test_the_plan_foresees_the_memory_of_packed_weights(
 def test_outputs_are_packed_in_any_order(paired: bool) -> None:
     w = random_weight(136, 48, 32, asym=True, act_order=True)
     order = torch.randperm(48)
-    packed = gptq.pack(w.qweight, w.scales, w.zeros, w.g_idx, 32, "cpu", paired=paired, out_order=order)
+    packed = gemm.pack(w.qweight, w.scales, w.zeros, w.g_idx, 32, "cpu", paired=paired, out_order=order)
     assert torch.equal(emulate(packed), w.dense[:, order])
 
 
@@ -152,11 +152,11 @@ def test_the_kernel_of_a_module_on_cuda_is_told_with_its_reason() -> None:
     assert choose_kernel(4, 4096, 4096, 128, cuda, torch.float32) == KernelChoice("reference (exact)")
     assert "3 bits" in str(choose_kernel(3, 4096, 4096, 128, cuda, torch.float16))
     choice = choose_kernel(4, 4096, 4096, 128, cuda, torch.float16)
-    assert choice == KernelChoice("cuda int4") if gptq.is_available() else choice.reason == gptq.unavailable_reason()
+    assert choice == KernelChoice("cuda int4") if gemm.is_available() else choice.reason == gemm.unavailable_reason()
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not gptq.is_available(), reason=gptq.unavailable_reason() or "")
+@pytest.mark.skipif(not gemm.is_available(), reason=gemm.unavailable_reason() or "")
 @pytest.mark.parametrize("group_size", [32, 64, 128, 256, -1])
 @pytest.mark.parametrize("asym", [False, True], ids=["sym", "asym"])
 @pytest.mark.parametrize("act_order", [False, True], ids=["plain", "act-order"])
@@ -168,7 +168,7 @@ def test_the_device_packs_the_same_bytes(
     w = random_weight(k, n, group_size, asym=asym, act_order=act_order)
     for order in (None, torch.randperm(n)):
         on_cpu, on_device = (
-            gptq.pack(w.qweight, w.scales, w.zeros, w.g_idx, group_size, device, paired=paired, out_order=order)
+            gemm.pack(w.qweight, w.scales, w.zeros, w.g_idx, group_size, device, paired=paired, out_order=order)
             for device in ("cpu", "cuda")
         )
         assert torch.equal(on_cpu.data, on_device.data.cpu())
@@ -176,7 +176,7 @@ def test_the_device_packs_the_same_bytes(
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not gptq.is_available(), reason=gptq.unavailable_reason() or "")
+@pytest.mark.skipif(not gemm.is_available(), reason=gemm.unavailable_reason() or "")
 @pytest.mark.parametrize("container", ["safetensors", "sharded", "pt"])
 def test_tensors_read_to_the_device_are_those_of_the_file(container: str, tmp_path: Path) -> None:
     model = random_model(replace(RECIPE, attention_bias=True, dense=("o_proj",)))
@@ -195,7 +195,7 @@ def test_tensors_read_to_the_device_are_those_of_the_file(container: str, tmp_pa
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not gptq.is_available(), reason=gptq.unavailable_reason() or "")
+@pytest.mark.skipif(not gemm.is_available(), reason=gemm.unavailable_reason() or "")
 def test_a_file_that_shrinks_under_the_device_reader_is_an_error(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path, random_model(RECIPE))
     checkpoint = open_checkpoint(folder)

@@ -18,7 +18,7 @@ from server import Server
 from gptq_api.config import Settings
 from gptq_api.demo import DEMO_PATH
 from gptq_api.engine.core import Engine
-from gptq_api.kernels import gptq
+from gptq_api.kernels import gemm
 from gptq_api.model.cuda_runner import CudaRunner
 from gptq_api.model.loaded import LoadedRunner
 from gptq_api.model.runner import ModelRunner, load_runner
@@ -31,7 +31,7 @@ from gptq_api.types import Add, SamplingParams, TokenLogprobs, pack_ids, unpack_
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not gptq.is_available(), reason=gptq.unavailable_reason() or "available"),
+    pytest.mark.skipif(not gemm.is_available(), reason=gemm.unavailable_reason() or "available"),
 ]
 QUESTIONS: list[dict[str, Any]] = json.loads((Path(__file__).parent / "demo_questions.json").read_text())
 GREEDY: dict[str, Any] = {"max_tokens": 64, "temperature": 0.0}
@@ -209,7 +209,7 @@ FAMILIES = {
     "k ordered unlike q and v": replace(FAST, own_order=("k_proj",)),
     "mixed bits": replace(FAST, mixed_bits={"v_proj": 8, "down_proj": 2}),
     "3 bits": replace(FAST, bits=3),
-    "quantised head": replace(FAST, quantise_head=True),
+    "quantized head": replace(FAST, quantize_head=True),
     "some left dense": replace(FAST, dense=("q_proj", "down_proj")),
 }
 WIDE = Recipe(

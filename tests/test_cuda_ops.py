@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from gptq_api.kernels import gptq, ops
+from gptq_api.kernels import gemm, ops
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not gptq.is_available(), reason=gptq.unavailable_reason() or "available"),
+    pytest.mark.skipif(not gemm.is_available(), reason=gemm.unavailable_reason() or "available"),
 ]
 DTYPES = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
 ROWS = (1, 2, 7, 127, 128, 700, 2049)

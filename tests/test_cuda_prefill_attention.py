@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from gptq_api.kernels import gptq
+from gptq_api.kernels import gemm
 from gptq_api.kernels.prefill_attention import TILE_ROWS, prefill_attention, unavailable_reason
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not gptq.is_available(), reason=gptq.unavailable_reason() or "available"),
+    pytest.mark.skipif(not gemm.is_available(), reason=gemm.unavailable_reason() or "available"),
     pytest.mark.skipif(unavailable_reason() is not None, reason=unavailable_reason() or "available"),
 ]
 ERROR = {torch.float16: 1e-3, torch.bfloat16: 8e-3}

@@ -9,12 +9,12 @@ import torch
 from msgspec.structs import replace
 from torch import Tensor
 
-from gptq_api.kernels import gptq, sampling
+from gptq_api.kernels import gemm, sampling
 from gptq_api.layers.sampler import sample as sample_on_cpu
 from gptq_api.layers.seats import Seat
 from gptq_api.types import SamplingParams, TokenLogprobs
 
-_reason = gptq.unavailable_reason()
+_reason = gemm.unavailable_reason()
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(_reason is not None, reason=_reason or "")]
 
 KINDS: list[dict[str, Any]] = [

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gptq_api.kernels import gptq
+from gptq_api.kernels import gemm
 from gptq_api.kernels.layout import PackedLinear
 
 EXT = Path(__file__).parent.parent / "ext"
@@ -28,8 +28,8 @@ BOUND = {torch.float16: 3e-4, torch.bfloat16: 2.5e-3}
 hopper = [
     pytest.mark.gpu,
     pytest.mark.skipif(
-        gptq.unavailable_reason() is not None or torch.cuda.get_device_capability() != (9, 0),
-        reason=gptq.unavailable_reason() or "needs compute capability 9.0",
+        gemm.unavailable_reason() is not None or torch.cuda.get_device_capability() != (9, 0),
+        reason=gemm.unavailable_reason() or "needs compute capability 9.0",
     ),
 ]
 
@@ -52,16 +52,16 @@ def weight(
     qweight = torch.where(packed >= 2**31, packed - 2**32, packed).to(torch.int32)
     offset = 8 if zeros is None else zeros.double()[g_idx]
     dense = (values.double() - offset) * scales.double()[g_idx]
-    return gptq.pack(qweight, scales, zeros, g_idx.int() if order else None, group_size, "cuda", paired=paired), dense
+    return gemm.pack(qweight, scales, zeros, g_idx.int() if order else None, group_size, "cuda", paired=paired), dense
 
 
 def wgmma(x: Tensor, w: PackedLinear, y: Tensor, tile: int, sharing: int = ONE, split: int = 0) -> None:
     """One tile of the table, whatever M is."""
-    stream = gptq._stream(x)
-    gptq._cuda.wgmma(
-        w.data.data_ptr(), x.data_ptr(), y.data_ptr(), 0, 0, gptq._workspace(x.device.index, stream).data_ptr(),
+    stream = gemm._stream(x)
+    gemm._cuda.wgmma(
+        w.data.data_ptr(), x.data_ptr(), y.data_ptr(), 0, 0, gemm._workspace(x.device.index, stream).data_ptr(),
         x.shape[0], w.out_features, x.shape[1], x.stride(0), y.stride(0), 0, int(w.paired),
-        0 if gptq._one_group(w) else w.groups_per_chunk, w.has_zeros, x.dtype == torch.bfloat16,
+        0 if gemm._one_group(w) else w.groups_per_chunk, w.has_zeros, x.dtype == torch.bfloat16,
         tile, sharing, split, stream,
     )  # fmt: skip
 
@@ -113,28 +113,28 @@ class TestOnHopper:
         x, bias, residual = activations(m, 2048, dtype), activations(1, 2080, dtype)[0], activations(m, 2080, dtype)
         plain = x.double() @ dense + bias.double()
         y = residual.clone()
-        gptq.gemm(x, w, y, bias=bias, residual=y)
+        gemm.gemm(x, w, y, bias=bias, residual=y)
         assert error(y, plain + residual.double()) < BOUND[dtype]
         gate, up = plain.chunk(2, dim=1)
-        y = gptq.gemm(x, w, bias=bias, silu_mul=True)
+        y = gemm.gemm(x, w, bias=bias, silu_mul=True)
         assert error(y, torch.nn.functional.silu(gate) * up) < 1.6 * BOUND[dtype]
 
     @pytest.mark.parametrize("m", [48, 100, 256])
     def test_same_bits_alone_in_a_graph_and_in_company(self, m: int) -> None:
         w, _ = weight(5120, 5120, 128)
         x = activations(m, 5120, torch.float16)
-        first, y = gptq.gemm(x, w), torch.empty(m, 5120, device="cuda", dtype=torch.float16)
+        first, y = gemm.gemm(x, w), torch.empty(m, 5120, device="cuda", dtype=torch.float16)
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize()
         with torch.cuda.graph(graph):
-            gptq.gemm(x, w, y)
+            gemm.gemm(x, w, y)
         other, noise = torch.cuda.Stream(), torch.randn(2048, 2048, device="cuda", dtype=torch.float16)
         for repeat in range(100):
             if repeat % 2:
                 with torch.cuda.stream(other):
                     noise @ noise
             y.fill_(float("nan"))
-            graph.replay() if repeat % 3 else gptq.gemm(x, w, y)
+            graph.replay() if repeat % 3 else gemm.gemm(x, w, y)
             assert torch.equal(y, first), repeat
 
     @pytest.mark.parametrize("sharing", [ONE, TWO])
@@ -149,22 +149,22 @@ class TestOnHopper:
     def test_two_streams_at_once(self) -> None:
         w, _ = weight(4096, 4096, 128)
         x = activations(128, 4096, torch.float16)
-        first, streams = gptq.gemm(x, w), [torch.cuda.Stream() for _ in range(2)]
+        first, streams = gemm.gemm(x, w), [torch.cuda.Stream() for _ in range(2)]
         torch.cuda.synchronize()
         results: list[Tensor] = []
         for _ in range(50):
             for stream in streams:
                 with torch.cuda.stream(stream):
-                    results.append(gptq.gemm(x, w))
+                    results.append(gemm.gemm(x, w))
         torch.cuda.synchronize()
         assert all(torch.equal(result, first) for result in results)
 
     def test_a_bad_row_stays_alone(self) -> None:
         w, _ = weight(1024, 1024, 64, asym=True)
         x = activations(90, 1024, torch.float16)
-        clean = gptq.gemm(x, w)
+        clean = gemm.gemm(x, w)
         x[7, 3], x[80, 5] = float("inf"), float("nan")
-        y = gptq.gemm(x, w)
+        y = gemm.gemm(x, w)
         others = [i for i in range(90) if i not in (7, 80)]
         assert torch.equal(y[others], clean[others])
         assert not y[80].isfinite().any()
@@ -173,7 +173,7 @@ class TestOnHopper:
         w, dense = weight(1024, 1024, 128)
         wide = activations(70, 3072, torch.float16)
         x, out = wide[:, 1024:2048], torch.zeros(70, 2048, device="cuda", dtype=torch.float16)
-        gptq.gemm(x, w, out[:, 1024:])
+        gemm.gemm(x, w, out[:, 1024:])
         assert error(out[:, 1024:], x.double() @ dense) < 3e-4
         assert not out[:, :1024].any()
 

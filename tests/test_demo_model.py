@@ -44,7 +44,7 @@ def nibbles(words: torch.Tensor) -> np.ndarray:
     return (fields & 15).reshape(-1, words.shape[1]).astype(np.float32)
 
 
-def dequantised(tensors: dict[str, torch.Tensor], module: str) -> torch.Tensor:
+def dequantized(tensors: dict[str, torch.Tensor], module: str) -> torch.Tensor:
     """float32 [N, K]; the stored zero points are one less than the real ones (v1)."""
     groups = tensors[f"{module}.g_idx"].numpy()
     zeros = nibbles(tensors[f"{module}.qzeros"].T.contiguous()).T + 1
@@ -58,7 +58,7 @@ def model(tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> LlamaForC
     for name in tensors:
         if name.endswith(".qweight"):
             module = name.removesuffix(".qweight")
-            state[f"{module}.weight"] = dequantised(tensors, module)
+            state[f"{module}.weight"] = dequantized(tensors, module)
     plain = {k: v for k, v in config.items() if k not in ("quantization_config", "dtype")}
     model = LlamaForCausalLM(LlamaConfig.from_dict(plain)).float()
     missing, unexpected = model.load_state_dict(state, strict=False)
@@ -211,7 +211,7 @@ def test_a_wrong_reading_of_the_tensors_is_noticed(
         changed = dict(tensors)
         if mistake == "sequential groups":
             changed[f"{module}.g_idx"] = tensors[f"{module}.g_idx"].sort().values
-        weight = dequantised(changed, module)
+        weight = dequantized(changed, module)
         if mistake == "zero point off by one":
             weight += tensors[f"{module}.scales"].float()[tensors[f"{module}.g_idx"].long()].T
         if mistake == "nibbles reversed":

@@ -10,15 +10,15 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from gptq_api.gptq.checkpoint import open_checkpoint
-from gptq_api.gptq.dense import dequantised
-from gptq_api.gptq.quantizer import QuantizeSettings
-from gptq_api.gptq.summary import summarise
+from gptq_api.checkpoint.checkpoint import open_checkpoint
+from gptq_api.checkpoint.dense import dequantized
+from gptq_api.checkpoint.summary import summarise
+from gptq_api.quantize.gptq import QuantizeOptions
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from gptq_api.quantize.driver import Recipe
-from tools.demo.quantize import load_float, quantise, spread_channels
+from tools.demo.quantize import load_float, quantize, spread_channels
 
 Batches = list[tuple[torch.Tensor, torch.Tensor]]
 
@@ -64,11 +64,11 @@ def test_spreading_channels_keeps_the_function(model: LlamaForCausalLM, batches:
 def test_what_is_written_is_what_was_computed(
     model: LlamaForCausalLM, batches: Batches, tmp_path: Path, sym: bool
 ) -> None:
-    source, out = tmp_path / "trained", tmp_path / "quantised"
+    source, out = tmp_path / "trained", tmp_path / "quantized"
     model.save_pretrained(source)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (source / name).write_text("{}")
-    reports = quantise(model, source, out, batches, Recipe(QuantizeSettings(4, 32, sym, desc_act=True)))
+    reports = quantize(model, source, out, batches, Recipe(QuantizeOptions(4, 32, sym, desc_act=True)))
     assert len(reports) == 14 and all(0 < report.error < 0.02 for report in reports)
 
     checkpoint = open_checkpoint(out)
@@ -78,7 +78,7 @@ def test_what_is_written_is_what_was_computed(
     assert (summary.num_modules, summary.num_act_order, summary.num_sym) == (14, 14, 14 if sym else 0)
     assert json.loads((out / "config.json").read_text())["quantization_config"]["sym"] is sym
     again = load_float(out).state_dict()
-    dense = dequantised(checkpoint)
+    dense = dequantized(checkpoint)
     for name, weight in model.state_dict().items():
         if name.removesuffix(".weight") in checkpoint.modules:
             assert torch.equal(again[name], dense.tensor(name, tuple(weight.shape))), name

@@ -58,9 +58,9 @@ def test_the_wrappers_import_without_a_device_or_an_extension() -> None:
     """In an interpreter of its own, with the extension hidden."""
     program = (
         "import sys; sys.modules['gptq_api._cuda'] = None\n"
-        "from gptq_api.kernels import gptq\n"
-        "assert not gptq.is_available()\n"
-        "assert 'nvcc on PATH' in gptq.unavailable_reason()\n"
+        "from gptq_api.kernels import gemm\n"
+        "assert not gemm.is_available()\n"
+        "assert 'nvcc on PATH' in gemm.unavailable_reason()\n"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr

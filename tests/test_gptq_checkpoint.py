@@ -14,9 +14,9 @@ import torch
 from checkpoints import RandomModel, Recipe, random_model, write_checkpoint
 from safetensors.torch import load_file, save_file
 
+from gptq_api.checkpoint.checkpoint import CheckpointError, Expected, open_checkpoint
+from gptq_api.checkpoint.summary import summarise
 from gptq_api.config import Settings
-from gptq_api.gptq.checkpoint import CheckpointError, Expected, open_checkpoint
-from gptq_api.gptq.summary import summarise
 from gptq_api.model.runner import load_runner
 
 Q = "model.layers.0.self_attn.q_proj"

@@ -14,11 +14,11 @@ from checkpoints import RandomModel, Recipe, random_model, write_checkpoint
 from layouts import LAYOUTS
 from test_gptq_checkpoint import load
 
-from gptq_api.gptq.checkpoint import CheckpointError, open_checkpoint
-from gptq_api.gptq.claims import Claim, ClaimTable, parse_dynamic, parse_extra_config
-from gptq_api.gptq.packing import ZeroVersion, pack_qzeros
-from gptq_api.gptq.quant_config import QuantConfig, parse_quant_config, read_quant_config
-from gptq_api.gptq.zeros import ZeroStatistics, sniff_zero_version
+from gptq_api.checkpoint.checkpoint import CheckpointError, open_checkpoint
+from gptq_api.checkpoint.claims import Claim, ClaimTable, parse_dynamic, parse_extra_config
+from gptq_api.checkpoint.packing import ZeroVersion, pack_qzeros
+from gptq_api.checkpoint.quant_config import QuantConfig, parse_quant_config, read_quant_config
+from gptq_api.checkpoint.zeros import ZeroStatistics, sniff_zero_version
 
 DYNAMIC = {
     r"-:model\.layers\.1\.": {},
@@ -31,7 +31,7 @@ DEFAULT = Claim(bits=4, group_size=128, sym=True)
 
 def test_the_first_rule_that_matches_from_the_start_wins() -> None:
     table = ClaimTable(DEFAULT, parse_dynamic(DYNAMIC, "quantize_config.json"))
-    assert table.of("model.layers.1.mlp.up_proj") == Claim(quantised=False)
+    assert table.of("model.layers.1.mlp.up_proj") == Claim(quantized=False)
     assert table.of("model.layers.2.mlp.up_proj") == Claim(bits=8, group_size=64, sym=True)
     assert table.of("model.layers.2.self_attn.q_proj") == Claim(bits=4, group_size=128, sym=False)
     assert table.of("other.model.layers.1.x") == DEFAULT
@@ -41,7 +41,7 @@ def test_the_first_rule_that_matches_from_the_start_wins() -> None:
 def test_names_of_auto_round_are_names() -> None:
     rules = parse_extra_config({"lm_head": {"bits": 16}, "a.b": {"bits": 8, "group_size": None}}, "config.json")
     table = ClaimTable(DEFAULT, rules)
-    assert table.of("lm_head") == Claim(quantised=False)
+    assert table.of("lm_head") == Claim(quantized=False)
     assert table.of("a.b") == replace(DEFAULT, bits=8) and table.of("aXb") == DEFAULT
 
 
@@ -58,11 +58,11 @@ def test_a_pattern_that_takes_years_takes_half_a_second(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("quant", "words"),
     [
-        ({"dynamic": {r"-:.*\.q_proj": {}}}, "q_proj is not quantised but it is"),
+        ({"dynamic": {r"-:.*\.q_proj": {}}}, "q_proj is not quantized but it is"),
         ({"dynamic": {r".*\.q_proj": {"bits": 8}}}, "says 8 bits but model.layers.0.self_attn.q_proj has 4"),
         ({"dynamic": {r".*\.k_proj": {"group_size": 64}}}, "group size 64 but model.layers.0.self_attn.k_proj has"),
         ({"extra_config": {"model.layers.0.mlp.up_proj": {"bits": 3}}}, "says 3 bits but model.layers.0.mlp.up_proj"),
-        ({"lm_head": True}, "lm_head is quantised but"),
+        ({"lm_head": True}, "lm_head is quantized but"),
     ],
 )
 def test_claims_that_are_wrong_are_one_warning(quant: dict[str, Any], words: str, tmp_path: Path) -> None:

@@ -24,9 +24,9 @@ from safetensors.torch import load_file, save_file
 from test_gptq_checkpoint import load
 from torch import Tensor
 
-from gptq_api.gptq.checkpoint import CheckpointError, open_checkpoint
-from gptq_api.gptq.quant_config import parse_quant_config
-from gptq_api.gptq.summary import summarise
+from gptq_api.checkpoint.checkpoint import CheckpointError, open_checkpoint
+from gptq_api.checkpoint.quant_config import parse_quant_config
+from gptq_api.checkpoint.summary import summarise
 
 LAYOUT_NAMES = (
     "GPTQModel v1, asymmetric",
@@ -160,7 +160,7 @@ keys = st.sampled_from(
 
 @settings(max_examples=300, deadline=None)
 @given(st.dictionaries(keys, st.one_of(values, objects), max_size=5))
-def test_any_quantisation_config(raw: dict[str, Any]) -> None:
+def test_any_quantization_config(raw: dict[str, Any]) -> None:
     with contextlib.suppress(CheckpointError):
         parse_quant_config(raw, "quantize_config.json")
 
@@ -179,8 +179,8 @@ MEASURE = """
 import resource, sys
 from pathlib import Path
 import torch
-from gptq_api.gptq.checkpoint import CheckpointError, open_checkpoint
-from gptq_api.gptq.summary import summarise
+from gptq_api.checkpoint.checkpoint import CheckpointError, open_checkpoint
+from gptq_api.checkpoint.summary import summarise
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 for folder in sys.argv[1:]:
     try:

@@ -1,4 +1,4 @@
-"""The quantiser against its own definition, written here column by column, and against rounding to nearest."""
+"""The quantizer against its own definition, written here column by column, and against rounding to nearest."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from gptq_api.gptq.packing import pack_qweight, pack_qzeros, unpack_qweight, unpack_qzeros
-from gptq_api.gptq.quantizer import (
+from gptq_api.checkpoint.packing import pack_qweight, pack_qzeros, unpack_qweight, unpack_qzeros
+from gptq_api.quantize.gptq import (
     Hessian,
     QuantizedLinear,
     QuantizeError,
-    QuantizeSettings,
+    QuantizeOptions,
     factorize,
     quantize,
     round_to_nearest,
@@ -39,9 +39,9 @@ def output_error(weight: Tensor, result: QuantizedLinear, inputs: Tensor) -> flo
 
 
 def naive(
-    weight: Tensor, hessian: Tensor, settings: QuantizeSettings
+    weight: Tensor, hessian: Tensor, settings: QuantizeOptions
 ) -> tuple[dict[tuple[int, int], int], dict[int, int]]:
-    """Optimal brain surgeon, one weight at a time and without Cholesky: quantise the next column, spread its error by
+    """Optimal brain surgeon, one weight at a time and without Cholesky: quantize the next column, spread its error by
     the inverse Hessian of the columns that are left, strike it out of that inverse.
 
     -> {(n, k): integer}, {k: group}
@@ -129,7 +129,7 @@ def test_same_integers_as_the_definition(
 ) -> None:
     weight, inputs = layer(num_outputs=4, num_inputs=160, seed=bits)
     inputs[:, [5, 77]] = 0
-    settings = QuantizeSettings(bits, group_size, sym, desc_act, static_groups)  # type: ignore[arg-type]
+    settings = QuantizeOptions(bits, group_size, sym, desc_act, static_groups)  # type: ignore[arg-type]
     hessian = hessian_of(inputs)
     result = quantize(weight, factorize(hessian, settings), settings)
     integers, group_of = naive(weight, hessian, settings)
@@ -146,7 +146,7 @@ def test_group_aware_is_another_order_of_the_same_groups(bits: int, group_size: 
     """48, 100 and 128 leave a last group that is smaller; that of 48 comes first in the order."""
     weight, inputs = layer(num_outputs=4, num_inputs=160, seed=bits)
     inputs[:, [5, 77]] = 0
-    settings = QuantizeSettings(bits, group_size, sym, act_group_aware=True)  # type: ignore[arg-type]
+    settings = QuantizeOptions(bits, group_size, sym, act_group_aware=True)  # type: ignore[arg-type]
     hessian = hessian_of(inputs)
     result = quantize(weight, factorize(hessian, settings), settings)
     integers, group_of = naive(weight, hessian, settings)
@@ -160,7 +160,7 @@ def test_group_aware_helps() -> None:
     errors = []
     for seed in range(4):
         weight, inputs = layer(seed=seed)
-        pair = [QuantizeSettings(3, 32, act_group_aware=aware) for aware in (False, True)]
+        pair = [QuantizeOptions(3, 32, act_group_aware=aware) for aware in (False, True)]
         errors.append(
             [output_error(weight, quantize(weight, factorize(hessian_of(inputs), s), s), inputs) for s in pair]
         )
@@ -173,7 +173,7 @@ def test_better_than_rounding(bits: int, sym: bool) -> None:
     weight, inputs = layer()
     hessian = hessian_of(inputs)
     for group_size, desc_act in itertools.product((-1, 32, 128), (False, True)):
-        settings = QuantizeSettings(bits, group_size, sym, desc_act)  # type: ignore[arg-type]
+        settings = QuantizeOptions(bits, group_size, sym, desc_act)  # type: ignore[arg-type]
         gptq = output_error(weight, quantize(weight, factorize(hessian, settings), settings), inputs)
         nearest = output_error(weight, round_to_nearest(weight, settings), inputs)
         # With 2 bits much of what is passed on is clipped away again; act-order still has to gain.
@@ -186,7 +186,7 @@ def test_act_order_helps_and_scrambles_only_the_groups() -> None:
     hessian = hessian_of(inputs)
     errors = []
     for desc_act in (False, True):
-        settings = QuantizeSettings(3, 32, sym=False, desc_act=desc_act)
+        settings = QuantizeOptions(3, 32, sym=False, desc_act=desc_act)
         result = quantize(weight, factorize(hessian, settings), settings)
         errors.append(output_error(weight, result, inputs))
         assert sorted(result.g_idx.tolist()) == [k // 32 for k in range(256)]
@@ -200,7 +200,7 @@ def test_no_weight_is_further_off_than_its_neighbours_allow() -> None:
     """Without correlation GPTQ is rounding: every weight within half a step, so scales, zeros and g_idx fit q."""
     weight, _ = layer()
     for sym, desc_act in itertools.product((True, False), repeat=2):
-        settings = QuantizeSettings(4, 32, sym, desc_act)
+        settings = QuantizeOptions(4, 32, sym, desc_act)
         diagonal = torch.diag(torch.linspace(1, 2, 256, dtype=torch.float64))
         result = quantize(weight, factorize(diagonal, settings), settings)
         off = (weight - result.dequantize()).abs()
@@ -218,7 +218,7 @@ def test_no_weight_is_further_off_than_its_neighbours_allow() -> None:
 def test_packs_and_comes_back() -> None:
     weight, inputs = layer()
     for bits in (2, 3, 4, 8):
-        settings = QuantizeSettings(bits, 64, sym=False, desc_act=True)  # type: ignore[arg-type]
+        settings = QuantizeOptions(bits, 64, sym=False, desc_act=True)  # type: ignore[arg-type]
         result = quantize(weight.float(), factorize(hessian_of(inputs).float(), settings), settings)
         assert torch.equal(unpack_qweight(pack_qweight(result.q, bits), bits), result.q)
         assert torch.equal(unpack_qzeros(pack_qzeros(result.zeros, bits), bits), result.zeros)
@@ -227,14 +227,14 @@ def test_packs_and_comes_back() -> None:
 def test_channels_without_input_become_zero() -> None:
     weight, inputs = layer()
     inputs[:, 10:20] = 0
-    settings = QuantizeSettings(4, 32, sym=False, desc_act=True)
+    settings = QuantizeOptions(4, 32, sym=False, desc_act=True)
     result = quantize(weight, factorize(hessian_of(inputs), settings), settings)
     assert (result.dequantize()[:, 10:20] == 0).all()
 
 
 def test_damping_rises_until_the_hessian_can_be_inverted() -> None:
     inputs = torch.randn(4, 64, generator=torch.Generator().manual_seed(0)).repeat(1, 4)  # rank 4 of 256
-    settings = QuantizeSettings(damp_percent=1e-9)
+    settings = QuantizeOptions(damp_percent=1e-9)
     factor = factorize(hessian_of(inputs), settings)
     assert factor.damp_percent > settings.damp_percent
     weight, _ = layer()
@@ -259,11 +259,11 @@ def test_hessian_is_the_mean_over_all_rows_however_they_arrive() -> None:
 @pytest.mark.parametrize("wrong", [{"bits": 5}, {"group_size": 0}, {"damp_percent": 0.0}])
 def test_settings_are_checked(wrong: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
-        QuantizeSettings(**wrong)  # type: ignore[arg-type]
+        QuantizeOptions(**wrong)  # type: ignore[arg-type]
 
 
 def test_weight_and_hessian_must_fit() -> None:
     weight, _ = layer()
-    settings = QuantizeSettings()
+    settings = QuantizeOptions()
     with pytest.raises(ValueError, match="256 input channels"):
         quantize(weight, factorize(torch.eye(128), settings), settings)

@@ -47,7 +47,7 @@ TENSORS: dict[str, tuple[str, ...]] = {
     "weight_scale": ("FP8 or INT8", INSTEAD),
     "weight_scale_2": ("NVFP4", INSTEAD),
     "lora_A.weight": ("LoRA adapter", "merge it"),
-    "weight": ("no quantised tensors", "FP16", "gptq-api quantize"),
+    "weight": ("no quantized tensors", "FP16", "gptq-api quantize"),
     "bias": ("no GPTQ tensors", INSTEAD),
 }
 
@@ -108,9 +108,9 @@ def _words(dtype: torch.dtype) -> Callable[[Tensor, dict[str, Tensor]], None]:
         (_awq_gemv_fast, ("AWQ", INSTEAD)),
         (_bitblas, ("BitBLAS", REPACKED)),
         (_squeeze, ("SqueezeLLM", INSTEAD)),
-        (_words(torch.int64), ("int64", "pack_dtype int32", "quantise again")),
-        (_words(torch.int16), ("int16", "pack_dtype int32", "quantise again")),
-        (_words(torch.int8), ("int8", "pack_dtype int32", "quantise again")),
+        (_words(torch.int64), ("int64", "pack_dtype int32", "quantize again")),
+        (_words(torch.int16), ("int16", "pack_dtype int32", "quantize again")),
+        (_words(torch.int8), ("int8", "pack_dtype int32", "quantize again")),
     ],
 )
 def test_from_the_shapes_and_types_of_a_module(
@@ -133,7 +133,7 @@ CONFIGS: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"quant_method": "gptq_marlin_24"}, ("2:4",)),
     ({"quant_method": "compressed-tensors", "format": "pack-quantized"}, ("compressed-tensors", "GPTQModel")),
     (GPTQ | {"checkpoint_format": "bitblas"}, ("BitBLAS", "original")),
-    (GPTQ | {"format": "gptq_p"}, ("gptq_p", "quantise again with format gptq")),
+    (GPTQ | {"format": "gptq_p"}, ("gptq_p", "quantize again with format gptq")),
     ({"quant_method": "qqq"}, ("QQQ",)),
     ({"quant_method": "exl2"}, ("EXL2",)),
     ({"quant_method": "exl3"}, ("EXL3",)),

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gptq_api.gptq.packing import pack_qweight
+from gptq_api.checkpoint.packing import pack_qweight
 from gptq_api.kernels import cpu
-from gptq_api.kernels.reference import ReferenceWeight, dequantise, unpack
+from gptq_api.kernels.reference import ReferenceWeight, dequantize, unpack
 from gptq_api.layers.activation import silu_and_multiply
 from gptq_api.layers.linear import DenseLinear, choose_kernel
 
@@ -15,7 +15,7 @@ CPU = torch.device("cpu")
 
 
 class Module:
-    """Random quantised tensors."""
+    """Random quantized tensors."""
 
     def __init__(self, k: int, n: int, group_size: int, bits: int = 4, act_order: bool = False, seed: int = 0) -> None:
         generator = torch.Generator().manual_seed(seed)
@@ -54,7 +54,7 @@ def relative(found: torch.Tensor, exact: torch.Tensor) -> float:
 def test_the_specification_is_the_definition(bits: int, act_order: bool) -> None:
     m = Module(96, 64, 32, bits, act_order)
     assert torch.equal(unpack(m.qweight, bits), m.q.int())
-    assert torch.equal(dequantise(m.qweight, m.zeros, m.scales, m.g_idx, bits, torch.float64), m.exact())
+    assert torch.equal(dequantize(m.qweight, m.zeros, m.scales, m.g_idx, bits, torch.float64), m.exact())
     x = activations(5, 96)
     assert relative(m.reference().matmul(x), x.double() @ m.exact()) < 1e-6
     assert relative(m.reference(torch.float64).matmul(x), x.double() @ m.exact()) < 1e-14

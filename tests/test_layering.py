@@ -12,17 +12,17 @@ import pytest
 ROOT = Path(__file__).parents[1] / "gptq_api"
 FLOOR = {"config", "settings_source", "types", "step", "logs"}
 MAY_IMPORT = {
-    "cli": {"api", "hub", "text", "engine", "quantize", "bench", "gptq", "model", "demo"},
-    "bench": {"text", "model", "gptq"},
-    "quantize": {"model", "layers", "gptq"},
+    "cli": {"api", "hub", "text", "engine", "quantize", "bench", "checkpoint", "model", "demo"},
+    "bench": {"text", "model", "checkpoint"},
+    "quantize": {"model", "layers", "checkpoint"},
     "api": {"text", "engine", "demo"},
     "text": {"demo"},
-    "engine": {"scheduler", "model", "gptq"},
+    "engine": {"scheduler", "model", "checkpoint"},
     "scheduler": set(),
-    "model": {"layers", "gptq", "kernels", "demo"},
-    "layers": {"kernels", "gptq"},
-    "kernels": {"gptq", "_cuda"},
-    "gptq": set(),
+    "model": {"layers", "checkpoint", "kernels", "demo"},
+    "layers": {"kernels", "checkpoint"},
+    "kernels": {"checkpoint", "_cuda"},
+    "checkpoint": set(),
     "demo": set(),
     "hub": set(),
 }
@@ -72,6 +72,15 @@ def test_sequences_stay_in_the_scheduler() -> None:
             assert not any(name.startswith("gptq_api.scheduler.sequence") for name in imported(path)), path
 
 
+def test_no_two_classes_have_one_name() -> None:
+    places: dict[str, list[str]] = {}
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ClassDef):
+                places.setdefault(node.name, []).append(str(path.relative_to(ROOT)))
+    assert not {name: found for name, found in places.items() if len(found) > 1}
+
+
 @pytest.mark.parametrize("package", WITHOUT_TORCH)
 def test_no_torch_and_no_pickle_by_name(package: str) -> None:
     for path in (ROOT / package).rglob("*.py"):
@@ -94,5 +103,5 @@ def test_only_the_checkpoint_reader_unpickles_and_only_safely() -> None:
         assert "import pickle" not in source, path
         for line in source.splitlines():
             if "torch.load(" in line and not line.lstrip().startswith("#"):
-                assert path.parent.name == "gptq", path
+                assert path.parent.name == "checkpoint", path
                 assert "weights_only=True" in source, path

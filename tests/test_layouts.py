@@ -12,9 +12,9 @@ from checkpoints import random_model
 from layouts import LAYOUTS
 from test_model_agreement import all_logits, load
 
-from gptq_api.gptq.checkpoint import open_checkpoint
-from gptq_api.gptq.packing import unpack_qweight
-from gptq_api.gptq.summary import summarise
+from gptq_api.checkpoint.checkpoint import open_checkpoint
+from gptq_api.checkpoint.packing import unpack_qweight
+from gptq_api.checkpoint.summary import summarise
 
 IDS = torch.randint(3, 96, (24,), generator=torch.Generator().manual_seed(5)).tolist()
 
@@ -31,8 +31,8 @@ def test_it_loads_and_means_the_same(name: str, tmp_path: Path, caplog: pytest.L
         t = checkpoint.gptq(module)
         groups = t.g_idx.long()
         q = unpack_qweight(t.qweight, t.bits).float()
-        dequantised = (q - t.zeros.float()[groups]) * t.scales.float()[groups]
-        assert torch.equal(dequantised.t(), source.dequantised()), module
+        dequantized = (q - t.zeros.float()[groups]) * t.scales.float()[groups]
+        assert torch.equal(dequantized.t(), source.dequantized()), module
         assert t.bias is None or module.endswith(("q_proj", "k_proj", "v_proj"))
 
     summary = summarise(checkpoint)

@@ -1,4 +1,4 @@
-"""Our float32 logits against transformers' LlamaForCausalLM built from the dequantised weights, for all that varies."""
+"""Our float32 logits against transformers' LlamaForCausalLM built from the dequantized weights, for all that varies."""
 
 from __future__ import annotations
 
@@ -92,13 +92,13 @@ SHAPES = {
     "8 bits": Recipe(bits=8),
     "mixed bits": Recipe(mixed_bits={"v_proj": 8, "down_proj": 2}),
     "k ordered unlike q and v": Recipe(act_order=True, own_order=("k_proj",)),
-    "quantised head": Recipe(quantise_head=True),
+    "quantized head": Recipe(quantize_head=True),
     "some left dense": Recipe(dense=("q_proj", "down_proj"), attention_bias=True),
 }
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_shapes_and_quantisation(name: str, tmp_path: Path) -> None:
+def test_shapes_and_quantization(name: str, tmp_path: Path) -> None:
     model = random_model(SHAPES[name])
     check(model, write_checkpoint(tmp_path, model))
 

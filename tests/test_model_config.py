@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gptq_api.gptq.checkpoint import CheckpointError
+from gptq_api.checkpoint.checkpoint import CheckpointError
 from gptq_api.model.config import LlamaConfig, parse_config
 
 LLAMA1 = {

@@ -12,7 +12,7 @@ from checkpoints import RandomModel, Recipe, random_model, write_checkpoint
 from test_model_agreement import all_logits, load
 from test_model_config import LLAMA1
 
-from gptq_api.gptq.checkpoint import CheckpointError
+from gptq_api.checkpoint.checkpoint import CheckpointError
 from gptq_api.model.config import parse_config
 from gptq_api.model.solo import Solo, step_of
 from gptq_api.types import SamplingParams

@@ -22,17 +22,16 @@ from checkpoints import Recipe, random_model, write_checkpoint
 from float_models import TEXT, add_tokenizer, random_folder, train, vocab_size
 from safetensors.torch import load_file
 
+from gptq_api.checkpoint.checkpoint import open_checkpoint
+from gptq_api.checkpoint.dense import dequantized, open_dense
 from gptq_api.cli.quantize import run
 from gptq_api.config import QuantizeSettings
 from gptq_api.demo import DEMO_PATH
-from gptq_api.gptq.checkpoint import open_checkpoint
-from gptq_api.gptq.dense import dequantised, open_dense
-from gptq_api.gptq.quantizer import QuantizeSettings as Quantisation
-from gptq_api.gptq.quantizer import round_to_nearest
 from gptq_api.model.config import read_config
 from gptq_api.quantize.block import batches
 from gptq_api.quantize.driver import Recipe as How
-from gptq_api.quantize.driver import quantise_model
+from gptq_api.quantize.driver import quantize_model
+from gptq_api.quantize.gptq import QuantizeOptions, round_to_nearest
 from gptq_api.quantize.output import write_checkpoint as write_output
 from gptq_api.quantize.work import ModuleReport, WorkFolder
 from gptq_api.text.samples import hold_out, spread, windows
@@ -61,7 +60,7 @@ def settings(model: Path, out: Path, **values: Any) -> QuantizeSettings:
 
 
 def reference_perplexity(folder: Path, texts: list[list[int]], checkpoint: Any = None) -> float:
-    """transformers' LlamaForCausalLM in float32, its weights read by our reader and dequantised."""
+    """transformers' LlamaForCausalLM in float32, its weights read by our reader and dequantized."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     raw = AutoConfig.from_pretrained(folder)
@@ -124,16 +123,16 @@ def test_what_is_written_is_what_was_measured(trained: Path, tmp_path: Path, val
         assert module.act_order == (wanted["act_order"] and not wanted["static_groups"]), name
         assert module.sym or not wanted["sym"]
         assert module.zero_version == (2 if wanted["format"] == "gptq_v2" else 1)
-    quantisation = json.loads((out / "quantize_config.json").read_text())
-    assert json.loads((out / "config.json").read_text())["quantization_config"] == quantisation
-    assert (quantisation["desc_act"], quantisation["sym"]) == (wanted["act_order"], wanted["sym"])
-    assert quantisation["checkpoint_format"] == wanted["format"]
+    quantization = json.loads((out / "quantize_config.json").read_text())
+    assert json.loads((out / "config.json").read_text())["quantization_config"] == quantization
+    assert (quantization["desc_act"], quantization["sym"]) == (wanted["act_order"], wanted["sym"])
+    assert quantization["checkpoint_format"] == wanted["format"]
     by_default = wanted["bits"] < 4 and not wanted["act_order"] and wanted["group_size"] > 0
-    assert quantisation["act_group_aware"] == wanted.get("group_aware", by_default)
+    assert quantization["act_group_aware"] == wanted.get("group_aware", by_default)
     _, evaluation = texts_of(trained)
     before, after = perplexities(out)
     assert before == pytest.approx(reference_perplexity(trained, evaluation, open_dense(trained)), rel=1e-3)
-    assert after == pytest.approx(reference_perplexity(out, evaluation, dequantised(checkpoint)), rel=1e-3)
+    assert after == pytest.approx(reference_perplexity(out, evaluation, dequantized(checkpoint)), rel=1e-3)
     assert after > before or values["bits"] == 8
     assert not (tmp_path / "out.partial").exists()
 
@@ -159,9 +158,9 @@ def test_rounding_needs_no_text_and_is_exact(tmp_path: Path) -> None:
     source, checkpoint = open_dense(model), open_checkpoint(out)
     for name, shape in checkpoint.modules.items():
         weight = source.tensor(f"{name}.weight", (shape.out_features, shape.in_features)).float()
-        result = round_to_nearest(weight, Quantisation(4, 32))
+        result = round_to_nearest(weight, QuantizeOptions(4, 32))
         wanted = replace(result, scales=result.scales.half().float()).dequantize()
-        read = dequantised(checkpoint).tensor(f"{name}.weight", (shape.out_features, shape.in_features))
+        read = dequantized(checkpoint).tensor(f"{name}.weight", (shape.out_features, shape.in_features))
         assert torch.equal(read, wanted), name
     assert "Perplexity was not measured" in (out / "README.md").read_text()
 
@@ -173,9 +172,9 @@ def test_shards_in_and_out_make_no_difference(tmp_path: Path) -> None:
         assert run(settings(model, out, act_order=True)) == 0
     assert (outs[0] / "model.safetensors").read_bytes() == (outs[1] / "model.safetensors").read_bytes()
     source, config = open_dense(model), read_config(model)
-    how = How(Quantisation(4, 32), nearest=True)
+    how = How(QuantizeOptions(4, 32), nearest=True)
     with WorkFolder(tmp_path / "split", {}) as work:
-        quantise_model(source, config, how, [], [], work, CPU, lambda _: None)
+        quantize_model(source, config, how, [], [], work, CPU, lambda _: None)
         write_output(source, config, how, "", work, max_shard_bytes=150_000)
     shards = sorted((tmp_path / "split").glob("model-*.safetensors"))
     assert len(shards) > 2 and sum(len(load_file(shard)) for shard in shards) == len(
@@ -225,8 +224,8 @@ def test_finished_layers_are_not_done_again(tmp_path: Path) -> None:
     with WorkFolder(tmp_path / "out", {}) as work:
         for _ in range(2):
             seen.clear()
-            quantise_model(
-                source, config, How(Quantisation(4, 32)), batches(calibration, 512), [], work, CPU, seen.append
+            quantize_model(
+                source, config, How(QuantizeOptions(4, 32)), batches(calibration, 512), [], work, CPU, seen.append
             )
             first = {i: work.layer_file(i).stat().st_mtime_ns for i in range(2)}
         assert {i: work.layer_file(i).stat().st_mtime_ns for i in range(2)} == first
@@ -260,7 +259,7 @@ def test_other_families_are_measured_as_transformers_does(tmp_path: Path, family
     _, evaluation = texts_of(folder, 8)
     before, after = perplexities(out)
     assert before == pytest.approx(reference_perplexity(folder, evaluation, open_dense(folder)), rel=1e-3)
-    assert after == pytest.approx(reference_perplexity(out, evaluation, dequantised(open_checkpoint(out))), rel=1e-3)
+    assert after == pytest.approx(reference_perplexity(out, evaluation, dequantized(open_checkpoint(out))), rel=1e-3)
 
 
 def sentence(capsys: pytest.CaptureFixture[str]) -> str:
@@ -281,7 +280,7 @@ def test_bad_inputs_are_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixtu
     refused("is no folder", model=tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
     refused("no config.json", model=tmp_path / "empty")
-    refused("quantised already (gptq)", model=Path(DEMO_PATH))
+    refused("quantized already (gptq)", model=Path(DEMO_PATH))
     refused("exists; name a folder that does not", out=tmp_path / "empty")
     refused("is no folder; make it first", out=tmp_path / "no" / "out")
     refused("--calibration FILE is missing", calibration=None)
@@ -341,7 +340,9 @@ def test_one_layer_is_resident_whatever_the_depth(tmp_path: Path) -> None:
             seen.append(sum(size for pointer, size in storages.items() if pointer not in before))
 
         with WorkFolder(tmp_path / f"out-{num_layers}", {}) as work:
-            quantise_model(source, config, How(Quantisation(4, 32)), batches(calibration, 512), [], work, CPU, report)
+            quantize_model(
+                source, config, How(QuantizeOptions(4, 32)), batches(calibration, 512), [], work, CPU, report
+            )
         assert len(seen) == num_layers
         return max(seen)
 

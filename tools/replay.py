@@ -19,9 +19,9 @@ from typing import Any
 
 import msgspec
 
+from gptq_api.checkpoint.errors import CheckpointError
 from gptq_api.config import ConfigError, Settings
-from gptq_api.engine.trace import Head, TracedStep, read_trace
-from gptq_api.gptq.errors import CheckpointError
+from gptq_api.engine.trace import TracedStep, TraceHead, read_trace
 from gptq_api.model.loaded import LoadedRunner
 from gptq_api.model.runner import load_runner
 from gptq_api.settings_source import load_settings
@@ -60,7 +60,7 @@ def replay(runner: LoadedRunner, steps: Iterable[TracedStep]) -> dict[str, Any]:
     }
 
 
-def settings_of(head: Head, flags: list[str]) -> Settings:
+def settings_of(head: TraceHead, flags: list[str]) -> Settings:
     """Flags, and for what they do not say what the trace was recorded with."""
     given = {flag.split("=", 1)[0] for flag in flags}
     sizes = {

@@ -20,10 +20,10 @@ from torch.nn import functional
 
 from gptq_api.bench.row import Job, Row
 from gptq_api.bench.synthetic import synthetic_checkpoint
+from gptq_api.checkpoint.checkpoint import Checkpoint, CheckpointError, open_checkpoint
+from gptq_api.checkpoint.dense import dequantized, open_dense
+from gptq_api.checkpoint.summary import summarise
 from gptq_api.config import Settings
-from gptq_api.gptq.checkpoint import Checkpoint, CheckpointError, open_checkpoint
-from gptq_api.gptq.dense import dequantised, open_dense
-from gptq_api.gptq.summary import summarise
 from gptq_api.model.config import read_config
 from gptq_api.model.loaded import LoadedRunner
 from gptq_api.model.runner import make_runner, resolve_device
@@ -84,7 +84,7 @@ def _measure(job: Job, source: Checkpoint, checkpoint: Checkpoint) -> Row:
     load_seconds = time.monotonic() - started
     seconds = _decode(runner, job)
     perplexity, predicted = _perplexity(runner, texts) if texts else (None, 0)
-    bits, sizes, act_order = _quantisation(source, job.kind)
+    bits, sizes, act_order = _quantization(source, job.kind)
     resident, peak = _memory(device)
     return Row(
         name=job.name,
@@ -115,7 +115,7 @@ def _open(job: Job, folder: Path) -> tuple[Checkpoint, Checkpoint]:
         source = open_dense(folder)
         return source, source
     source = open_checkpoint(folder, None if job.ckpt is None else Path(job.ckpt))
-    return source, dequantised(source) if job.kind == "dequantised" else source
+    return source, dequantized(source) if job.kind == "dequantized" else source
 
 
 def _texts(job: Job, folder: Path, window: int, num_rows: int) -> list[list[int]]:
@@ -179,7 +179,7 @@ def _perplexity(runner: LoadedRunner, texts: list[list[int]]) -> tuple[float, in
     return math.exp(min(total / num, 700.0)), num
 
 
-def _quantisation(source: Checkpoint, kind: str) -> tuple[list[int], list[int], str]:
+def _quantization(source: Checkpoint, kind: str) -> tuple[list[int], list[int], str]:
     if kind != "gptq":
         return [], [], "no"
     summary = summarise(source)

@@ -8,7 +8,7 @@ import msgspec
 
 Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-Kind = Literal["gptq", "dense", "dequantised"]
+Kind = Literal["gptq", "dense", "dequantized"]
 
 
 class Job(msgspec.Struct, frozen=True):
@@ -17,7 +17,7 @@ class Job(msgspec.Struct, frozen=True):
     name: str
     folder: str
     kind: Kind
-    """gptq; dense: an unquantised folder; dequantised: a GPTQ checkpoint whose weights are dequantised at load"""
+    """gptq; dense: an unquantized folder; dequantized: a GPTQ checkpoint whose weights are dequantized at load"""
     ckpt: str | None
     text: str | None
     context: int | None
@@ -43,7 +43,7 @@ class Row(msgspec.Struct, frozen=True):
     shape: list[int]
     """layers, hidden, intermediate and vocabulary size: rows with the same can be compared"""
     bits: list[int]
-    """empty: unquantised; more than one: mixed"""
+    """empty: unquantized; more than one: mixed"""
     group_sizes: list[int]
     """-1: one group"""
     act_order: str

@@ -19,12 +19,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from gptq_api.gptq.checkpoint import Checkpoint
-from gptq_api.gptq.device_reader import DeviceReader
-from gptq_api.gptq.files import WeightFiles
-from gptq_api.gptq.module import ModuleShape
-from gptq_api.gptq.quant_config import QuantConfig
-from gptq_api.gptq.tensors import TensorStore
+from gptq_api.checkpoint.checkpoint import Checkpoint
+from gptq_api.checkpoint.device_reader import DeviceReader
+from gptq_api.checkpoint.files import WeightFiles
+from gptq_api.checkpoint.module import ModuleShape
+from gptq_api.checkpoint.quant_config import QuantConfig
+from gptq_api.checkpoint.tensors import TensorStore
 from gptq_api.model.config import read_config
 from gptq_api.model.plan import linears
 from gptq_api.text.folder import checkpoint_folder
@@ -210,7 +210,7 @@ def _shards(store: TensorStore) -> list[list[str]]:
 
 
 def write_small_files(model: str, folder: Path, group_size: int | None, act_order: bool) -> None:
-    """config.json, the demo's tokenizer with a vocabulary of the model's size, and what was quantised how
+    """config.json, the demo's tokenizer with a vocabulary of the model's size, and what was quantized how
     (`group_size` None: nothing)."""
     folder.mkdir(parents=True, exist_ok=True)
     shape = SHAPES[model]

@@ -1,4 +1,4 @@
-"""`gptq-api bench`: memory, perplexity and speed of GPTQ checkpoints beside the unquantised model."""
+"""`gptq-api bench`: memory, perplexity and speed of GPTQ checkpoints beside the unquantized model."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def _check_outputs(settings: BenchSettings) -> None:
 
 
 def _jobs(settings: BenchSettings) -> list[Job]:
-    """The unquantised model first."""
+    """The unquantized model first."""
     return _synthetic_jobs(settings) if settings.synthetic is not None else _model_jobs(settings)
 
 
@@ -143,7 +143,7 @@ def _model_jobs(settings: BenchSettings) -> list[Job]:
     if settings.fp16 is not None:
         reference = job(settings.fp16.resolve().name, settings.fp16.expanduser(), "dense")
     else:
-        reference = job(first, folder, "dequantised")
+        reference = job(first, folder, "dequantized")
     return [reference, *(job(name, folder, "gptq") for name, folder in folders.items())]
 
 
@@ -180,7 +180,7 @@ def speed_up(row: Row, reference: Row) -> float | None:
 def _label(row: Row) -> str:
     if row.kind == "gptq":
         return row.name
-    return f"{row.name} ({'unquantised' if row.kind == 'dense' else 'dequantised'}, {row.dtype})"
+    return f"{row.name} ({'unquantized' if row.kind == 'dense' else 'dequantized'}, {row.dtype})"
 
 
 def _cells(row: Row, reference: Row) -> list[str]:
@@ -214,10 +214,10 @@ def _notes(rows: list[Row], settings: BenchSettings) -> list[str]:
         f"on {machine}, activations {'/'.join(dict.fromkeys(row.dtype for row in rows))}; s/token: median of "
         f"{first.decoded_tokens} tokens at batch 1 after {first.context_tokens}"
     ]
-    if first.kind == "dequantised":
+    if first.kind == "dequantized":
         notes.append(
-            f"the first row is {first.name} itself with its weights dequantised at load, so its perplexity is that of "
-            "the quantised weights; --fp16 FOLDER measures the original"
+            f"the first row is {first.name} itself with its weights dequantized at load, so its perplexity is that of "
+            "the quantized weights; --fp16 FOLDER measures the original"
         )
     if first.perplexity is not None and settings.text is not None:
         notes.append(

@@ -103,7 +103,7 @@ class LocalModel:
                         report.finish_reason = "stop"
                         return
                 if generation.finish_reason == "error":
-                    raise ChatError("the model's output is not finite: this checkpoint or its quantisation is damaged")
+                    raise ChatError("the model's output is not finite: this checkpoint or its quantization is damaged")
                 report.finish_reason = generation.finish_reason
         except EngineStalled as error:
             raise ChatError(f"{error}; a step that takes longer needs a larger --engine-timeout-s") from None

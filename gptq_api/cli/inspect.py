@@ -27,8 +27,8 @@ def run(settings: InspectSettings) -> int:
 
 def inspect(settings: InspectSettings) -> dict[str, Any]:
     """The facts as JSON values; sizes are in bytes. Raises CheckpointError or ConfigError."""
-    from gptq_api.gptq.checkpoint import Expected, open_checkpoint
-    from gptq_api.gptq.summary import summarise
+    from gptq_api.checkpoint.checkpoint import Expected, open_checkpoint
+    from gptq_api.checkpoint.summary import summarise
     from gptq_api.model import runner
     from gptq_api.model.cache_plan import cache_dtype, cache_memory, num_cache_blocks
     from gptq_api.model.config import read_config
@@ -66,7 +66,7 @@ def inspect(settings: InspectSettings) -> dict[str, Any]:
             "sliding_window": [{"window": w, "layers": n} for w, n in Counter(config.windows).items()],
             "eos_token_ids": config.eos_token_ids,
         },
-        "quantisation": {
+        "quantization": {
             "modules": summary.num_modules,
             "bits": summary.bits,
             "group_size": summary.group_sizes,
@@ -90,7 +90,7 @@ def inspect(settings: InspectSettings) -> dict[str, Any]:
 
 
 def _as_text(facts: dict[str, Any]) -> str:
-    arch, quant = facts["architecture"], facts["quantisation"]
+    arch, quant = facts["architecture"], facts["quantization"]
     num_modules = quant["modules"]
     lengths = facts["kv_cache_tokens"] / facts["max_model_len"]
     rows = [

@@ -17,7 +17,7 @@ from gptq_api.text.samples import SamplesError, encode_documents, hold_out, read
 from gptq_api.text.tokenizer import Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
-    from gptq_api.gptq.checkpoint import Checkpoint
+    from gptq_api.checkpoint.checkpoint import Checkpoint
     from gptq_api.quantize.driver import Recipe
     from gptq_api.quantize.work import ModuleReport
 
@@ -47,13 +47,13 @@ def _sentence(error: BaseException) -> str:
 def _run(settings: QuantizeSettings) -> None:
     import torch
 
-    from gptq_api.gptq import quantizer
-    from gptq_api.gptq.dense import open_dense
+    from gptq_api.checkpoint.dense import open_dense
     from gptq_api.model.config import read_config
     from gptq_api.model.runner import resolve_device
+    from gptq_api.quantize import gptq as quantizer
     from gptq_api.quantize.block import batches
     from gptq_api.quantize.card import TextsInWords, low_zeros_warning, model_card
-    from gptq_api.quantize.driver import Recipe, check_shapes, quantise_model
+    from gptq_api.quantize.driver import Recipe, check_shapes, quantize_model
     from gptq_api.quantize.output import MAX_SHARD_BYTES, write_checkpoint
     from gptq_api.quantize.work import WorkFolder
 
@@ -68,7 +68,7 @@ def _run(settings: QuantizeSettings) -> None:
     if device.type == "cpu" and settings.num_threads is not None:
         torch.set_num_threads(settings.num_threads)
     recipe = Recipe(
-        quantizer.QuantizeSettings(
+        quantizer.QuantizeOptions(
             bits=settings.bits,
             group_size=settings.group_size,
             sym=settings.sym,
@@ -90,7 +90,7 @@ def _run(settings: QuantizeSettings) -> None:
         for sentence in texts.sentences:
             console.print(sentence, soft_wrap=True)
         with _Bar(console, 7 * config.num_hidden_layers) as bar:
-            outcome = quantise_model(
+            outcome = quantize_model(
                 source,
                 config,
                 recipe,

@@ -62,9 +62,9 @@ def _read(sock: socket.socket, inbox: Inbox) -> None:
 def _serve(sock: socket.socket, inbox: Inbox, settings: Settings) -> int:
     import torch
 
+    from gptq_api.checkpoint.errors import CheckpointError
     from gptq_api.engine.core import Engine
-    from gptq_api.engine.trace import Head, Trace
-    from gptq_api.gptq.errors import CheckpointError
+    from gptq_api.engine.trace import Trace, TraceHead
     from gptq_api.model.runner import load_runner, token_budget
     from gptq_api.scheduler.blocks import BlockManager
     from gptq_api.scheduler.scheduler import Scheduler
@@ -74,7 +74,7 @@ def _serve(sock: socket.socket, inbox: Inbox, settings: Settings) -> int:
         trace = None
         if settings.trace is not None:
             sizes = (runner.block_size, runner.num_blocks, settings.max_num_seqs)
-            trace = Trace(settings.trace, Head(settings.model_path, runner.device, runner.dtype, *sizes))
+            trace = Trace(settings.trace, TraceHead(settings.model_path, runner.device, runner.dtype, *sizes))
     except (CheckpointError, ConfigError, MemoryError, OSError) as error:
         sock.sendall(wire.encode(Failed(str(error) or f"{type(error).__name__} while loading the model")))
         return 1

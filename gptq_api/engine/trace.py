@@ -1,7 +1,7 @@
 """A file of steps: what the engine launched, what came back and when, one line of JSON each. tools/replay.py runs it
 again.
 
-The first line is a `Head`, every other one a `TracedStep`. The file holds the token ids of prompts and answers.
+The first line is a `TraceHead`, every other one a `TracedStep`. The file holds the token ids of prompts and answers.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from gptq_api.step import Sampled, Step
 _log = logging.getLogger(__name__)
 
 
-class Head(msgspec.Struct, frozen=True):
+class TraceHead(msgspec.Struct, frozen=True):
     """What the steps were computed with."""
 
     model_path: str
@@ -44,7 +44,7 @@ class TracedStep(msgspec.Struct, frozen=True):
 class Trace:
     """Writes. A file that cannot be written any more ends the trace and nothing else."""
 
-    def __init__(self, path: Path, head: Head) -> None:
+    def __init__(self, path: Path, head: TraceHead) -> None:
         """Raises ConfigError where the file cannot be written."""
         self._began = time.perf_counter()
         try:
@@ -71,9 +71,9 @@ class Trace:
         self._file.flush()
 
 
-def read_trace(path: Path) -> tuple[Head, Iterator[TracedStep]]:
+def read_trace(path: Path) -> tuple[TraceHead, Iterator[TracedStep]]:
     """(its head, its steps, read one by one). msgspec.MsgspecError for what is no trace, OSError."""
     lines = path.open("rb")
-    head = msgspec.json.decode(next(lines, b""), type=Head)
+    head = msgspec.json.decode(next(lines, b""), type=TraceHead)
     decoder = msgspec.json.Decoder(TracedStep)
     return head, (decoder.decode(line) for line in lines)

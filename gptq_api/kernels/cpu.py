@@ -7,7 +7,7 @@ operator takes.
 
 The operator computes every row by itself, so a row's result does not depend on its neighbours. It costs about the
 same per row whatever the number of rows, while a dense bfloat16 product gets cheaper: for large matrices and many
-rows the weights are dequantised a block at a time instead. Small matrices stay with the operator always: there
+rows the weights are dequantized a block at a time instead. Small matrices stay with the operator always: there
 independence is worth more than the millisecond.
 """
 
@@ -86,14 +86,14 @@ class Int4Weight:
         return product
 
     def _dense(self, x: Tensor) -> Tensor:
-        """The same product through panels of dequantised weights and a dense bfloat16 product."""
+        """The same product through panels of dequantized weights and a dense bfloat16 product."""
         out = x.new_empty(x.shape[0], self.out_features)
         for start in range(0, self.out_features, _PANEL):
-            panel = self._dequantise(start)
+            panel = self._dequantize(start)
             out[:, start : start + panel.shape[1]] = x @ panel
         return out
 
-    def _dequantise(self, start: int) -> Tensor:
+    def _dequantize(self, start: int) -> Tensor:
         """The panel of outputs that begins at `start`, bfloat16 [K, 64] or what is left."""
         width = min(_PANEL, self.out_features - start)
         data = self._packed[start : start + width].view(self.in_features, width // 2)

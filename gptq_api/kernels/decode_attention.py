@@ -16,7 +16,7 @@ from torch import Tensor
 
 try:
     from gptq_api import _cuda  # type: ignore[attr-defined, unused-ignore]
-except ImportError:  # kernels.gptq.unavailable_reason() says so to people
+except ImportError:  # kernels.gemm.unavailable_reason() says so to people
     _cuda = None
 
 __all__ = ["BLOCK_SIZES", "HEAD_DIMS", "TEAMS", "RotaryInputs", "decode_attention", "decode_attention_workspace"]

@@ -133,7 +133,7 @@ def pack_stream(
 
 
 def emulate(packed: PackedLinear) -> Tensor:
-    """float64 [K, N]: the dequantised weight, read lane by lane as the A fragment of mma.m16n8k16. For tests; slow and
+    """float64 [K, N]: the dequantized weight, read lane by lane as the A fragment of mma.m16n8k16. For tests; slow and
     literal."""
     data = packed.data.cpu()
     strips, chunks, _ = data.shape

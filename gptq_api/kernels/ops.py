@@ -12,7 +12,7 @@ from torch import Tensor
 
 try:
     from gptq_api import _cuda  # type: ignore[attr-defined, unused-ignore]
-except ImportError:  # kernels.gptq.unavailable_reason() says so to people
+except ImportError:  # kernels.gemm.unavailable_reason() says so to people
     _cuda = None
 
 __all__ = ["MAX_NORM_WIDTH", "embed", "rms_norm", "rope_and_write"]

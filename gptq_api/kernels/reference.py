@@ -1,4 +1,4 @@
-"""The specification of the quantised product in plain torch: any bits, groups, act-order, device and float type
+"""The specification of the quantized product in plain torch: any bits, groups, act-order, device and float type
 (float64 included). Every other kernel is tested against it; where no other takes a module, this serves it.
 
     y[m, n] = sum over k of x[m, k] * scales[g_idx[k], n] * (q[k, n] - zeros[g_idx[k], n])
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 _BLOCK_ELEMENTS = 2**19
-"""weights dequantised at a time: 2 MiB of float32, so that a block stays in the cache between its passes"""
+"""weights dequantized at a time: 2 MiB of float32, so that a block stays in the cache between its passes"""
 _CUDA_BLOCK_ELEMENTS = 2**25
 _ROW_STEP = 4
 _LEAST_ROWS = 16
@@ -39,7 +39,7 @@ def _unpack3(qweight: Tensor) -> Tensor:
     return fields.bitwise_and_(7).flatten(0, 1)
 
 
-def dequantise(
+def dequantize(
     qweight: Tensor, zeros: Tensor, scales: Tensor, g_idx: Tensor, bits: int, dtype: torch.dtype = torch.float32
 ) -> Tensor:
     """The weight W^T, `dtype` [K, N]: int32 qweight [K * bits / 32, N], uint8 zeros [G, N], float scales [G, N], int
@@ -49,7 +49,7 @@ def dequantise(
 
 
 class ReferenceWeight:
-    """A quantised weight kept as in the file and dequantised block by block of outputs at every use."""
+    """A quantized weight kept as in the file and dequantized block by block of outputs at every use."""
 
     def __init__(
         self, qweight: Tensor, zeros: Tensor, scales: Tensor, g_idx: Tensor, bits: int, dtype: torch.dtype
@@ -73,7 +73,7 @@ class ReferenceWeight:
         out = torch.empty(x.shape[0], self.out_features, dtype=self._dtype, device=x.device)
         for start in range(0, self.out_features, self._columns):
             part = slice(start, start + self._columns)
-            block = dequantise(
+            block = dequantize(
                 self._qweight[:, part],
                 self._zeros[:, part],
                 self._scales[:, part],

@@ -29,7 +29,7 @@ from gptq_api.types import SamplingParams, TokenLogprobs
 
 try:
     from gptq_api import _cuda  # type: ignore[attr-defined, unused-ignore]
-except ImportError:  # kernels/gptq.py has the reason for people
+except ImportError:  # kernels/gemm.py has the reason for people
     _cuda = None
 
 _COLUMN = struct.Struct("<3i2I2i6f")

@@ -1,4 +1,4 @@
-"""Linear layers. A quantised one is a weight that knows its product; which kernel holds the weight is decided once,
+"""Linear layers. A quantized one is a weight that knows its product; which kernel holds the weight is decided once,
 at load."""
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from gptq_api.kernels import cpu, gptq
+from gptq_api.kernels import cpu, gemm
 from gptq_api.kernels.layout import PackedLinear
 from gptq_api.kernels.reference import ReferenceWeight, pad_rows, rows_of_product
 from gptq_api.layers.activation import silu_and_multiply
 
 
 class Weight(Protocol):
-    """What a kernel module keeps of a quantised weight, in its own packing."""
+    """What a kernel module keeps of a quantized weight, in its own packing."""
 
     in_features: int
     out_features: int
@@ -68,7 +68,7 @@ def choose_kernel(
     if device.type == "cuda":
         if dtype == torch.float32:
             return KernelChoice("reference (exact)")
-        reason = gptq.refusal(bits, in_features, out_features, group_size) or gptq.unavailable_reason()
+        reason = gemm.refusal(bits, in_features, out_features, group_size) or gemm.unavailable_reason()
         return KernelChoice("cuda int4" if reason is None else "reference", reason)
     if dtype != torch.bfloat16:
         return KernelChoice("reference (exact)")
@@ -77,7 +77,7 @@ def choose_kernel(
 
 
 class GPTQLinear:
-    """A quantised Linear whose kernel computes the product alone: everything on the CPU, and on CUDA the reference."""
+    """A quantized Linear whose kernel computes the product alone: everything on the CPU, and on CUDA the reference."""
 
     def __init__(self, weight: Weight, bias: Tensor | None, path: str) -> None:
         self._weight, self._bias, self.path = weight, bias, path
@@ -120,7 +120,7 @@ class GPTQLinear:
 
 
 class PackedGPTQLinear:
-    """A quantised Linear in the packing of the CUDA kernels; product, bias, SiLU * up and residual are one launch.
+    """A quantized Linear in the packing of the CUDA kernels; product, bias, SiLU * up and residual are one launch.
 
     `folded`: whoever makes x applies `perm`. Otherwise `perm` is None and the kernel gathers by itself.
     """
@@ -149,7 +149,7 @@ class PackedGPTQLinear:
     def forward(
         self, x: Tensor, out: Tensor | None = None, *, residual: Tensor | None = None, silu_mul: bool = False
     ) -> Tensor:
-        return gptq.gemm(x, self._weight, out, bias=self._bias, residual=residual, silu_mul=silu_mul)
+        return gemm.gemm(x, self._weight, out, bias=self._bias, residual=residual, silu_mul=silu_mul)
 
 
 def _finish(y: Tensor, out: Tensor | None, residual: Tensor | None, silu_mul: bool) -> Tensor:
@@ -166,7 +166,7 @@ def _own(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 class DenseLinear:
-    """An unquantised Linear: a weight [N, K] of one float type; activations are cast to it."""
+    """An unquantized Linear: a weight [N, K] of one float type; activations are cast to it."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         self.weight, self._bias = weight, bias

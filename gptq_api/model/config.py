@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gptq_api.gptq.errors import CheckpointError
-from gptq_api.gptq.files import read_json
+from gptq_api.checkpoint.errors import CheckpointError
+from gptq_api.checkpoint.files import read_json
 from gptq_api.layers.rotary import RopeParameters, RopeType
 from gptq_api.model.families import Family, layer_windows, read_family
 from gptq_api.model.keys import Keys

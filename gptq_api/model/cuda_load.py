@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from gptq_api.config import Settings
-from gptq_api.kernels import decode_attention, gptq, ops, prefill_attention
+from gptq_api.kernels import decode_attention, gemm, ops, prefill_attention
 from gptq_api.model.cache_plan import cache_dtype, cache_memory, does_not_fit, plan_cache
 from gptq_api.model.config import LlamaConfig
 from gptq_api.model.cuda_cache import CudaKVCache
@@ -29,7 +29,7 @@ def refusal(config: LlamaConfig, block_size: int) -> str | None:
             return f"{name} {width}; they take multiples of 8 up to {ops.MAX_NORM_WIDTH}"
     if config.head_dim not in decode_attention.HEAD_DIMS:
         return f"heads of {config.head_dim}; attention takes {', '.join(map(str, decode_attention.HEAD_DIMS))}"
-    return gptq.unavailable_reason() or prefill_attention.refusal(config.head_dim, block_size)
+    return gemm.unavailable_reason() or prefill_attention.refusal(config.head_dim, block_size)
 
 
 def make_cuda_runner(

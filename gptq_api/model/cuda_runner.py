@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gptq_api.kernels import gptq, sampling
+from gptq_api.kernels import gemm, sampling
 from gptq_api.kernels.prefill_attention import TILE_ROWS
 from gptq_api.kernels.sampling import MAX_TOP_LOGPROBS, SamplingInputs, SamplingTable
 from gptq_api.model.cuda_cache import CudaKVCache
@@ -78,7 +78,7 @@ class CudaRunner:
     """A model on the device and its KV cache. Not thread-safe: one caller steps it."""
 
     lookahead = 1
-    row_multiple = gptq.ROW_MULTIPLE
+    row_multiple = gemm.ROW_MULTIPLE
 
     def __init__(
         self,

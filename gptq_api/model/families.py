@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from gptq_api.gptq.errors import CheckpointError
+from gptq_api.checkpoint.errors import CheckpointError
 from gptq_api.model.keys import Keys
 
 _MISTRAL_WINDOW = 4096

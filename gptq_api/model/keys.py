@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from gptq_api.gptq.errors import CheckpointError
+from gptq_api.checkpoint.errors import CheckpointError
 
 
 class Keys:

@@ -1,7 +1,7 @@
 """LLaMA (arXiv:2302.13971, 2307.09288, 2407.21783) on a packed batch: no padding, no notion of requests.
 
 On the CPU the stream between the layers is float32 whatever the type of the products: float32 arithmetic is as fast
-there, and only the inputs and outputs of the quantised products are rounded.
+there, and only the inputs and outputs of the quantized products are rounded.
 """
 
 from __future__ import annotations

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gptq_api.gptq.checkpoint import Checkpoint, CheckpointError, GPTQTensors
-from gptq_api.gptq.device_reader import DeviceReader
-from gptq_api.kernels import gptq
+from gptq_api.checkpoint.checkpoint import Checkpoint, CheckpointError, GPTQTensors
+from gptq_api.checkpoint.device_reader import DeviceReader
+from gptq_api.kernels import gemm
 from gptq_api.layers.attention import Attention
 from gptq_api.layers.linear import DenseLinear, GPTQLinear, Linear, PackedGPTQLinear, SplitLinear, choose_kernel
 from gptq_api.layers.norm import HeadNorm, RMSNorm
@@ -104,19 +104,19 @@ class _Loader:
         half_order: Tensor | None = None,
     ) -> Linear:
         """`paired` and `half_order` (int [N / 2], of the outputs of either half) hold where the result is packed."""
-        quantised = [m for m in modules if isinstance(m, GPTQTensors)]
-        if len(quantised) == len(modules) and mergeable(quantised):
-            merged = merge(quantised)
+        quantized = [m for m in modules if isinstance(m, GPTQTensors)]
+        if len(quantized) == len(modules) and mergeable(quantized):
+            merged = merge(quantized)
             if not self._takes_packed(merged):
-                return self._quantised(merged, names)
+                return self._quantized(merged, names)
             order = None if half_order is None else torch.cat((half_order, half_order + merged.out_features // 2))
             return self._packed(merged, names, folded=folded, paired=paired, out_order=order)
-        if not quantised:
+        if not quantized:
             return self._one(merge_dense([m for m in modules if not isinstance(m, GPTQTensors)]), names)
         return SplitLinear([self._one(m, [name]) for m, name in zip(modules, names, strict=True)])
 
     def lm_head(self, embedding: Tensor) -> Linear:
-        """Tied, untied, duplicated or quantised."""
+        """Tied, untied, duplicated or quantized."""
         shape = (self.config.vocab_size, self.config.hidden_size)
         if not has_head(self.checkpoint) or self.config.ties_head(True):
             return self._tied(embedding, shape)
@@ -137,7 +137,7 @@ class _Loader:
             )
         if "lm_head" in self.checkpoint.modules:
             self.used.update(f"lm_head.{part}" for part in _PARTS)
-            self.warnings.append("the quantised lm_head is not used: config.json ties the embedding to the head")
+            self.warnings.append("the quantized lm_head is not used: config.json ties the embedding to the head")
         if self.checkpoint.has("lm_head.weight"):
             head = self.tensor("lm_head.weight", shape).to(device=embedding.device, dtype=embedding.dtype)
             if not torch.equal(head, embedding):
@@ -177,7 +177,7 @@ class _Loader:
 
     def _one(self, module: GPTQTensors | tuple[Tensor, Tensor | None], names: list[str]) -> Linear:
         if isinstance(module, GPTQTensors):
-            return self._quantised(module, names)
+            return self._quantized(module, names)
         weight, bias = (None if t is None else t.to(device=self.device, dtype=self.dtype) for t in module)
         assert weight is not None
         return DenseLinear(weight, bias)
@@ -197,7 +197,7 @@ class _Loader:
     ) -> PackedGPTQLinear:
         g_idx = t.g_idx if t.act_order else None
         try:
-            weight = gptq.pack(
+            weight = gemm.pack(
                 t.qweight, t.scales, t.zeros, g_idx, t.group_size, self.device, paired=paired, out_order=out_order
             )
         except ValueError as error:
@@ -208,7 +208,7 @@ class _Loader:
             bias = bias[out_order]
         return PackedGPTQLinear(weight, bias, folded=folded)
 
-    def _quantised(self, t: GPTQTensors, names: list[str]) -> Linear:
+    def _quantized(self, t: GPTQTensors, names: list[str]) -> Linear:
         if self._takes_packed(t):
             return self._packed(t, names)
         linear = GPTQLinear.load(
@@ -319,7 +319,7 @@ class _Prefetch:
 
 
 def has_head(checkpoint: Checkpoint) -> bool:
-    """Whether the file has an output head of its own, quantised or not."""
+    """Whether the file has an output head of its own, quantized or not."""
     return checkpoint.has("lm_head.weight") or "lm_head" in checkpoint.modules
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gptq_api.gptq.checkpoint import GPTQTensors
+from gptq_api.checkpoint.checkpoint import GPTQTensors
 
 
 def mergeable(modules: list[GPTQTensors]) -> bool:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
-from gptq_api.gptq.checkpoint import Checkpoint, CheckpointError
-from gptq_api.gptq.module import ModuleShape, infer_group_size
+from gptq_api.checkpoint.checkpoint import Checkpoint, CheckpointError
+from gptq_api.checkpoint.module import ModuleShape, infer_group_size
 from gptq_api.kernels import cpu
 from gptq_api.kernels.layout import CHUNK_K, STRIP_ROWS, chunk_bytes
 from gptq_api.layers.linear import choose_kernel
@@ -37,8 +37,8 @@ def plan_serving(checkpoint: Checkpoint, config: LlamaConfig, device: torch.devi
             _check_dense(checkpoint, f"{name}.weight", (out_features, in_features))
             path, size = f"dense {str(dtype).removeprefix('torch.')}", in_features * out_features * dtype.itemsize
         else:
-            _check_quantised(checkpoint, name, shape, in_features, out_features)
-            path, size = _quantised(shape, device, dtype)
+            _check_quantized(checkpoint, name, shape, in_features, out_features)
+            path, size = _quantized(shape, device, dtype)
         paths.setdefault(kind, [])
         if path not in paths[kind]:
             paths[kind].append(path)
@@ -60,7 +60,7 @@ def linears(config: LlamaConfig) -> Iterator[tuple[str, int, int]]:
         yield f"model.layers.{index}.mlp.down_proj", ffn, hidden
 
 
-def _quantised(shape: ModuleShape, device: torch.device, dtype: torch.dtype) -> tuple[str, int]:
+def _quantized(shape: ModuleShape, device: torch.device, dtype: torch.dtype) -> tuple[str, int]:
     k, n = shape.in_features, shape.out_features
     group = infer_group_size(k, shape.num_groups) or k // shape.num_groups
     choice = choose_kernel(shape.bits, k, n, group, device, dtype)
@@ -82,7 +82,7 @@ def _ends(checkpoint: Checkpoint, config: LlamaConfig, device: torch.device, dty
         return elements * head_bytes
     stored = dtype.itemsize if device.type == "cuda" else checkpoint.float_dtype.itemsize
     if "lm_head" in checkpoint.modules:
-        return elements * stored + _quantised(checkpoint.modules["lm_head"], device, dtype)[1]
+        return elements * stored + _quantized(checkpoint.modules["lm_head"], device, dtype)[1]
     _check_dense(checkpoint, "lm_head.weight", (config.vocab_size, config.hidden_size))
     return elements * (stored + head_bytes)
 
@@ -97,7 +97,7 @@ def _check_dense(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> N
         )
 
 
-def _check_quantised(checkpoint: Checkpoint, name: str, shape: ModuleShape, k: int, n: int) -> None:
+def _check_quantized(checkpoint: Checkpoint, name: str, shape: ModuleShape, k: int, n: int) -> None:
     if (shape.in_features, shape.out_features) != (k, n):
         raise CheckpointError(
             f"{checkpoint.store.file(f'{name}.qweight')}: tensor {name}.qweight has {shape.in_features} inputs and "

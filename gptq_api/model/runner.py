@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from gptq_api.checkpoint.checkpoint import Checkpoint, CheckpointError, Expected, open_checkpoint
 from gptq_api.config import BenchSettings, ConfigError, QuantizeSettings, Settings
-from gptq_api.gptq.checkpoint import Checkpoint, CheckpointError, Expected, open_checkpoint
 from gptq_api.layers.attention import KVCache, Span, plan_attention
 from gptq_api.layers.sampler import sample
 from gptq_api.layers.seats import Seat, Seats
@@ -121,7 +121,7 @@ def load_runner(settings: Settings) -> LoadedRunner:
 
 
 def make_runner(settings: Settings, checkpoint: Checkpoint, device: torch.device) -> LoadedRunner:
-    """`load_runner` for a checkpoint that is open, quantised or not."""
+    """`load_runner` for a checkpoint that is open, quantized or not."""
     started = time.monotonic()
     if device.type == "cpu":
         torch.set_num_threads(settings.num_threads or _default_threads(checkpoint))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from gptq_api.gptq.checkpoint import Checkpoint
+from gptq_api.checkpoint.checkpoint import Checkpoint
 from gptq_api.layers.activation import silu_and_multiply
 from gptq_api.layers.norm import HeadNorm, RMSNorm
 from gptq_api.layers.rotary import Rotary, rotate
@@ -25,7 +25,7 @@ STAGES = (
     ("mlp.up_proj", "mlp.gate_proj"),
     ("mlp.down_proj",),
 )
-"""Modules that read the same input, in the order in which they are quantised."""
+"""Modules that read the same input, in the order in which they are quantized."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Block:
         self._config, self._window = config, config.windows[index]
         prefix = f"model.layers.{index}."
         self.weights: dict[str, Tensor] = {}
-        """float32 [N, K] by module name within the layer; replaced as they are quantised"""
+        """float32 [N, K] by module name within the layer; replaced as they are quantized"""
         self.biases: dict[str, Tensor] = {}
         for name, k, n in linears(config):
             if name.startswith(prefix):

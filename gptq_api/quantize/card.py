@@ -24,7 +24,7 @@ def model_card(name: str, source: str, recipe: Recipe, texts: TextsInWords, outc
     if s.desc_act and s.static_groups:
         order += " (static groups)"
     elif s.act_group_aware and s.group_size != -1 and not recipe.nearest:
-        order += " (groups by their inputs when quantising)"
+        order += " (groups by their inputs when quantizing)"
     method = "rounding to nearest" if recipe.nearest else "GPTQ, true-sequential"
     lines = [
         "---",

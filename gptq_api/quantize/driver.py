@@ -1,5 +1,5 @@
 """A model, layer by layer, in true-sequential order (k, v, q | o | up, gate | down): what a module is calibrated on is
-what the modules before it make after quantisation.
+what the modules before it make after quantization.
 
 Resident are one layer in float32, the calibration activations, and the Hessian of one stage. Perplexity is measured on
 the way: the evaluation texts go through every layer twice, as it was and as it is stored.
@@ -16,17 +16,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from gptq_api.gptq.checkpoint import Checkpoint, CheckpointError
-from gptq_api.gptq.packing import ZeroVersion, pack_qweight, pack_qzeros, unpack_qweight, unpack_qzeros, values_per_unit
-from gptq_api.gptq.quantizer import (
-    Factor,
-    Hessian,
-    QuantizedLinear,
-    QuantizeError,
-    QuantizeSettings,
-    factorize,
-    quantize,
-    round_to_nearest,
+from gptq_api.checkpoint.checkpoint import Checkpoint, CheckpointError
+from gptq_api.checkpoint.packing import (
+    ZeroVersion,
+    pack_qweight,
+    pack_qzeros,
+    unpack_qweight,
+    unpack_qzeros,
+    values_per_unit,
 )
 from gptq_api.layers.norm import RMSNorm
 from gptq_api.layers.rotary import Rotary
@@ -34,6 +31,16 @@ from gptq_api.model.config import LlamaConfig
 from gptq_api.model.loader import has_head
 from gptq_api.model.plan import linears
 from gptq_api.quantize.block import STAGES, Block, Texts
+from gptq_api.quantize.gptq import (
+    Factor,
+    Hessian,
+    QuantizedLinear,
+    QuantizeError,
+    QuantizeOptions,
+    factorize,
+    quantize,
+    round_to_nearest,
+)
 from gptq_api.quantize.work import ModuleReport, WorkFolder
 
 _HEAD_ROWS = 1024
@@ -41,9 +48,9 @@ _HEAD_ROWS = 1024
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a model is quantised."""
+    """How a model is quantized."""
 
-    settings: QuantizeSettings
+    settings: QuantizeOptions
     zero_version: ZeroVersion = 1
     nearest: bool = False
     """round to nearest instead of GPTQ"""
@@ -69,12 +76,12 @@ def check_shapes(config: LlamaConfig, bits: int) -> None:
 
 
 def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
-    """What is not quantised is stored as it was, or as float16 where it was float32."""
+    """What is not quantized is stored as it was, or as float16 where it was float32."""
     return torch.bfloat16 if checkpoint.float_dtype == torch.bfloat16 else torch.float16
 
 
 @torch.inference_mode()
-def quantise_model(
+def quantize_model(
     checkpoint: Checkpoint,
     config: LlamaConfig,
     recipe: Recipe,
@@ -104,7 +111,7 @@ def quantise_model(
         prefix = f"model.layers.{index}."
         done = work.read(index)
         if done is None:
-            tensors, layer_reports = _quantise_block(block, prefix, recipe, xs, masks, rotary, report)
+            tensors, layer_reports = _quantize_block(block, prefix, recipe, xs, masks, rotary, report)
             work.write(index, tensors, layer_reports)
         else:
             tensors, layer_reports = done
@@ -132,7 +139,7 @@ def _advance(xs: list[Tensor], step: Callable[[Tensor], Tensor]) -> None:
         xs[i] = step(x)
 
 
-def _quantise_block(
+def _quantize_block(
     block: Block,
     prefix: str,
     recipe: Recipe,
@@ -141,7 +148,7 @@ def _quantise_block(
     rotary: Rotary,
     report: Callable[[ModuleReport], None],
 ) -> tuple[dict[str, Tensor], list[ModuleReport]]:
-    """Quantises the block's weights in place and moves `xs` through it. -> (tensors to store, reports)."""
+    """Quantizes the block's weights in place and moves `xs` through it. -> (tensors to store, reports)."""
     inputs: tuple[Callable[[Tensor], Tensor], ...] = (
         block.attention_input,
         partial(block.attended, rotary=rotary),
@@ -157,10 +164,10 @@ def _quantise_block(
         try:
             factor = None if recipe.nearest else factorize(hessian.matrix(), recipe.settings)
         except QuantizeError as error:
-            raise CheckpointError(f"{prefix}{modules[0]} cannot be quantised: {error}") from None
-        # Rows of a weight do not know each other: q, k and v are quantised as one, in a third of the steps.
+            raise CheckpointError(f"{prefix}{modules[0]} cannot be quantized: {error}") from None
+        # Rows of a weight do not know each other: q, k and v are quantized as one, in a third of the steps.
         weights = [block.weights[module] for module in modules]
-        results = _split(_quantise(torch.cat(weights), factor, recipe), [len(weight) for weight in weights])
+        results = _split(_quantize(torch.cat(weights), factor, recipe), [len(weight) for weight in weights])
         damp = recipe.settings.damp_percent if factor is None else factor.damp_percent
         for module, weight, result in zip(modules, weights, results, strict=True):
             block.weights[module] = result.dequantize().contiguous()
@@ -174,7 +181,7 @@ def _quantise_block(
     return tensors, reports
 
 
-def _quantise(weight: Tensor, factor: Factor | None, recipe: Recipe) -> QuantizedLinear:
+def _quantize(weight: Tensor, factor: Factor | None, recipe: Recipe) -> QuantizedLinear:
     """With the scales that are stored: the layers that follow shall see those."""
     s = recipe.settings
     result = round_to_nearest(weight, s) if factor is None else quantize(weight, factor, s)
@@ -187,12 +194,12 @@ def _split(result: QuantizedLinear, sizes: list[int]) -> list[QuantizedLinear]:
     return [QuantizedLinear(q, scales, zeros, result.g_idx, math.nan) for q, scales, zeros in parts]
 
 
-def _relative_error(weight: Tensor, quantised: Tensor, hessian: Tensor) -> float:
+def _relative_error(weight: Tensor, quantized: Tensor, hessian: Tensor) -> float:
     def energy(w: Tensor) -> float:
         return float(((w @ hessian) * w).sum(dtype=torch.float64))
 
     total = energy(weight)
-    return energy(weight - quantised) / total if total > 0 else 0.0
+    return energy(weight - quantized) / total if total > 0 else 0.0
 
 
 def _encode(result: QuantizedLinear, module: str, recipe: Recipe) -> dict[str, Tensor]:
@@ -207,7 +214,7 @@ def _encode(result: QuantizedLinear, module: str, recipe: Recipe) -> dict[str, T
 
 
 def _decode(tensors: dict[str, Tensor], module: str, recipe: Recipe) -> Tensor:
-    """What `_encode` stored, dequantised: float32 [N, K]."""
+    """What `_encode` stored, dequantized: float32 [N, K]."""
     bits = recipe.settings.bits
     return (
         QuantizedLinear(

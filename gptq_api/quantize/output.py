@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from gptq_api import __version__
-from gptq_api.gptq.checkpoint import Checkpoint, CheckpointError
-from gptq_api.gptq.files import read_json
+from gptq_api.checkpoint.checkpoint import Checkpoint, CheckpointError
+from gptq_api.checkpoint.files import read_json
 from gptq_api.model.config import LlamaConfig
 from gptq_api.model.loader import has_head
 from gptq_api.model.plan import linears
@@ -45,12 +45,12 @@ def write_checkpoint(
         shutil.rmtree(folder)
     folder.mkdir()
     _write_weights(source, config, work, folder, max_shard_bytes)
-    quantisation = quantisation_config(recipe)
+    quantization = quantization_config(recipe)
     raw = read_json(source.folder / "config.json")
     key = "torch_dtype" if "torch_dtype" in raw else "dtype"
     dtype = str(stored_dtype(source)).removeprefix("torch.")
-    _write_json(folder / "config.json", {**raw, key: dtype, "quantization_config": quantisation})
-    _write_json(folder / "quantize_config.json", quantisation)
+    _write_json(folder / "config.json", {**raw, key: dtype, "quantization_config": quantization})
+    _write_json(folder / "quantize_config.json", quantization)
     for name in _COPIED:
         if (source.folder / name).is_file():
             shutil.copyfile(source.folder / name, folder / name)
@@ -58,7 +58,7 @@ def write_checkpoint(
     work.finish(folder)
 
 
-def quantisation_config(recipe: Recipe) -> dict[str, Any]:
+def quantization_config(recipe: Recipe) -> dict[str, Any]:
     """The keys of AutoGPTQ, which GPTQModel and transformers read too."""
     s = recipe.settings
     return {
@@ -114,9 +114,9 @@ def _write_weights(
 def _tensors(source: Checkpoint, config: LlamaConfig, work: WorkFolder) -> Iterator[tuple[str, Tensor]]:
     """Everything there is to store, layer after layer."""
     dtype = stored_dtype(source)
-    quantised = {f"{name}.weight" for name, _, _ in linears(config)}
+    quantized = {f"{name}.weight" for name, _, _ in linears(config)}
     rest = [
-        name for name in sorted(source.store.names) if name not in quantised and name.endswith((".weight", ".bias"))
+        name for name in sorted(source.store.names) if name not in quantized and name.endswith((".weight", ".bias"))
     ]
     if config.ties_head(has_head(source)) and "lm_head.weight" in rest:
         rest.remove("lm_head.weight")

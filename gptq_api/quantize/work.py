@@ -23,7 +23,7 @@ class WorkError(ValueError):
 
 @dataclass(frozen=True)
 class ModuleReport:
-    """What quantising one module cost."""
+    """What quantizing one module cost."""
 
     module: str
     """its name in the model"""

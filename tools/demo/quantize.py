@@ -19,12 +19,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from gptq_api.gptq.dense import open_dense
-from gptq_api.gptq.packing import unpack_qweight, unpack_qzeros
-from gptq_api.gptq.quantizer import QuantizedLinear, QuantizeSettings
+from gptq_api.checkpoint.dense import open_dense
+from gptq_api.checkpoint.packing import unpack_qweight, unpack_qzeros
 from gptq_api.model.config import read_config
 from gptq_api.quantize.block import Texts
 from gptq_api.quantize.driver import Recipe, quantise_model
+from gptq_api.quantize.gptq import QuantizedLinear, QuantizeOptions
 from gptq_api.quantize.output import MAX_SHARD_BYTES, write_checkpoint
 from gptq_api.quantize.work import ModuleReport, WorkFolder
 from tools.demo.dataset import Chats
@@ -168,7 +168,7 @@ def main() -> None:
     parser.add_argument("--spread-octaves", type=float, default=2.0, help="0 leaves the channels alike")
     parser.add_argument("--nearest", action="store_true", help="round to nearest instead, for comparison")
     args = parser.parse_args()
-    settings = QuantizeSettings(
+    settings = QuantizeOptions(
         4, args.group_size, args.sym, args.act_order and not args.nearest, damp_percent=args.damp_percent
     )
     model = load_float(args.folder)

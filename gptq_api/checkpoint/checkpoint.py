@@ -10,15 +10,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from gptq_api.gptq.crosscheck import Expected, check_flags, contradictions, look_at_zeros
-from gptq_api.gptq.device_reader import DeviceReader
-from gptq_api.gptq.errors import CheckpointError
-from gptq_api.gptq.files import WeightFiles, candidates
-from gptq_api.gptq.foreign import foreign_checkpoint
-from gptq_api.gptq.module import GPTQTensors, ModuleShape, module_shape, read_bias, read_module
-from gptq_api.gptq.packing import ZeroVersion
-from gptq_api.gptq.quant_config import QuantConfig, read_quant_config
-from gptq_api.gptq.tensors import TensorStore
+from gptq_api.checkpoint.crosscheck import Expected, check_flags, contradictions, look_at_zeros
+from gptq_api.checkpoint.device_reader import DeviceReader
+from gptq_api.checkpoint.errors import CheckpointError
+from gptq_api.checkpoint.files import WeightFiles, candidates
+from gptq_api.checkpoint.foreign import foreign_checkpoint
+from gptq_api.checkpoint.module import GPTQTensors, ModuleShape, module_shape, read_bias, read_module
+from gptq_api.checkpoint.packing import ZeroVersion
+from gptq_api.checkpoint.quant_config import QuantConfig, read_quant_config
+from gptq_api.checkpoint.tensors import TensorStore
 
 __all__ = ["Checkpoint", "CheckpointError", "Expected", "GPTQTensors", "open_checkpoint"]
 
@@ -31,7 +31,7 @@ class Checkpoint:
     store: TensorStore
     config: QuantConfig
     modules: dict[str, ModuleShape]
-    """every quantised module, by name, from the headers"""
+    """every quantized module, by name, from the headers"""
     default_zero_version: ZeroVersion
     warnings: tuple[str, ...]
 
@@ -51,11 +51,11 @@ class Checkpoint:
         return name in self.store
 
     def gptq(self, module: str) -> GPTQTensors:
-        """The decoded tensors of one quantised module."""
+        """The decoded tensors of one quantized module."""
         return read_module(self.store, module, self.modules[module], self.default_zero_version)
 
     def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """An unquantised tensor in memory of its own, finite, of the given shape."""
+        """An unquantized tensor in memory of its own, finite, of the given shape."""
         if name not in self.store:
             raise CheckpointError(f"{self.files[0]}: tensor {name} is missing; download the checkpoint again")
         if self.store.shape(name) != shape:
@@ -78,12 +78,12 @@ class Checkpoint:
         return tensor
 
     def bias(self, module: str) -> Tensor | None:
-        """The bias of an unquantised module; None where absent or all zeros."""
+        """The bias of an unquantized module; None where absent or all zeros."""
         return read_bias(self.store, module)
 
     @cached_property
     def float_dtype(self) -> torch.dtype:
-        """What the unquantised part is stored as (of the scales, where there is nothing else)."""
+        """What the unquantized part is stored as (of the scales, where there is nothing else)."""
         for name in ("model.embed_tokens.weight", "model.norm.weight", *(f"{m}.scales" for m in self.modules)):
             dtype = self.store.dtype(name) if name in self.store else None
             if dtype in (torch.float16, torch.bfloat16, torch.float32):
@@ -124,17 +124,17 @@ def _is_finite(tensor: Tensor) -> bool:
 
 
 def _choose(sets: list[WeightFiles]) -> TensorStore:
-    """The only set, or the only one with quantised tensors; pickles are opened only where there is nothing else."""
+    """The only set, or the only one with quantized tensors; pickles are opened only where there is nothing else."""
     if len(sets) == 1:
         return TensorStore(sets[0])
     safe = [weights for weights in sets if weights.files[0].suffix == ".safetensors"]
     stores = [TensorStore(weights) for weights in (safe or sets)]
-    quantised = [store for store in stores if any(name.endswith(".qweight") for name in store.names)]
-    if len(quantised) == 1:
-        return quantised[0]
-    if not quantised and safe and len(safe) < len(sets):
+    quantized = [store for store in stores if any(name.endswith(".qweight") for name in store.names)]
+    if len(quantized) == 1:
+        return quantized[0]
+    if not quantized and safe and len(safe) < len(sets):
         return _choose([weights for weights in sets if weights not in safe])
-    if not quantised:
+    if not quantized:
         raise CheckpointError(foreign_checkpoint(stores[0]))
-    listed = ", ".join(store.weights.files[0].name for store in quantised)
+    listed = ", ".join(store.weights.files[0].name for store in quantized)
     raise CheckpointError(f"{sets[0].folder} holds several checkpoints ({listed}); name one with --gptq-ckpt")

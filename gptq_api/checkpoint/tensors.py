@@ -14,14 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gptq_api.gptq.device_reader import DeviceReader, Fetch
-from gptq_api.gptq.errors import CheckpointError
-from gptq_api.gptq.files import WeightFiles
-from gptq_api.gptq.safetensors_file import SafetensorsFile, first_line
+from gptq_api.checkpoint.device_reader import DeviceReader, Fetch
+from gptq_api.checkpoint.errors import CheckpointError
+from gptq_api.checkpoint.files import WeightFiles
+from gptq_api.checkpoint.safetensors_file import SafetensorsFile, first_line
 
 _PREFIX = re.compile(r"^(?:(?:base_model\.model|_orig_mod|module)\.)+")
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-"""what can be computed with; the 8-bit types of other quantisations cannot"""
+"""what can be computed with; the 8-bit types of other quantizations cannot"""
 
 
 class TensorStore:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gptq_api.gptq.errors import CheckpointError
+from gptq_api.checkpoint.errors import CheckpointError
 
 _SHARD = re.compile(r"^(?P<stem>.+)-(?P<number>\d{5})-of-(?P<total>\d{5})$")
 _PICKLES = (".pt", ".pth", ".bin")

@@ -1,4 +1,4 @@
-"""GPTQ: quantise the weight of one Linear so that its output on calibration inputs changes least.
+"""GPTQ: quantize the weight of one Linear so that its output on calibration inputs changes least.
 
 The algorithm of Frantar et al. 2022 ("GPTQ: Accurate Post-Training Quantization for Generative Pre-trained
 Transformers") in the form every public tool uses, down to its quirks, so that the integers come out the same:
@@ -9,7 +9,7 @@ Transformers") in the form every public tool uses, down to its quirks, so that t
     factor = factorize(hessian.matrix(), settings)      # shared by Linears that read the same inputs (q/k/v, gate/up)
     result = quantize(weight, factor, settings)         # integers, scales, zero points, g_idx
 
-It knows nothing about models, files or packing (`gptq.packing` has that).
+It knows nothing about models, files or packing (`checkpoint.packing` has that).
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class QuantizeError(RuntimeError):
 
 
 @dataclass(frozen=True)
-class QuantizeSettings:
-    """How weights are quantised. The names are those of quantize_config.json."""
+class QuantizeOptions:
+    """How weights are quantized. The names are those of quantize_config.json."""
 
     bits: Literal[2, 3, 4, 8] = 4
     group_size: int = 128
@@ -44,7 +44,7 @@ class QuantizeSettings:
     """group parameters from the original weight, in the original order; with desc_act, g_idx stays sequential"""
     act_group_aware: bool = False
     """without desc_act: groups with the largest mean square input first, and in a group its channels; a matter of
-    quantising alone, what belongs to a group stays as it is (GPTQModel's default since version 5)"""
+    quantizing alone, what belongs to a group stays as it is (GPTQModel's default since version 5)"""
     damp_percent: float = 0.01
     """of the Hessian's mean diagonal, added to its diagonal; doubled up to 1 where that is not enough"""
 
@@ -62,7 +62,7 @@ class QuantizeSettings:
 
 @dataclass(frozen=True)
 class QuantizedLinear:
-    """weight[n, k] = scales[g_idx[k], n] * (q[k, n] - zeros[g_idx[k], n]); laid out as `gptq.packing` wants it."""
+    """weight[n, k] = scales[g_idx[k], n] * (q[k, n] - zeros[g_idx[k], n]), laid out for `checkpoint.packing`."""
 
     q: Tensor
     """uint8 [K, N], below 2**bits"""
@@ -105,19 +105,19 @@ class Hessian:
 
 @dataclass(frozen=True)
 class Factor:
-    """What quantising needs of a Hessian."""
+    """What quantizing needs of a Hessian."""
 
     upper: Tensor
     """[K, K]: upper Cholesky factor of the inverse of the damped Hessian, channels in the order of `perm`"""
     perm: Tensor
-    """int64 [K]: channel quantised at each step"""
+    """int64 [K]: channel quantized at each step"""
     dead: Tensor
     """bool [K]: channels that were 0 in all inputs; their weights become 0"""
     damp_percent: float
     """what it took"""
 
 
-def factorize(hessian: Tensor, settings: QuantizeSettings) -> Factor:
+def factorize(hessian: Tensor, settings: QuantizeOptions) -> Factor:
     """`hessian` [K, K] -> its Factor, same dtype and device. QuantizeError where even full damping does not help."""
     if not bool(torch.isfinite(hessian).all()):
         raise QuantizeError("the Hessian holds values that are not finite: the calibration inputs overflowed")
@@ -173,7 +173,7 @@ class _Params:
         return torch.clamp(torch.round(column / self.scale) + self.zero, 0, maxq)
 
 
-def _find_params(weight: Tensor, settings: QuantizeSettings) -> _Params:
+def _find_params(weight: Tensor, settings: QuantizeOptions) -> _Params:
     """From the smallest and largest value of each row of `weight` [N, g]; the range always holds 0.
 
     With sym, a row without negative values gets the middle zero point all the same and uses half of its range: so do
@@ -193,7 +193,7 @@ def _find_params(weight: Tensor, settings: QuantizeSettings) -> _Params:
     return _Params(scale, zero)
 
 
-def quantize(weight: Tensor, factor: Factor, settings: QuantizeSettings) -> QuantizedLinear:
+def quantize(weight: Tensor, factor: Factor, settings: QuantizeOptions) -> QuantizedLinear:
     """GPTQ on `weight` [N, K]; float64 is computed in float64, everything else in float32, where `factor` lives.
 
     ValueError where the weight does not fit the factor.
@@ -254,7 +254,7 @@ def quantize(weight: Tensor, factor: Factor, settings: QuantizeSettings) -> Quan
     )
 
 
-def round_to_nearest(weight: Tensor, settings: QuantizeSettings) -> QuantizedLinear:
+def round_to_nearest(weight: Tensor, settings: QuantizeOptions) -> QuantizedLinear:
     """Each weight on its own, no calibration: what GPTQ has to beat. Groups are sequential."""
     num_inputs = weight.shape[1]
     plain = Factor(

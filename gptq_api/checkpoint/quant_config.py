@@ -1,4 +1,4 @@
-"""What the configuration files claim about the quantisation. The tensors decide; this is cross-checked against them,
+"""What the configuration files claim about the quantization. The tensors decide; this is cross-checked against them,
 and used where tensors cannot tell (the zero version of an asymmetric checkpoint)."""
 
 from __future__ import annotations
@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gptq_api.gptq.claims import Claim, Rule, parse_claim, parse_dynamic, parse_extra_config
-from gptq_api.gptq.errors import CheckpointError
-from gptq_api.gptq.files import read_json
-from gptq_api.gptq.packing import ZeroVersion
-from gptq_api.gptq.tensors import TensorStore
+from gptq_api.checkpoint.claims import Claim, Rule, parse_claim, parse_dynamic, parse_extra_config
+from gptq_api.checkpoint.errors import CheckpointError
+from gptq_api.checkpoint.files import read_json
+from gptq_api.checkpoint.packing import ZeroVersion
+from gptq_api.checkpoint.tensors import TensorStore
 
 _GPTQ_INSTEAD = "use a GPTQ checkpoint of the model"
 _METHODS = {
@@ -34,7 +34,7 @@ _METHODS = {
     "mxfp4": ("MXFP4", _GPTQ_INSTEAD),
     "torchao": ("torchao", _GPTQ_INSTEAD),
     "qqq": ("QQQ", _GPTQ_INSTEAD),
-    "gptq_p": ("GPTQModel's planar gptq_p", "quantise again with format gptq"),
+    "gptq_p": ("GPTQModel's planar gptq_p", "quantize again with format gptq"),
     "paroquant": ("ParoQuant", _GPTQ_INSTEAD),
     "ipex": ("IPEX-packed", "use the original GPTQ checkpoint"),
 }
@@ -47,20 +47,20 @@ class QuantConfig:
     """None: the files do not say."""
 
     source: str | None = None
-    """the file the values came from; None: there is no quantisation config at all"""
+    """the file the values came from; None: there is no quantization config at all"""
     claim: Claim = field(default_factory=Claim)
     """about every module that no rule names"""
     rules: tuple[Rule, ...] = ()
     zero_version: ZeroVersion | None = None
     lm_head: bool | None = None
-    """whether the head is quantised"""
+    """whether the head is quantized"""
 
 
 def read_quant_config(folder: Path, store: TensorStore | None = None) -> QuantConfig:
     """From quantize_config.json, quant_config.json, config.json's quantization_config, or what some writers put into
     the weights file, in this order.
 
-    CheckpointError for other quantisation methods and formats, by name, and for files that are not JSON objects.
+    CheckpointError for other quantization methods and formats, by name, and for files that are not JSON objects.
     """
     for name in ("quantize_config.json", "quant_config.json"):
         if (folder / name).is_file():
@@ -82,7 +82,7 @@ def parse_quant_config(raw: dict[str, Any], source: str) -> QuantConfig:
     _refuse_other_methods(raw, source)
     pack_dtype = raw.get("pack_dtype")
     if pack_dtype not in (None, "int32", "torch.int32"):
-        raise CheckpointError(f"{source}: pack_dtype {pack_dtype!r:.60} is not supported; quantise again with int32")
+        raise CheckpointError(f"{source}: pack_dtype {pack_dtype!r:.60} is not supported; quantize again with int32")
     lm_head = raw.get("lm_head")
     return QuantConfig(
         source=source,
@@ -132,7 +132,7 @@ def _refuse_other_methods(raw: dict[str, Any], source: str) -> None:
     method = next((name for name in named[:2] if name), "gptq").lower()
     if method not in ("gptq", "gptq_v2", *_AUTO_ROUND):
         raise CheckpointError(
-            f"{source} names the quantisation method {method!r:.60}; only GPTQ checkpoints are served"
+            f"{source} names the quantization method {method!r:.60}; only GPTQ checkpoints are served"
         )
     form = next((name for name in named[2:4] if name), "gptq").lower()
     if form not in ("gptq", "gptq_v2", *_AUTO_ROUND) and packing is None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import regex
 
-from gptq_api.gptq.errors import CheckpointError
+from gptq_api.checkpoint.errors import CheckpointError
 
 _MAX_RULES = 10_000
 _MAX_PATTERN = 1000
@@ -21,7 +21,7 @@ _MATCH_SECONDS = 0.5
 class Claim:
     """What is said of a module; None: nothing."""
 
-    quantised: bool | None = None
+    quantized: bool | None = None
     bits: int | None = None
     group_size: int | None = None
     desc_act: bool | None = None
@@ -38,7 +38,7 @@ class Rule:
 
 
 def parse_dynamic(raw: Any, source: str) -> tuple[Rule, ...]:
-    """GPTQModel: an ordered object of regex -> overrides; `-:` in front means not quantised, `+:` nothing; the first
+    """GPTQModel: an ordered object of regex -> overrides; `-:` in front means not quantized, `+:` nothing; the first
     match wins. CheckpointError for what is none of that."""
     rules = []
     for key, value in _entries(raw, source, "dynamic"):
@@ -47,18 +47,18 @@ def parse_dynamic(raw: Any, source: str) -> tuple[Rule, ...]:
             regex.compile(pattern)
         except (regex.error, OverflowError, RecursionError, ValueError) as error:
             raise CheckpointError(f"{source}: dynamic holds {key[:60]!r}, no regular expression ({error})") from None
-        claim = Claim(quantised=False) if key.startswith("-:") else parse_claim(value, f"{source} (dynamic)")
+        claim = Claim(quantized=False) if key.startswith("-:") else parse_claim(value, f"{source} (dynamic)")
         rules.append(Rule(pattern, False, claim))
     return tuple(rules)
 
 
 def parse_extra_config(raw: Any, source: str) -> tuple[Rule, ...]:
-    """AutoRound: module name -> overrides; 16 bits or more mean not quantised."""
+    """AutoRound: module name -> overrides; 16 bits or more mean not quantized."""
     rules = []
     for key, value in _entries(raw, source, "extra_config"):
         claim = parse_claim(value, f"{source} (extra_config)")
         if claim.bits is not None and claim.bits >= 16:
-            claim = Claim(quantised=False)
+            claim = Claim(quantized=False)
         rules.append(Rule(key, True, claim))
     return tuple(rules)
 
@@ -85,7 +85,7 @@ class ClaimTable:
 
     def of(self, module: str) -> Claim:
         claim = self._exact.get(module) or self._match(module)
-        if claim is None or claim.quantised is False:
+        if claim is None or claim.quantized is False:
             return claim or self._default
         given = {key: value for key, value in vars(claim).items() if value is not None}
         return replace(self._default, **given)

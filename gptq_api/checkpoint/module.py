@@ -1,4 +1,4 @@
-"""One quantised Linear: its tensors checked against each other and decoded. Settings are read from the tensors;
+"""One quantized Linear: its tensors checked against each other and decoded. Settings are read from the tensors;
 nothing here trusts a config. Layout: docstring of packing.py; y = x W^T, W [N, K], `W[n, k] = scales[g, n] * (q[k, n]
 - zeros[g, n])` with g = g_idx[k]."""
 
@@ -9,18 +9,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gptq_api.gptq.errors import CheckpointError
-from gptq_api.gptq.foreign import foreign_module
-from gptq_api.gptq.packing import SUPPORTED_BITS, ZeroVersion, unpack_qzeros, values_per_unit
-from gptq_api.gptq.tensors import TensorStore
-from gptq_api.gptq.zeros import sniff_zero_version, whole_zeros
+from gptq_api.checkpoint.errors import CheckpointError
+from gptq_api.checkpoint.foreign import foreign_module
+from gptq_api.checkpoint.packing import SUPPORTED_BITS, ZeroVersion, unpack_qzeros, values_per_unit
+from gptq_api.checkpoint.tensors import TensorStore
+from gptq_api.checkpoint.zeros import sniff_zero_version, whole_zeros
 
 _GROUP_SIZES = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
 
 
 @dataclass(frozen=True)
 class GPTQTensors:
-    """A quantised Linear with K inputs and N outputs in G groups."""
+    """A quantized Linear with K inputs and N outputs in G groups."""
 
     qweight: Tensor
     """int32 [K * bits / 32, N], as in the file"""
@@ -103,7 +103,7 @@ def _shape(store: TensorStore, module: str) -> ModuleShape:
             store,
             module,
             "qzeros",
-            f"{qzeros} gives no bit width in {SUPPORTED_BITS} for {out_features} outputs; {remedy}quantise again",
+            f"{qzeros} gives no bit width in {SUPPORTED_BITS} for {out_features} outputs; {remedy}quantize again",
         )
     in_features, rest = divmod(qweight[0] * 32, bits)
     if rest or in_features % values_per_unit(bits) or num_groups > in_features:
@@ -134,7 +134,7 @@ def _shape_of_march_2023(store: TensorStore, module: str) -> ModuleShape:
             module,
             "qweight",
             f"{qweight} holds no rows of {in_features} inputs of {SUPPORTED_BITS} bits, and without qzeros (before "
-            "2023-03-20) nothing else tells; quantise again",
+            "2023-03-20) nothing else tells; quantize again",
         )
     return ModuleShape(in_features, qweight[1], bits, 1, float_zeros=True)
 
@@ -156,12 +156,12 @@ def _check_types(store: TensorStore, module: str, words: tuple[str, ...], floats
         if store.dtype(f"{module}.{part}") != torch.int32:
             found = store.dtype_name(f"{module}.{part}")
             raise _bad(
-                store, module, part, f"is {found}, and only words of int32 (pack_dtype int32) are read; quantise again"
+                store, module, part, f"is {found}, and only words of int32 (pack_dtype int32) are read; quantize again"
             )
     for part in floats:
         if not store.is_float(f"{module}.{part}"):
             found = store.dtype_name(f"{module}.{part}")
-            raise _bad(store, module, part, f"is {found} where a float type is expected; quantise again")
+            raise _bad(store, module, part, f"is {found} where a float type is expected; quantize again")
 
 
 def _check_g_idx(store: TensorStore, module: str, in_features: int) -> None:
@@ -173,7 +173,7 @@ def _check_g_idx(store: TensorStore, module: str, in_features: int) -> None:
         fused = " (those of a fused module, saved from a running server)"
     found = store.dtype_name(f"{module}.g_idx")
     raise _bad(
-        store, module, "g_idx", f"is {found} {shape}{fused} where int32 ({in_features},) is expected; quantise again"
+        store, module, "g_idx", f"is {found} {shape}{fused} where int32 ({in_features},) is expected; quantize again"
     )
 
 
@@ -213,14 +213,14 @@ def read_scales(store: TensorStore, module: str) -> Tensor:
     # A NaN survives minimum and maximum, and this is several times faster than isfinite on float16.
     low, high = scales.aminmax()
     if not bool(torch.isfinite(low) & torch.isfinite(high)):
-        raise _bad(store, module, "scales", "holds NaN or infinity; download the file again or quantise again")
+        raise _bad(store, module, "scales", "holds NaN or infinity; download the file again or quantize again")
     return scales
 
 
 def _read_float_zeros(store: TensorStore, module: str, shape: ModuleShape, scales: Tensor) -> Tensor:
     zeros = store.read(f"{module}.zeros")
     if not bool(torch.isfinite(zeros).all()):
-        raise _bad(store, module, "zeros", "holds NaN or infinity; download the file again or quantise again")
+        raise _bad(store, module, "zeros", "holds NaN or infinity; download the file again or quantize again")
     whole = whole_zeros(zeros, scales, shape.bits)
     if whole is None:
         top = (1 << shape.bits) - 1
@@ -235,7 +235,7 @@ def read_bias(store: TensorStore, module: str) -> Tensor | None:
     if f"{module}.bias" not in store:
         return None
     if not store.is_float(f"{module}.bias"):
-        raise _bad(store, module, "bias", f"is {store.dtype_name(f'{module}.bias')}, no float type; quantise again")
+        raise _bad(store, module, "bias", f"is {store.dtype_name(f'{module}.bias')}, no float type; quantize again")
     bias = store.read(f"{module}.bias").clone()
     if not bool(torch.isfinite(bias).all()):
         raise _bad(store, module, "bias", "holds NaN or infinity; download the file again")
@@ -273,7 +273,7 @@ def read_groups(store: TensorStore, module: str, shape: ModuleShape) -> tuple[Te
                 store,
                 module,
                 "scales",
-                f"has {num_groups} groups, which no group size gives for {k} inputs; quantise again",
+                f"has {num_groups} groups, which no group size gives for {k} inputs; quantize again",
             )
         positions = torch.arange(k, dtype=torch.int32, device=store.device)
         return positions // (size if size > 0 else k), size, False

@@ -37,7 +37,7 @@ except ImportError as error:  # installed without nvcc: a reason to give, not to
 else:
     _MISSING = ""
 
-__all__ = ["PackedLinear", "dequantise", "gemm", "is_available", "pack", "refusal", "unavailable_reason"]
+__all__ = ["PackedLinear", "dequantize", "gemm", "is_available", "pack", "refusal", "unavailable_reason"]
 
 DECODE_MAX_M = 32
 WGMMA_MIN_M = 9
@@ -46,7 +46,7 @@ ROW_MULTIPLE = 192
 """rows in the tiles that large products are made of; by the times that ext/gemm_wgmma.cu chooses them by, 1,437 rows of
 13B take 7 % longer a row than 1,536"""
 SCRATCH_BYTES = 128 << 20
-"""largest dequantised block: of the order of the L2, small beside any model"""
+"""largest dequantized block: of the order of the L2, small beside any model"""
 
 
 def unavailable_reason() -> str | None:
@@ -213,11 +213,11 @@ def gemm(
     return out
 
 
-def dequantise(weight: PackedLinear, dtype: torch.dtype) -> Tensor:
+def dequantize(weight: PackedLinear, dtype: torch.dtype) -> Tensor:
     """fp16 or bf16 [N, K], k in the packed (sorted) order."""
     out = torch.empty(weight.out_features, weight.in_features, dtype=dtype, device=weight.data.device)
     with torch.cuda.device(out.device):
-        _dequantise(weight, out, 0, weight.data.shape[0])
+        _dequantize(weight, out, 0, weight.data.shape[0])
     return out
 
 
@@ -304,7 +304,7 @@ def _wgmma(
         out.copy_(y)
 
 
-def _dequantise(w: PackedLinear, out: Tensor, first: int, count: int) -> None:
+def _dequantize(w: PackedLinear, out: Tensor, first: int, count: int) -> None:
     shape = (w.out_features, w.in_features, out.stride(0), first, count)
     format_ = (w.paired, w.groups_per_chunk, w.has_zeros, out.dtype == torch.bfloat16)
     _cuda.dequant(w.data.data_ptr(), out.data_ptr(), *shape, *format_, _stream(out))
@@ -322,7 +322,7 @@ def _by_cublas(
     add = residual if residual is not None and not silu_mul else None
     for first in range(0, n, rows):
         count = min(rows, n - first)
-        _dequantise(w, scratch, first // STRIP_ROWS, count // STRIP_ROWS)
+        _dequantize(w, scratch, first // STRIP_ROWS, count // STRIP_ROWS)
         part = torch.mm(x, scratch[:count].t())
         if bias is not None:
             part += bias[first : first + count]

@@ -8,7 +8,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from gptq_api.gptq.packing import ZeroVersion, pack_qzeros, unpack_qzeros, values_per_unit
+from gptq_api.checkpoint.packing import ZeroVersion, pack_qzeros, unpack_qzeros, values_per_unit
 
 _SAMPLE_WORDS = 4096
 _WHOLE = 1e-2
@@ -63,7 +63,7 @@ class ZeroStatistics:
         return int(self.counts.argmax())
 
     def complaint(self) -> str | None:
-        """A sentence where they are not what asymmetric quantisation gives: weights are about as often negative as
+        """A sentence where they are not what asymmetric quantization gives: weights are about as often negative as
         positive, so zero points lie around the middle, (2**bits - 1) / 2, and the wrong version moves them by one.
 
         Nothing is said of 8 bits, where a step does not show.
@@ -85,7 +85,7 @@ class ZeroStatistics:
             )
         return (
             f"{text}, far from the usual {middle:g}: neither v1 nor v2 explains it; if answers are nonsense, "
-            "download the checkpoint again or quantise again"
+            "download the checkpoint again or quantize again"
         )
 
 

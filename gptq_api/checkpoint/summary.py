@@ -1,4 +1,4 @@
-"""What a checkpoint's quantisation is and whether it is sound, from headers, zero points, scales and g_idx; the
+"""What a checkpoint's quantization is and whether it is sound, from headers, zero points, scales and g_idx; the
 weights are not read."""
 
 from __future__ import annotations
@@ -6,16 +6,16 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
-from gptq_api.gptq.checkpoint import Checkpoint
-from gptq_api.gptq.module import ModuleShape, read_groups, read_scales
-from gptq_api.gptq.zeros import histogram, sniff_zero_version
+from gptq_api.checkpoint.checkpoint import Checkpoint
+from gptq_api.checkpoint.module import ModuleShape, read_groups, read_scales
+from gptq_api.checkpoint.zeros import histogram, sniff_zero_version
 
 _MAX_SCALE_BYTES = 256 * 2**20
 
 
 @dataclass(frozen=True)
 class Summary:
-    """Counts of quantised modules by property."""
+    """Counts of quantized modules by property."""
 
     num_modules: int
     bits: dict[int, int]
@@ -32,7 +32,7 @@ class Summary:
 
 
 def summarise(checkpoint: Checkpoint) -> Summary:
-    """One pass over the small tensors of every quantised module. CheckpointError, as loading would raise it, for scales
+    """One pass over the small tensors of every quantized module. CheckpointError, as loading would raise it, for scales
     that are not finite and for a g_idx that is none."""
     bits: Counter[int] = Counter()
     sizes: Counter[int] = Counter()

@@ -1,10 +1,10 @@
-"""What a set of tensors is when it is not GPTQ: other quantisations by the names, types and shapes they leave."""
+"""What a set of tensors is when it is not GPTQ: other quantizations by the names, types and shapes they leave."""
 
 from __future__ import annotations
 
 import torch
 
-from gptq_api.gptq.tensors import TensorStore
+from gptq_api.checkpoint.tensors import TensorStore
 
 _GPTQ_INSTEAD = "use a GPTQ one of the model"
 _ENDINGS = {
@@ -25,7 +25,7 @@ _ENDINGS = {
     ".weight_scale_2": f"an NVFP4 checkpoint (ModelOpt); {_GPTQ_INSTEAD}",
     ".weight_scale_inv": f"an FP8 checkpoint; {_GPTQ_INSTEAD}",
     ".weight_scale": f"an FP8 or INT8 checkpoint; {_GPTQ_INSTEAD}",
-    ".lora_A.weight": "a LoRA adapter, not a model; merge it into its base model and quantise that",
+    ".lora_A.weight": "a LoRA adapter, not a model; merge it into its base model and quantize that",
 }
 
 
@@ -42,7 +42,7 @@ def foreign_checkpoint(store: TensorStore) -> str:
             return f"{file}: tensor {name} belongs to an FP8 checkpoint; {_GPTQ_INSTEAD}"
     if any(name.endswith(".weight") for name in names):
         return (
-            f"{file} holds no quantised tensors (an FP16/BF16 model?); use a GPTQ checkpoint of the model, or make "
+            f"{file} holds no quantized tensors (an FP16/BF16 model?); use a GPTQ checkpoint of the model, or make "
             "one with gptq-api quantize"
         )
     return f"{file} holds no GPTQ tensors (*.qweight); use a GPTQ checkpoint of the model"

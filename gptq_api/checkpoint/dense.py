@@ -1,5 +1,5 @@
-"""Unquantised models through the same door as GPTQ checkpoints: a folder of FP16 weights, to quantise or to measure
-against, and the weights of a GPTQ checkpoint as they are after dequantisation."""
+"""Unquantized models through the same door as GPTQ checkpoints: a folder of FP16 weights, to quantize or to measure
+against, and the weights of a GPTQ checkpoint as they are after dequantization."""
 
 from __future__ import annotations
 
@@ -9,40 +9,40 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from gptq_api.gptq.checkpoint import Checkpoint, CheckpointError
-from gptq_api.gptq.device_reader import DeviceReader
-from gptq_api.gptq.files import WeightFiles, candidates, read_json
-from gptq_api.gptq.packing import unpack_qweight
-from gptq_api.gptq.quant_config import QuantConfig
-from gptq_api.gptq.tensors import TensorStore
+from gptq_api.checkpoint.checkpoint import Checkpoint, CheckpointError
+from gptq_api.checkpoint.device_reader import DeviceReader
+from gptq_api.checkpoint.files import WeightFiles, candidates, read_json
+from gptq_api.checkpoint.packing import unpack_qweight
+from gptq_api.checkpoint.quant_config import QuantConfig
+from gptq_api.checkpoint.tensors import TensorStore
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def open_dense(folder: Path, ckpt: Path | None = None) -> Checkpoint:
     """A model folder in float16, bfloat16 or float32 (or the weights file `ckpt` in it), as a Checkpoint without
-    quantised modules.
+    quantized modules.
 
-    CheckpointError for what is not a model folder, and for one that is quantised already.
+    CheckpointError for what is not a model folder, and for one that is quantized already.
     """
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is no folder; name the folder of an FP16, BF16 or FP32 model")
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder} has no config.json; is it the folder of a model?")
-    quantised = read_json(folder / "config.json").get("quantization_config")
-    if quantised is not None or (folder / "quantize_config.json").is_file():
-        method = quantised.get("quant_method") if isinstance(quantised, dict) else None
+    quantized = read_json(folder / "config.json").get("quantization_config")
+    if quantized is not None or (folder / "quantize_config.json").is_file():
+        method = quantized.get("quant_method") if isinstance(quantized, dict) else None
         raise CheckpointError(
-            f"{folder} is quantised already ({method or 'quantize_config.json'}); use the FP16 model it was made of"
+            f"{folder} is quantized already ({method or 'quantize_config.json'}); use the FP16 model it was made of"
         )
     store = TensorStore(_weights(folder, ckpt))
     for name in sorted(store.names):
         if name.endswith(".qweight"):
-            raise CheckpointError(f"{store.file(name)} is quantised already; use the FP16 model it was made of")
+            raise CheckpointError(f"{store.file(name)} is quantized already; use the FP16 model it was made of")
         if name.endswith(".weight") and store.dtype(name) not in _FLOATS:
             raise CheckpointError(
                 f"{store.file(name)}: tensor {name} is {store.dtype(name)}, not float16, bfloat16 or float32; "
-                "use the unquantised model"
+                "use the unquantized model"
             )
     return Checkpoint(folder, store, QuantConfig(), {}, 1, ())
 
@@ -60,12 +60,12 @@ def _weights(folder: Path, ckpt: Path | None) -> WeightFiles:
 
 
 @dataclass(frozen=True)
-class DequantisedCheckpoint(Checkpoint):
+class DequantizedCheckpoint(Checkpoint):
     """A GPTQ checkpoint that says it is not one: its modules have a dense float32 `weight`."""
 
     source: Checkpoint
 
-    def on(self, reader: DeviceReader) -> DequantisedCheckpoint:
+    def on(self, reader: DeviceReader) -> DequantizedCheckpoint:
         source = self.source.on(reader)
         return replace(self, store=source.store, source=source)
 
@@ -87,6 +87,6 @@ class DequantisedCheckpoint(Checkpoint):
         return centred.mul_(t.scales.float()[groups]).t().contiguous()
 
 
-def dequantised(checkpoint: Checkpoint) -> DequantisedCheckpoint:
+def dequantized(checkpoint: Checkpoint) -> DequantizedCheckpoint:
     c = checkpoint
-    return DequantisedCheckpoint(c.folder, c.store, c.config, {}, c.default_zero_version, c.warnings, c)
+    return DequantizedCheckpoint(c.folder, c.store, c.config, {}, c.default_zero_version, c.warnings, c)

@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from gptq_api.gptq.errors import CheckpointError
+from gptq_api.checkpoint.errors import CheckpointError
 
 _DTYPES = {
     "F64": torch.float64,

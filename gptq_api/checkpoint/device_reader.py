@@ -14,7 +14,7 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from gptq_api.gptq.safetensors_file import read_into
+from gptq_api.checkpoint.safetensors_file import read_into
 
 _PIECE = 8 * 2**20
 _MOST_THREADS = 8

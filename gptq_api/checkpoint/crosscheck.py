@@ -6,13 +6,13 @@ from dataclasses import dataclass
 
 import torch
 
-from gptq_api.gptq.claims import ClaimTable
-from gptq_api.gptq.errors import CheckpointError
-from gptq_api.gptq.module import ModuleShape, infer_group_size, is_permuted
-from gptq_api.gptq.packing import ZeroVersion
-from gptq_api.gptq.quant_config import QuantConfig
-from gptq_api.gptq.tensors import TensorStore
-from gptq_api.gptq.zeros import ZeroStatistics, histogram, sniff_zero_version
+from gptq_api.checkpoint.claims import ClaimTable
+from gptq_api.checkpoint.errors import CheckpointError
+from gptq_api.checkpoint.module import ModuleShape, infer_group_size, is_permuted
+from gptq_api.checkpoint.packing import ZeroVersion
+from gptq_api.checkpoint.quant_config import QuantConfig
+from gptq_api.checkpoint.tensors import TensorStore
+from gptq_api.checkpoint.zeros import ZeroStatistics, histogram, sniff_zero_version
 
 
 @dataclass(frozen=True)
@@ -70,8 +70,8 @@ def contradictions(store: TensorStore, shapes: dict[str, ModuleShape], config: Q
     table = ClaimTable(config.claim, config.rules)
     for module, shape in shapes.items():
         claim = table.of(module)
-        if claim.quantised is False:
-            warnings.setdefault("quantised", f"{module} is not quantised but it is")
+        if claim.quantized is False:
+            warnings.setdefault("quantized", f"{module} is not quantized but it is")
         if claim.bits not in (None, shape.bits):
             warnings.setdefault("bits", f"{claim.bits} bits but {module} has {shape.bits}")
         if claim.group_size is not None and not _fits(shape, claim.group_size):
@@ -82,7 +82,7 @@ def contradictions(store: TensorStore, shapes: dict[str, ModuleShape], config: Q
             warnings.setdefault("sym", f"sym is true but the zero points of {module} differ")
     if config.lm_head is not None and config.lm_head != ("lm_head" in shapes) and not config.rules:
         state = "is" if config.lm_head else "is not"
-        warnings["head"] = f"lm_head {state} quantised but the file has it otherwise"
+        warnings["head"] = f"lm_head {state} quantized but the file has it otherwise"
     if table.gave_up:
         warnings["time"] = "dynamic patterns that take too long to match"
     return [f"{config.source} says {text}; the tensors decide" for text in warnings.values()]
