@@ -13,10 +13,12 @@ from typing import Any, ClassVar, Literal, get_args, get_origin
 from pydantic import AliasChoices, Field, ValidationInfo, field_validator, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
+from gptq_api.errors import UserError
+
 ENV_PREFIX = "GPTQ_API_"
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError):
     """A setting is wrong; the text names the field, its source and the remedy. The command exits with status 2."""
 
 

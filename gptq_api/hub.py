@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gptq_api.config import Settings
+from gptq_api.errors import UserError
 
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 _SHARD = re.compile(r"(?P<stem>.+)-\d{5}-of-\d{5}")
@@ -27,7 +28,7 @@ _ALLOWED = re.compile(
 )
 
 
-class HubError(ValueError):
+class HubError(UserError):
     """A model cannot be had: one sentence that says what was tried."""
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1] / "gptq_api"
-FLOOR = {"config", "settings_source", "types", "step", "logs"}
+FLOOR = {"errors", "config", "settings_source", "types", "step", "logs"}
 MAY_IMPORT = {
     "cli": {"api", "hub", "text", "engine", "quantize", "bench", "checkpoint", "model", "demo"},
     "bench": {"text", "model", "checkpoint"},

@@ -6,9 +6,10 @@ import errno
 import socket
 
 from gptq_api.api.protocol import SEND_BUFFER
+from gptq_api.errors import UserError
 
 
-class PortError(RuntimeError):
+class PortError(UserError):
     """The address cannot be had: one sentence with the remedy."""
 
 

@@ -22,16 +22,17 @@ from starlette.types import ASGIApp
 
 from gptq_api import __version__
 from gptq_api.api.app import build_app
-from gptq_api.api.listen import PortError, bind, in_use
+from gptq_api.api.listen import bind, in_use
 from gptq_api.api.middleware import RequestMiddleware
 from gptq_api.api.protocol import MAX_HEADER_BYTES, edge_protocol
 from gptq_api.api.service import Service
 from gptq_api.config import Settings
-from gptq_api.engine.client import EngineClient, EngineFailed
+from gptq_api.engine.client import EngineClient
+from gptq_api.errors import UserError
 from gptq_api.logs import configure
-from gptq_api.text.chat_template import ChatTemplate, ChatTemplateError, load_chat_template
-from gptq_api.text.folder import FolderError, checkpoint_folder
-from gptq_api.text.tokenizer import Tokenizer, TokenizerError, load_tokenizer
+from gptq_api.text.chat_template import ChatTemplate, load_chat_template
+from gptq_api.text.folder import checkpoint_folder
+from gptq_api.text.tokenizer import Tokenizer, load_tokenizer
 
 log = structlog.get_logger()
 
@@ -50,7 +51,7 @@ def run(settings: Settings) -> int:
     _allow_connections()
     try:
         return asyncio.run(_run(settings))
-    except (PortError, EngineFailed, FolderError, TokenizerError, ChatTemplateError) as error:
+    except UserError as error:
         sentence = f"gptq-api serve: {error}"
         if settings.log_json:
             log.error(sentence)

@@ -18,12 +18,13 @@ import msgspec
 import torch
 from torch.nn import functional
 
-from gptq_api.bench.row import Job, Row
+from gptq_api.bench.row import EXIT_TOLD, Job, Row
 from gptq_api.bench.synthetic import synthetic_checkpoint
 from gptq_api.checkpoint.checkpoint import Checkpoint, CheckpointError, open_checkpoint
 from gptq_api.checkpoint.dense import dequantized, open_dense
 from gptq_api.checkpoint.summary import summarise
 from gptq_api.config import Settings
+from gptq_api.errors import UserError
 from gptq_api.model.config import read_config
 from gptq_api.model.loaded import LoadedRunner
 from gptq_api.model.runner import make_runner, resolve_device
@@ -200,9 +201,12 @@ def main() -> int:
     job = msgspec.json.decode(sys.stdin.buffer.read(), type=Job)
     try:
         row = measure(job)
-    except (ValueError, OSError, MemoryError) as error:
-        print((str(error).splitlines() or [type(error).__name__])[0], file=sys.stderr)
-        return 1
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return EXIT_TOLD
+    except MemoryError:
+        print("there is not enough memory for this model", file=sys.stderr)
+        return EXIT_TOLD
     sys.stdout.buffer.write(msgspec.json.encode(row))
     return 0
 

@@ -6,6 +6,9 @@ from typing import Literal
 
 import msgspec
 
+EXIT_TOLD = 3
+"""exit status of a measuring process whose last words on stderr are a sentence for the user"""
+
 Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Kind = Literal["gptq", "dense", "dequantized"]

@@ -17,8 +17,9 @@ from rich.console import Console
 from rich.table import Table
 
 from gptq_api import __version__
-from gptq_api.bench.row import Job, Kind, Row
+from gptq_api.bench.row import EXIT_TOLD, Job, Kind, Row
 from gptq_api.config import BenchSettings
+from gptq_api.errors import UserError, writing
 from gptq_api.hub import is_hub_name, local_model
 from gptq_api.text.folder import checkpoint_folder
 
@@ -28,7 +29,7 @@ _WEIGHTS = (".safetensors", ".pt", ".pth", ".bin")
 _SMALL_BYTES = 64 * 2**20
 
 
-class BenchError(ValueError):
+class BenchError(UserError):
     """One sentence for the user."""
 
 
@@ -36,23 +37,28 @@ def run(settings: BenchSettings) -> int:
     """Measure and print. Exit status: 0 measured, 1 a model could not be (a sentence on stderr), 130 stopped by ^C."""
     try:
         _check_outputs(settings)
-        rows = [_measure(job) for job in _jobs(settings)]
-    except (ValueError, OSError) as error:
+        _report(settings, [_measure(job) for job in _jobs(settings)])
+    except UserError as error:
         print(f"gptq-api bench: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("\ngptq-api bench: stopped", file=sys.stderr)
         return _INTERRUPTED
+    return 0
+
+
+def _report(settings: BenchSettings, rows: list[Row]) -> None:
     console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
     console.print(_table(rows))
     for note in _notes(rows, settings):
         console.print(note, soft_wrap=True)
     if settings.json_file is not None:
         report = {"machine": _machine(rows[0]), "rows": [as_json(row, rows[0]) for row in rows]}
-        settings.json_file.write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=2) + b"\n")
+        with writing(settings.json_file):
+            settings.json_file.write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=2) + b"\n")
     if settings.png is not None:
-        _chart(rows, settings.png)
-    return 0
+        with writing(settings.png):
+            _chart(rows, settings.png)
 
 
 def _check_outputs(settings: BenchSettings) -> None:
@@ -163,8 +169,12 @@ def _measure(job: Job) -> Row:
     finally:
         process.kill()  # where ^C came in between
     if process.returncode != 0:
-        lines = err.decode(errors="replace").strip().splitlines() or [f"the process left with {process.returncode}"]
-        raise BenchError(f"{job.name}: {lines[-1]}" if job.name not in lines[-1] else lines[-1])
+        told = err.decode(errors="replace").strip()
+        if process.returncode != EXIT_TOLD:  # a bug of ours, or a signal
+            print(told, file=sys.stderr)
+            raise BenchError(f"{job.name}: the process that measured it left with {process.returncode}")
+        last = told.splitlines()[-1]
+        raise BenchError(f"{job.name}: {last}" if job.name not in last else last)
     return msgspec.json.decode(out, type=Row)
 
 

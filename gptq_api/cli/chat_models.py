@@ -12,16 +12,17 @@ import msgspec
 
 from gptq_api.config import ChatSettings
 from gptq_api.engine.client import EngineClient, EngineDead, EngineFailed, EngineStalled
-from gptq_api.text.chat_template import ChatTemplateError, load_chat_template
-from gptq_api.text.folder import FolderError, checkpoint_folder
+from gptq_api.errors import UserError
+from gptq_api.text.chat_template import load_chat_template
+from gptq_api.text.folder import checkpoint_folder
 from gptq_api.text.stream import TextStream
-from gptq_api.text.tokenizer import NoRowError, TokenizerError, load_tokenizer
+from gptq_api.text.tokenizer import load_tokenizer
 from gptq_api.types import SamplingParams
 
 Message = dict[str, Any]
 
 
-class ChatError(RuntimeError):
+class ChatError(UserError):
     """One sentence for the user. `fatal`: there is nobody left to talk to."""
 
     def __init__(self, message: str, *, fatal: bool = False) -> None:
@@ -61,7 +62,7 @@ class LocalModel:
             self._template = load_chat_template(
                 folder, self._tokenizer, override=settings.chat_template, model_name=name
             )
-        except (FolderError, TokenizerError, ChatTemplateError) as error:
+        except UserError as error:
             raise ChatError(str(error), fatal=True) from None
         self._client = EngineClient(settings)
         self.description = ""
@@ -120,7 +121,7 @@ class LocalModel:
             try:
                 prompt = self._template.render(_without_oldest(messages, report.num_dropped))
                 self._tokenizer.check_rows(prompt, self._ready.vocab_size)
-            except (ChatTemplateError, NoRowError) as error:
+            except UserError as error:
                 raise ChatError(str(error)) from None
             if len(prompt) + room <= limit:
                 return prompt

@@ -9,13 +9,14 @@ from collections import Counter
 from typing import Any
 
 from gptq_api.config import InspectSettings
+from gptq_api.errors import UserError
 
 
 def run(settings: InspectSettings) -> int:
     """Print the facts. Exit status: 0 a checkpoint we serve, 1 not one (a sentence on stderr says why)."""
     try:
         facts = inspect(settings)
-    except ValueError as error:
+    except UserError as error:
         print(f"gptq-api inspect: {error}", file=sys.stderr)
         return 1
     if settings.json_output:

@@ -16,7 +16,8 @@ from gptq_api.config import (
     QuantizeSettings,
     Settings,
 )
-from gptq_api.hub import HubError, with_local_model
+from gptq_api.errors import UserError
+from gptq_api.hub import with_local_model
 from gptq_api.settings_source import load_settings
 
 COMMANDS: dict[str, tuple[type[CommandSettings], str]] = {
@@ -66,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if isinstance(settings, Settings) and not (isinstance(settings, ChatSettings) and settings.url):
             settings = with_local_model(settings)
-    except HubError as error:
+    except UserError as error:
         print(f"gptq-api {name}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

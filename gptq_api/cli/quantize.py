@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from gptq_api.config import ConfigError, QuantizeSettings
+from gptq_api.errors import UserError
 from gptq_api.hub import is_hub_name, local_model
 from gptq_api.text.chat_template import load_chat_template
 from gptq_api.text.samples import SamplesError, encode_documents, hold_out, read_documents, spread, windows
@@ -30,18 +31,13 @@ def run(settings: QuantizeSettings) -> int:
     """Exit status: 0 the checkpoint is there, 1 it could not be made (a sentence on stderr), 130 stopped by ^C."""
     try:
         _run(settings)
-    except (ValueError, OSError, MemoryError) as error:
-        print(f"gptq-api quantize: {_sentence(error)}", file=sys.stderr)
+    except UserError as error:
+        print(f"gptq-api quantize: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("\ngptq-api quantize: stopped; the same command goes on with the layers that are left", file=sys.stderr)
         return _INTERRUPTED
     return 0
-
-
-def _sentence(error: BaseException) -> str:
-    text = str(error).strip().splitlines()
-    return text[0] if text else type(error).__name__
 
 
 def _run(settings: QuantizeSettings) -> None:

@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 
 from gptq_api.config import Settings
 from gptq_api.engine import wire
+from gptq_api.errors import UserError
 from gptq_api.types import (
     Abort,
     Add,
@@ -46,7 +47,7 @@ _LATE_S = 1.0
 """A look at the clock that comes so late says that this process was stopped as well (^Z, a paused container)"""
 
 
-class EngineFailed(RuntimeError):
+class EngineFailed(UserError):
     """The engine could not start; the text is one sentence for the user."""
 
 

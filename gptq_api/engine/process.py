@@ -17,8 +17,9 @@ import time
 
 import msgspec
 
-from gptq_api.config import ConfigError, Settings
+from gptq_api.config import Settings
 from gptq_api.engine import wire
+from gptq_api.errors import UserError
 from gptq_api.logs import configure
 from gptq_api.types import Abort, Add, Failed, Ready, ToEngine
 
@@ -62,7 +63,6 @@ def _read(sock: socket.socket, inbox: Inbox) -> None:
 def _serve(sock: socket.socket, inbox: Inbox, settings: Settings) -> int:
     import torch
 
-    from gptq_api.checkpoint.errors import CheckpointError
     from gptq_api.engine.core import Engine
     from gptq_api.engine.trace import Trace, TraceHead
     from gptq_api.model.runner import load_runner, token_budget
@@ -75,8 +75,11 @@ def _serve(sock: socket.socket, inbox: Inbox, settings: Settings) -> int:
         if settings.trace is not None:
             sizes = (runner.block_size, runner.num_blocks, settings.max_num_seqs)
             trace = Trace(settings.trace, TraceHead(settings.model_path, runner.device, runner.dtype, *sizes))
-    except (CheckpointError, ConfigError, MemoryError, OSError) as error:
-        sock.sendall(wire.encode(Failed(str(error) or f"{type(error).__name__} while loading the model")))
+    except UserError as error:
+        sock.sendall(wire.encode(Failed(str(error))))
+        return 1
+    except MemoryError:
+        sock.sendall(wire.encode(Failed("there is not enough memory to load the model")))
         return 1
     budget = token_budget(settings, torch.device(runner.device))
     blocks = BlockManager(runner.num_blocks, runner.block_size)

@@ -20,12 +20,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from gptq_api.errors import UserError
+
 BLOCK = 128
 """columns whose error is spread at once; it shows in the result where groups are smaller, see `quantize`"""
 MAX_DAMP = 1.0
 
 
-class QuantizeError(RuntimeError):
+class QuantizeError(UserError):
     """The Hessian cannot be factorised, or holds values that are not finite."""
 
 

@@ -9,17 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from gptq_api import __version__
 from gptq_api.checkpoint.checkpoint import Checkpoint, CheckpointError
 from gptq_api.checkpoint.files import read_json
+from gptq_api.errors import writing
 from gptq_api.model.config import LlamaConfig
 from gptq_api.model.loader import has_head
 from gptq_api.model.plan import linears
 from gptq_api.quantize.driver import Recipe, stored_dtype
-from gptq_api.quantize.work import WorkFolder
+from gptq_api.quantize.work import WorkFolder, save_tensors
 
 MAX_SHARD_BYTES = 4 * 2**30
 _COPIED = (
@@ -41,10 +41,18 @@ def write_checkpoint(
 ) -> None:
     """Out of the finished layers in `work`. At most one shard is in memory."""
     folder = work.path / "checkpoint"
+    with writing(folder):
+        _write_files(source, config, recipe, card, work, folder, max_shard_bytes)
+    work.finish(folder)
+
+
+def _write_files(
+    source: Checkpoint, config: LlamaConfig, recipe: Recipe, card: str, work: WorkFolder, folder: Path, max_bytes: int
+) -> None:
     if folder.exists():  # of a run that was stopped while it wrote
         shutil.rmtree(folder)
     folder.mkdir()
-    _write_weights(source, config, work, folder, max_shard_bytes)
+    _write_weights(source, config, work, folder, max_bytes)
     quantization = quantization_config(recipe)
     raw = read_json(source.folder / "config.json")
     key = "torch_dtype" if "torch_dtype" in raw else "dtype"
@@ -55,7 +63,6 @@ def write_checkpoint(
         if (source.folder / name).is_file():
             shutil.copyfile(source.folder / name, folder / name)
     (folder / "README.md").write_text(card, encoding="utf-8")
-    work.finish(folder)
 
 
 def quantization_config(recipe: Recipe) -> dict[str, Any]:
@@ -86,7 +93,7 @@ def _write_weights(
     size = 0
 
     def flush() -> None:
-        save_file(shard, folder / f"shard-{len(shards)}", metadata={"format": "pt"})
+        save_tensors(shard, folder / f"shard-{len(shards)}", {"format": "pt"})
         shards.append({name: tensor.nbytes for name, tensor in shard.items()})
 
     for name, tensor in _tensors(source, config, work):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,10 +15,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from gptq_api.errors import UserError, writing
+
 _RUN = "run.json"
 
 
-class WorkError(ValueError):
+class WorkError(UserError):
     """OUT or OUT.partial cannot be used: one sentence with the remedy."""
 
 
@@ -112,8 +115,9 @@ class WorkFolder:
         """All of a layer or nothing: what a killed run leaves is a file with another name."""
         file = self.layer_file(index)
         unfinished = file.with_suffix(".unfinished")
-        save_file(tensors, unfinished, metadata={"reports": json.dumps([asdict(report) for report in reports])})
-        os.replace(unfinished, file)
+        with writing(file):
+            save_tensors(tensors, unfinished, {"reports": json.dumps([asdict(report) for report in reports])})
+            os.replace(unfinished, file)
 
     def finish(self, checkpoint: Path) -> None:
         """`checkpoint`, a folder in this one, becomes OUT; the rest is deleted."""
@@ -127,7 +131,19 @@ class WorkFolder:
         shutil.rmtree(self.path)
 
 
+def save_tensors(tensors: dict[str, Tensor], file: Path, metadata: dict[str, str]) -> None:
+    """Raises OSError where the library says with an error of its own that the file system refused."""
+    try:
+        save_file(tensors, file, metadata=metadata)
+    except SafetensorError as error:
+        found = re.search(r"os error (\d+)", str(error))
+        if found is None:
+            raise
+        raise OSError(int(found[1]), os.strerror(int(found[1]))) from None
+
+
 def _write_whole(file: Path, text: str) -> None:
     unfinished = file.with_suffix(".unfinished")
-    unfinished.write_text(text, encoding="utf-8")
-    os.replace(unfinished, file)
+    with writing(file):
+        unfinished.write_text(text, encoding="utf-8")
+        os.replace(unfinished, file)

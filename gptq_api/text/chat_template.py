@@ -19,6 +19,7 @@ from typing import Any
 
 from jinja2 import TemplateError
 
+from gptq_api.errors import UserError
 from gptq_api.text.builtin_templates import BUILTIN, choose_builtin
 from gptq_api.text.sandbox import CompiledTemplate, TemplateRaised
 from gptq_api.text.tokenizer import Tokenizer
@@ -29,7 +30,7 @@ _TURN_MARKER = re.compile(r"\s*(<\|[^\s|]+\|>)")
 _LLAMA_3_ENDS = ("<|eot_id|>", "<|eom_id|>", "<|end_of_text|>")
 
 
-class ChatTemplateError(ValueError):
+class ChatTemplateError(UserError):
     """These messages cannot be rendered (the text is for the client), or the template cannot be used at all."""
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from gptq_api.errors import UserError
 
-class FolderError(ValueError):
+
+class FolderError(UserError):
     """`--model-path` names nothing that can be read: one sentence with the remedy."""
 
 

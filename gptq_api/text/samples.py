@@ -12,6 +12,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from gptq_api.errors import UserError
 from gptq_api.text.chat_template import ChatTemplate, ChatTemplateError
 from gptq_api.text.tokenizer import NoRowError, Tokenizer
 
@@ -21,7 +22,7 @@ Document = str | list[dict[str, Any]]
 """a text, or the messages of a chat"""
 
 
-class SamplesError(ValueError):
+class SamplesError(UserError):
     """A text cannot be used: one sentence that names the file and the remedy."""
 
 

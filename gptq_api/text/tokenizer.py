@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
+from gptq_api.errors import UserError
 from gptq_api.text import tiktoken_vocabulary
 from gptq_api.text.json_vocabulary import JsonVocabulary
 from gptq_api.text.spm_vocabulary import SpmVocabulary
@@ -22,7 +23,7 @@ __all__ = ["NoRowError", "Tokenizer", "TokenizerError", "load_tokenizer"]
 _MAX_NAME = 64
 
 
-class NoRowError(ValueError):
+class NoRowError(UserError):
     """A text holds a token that the model's embedding has no row for; half a sentence with the id and its text."""
 
 

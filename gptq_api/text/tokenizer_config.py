@@ -13,11 +13,13 @@ from typing import Any
 
 import msgspec
 
+from gptq_api.errors import UserError
+
 ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
 _MARKER = re.compile(r"<\|[^\s]+\|>")
 
 
-class TokenizerError(ValueError):
+class TokenizerError(UserError):
     """The tokenizer cannot be used: one sentence with the file, what is missing in it, and the remedy."""
 
 
