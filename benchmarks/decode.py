@@ -35,7 +35,8 @@ from gptq_api.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from gptq_api.checkpoint.dense import dequantized
 from gptq_api.config import Settings
 from gptq_api.engine.core import Engine
-from gptq_api.model.runner import make_runner, token_budget
+from gptq_api.runner.load import make_runner, token_budget
+from gptq_api.runner.options import LoadOptions
 from gptq_api.scheduler.blocks import BlockManager
 from gptq_api.scheduler.scheduler import Scheduler
 from gptq_api.types import Add, SamplingParams, pack_ids
@@ -81,13 +82,13 @@ class Step:
 class Measured:
     """One loaded model and the rows measured of it."""
 
-    def __init__(self, variant: str, checkpoint: Checkpoint, settings: Settings) -> None:
+    def __init__(self, variant: str, checkpoint: Checkpoint, options: LoadOptions) -> None:
         torch.cuda.reset_peak_memory_stats()
         started = time.perf_counter()
-        self.runner = make_runner(settings, checkpoint, torch.device("cuda", torch.cuda.current_device()))
+        self.runner = make_runner(options, checkpoint, torch.device("cuda", torch.cuda.current_device()))
         torch.cuda.synchronize()
         seconds = time.perf_counter() - started
-        self.variant, self.settings, self.rows = variant, settings, list[dict[str, Any]]()
+        self.variant, self.options, self.rows = variant, options, list[dict[str, Any]]()
         self.random = random.Random(0)
         gc.collect()
         gc.freeze()  # as the engine process does
@@ -135,8 +136,8 @@ class Measured:
 
     def engine(self, max_num_seqs: int | None = None) -> Engine[Any]:
         blocks = BlockManager(self.runner.num_blocks, self.runner.block_size)
-        budget = token_budget(self.settings, torch.device(self.runner.device))
-        users = max_num_seqs or self.settings.max_num_seqs
+        budget = token_budget(self.options, torch.device(self.runner.device))
+        users = max_num_seqs or self.options.max_num_seqs
         return Engine(self.runner, Scheduler(blocks, users, budget, False, self.runner.row_multiple))
 
     def add(self, engine: Engine[Any], lengths: list[tuple[int, int]]) -> None:
@@ -158,7 +159,7 @@ class Measured:
         return began, steps
 
     def fits(self, batch: int, tokens: int) -> bool:
-        return batch <= self.settings.max_num_seqs and batch * (tokens + self.runner.block_size) <= self.capacity
+        return batch <= self.options.max_num_seqs and batch * (tokens + self.runner.block_size) <= self.capacity
 
     def decode(self, batch: int, context: int, new: int) -> None:
         if not self.fits(batch, context + new):
@@ -283,8 +284,10 @@ def step_gaps(events: list[tuple[float, float, str]]) -> list[float]:
     return gaps
 
 
-def measure(variant: str, checkpoint: Checkpoint, settings: Settings, args: argparse.Namespace) -> list[dict[str, Any]]:
-    model = Measured(variant, checkpoint, settings)
+def measure(
+    variant: str, checkpoint: Checkpoint, options: LoadOptions, args: argparse.Namespace
+) -> list[dict[str, Any]]:
+    model = Measured(variant, checkpoint, options)
     for part in args.parts or VARIANTS[variant].parts:
         model.measure(part, args.batches, args.new_tokens)
     rows = model.rows
@@ -327,11 +330,11 @@ def main() -> int:
         parser.error(f"{wrong[0]!r} is neither a variant ({', '.join(VARIANTS)}) nor a part ({', '.join(PARTS)})")
     copy, multiply = ceilings()
     print(f"copy {copy:.2f} TB/s, cuBLAS 8192^3 {multiply:.0f} TFLOP/s", flush=True)
-    options = dict(item.split("=", 1) for item in args.options.split())
+    flags = dict(item.split("=", 1) for item in args.options.split())
     result = machine(args.commit) | {
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "model": args.synthetic or args.model_path.name,
-        "options": options,
+        "options": flags,
         "copy_tb_s": round(copy, 3),
         "cublas_tflops": round(multiply, 1),
         "rows": [],
@@ -339,10 +342,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as scratch:
         for variant in variants:
             checkpoint = checkpoint_of(variant, args, Path(scratch))
-            settings = Settings.model_validate(
-                {"model_path": str(checkpoint.folder), "device": "cuda", "enable_prefix_caching": False, **options}
-            )
-            result["rows"] += measure(variant, checkpoint, settings, args)
+            settings = Settings.model_validate({"model_path": str(checkpoint.folder), "device": "cuda", **flags})
+            result["rows"] += measure(variant, checkpoint, LoadOptions.of(settings), args)
             save(result, args.out)
     return 0
 

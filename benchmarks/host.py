@@ -41,7 +41,7 @@ MAX_NUM_SEQS, BUDGET = 256, 2048
 ON_SIMULATED_DEVICE = """
 import sys
 if "gptq_api.engine.process" in sys.orig_argv:
-    from gptq_api.model import runner
+    from gptq_api.runner import load as runner
     from simulated_device import SimulatedRunner
     runner.load_runner = lambda settings: SimulatedRunner()
 """

@@ -29,7 +29,8 @@ from gptq_api.checkpoint.checkpoint import open_checkpoint
 from gptq_api.config import Settings
 from gptq_api.engine.core import Engine
 from gptq_api.kernels import sampling
-from gptq_api.model.runner import make_runner, token_budget
+from gptq_api.runner.load import make_runner, token_budget
+from gptq_api.runner.options import LoadOptions
 from gptq_api.scheduler.blocks import BlockManager
 from gptq_api.scheduler.scheduler import Scheduler
 from gptq_api.text.folder import checkpoint_folder
@@ -82,17 +83,17 @@ def times() -> list[dict[str, Any]]:
 class Texts:
     """Sampled texts of one model, in any company."""
 
-    def __init__(self, settings: Settings, checkpoint: Any) -> None:
-        self.settings = settings
-        self.runner = make_runner(settings, checkpoint, torch.device("cuda", torch.cuda.current_device()))
+    def __init__(self, options: LoadOptions, checkpoint: Any) -> None:
+        self.options = options
+        self.runner = make_runner(options, checkpoint, torch.device("cuda", torch.cuda.current_device()))
         drawn = random.Random(0)
         self.prompts = [drawn.choices(range(6, self.runner.vocab_size), k=drawn.randint(8, 64)) for _ in range(64)]
 
     def of(self, members: range) -> dict[int, list[int]]:
         """Tokens by prompt of one group, computed together."""
         blocks = BlockManager(self.runner.num_blocks, self.runner.block_size)
-        budget = token_budget(self.settings, torch.device(self.runner.device))
-        scheduler = Scheduler(blocks, self.settings.max_num_seqs, budget, False, self.runner.row_multiple)
+        budget = token_budget(self.options, torch.device(self.runner.device))
+        scheduler = Scheduler(blocks, self.options.max_num_seqs, budget, False, self.runner.row_multiple)
         engine = Engine(self.runner, scheduler)
         for i in members:
             params = SamplingParams(max_tokens=NUM_TOKENS, temperature=0.8, seed=1000 + i)
@@ -112,8 +113,8 @@ class Texts:
         return tokens
 
 
-def same_texts(settings: Settings, checkpoint: Any, name: str) -> dict[str, Any]:
-    texts = Texts(settings, checkpoint)
+def same_texts(options: LoadOptions, checkpoint: Any, name: str) -> dict[str, Any]:
+    texts = Texts(options, checkpoint)
     alone = texts.in_groups(1)
 
     def same(other: dict[int, list[int]]) -> int:
@@ -133,7 +134,7 @@ def same_texts(settings: Settings, checkpoint: Any, name: str) -> dict[str, Any]
     return row
 
 
-def each_model(names: list[str], measure: Callable[[Settings, Any, str], dict[str, Any]]) -> list[dict[str, Any]]:
+def each_model(names: list[str], measure: Callable[[LoadOptions, Any, str], dict[str, Any]]) -> list[dict[str, Any]]:
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
         for name in names:
@@ -146,7 +147,8 @@ def each_model(names: list[str], measure: Callable[[Settings, Any, str], dict[st
             settings = Settings.model_validate(
                 {"model_path": str(checkpoint.folder), "device": "cuda", "enable_prefix_caching": False}
             )
-            rows.append(measure(settings, checkpoint, name))
+            options = LoadOptions.of(settings)
+            rows.append(measure(options, checkpoint, name))
             gc.collect()
             torch.cuda.empty_cache()
     return rows

@@ -22,7 +22,7 @@ import torch
 from gemm import random_weight
 from gpu_timing import machine
 
-from gptq_api.kernels import gemm
+from gptq_api.kernels import gemm, probes
 
 TOOLS = ("memcheck", "racecheck", "synccheck")
 TOOL_SECONDS = 60
@@ -47,7 +47,7 @@ def small_grid() -> list[str]:
                 gemm.gemm(x, weight, residual, bias=bias, residual=residual)
                 gemm.gemm(x, weight, silu_mul=True)
                 done.append(f"gemm M={m} K={k} N={n} group {group_size} {'asym' if asym else 'sym'} {dtype}")
-            gemm.dequantize(weight, dtype)
+            probes.dequantize(weight, dtype)
             done.append(f"dequantize K={k} N={n} {dtype}")
     torch.cuda.synchronize()
     return done

@@ -123,14 +123,18 @@ def random_model(recipe: Recipe) -> RandomModel:
         layer = f"model.layers.{i}"
         for norm in ("input_layernorm", "post_attention_layernorm"):
             dense[f"{layer}.{norm}.weight"] = 1 + normal(r.hidden_size, std=0.1)
-        for part, n in (("q", heads), ("k", kv), ("v", kv)):
+        fused = r.family == "phi3"
+        attention = (("qkv", heads + 2 * kv),) if fused else (("q", heads), ("k", kv), ("v", kv))
+        for part, n in attention:
             linears[f"{layer}.self_attn.{part}_proj"] = (r.hidden_size, n, qkv_bias, 10 * i)
         linears[f"{layer}.self_attn.o_proj"] = (heads, r.hidden_size, r.attention_bias, 10 * i + 1)
         if r.family == "qwen3":
             for part in "qk":
                 dense[f"{layer}.self_attn.{part}_norm.weight"] = 1 + normal(head_dim, std=0.3)
-        for part in ("gate", "up"):
-            linears[f"{layer}.mlp.{part}_proj"] = (r.hidden_size, r.intermediate_size, r.mlp_bias, 10 * i + 2)
+        inner = r.intermediate_size
+        ffn = (("gate_up", 2 * inner),) if fused else (("gate", inner), ("up", inner))
+        for part, n in ffn:
+            linears[f"{layer}.mlp.{part}_proj"] = (r.hidden_size, n, r.mlp_bias, 10 * i + 2)
         linears[f"{layer}.mlp.down_proj"] = (r.intermediate_size, r.hidden_size, r.mlp_bias, 10 * i + 3)
     if r.quantize_head:
         dense.pop("lm_head.weight")

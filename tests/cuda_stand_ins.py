@@ -1,5 +1,5 @@
 """The CUDA kernels of a step in plain torch, row by row, and a torch.cuda that does everything at once: the host's side
-of model/cuda_runner.py runs on a CPU with them, and only that is what they are for."""
+of runner/cuda/runner.py runs on a CPU with them, and only that is what they are for."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from gptq_api.kernels import ops, sampling
 from gptq_api.kernels.decode_attention import RotaryInputs
 from gptq_api.kernels.sampling import SamplingInputs
-from gptq_api.model import cuda_graphs, cuda_llama, cuda_runner
+from gptq_api.runner.cuda import forward, graphs, runner
 
 TILE_ROWS = 8
 
@@ -146,12 +146,12 @@ def install(monkeypatch: pytest.MonkeyPatch) -> None:
         (ops, "embed", embed),
         (ops, "rms_norm", rms_norm),
         (ops, "rope_and_write", rope_and_write),
-        (cuda_llama, "decode_attention", decode_attention),
-        (cuda_llama, "decode_attention_workspace", lambda *_: None),
-        (cuda_llama, "prefill_attention", prefill_attention),
-        (cuda_runner, "TILE_ROWS", TILE_ROWS),
+        (forward, "decode_attention", decode_attention),
+        (forward, "decode_attention_workspace", lambda *_: None),
+        (forward, "prefill_attention", prefill_attention),
+        (runner, "TILE_ROWS", TILE_ROWS),
         (sampling, "sample", sample),
-        (cuda_graphs.Graphs, "run", lambda graphs, shape, capture=True: graphs._body(shape)),
+        (graphs.Graphs, "run", lambda found, shape, capture=True: found._body(shape)),
         (torch.cuda, "Event", _Nothing),
         (torch.cuda, "Stream", _Nothing),
         (torch.cuda, "stream", lambda _: contextlib.nullcontext()),

@@ -6,14 +6,14 @@ from __future__ import annotations
 from collections import deque
 from typing import Any
 
-from gptq_api.model.runner import ModelRunner
+from gptq_api.runner.cpu.runner import CpuRunner
 from gptq_api.step import Sampled, Step
 
 
 class LaggingRunner:
     lookahead = 1
 
-    def __init__(self, runner: ModelRunner) -> None:
+    def __init__(self, runner: CpuRunner) -> None:
         self._runner = runner
         self._queue: deque[Sampled] = deque()
 

@@ -252,8 +252,8 @@ def test_two_servers_and_the_death_of_one_engine(server: Server) -> None:
 FAULTS = """
 import sys
 if "gptq_api.engine.process" in sys.orig_argv:
-    from gptq_api.model.runner import ModelRunner
-    launch = ModelRunner.launch
+    from gptq_api.runner.cpu.runner import CpuRunner
+    launch = CpuRunner.launch
     def faulty(self, step):
         sampled, place = launch(self, step), 0
         for seat, num_sampled in zip(step.seats, step.num_sampled):
@@ -264,7 +264,7 @@ if "gptq_api.engine.process" in sys.orig_argv:
                 raise RuntimeError("injected")
             place += num_sampled
         return sampled
-    ModelRunner.launch = faulty
+    CpuRunner.launch = faulty
 """
 
 

@@ -15,9 +15,10 @@ from gptq_api.checkpoint.checkpoint import open_checkpoint
 from gptq_api.checkpoint.dense import open_dense
 from gptq_api.checkpoint.summary import summarise
 from gptq_api.cli import bench
-from gptq_api.config import BenchSettings, Settings
+from gptq_api.config import BenchSettings
 from gptq_api.kernels.reference import dequantize
-from gptq_api.model.runner import load_runner, make_runner
+from gptq_api.runner.load import load_runner, make_runner
+from gptq_api.runner.options import LoadOptions
 from gptq_api.text.tokenizer import load_tokenizer
 
 TINY = {
@@ -52,7 +53,7 @@ def test_a_written_folder_is_the_checkpoint_in_memory(group_size: int, act_order
             assert torch.equal(memory.store.read(name), files.store.read(name))
     found = summarise(files)
     assert found.num_sym == 21 and found.group_sizes == {group_size: 21} and found.num_act_order == 21 * act_order
-    settings = Settings(model_path=str(tmp_path / "files"), device="cpu", dtype="float32", num_threads=1)
+    settings = LoadOptions(model_path=str(tmp_path / "files"), device="cpu", dtype="float32", num_threads=1)
     assert load_runner(settings).vocab_size == 2100
 
 
@@ -81,7 +82,7 @@ def test_a_linear_keeps_activations_of_order_one(tmp_path: Path) -> None:
 
 def test_the_unquantized_twin_runs_without_files(tmp_path: Path) -> None:
     checkpoint = synthetic.synthetic_checkpoint("tiny", tmp_path, dense=True)
-    settings = Settings(model_path=str(tmp_path), device="cpu", dtype="float32", num_threads=1)
+    settings = LoadOptions(model_path=str(tmp_path), device="cpu", dtype="float32", num_threads=1)
     assert make_runner(settings, checkpoint, torch.device("cpu")).weight_bytes > 2 * 2100 * 256
     synthetic.write_folder("tiny", tmp_path, dense=True)
     assert open_dense(tmp_path).modules == {}

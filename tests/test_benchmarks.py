@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from gptq_api.config import Settings
 from gptq_api.engine.core import Engine
 from gptq_api.kernels import gemm
-from gptq_api.model.runner import load_runner
+from gptq_api.runner.load import load_runner
+from gptq_api.runner.options import LoadOptions
 from gptq_api.scheduler.blocks import BlockManager
 from gptq_api.scheduler.scheduler import Scheduler
 from gptq_api.types import Add, SamplingParams, pack_ids
@@ -85,7 +85,7 @@ def test_the_gemm_is_timed_in_every_format(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("script", ["decode"], indirect=True)
 def test_answers_last_until_the_last_prompt_is_through(script: ModuleType) -> None:
-    runner = load_runner(Settings(device="cpu", num_threads=1, max_num_seqs=4, num_blocks=200))
+    runner = load_runner(LoadOptions(device="cpu", num_threads=1, max_num_seqs=4, num_blocks=200))
     given = []
 
     def run(new: int) -> list[Any]:

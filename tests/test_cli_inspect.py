@@ -12,8 +12,9 @@ from checkpoints import Recipe, random_model, write_checkpoint
 from layouts import LAYOUTS
 
 from gptq_api.cli.inspect import inspect, run
-from gptq_api.config import InspectSettings, Settings
-from gptq_api.model.runner import load_runner
+from gptq_api.config import InspectSettings
+from gptq_api.runner.load import load_runner
+from gptq_api.runner.options import LoadOptions
 
 RECIPE = Recipe(act_order=True, sym=False, mixed_bits={"down_proj": 8}, hidden_size=128, intermediate_size=256)
 
@@ -46,7 +47,7 @@ def test_as_text(folder: Path) -> None:
 def test_as_json_and_the_plan_is_what_loading_does(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(InspectSettings(model_path=str(folder), device="cpu", json_output=True, kv_cache_mib=1)) == 0
     facts = json.loads(capsys.readouterr().out)
-    runner = load_runner(Settings(model_path=str(folder), device="cpu", kv_cache_mib=1, num_threads=1))
+    runner = load_runner(LoadOptions(model_path=str(folder), device="cpu", kv_cache_mib=1, num_threads=1))
     assert facts["kv_cache_tokens"] == runner.num_blocks * runner.block_size
     assert facts["quantization"]["bits"] == {"4": 12, "8": 2}
     # Merging q, k and v keeps one permutation instead of three; nothing else differs.

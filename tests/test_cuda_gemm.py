@@ -10,7 +10,7 @@ from cuda_weights import GPTQTensors, random_weight
 from torch import Tensor
 from torch.nn import functional
 
-from gptq_api.kernels import gemm
+from gptq_api.kernels import gemm, probes
 from gptq_api.kernels.layout import PackedLinear
 
 pytestmark = [
@@ -196,7 +196,7 @@ def test_dequantize(group_size: int, dtype: torch.dtype) -> None:
         w = random_weight(k, n, group_size, asym=asym, act_order=True, device="cuda")
         weight = packed(w, paired=paired)
         perm = torch.arange(k, device="cuda") if weight.perm is None else weight.perm.long()
-        assert torch.equal(gemm.dequantize(weight, dtype), w.dense[perm].t().to(dtype))
+        assert torch.equal(probes.dequantize(weight, dtype), w.dense[perm].t().to(dtype))
 
 
 def test_packing_on_the_device_gives_the_bytes_of_the_cpu() -> None:

@@ -14,18 +14,19 @@ import torch
 from checkpoints import Recipe, random_model, write_checkpoint
 
 from gptq_api.checkpoint.checkpoint import open_checkpoint
-from gptq_api.config import Settings
 from gptq_api.engine.core import Engine
 from gptq_api.model.config import read_config
-from gptq_api.model.cuda_cache import CudaKVCache
-from gptq_api.model.cuda_graphs import Buckets
-from gptq_api.model.cuda_inputs import SequenceTable, StepInputs, StepShape, num_words
-from gptq_api.model.cuda_llama import CudaLlama
-from gptq_api.model.cuda_runner import CudaRunner
-from gptq_api.model.loaded import LoadedRunner
 from gptq_api.model.loader import load_llama
-from gptq_api.model.runner import load_runner
-from gptq_api.model.solo import Solo, step_of
+from gptq_api.runner.cpu.backend import CpuBackend
+from gptq_api.runner.cuda.cache import CudaKVCache
+from gptq_api.runner.cuda.forward import CudaLlama
+from gptq_api.runner.cuda.graphs import Buckets
+from gptq_api.runner.cuda.runner import CudaRunner
+from gptq_api.runner.inputs import SequenceTable, StepInputs, StepShape, num_words
+from gptq_api.runner.load import load_runner
+from gptq_api.runner.loaded import LoadedRunner
+from gptq_api.runner.options import LoadOptions
+from gptq_api.runner.solo import Solo, step_of
 from gptq_api.scheduler.blocks import BlockManager
 from gptq_api.scheduler.scheduler import Scheduler
 from gptq_api.types import Add, SamplingParams, pack_ids, unpack_ids
@@ -48,7 +49,7 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def runners(folder: Path, num_blocks: int, num_seqs: int = NUM_SEQS) -> tuple[LoadedRunner, CudaRunner]:
     """(the CPU's own, the one for CUDA), float32."""
-    settings = Settings(
+    settings = LoadOptions(
         model_path=str(folder),
         device="cpu",
         dtype="float32",
@@ -59,7 +60,7 @@ def runners(folder: Path, num_blocks: int, num_seqs: int = NUM_SEQS) -> tuple[Lo
     )
     reference = load_runner(settings)
     length, config = reference.max_model_len, read_config(folder)
-    model, _ = load_llama(open_checkpoint(folder), config, length, CPU, torch.float32)
+    model, _ = load_llama(open_checkpoint(folder), config, length, CpuBackend(CPU, torch.float32))
     cache = CudaKVCache(config, reference.num_blocks, BLOCK, torch.float32, CPU)
     forward = CudaLlama(model, BUDGET, num_seqs, length, torch.float32)
     return reference, CudaRunner(forward, cache, num_seqs, BUDGET, length, 0)

@@ -7,7 +7,8 @@ import torch
 from cuda_weights import random_weight
 
 from gptq_api.kernels import gemm
-from gptq_api.kernels.layout import PackedLinear, chunk_bytes, emulate, sort_groups
+from gptq_api.kernels.layout import PackedLinear, chunk_bytes, sort_groups
+from gptq_api.kernels.probes import emulate
 
 
 @pytest.mark.parametrize("group_size", [32, 64, 128, 256, -1])

@@ -3,6 +3,7 @@ gathers. On the CPU the kernels are replaced by what `emulate` reads from the pa
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,16 +14,20 @@ from cuda_weights import random_weight
 from torch import Tensor
 from torch.nn import functional
 
-from gptq_api.checkpoint.checkpoint import CheckpointError, open_checkpoint
+from gptq_api.checkpoint.checkpoint import Checkpoint, CheckpointError, open_checkpoint
 from gptq_api.checkpoint.device_reader import DeviceReader
 from gptq_api.kernels import gemm
-from gptq_api.kernels.layout import PackedLinear, emulate
-from gptq_api.layers import linear as linear_module
-from gptq_api.layers.linear import KernelChoice, Linear, PackedGPTQLinear, SplitLinear, choose_kernel
+from gptq_api.kernels.layout import PackedLinear
+from gptq_api.kernels.order import of_kernel, of_producer
+from gptq_api.kernels.probes import emulate
 from gptq_api.model import loader, plan
 from gptq_api.model.config import read_config
-from gptq_api.model.llama import LlamaLayer
+from gptq_api.model.layers.linear import Linear, SplitLinear
 from gptq_api.model.progress import LoadProgress
+from gptq_api.model.weights import LayerWeights
+from gptq_api.runner.cpu.backend import CpuBackend
+from gptq_api.runner.cuda.backend import CudaBackend
+from gptq_api.runner.cuda.linear import PackedGPTQLinear
 
 CPU = torch.device("cpu")
 # Every size a multiple of the strips, K of down with a part of a chunk.
@@ -50,23 +55,26 @@ def emulated_gemm(
     return y if out is None else out.copy_(y)
 
 
+class OnCpu(CudaBackend):
+    """Packs on the CPU what CUDA would take."""
+
+    def __init__(self) -> None:
+        super().__init__(CPU, torch.float32)
+
+    def reading(self, checkpoint: Checkpoint) -> AbstractContextManager[Checkpoint]:
+        return nullcontext(checkpoint)
+
+
 @pytest.fixture
 def packed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The CPU takes what CUDA would."""
-
-    def choose(bits: int, k: int, n: int, group_size: int, device: torch.device, dtype: torch.dtype) -> KernelChoice:
-        reason = gemm.refusal(bits, k, n, group_size)
-        return KernelChoice("cuda int4" if reason is None else "reference", reason)
-
-    monkeypatch.setattr(loader, "choose_kernel", choose)
-    monkeypatch.setattr(linear_module, "choose_kernel", choose)
+    monkeypatch.setattr(gemm, "unavailable_reason", lambda: None)
     monkeypatch.setattr(gemm, "gemm", emulated_gemm)
 
 
-def first_layer(folder: Path, model: RandomModel) -> LlamaLayer:
+def first_layer(folder: Path, model: RandomModel) -> LayerWeights:
     checkpoint = open_checkpoint(write_checkpoint(folder, model))
-    llama, _ = loader.load_llama(checkpoint, read_config(folder), 64, CPU, torch.float32)
-    return llama.layers[0]
+    weights, _ = loader.load_llama(checkpoint, read_config(folder), 64, OnCpu())
+    return weights.layers[0]
 
 
 def weight(model: RandomModel, *parts: str) -> Tensor:
@@ -75,7 +83,8 @@ def weight(model: RandomModel, *parts: str) -> Tensor:
 
 
 def in_order(x: Tensor, linear: Linear) -> Tensor:
-    return x if linear.perm is None else x[:, linear.perm.long()]
+    index = of_producer(linear.order)
+    return x if index is None else x[:, index.long()]
 
 
 def test_orders_are_folded_into_what_comes_before(packed: None, tmp_path: Path) -> None:
@@ -86,15 +95,15 @@ def test_orders_are_folded_into_what_comes_before(packed: None, tmp_path: Path) 
         (layer.o, ("self_attn.o",), False),
     ):
         assert isinstance(linear, PackedGPTQLinear)
-        assert (linear.perm is not None) is folds and (linear.gather is None) is folds
+        assert (of_producer(linear.order) is not None) is folds and (of_kernel(linear.order) is None) is folds
         w = weight(model, *parts)
         x = torch.randn(3, w.shape[0], dtype=torch.float64)
         bias = torch.cat([model.dense[f"model.layers.0.{p}_proj.bias"] for p in parts])
         assert torch.allclose(linear.forward(in_order(x, linear)), x @ w + bias)
 
     gate_up, down = layer.gate_up, layer.down
-    assert isinstance(gate_up, PackedGPTQLinear) and gate_up.gather is None and gate_up.perm is not None
-    assert isinstance(down, PackedGPTQLinear) and down.gather is None and down.perm is None
+    assert isinstance(gate_up, PackedGPTQLinear) and of_producer(gate_up.order) is not None
+    assert isinstance(down, PackedGPTQLinear) and down.order is None
     x = torch.randn(3, 128, dtype=torch.float64)
     biases = {p: model.dense[f"model.layers.0.mlp.{p}_proj.bias"].double() for p in ("gate", "up", "down")}
     inner = functional.silu(x @ weight(model, "mlp.gate") + biases["gate"])
@@ -107,9 +116,9 @@ def test_orders_are_folded_into_what_comes_before(packed: None, tmp_path: Path) 
 def test_gates_and_ups_that_cannot_be_merged_leave_the_gather_to_down(packed: None, tmp_path: Path) -> None:
     model = random_model(replace(RECIPE, own_order=("up_proj", "k_proj")))
     layer = first_layer(tmp_path, model)
-    assert isinstance(layer.gate_up, SplitLinear) and layer.gate_up.perm is None
-    assert isinstance(layer.qkv, SplitLinear) and layer.qkv.perm is None
-    assert isinstance(layer.down, PackedGPTQLinear) and layer.down.gather is not None and layer.down.perm is None
+    assert isinstance(layer.gate_up, SplitLinear) and layer.gate_up.order is None
+    assert isinstance(layer.qkv, SplitLinear) and layer.qkv.order is None
+    assert isinstance(layer.down, PackedGPTQLinear) and of_kernel(layer.down.order) is not None
     x = torch.randn(3, 128, dtype=torch.float64)
     inner = functional.silu(x @ weight(model, "mlp.gate")) * (x @ weight(model, "mlp.up"))
     found = layer.down.forward(layer.gate_up.forward(x, silu_mul=True))
@@ -119,7 +128,7 @@ def test_gates_and_ups_that_cannot_be_merged_leave_the_gather_to_down(packed: No
 def test_another_width_stays_with_the_reference_beside_packed_neighbours(packed: None, tmp_path: Path) -> None:
     model = random_model(replace(RECIPE, mixed_bits={"down_proj": 8}))
     layer = first_layer(tmp_path, model)
-    assert layer.down.perm is None and "8 bits" in layer.down.path
+    assert layer.down.order is None and "8 bits" in layer.down.kernel
     x = torch.randn(3, 128)
     inner = functional.silu(x.double() @ weight(model, "mlp.gate")) * (x.double() @ weight(model, "mlp.up"))
     found = layer.down.forward(layer.gate_up.forward(in_order(x, layer.gate_up), silu_mul=True).float())
@@ -127,15 +136,12 @@ def test_another_width_stays_with_the_reference_beside_packed_neighbours(packed:
 
 
 @pytest.mark.parametrize("act_order", [False, True])
-def test_the_plan_foresees_the_memory_of_packed_weights(
-    packed: None, act_order: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(plan, "choose_kernel", loader.choose_kernel)
+def test_the_plan_foresees_the_memory_of_packed_weights(packed: None, act_order: bool, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(write_checkpoint(tmp_path, random_model(replace(RECIPE, act_order=act_order))))
     config = read_config(tmp_path)
-    llama, _ = loader.load_llama(checkpoint, config, 64, CPU, torch.float32)
-    planned = plan.plan_serving(checkpoint, config, CPU, torch.float32)
-    assert planned.paths["q_proj"] == planned.paths["down_proj"] == "cuda int4"
+    llama, _ = loader.load_llama(checkpoint, config, 64, OnCpu())
+    planned = plan.plan_serving(checkpoint, config, OnCpu())
+    assert planned.kernels["q_proj"] == planned.kernels["down_proj"] == "cuda int4"
     assert planned.weight_bytes == pytest.approx(llama.num_bytes, rel=0.05)
 
 
@@ -149,10 +155,12 @@ def test_outputs_are_packed_in_any_order(paired: bool) -> None:
 
 def test_the_kernel_of_a_module_on_cuda_is_told_with_its_reason() -> None:
     cuda = torch.device("cuda")
-    assert choose_kernel(4, 4096, 4096, 128, cuda, torch.float32) == KernelChoice("reference (exact)")
-    assert "3 bits" in str(choose_kernel(3, 4096, 4096, 128, cuda, torch.float16))
-    choice = choose_kernel(4, 4096, 4096, 128, cuda, torch.float16)
-    assert choice == KernelChoice("cuda int4") if gemm.is_available() else choice.reason == gemm.unavailable_reason()
+    assert CpuBackend(cuda, torch.float32).kernel(4, 4096, 4096, 128).kind == "reference (exact)"
+    backend = CudaBackend(cuda, torch.float16)
+    assert "3 bits" in str(backend.kernel(3, 4096, 4096, 128))
+    choice = backend.kernel(4, 4096, 4096, 128)
+    assert str(choice) == "cuda int4" if gemm.is_available() else choice.reason == gemm.unavailable_reason()
+    assert backend.kernel(4, 4096, 4096, -1).num_bytes <= choice.num_bytes
 
 
 @pytest.mark.gpu

@@ -15,14 +15,15 @@ import torch
 from checkpoints import Recipe, random_model, write_checkpoint
 from server import Server
 
-from gptq_api.config import Settings
 from gptq_api.demo import DEMO_PATH
 from gptq_api.engine.core import Engine
 from gptq_api.kernels import gemm
-from gptq_api.model.cuda_runner import CudaRunner
-from gptq_api.model.loaded import LoadedRunner
-from gptq_api.model.runner import ModelRunner, load_runner
-from gptq_api.model.solo import Solo, step_of
+from gptq_api.runner.cpu.runner import CpuRunner
+from gptq_api.runner.cuda.runner import CudaRunner
+from gptq_api.runner.load import load_runner
+from gptq_api.runner.loaded import LoadedRunner
+from gptq_api.runner.options import LoadOptions
+from gptq_api.runner.solo import Solo, step_of
 from gptq_api.scheduler.blocks import BlockManager
 from gptq_api.scheduler.scheduler import Scheduler
 from gptq_api.text.chat_template import load_chat_template
@@ -39,7 +40,7 @@ GREEDY: dict[str, Any] = {"max_tokens": 64, "temperature": 0.0}
 
 def load(model_path: Path | str, **settings: Any) -> LoadedRunner:
     defaults = {"device": "cuda", "num_blocks": 2000, "max_num_seqs": 64, "num_threads": 1}
-    return load_runner(Settings(model_path=str(model_path), **{**defaults, **settings}))
+    return load_runner(LoadOptions(model_path=str(model_path), **{**defaults, **settings}))
 
 
 class Outcome:
@@ -100,7 +101,7 @@ def questions() -> list[list[int]]:
 @functools.cache
 def cpu_answers() -> dict[int, list[int]]:
     """The first 64 tokens of every answer on the CPU, in float32: one by one."""
-    runner = load_runner(Settings(device="cpu", dtype="float32", num_threads=1, max_num_seqs=8))
+    runner = load_runner(LoadOptions(device="cpu", dtype="float32", num_threads=1, max_num_seqs=8))
     eos = {**GREEDY, "stop_token_ids": runner.eos_token_ids}
     return run(runner, questions(), [eos] * len(questions()), max_num_seqs=8).tokens
 
@@ -187,7 +188,7 @@ def test_a_seed_gives_the_same_draws_with_every_parameter(demo: LoadedRunner) ->
     assert first.tokens[4] == [77] * 24
     assert len(first.tokens[5]) > 20 or (first.finished[5] == "stop" and len(first.tokens[5]) == 21)
     assert all(len(found.top) == 3 and found.logprob < 0 for found in first.logprobs[4])
-    cpu = run(load_runner(Settings(device="cpu", dtype="float32", num_threads=1)), prompts, params)
+    cpu = run(load_runner(LoadOptions(device="cpu", dtype="float32", num_threads=1)), prompts, params)
     found, expected = first.logprobs[4][0], cpu.logprobs[4][0]
     assert found.logprob == pytest.approx(expected.logprob, abs=0.1)
     assert found.top[0][1] == pytest.approx(expected.top[0][1], abs=0.1)
@@ -239,7 +240,7 @@ def every_logit(runner: LoadedRunner, num_at_once: int) -> torch.Tensor:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_logits_are_near_those_of_float32(name: str, tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path, random_model(FAMILIES[name]))
-    expected = every_logit(load_runner(Settings(model_path=str(folder), device="cpu", dtype="float32")), len(IDS))
+    expected = every_logit(load_runner(LoadOptions(model_path=str(folder), device="cpu", dtype="float32")), len(IDS))
     for dtype in ("float16", "bfloat16"):
         runner = load(folder, dtype=dtype, num_blocks=40, max_num_seqs=4)
         for num_at_once in (len(IDS), 100, 1):
@@ -262,7 +263,7 @@ def test_a_text_of_heads_of_128(recipe: Recipe, dtype: str, tmp_path: Path) -> N
     """Alone and in company: logits near float32's, and every token the likeliest after those before it or as good as
     that."""
     folder = write_checkpoint(tmp_path, random_model(recipe))
-    exact = load_runner(Settings(model_path=str(folder), device="cpu", dtype="float32"))
+    exact = load_runner(LoadOptions(model_path=str(folder), device="cpu", dtype="float32"))
     runner = load(folder, dtype=dtype, num_blocks=200, max_num_seqs=4)
     assert isinstance(runner, CudaRunner)
     expected = every_logit(exact, len(IDS))
@@ -282,7 +283,7 @@ def test_a_text_of_heads_of_128(recipe: Recipe, dtype: str, tmp_path: Path) -> N
 
 def test_an_fp8_cache_is_near(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path, random_model(FAST))
-    expected = every_logit(load_runner(Settings(model_path=str(folder), device="cpu", dtype="float32")), len(IDS))
+    expected = every_logit(load_runner(LoadOptions(model_path=str(folder), device="cpu", dtype="float32")), len(IDS))
     runner = load(folder, kv_cache_dtype="fp8", num_blocks=40, max_num_seqs=4)
     plain = load(folder, num_blocks=40, max_num_seqs=4)
     assert runner.cache_bytes * 2 == plain.cache_bytes
@@ -297,10 +298,10 @@ def test_an_fp8_cache_is_near(tmp_path: Path) -> None:
 def test_what_the_kernels_do_not_take_runs_in_float32(recipe: Recipe, more: dict[str, Any], tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path, random_model(recipe))
     runner = load(folder, num_blocks=100, **more)
-    assert isinstance(runner, ModelRunner) and runner.device.startswith("cuda") and runner.dtype == "float32"
+    assert isinstance(runner, CpuRunner) and runner.device.startswith("cuda") and runner.dtype == "float32"
     solo = Solo(list(IDS), SamplingParams(max_tokens=1), block_table=list(range(60)))
     got, _ = runner.logits(step_of([solo], [len(IDS)]), every_row=True)
-    expected = every_logit(load_runner(Settings(model_path=str(folder), device="cpu", dtype="float32")), len(IDS))
+    expected = every_logit(load_runner(LoadOptions(model_path=str(folder), device="cpu", dtype="float32")), len(IDS))
     assert (got.cpu() - expected).abs().max() < 1e-2
 
 

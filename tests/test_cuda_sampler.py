@@ -10,8 +10,8 @@ from msgspec.structs import replace
 from torch import Tensor
 
 from gptq_api.kernels import gemm, sampling
-from gptq_api.layers.sampler import sample as sample_on_cpu
-from gptq_api.layers.seats import Seat
+from gptq_api.runner.cpu.sampler import sample as sample_on_cpu
+from gptq_api.runner.seats import Seat
 from gptq_api.types import SamplingParams, TokenLogprobs
 
 _reason = gemm.unavailable_reason()

@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from gptq_api.checkpoint.checkpoint import CheckpointError, Expected, open_checkpoint
 from gptq_api.checkpoint.summary import summarise
-from gptq_api.config import Settings
-from gptq_api.model.runner import load_runner
+from gptq_api.runner.load import load_runner
+from gptq_api.runner.options import LoadOptions
 
 Q = "model.layers.0.self_attn.q_proj"
 Tensors = dict[str, torch.Tensor]
@@ -35,7 +35,7 @@ def act_order_model() -> RandomModel:
 
 def load(folder: Path, **more: Any) -> Any:
     chosen = {"device": "cpu", "dtype": "float32", "kv_cache_mib": 4, "num_threads": 1, **more}
-    return load_runner(Settings(model_path=str(folder), **chosen))
+    return load_runner(LoadOptions(model_path=str(folder), **chosen))
 
 
 def refused(folder: Path, *words: str, **more: Any) -> None:

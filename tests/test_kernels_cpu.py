@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from gptq_api.checkpoint.packing import pack_qweight
-from gptq_api.kernels import cpu
 from gptq_api.kernels.reference import ReferenceWeight, dequantize, unpack
-from gptq_api.layers.activation import silu_and_multiply
-from gptq_api.layers.linear import DenseLinear, choose_kernel
+from gptq_api.model.layers.activation import silu_and_multiply
+from gptq_api.model.layers.linear import DenseLinear
+from gptq_api.runner.cpu import int4 as cpu
+from gptq_api.runner.cpu.backend import CpuBackend
 
 CPU = torch.device("cpu")
 
@@ -144,8 +145,8 @@ def test_weights_are_held_once_and_in_four_bits() -> None:
 def test_which_kernel_takes_what(
     bits: int, k: int, n: int, group_size: int, dtype: torch.dtype, kernel: str, reason: str
 ) -> None:
-    choice = choose_kernel(bits, k, n, group_size, CPU, dtype)
-    assert choice.kernel == kernel and reason in (choice.reason or "")
+    choice = CpuBackend(CPU, dtype).kernel(bits, k, n, group_size)
+    assert choice.kind == kernel and reason in (choice.reason or "")
 
 
 def test_int4_refuses_what_it_cannot_hold() -> None:

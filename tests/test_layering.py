@@ -12,16 +12,16 @@ import pytest
 ROOT = Path(__file__).parents[1] / "gptq_api"
 FLOOR = {"errors", "config", "settings_source", "types", "step", "logs"}
 MAY_IMPORT = {
-    "cli": {"api", "hub", "text", "engine", "quantize", "bench", "checkpoint", "model", "demo"},
-    "bench": {"text", "model", "checkpoint"},
-    "quantize": {"model", "layers", "checkpoint"},
-    "api": {"text", "engine", "demo"},
+    "cli": {"api", "hub", "text", "engine", "quantize", "bench", "checkpoint", "model", "runner"},
+    "bench": {"text", "runner", "model", "checkpoint"},
+    "quantize": {"model", "checkpoint"},
+    "api": {"text", "engine"},
     "text": {"demo"},
-    "engine": {"scheduler", "model", "checkpoint"},
+    "engine": {"scheduler", "runner"},
     "scheduler": set(),
-    "model": {"layers", "checkpoint", "kernels", "demo"},
-    "layers": {"kernels", "checkpoint"},
-    "kernels": {"checkpoint", "_cuda"},
+    "runner": {"model", "kernels", "checkpoint", "demo"},
+    "model": {"kernels", "checkpoint"},
+    "kernels": {"_cuda"},
     "checkpoint": set(),
     "demo": set(),
     "hub": set(),
@@ -63,6 +63,62 @@ def test_imports_follow_the_arrows(path: Path) -> None:
             assert target == "cli", f"{path.name} imports {name}"
             continue
         assert target in MAY_IMPORT[package], f"{package} imports {name}: that arrow does not exist"
+
+
+ROOMS = {
+    "runner/cpu": {"runner/cuda"},
+    "runner/cuda": {"runner/cpu"},
+    "model": {"runner"},
+}
+"""who does not know whom, inside what the table above takes as one"""
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_devices_do_not_know_each_other(room: str) -> None:
+    for path in (ROOT / room).rglob("*.py"):
+        for other in ROOMS[room]:
+            prefix = "gptq_api." + other.replace("/", ".")
+            assert not any(name.startswith(prefix) for name in imported(path)), f"{path} imports {prefix}"
+
+
+def test_only_backends_and_the_loader_ask_what_device_it_is() -> None:
+    """And what has two ways of its own: quantize (threads), the benchmark (whose memory), the reference kernel."""
+    asking = {
+        str(path.relative_to(ROOT)): path.read_text(encoding="utf-8").count("device.type")
+        for path in FILES
+        if "device.type" in path.read_text(encoding="utf-8")
+    }
+    rooms = ("runner/cpu/backend.py", "runner/cuda/backend.py", "runner/load.py")
+    outside = {name: count for name, count in asking.items() if name not in rooms}
+    assert outside == {
+        "bench/measure.py": 2,
+        "bench/synthetic.py": 1,
+        "cli/quantize.py": 2,
+        "kernels/gemm.py": 1,
+        "kernels/sampling.py": 1,
+        "runner/cpu/attention.py": 1,
+    }
+
+
+def test_one_module_imports_the_compiled_kernels() -> None:
+    importers = [str(path.relative_to(ROOT)) for path in FILES if "gptq_api._cuda" in imported(path)]
+    assert importers == ["kernels/extension.py"]
+
+
+def test_the_server_asks_nothing_of_the_probes() -> None:
+    for path in FILES:
+        assert path.name == "probes.py" or not any("kernels.probes" in name for name in imported(path)), path
+
+
+def test_every_arrow_exists() -> None:
+    """The table lists nothing that nobody draws."""
+    drawn: dict[str, set[str]] = {package: set() for package in MAY_IMPORT}
+    for path in FILES:
+        package = package_of(path)
+        if package in drawn:
+            drawn[package] |= {name.split(".")[1] for name in imported(path) if name.startswith("gptq_api.")}
+    for package, targets in MAY_IMPORT.items():
+        assert targets <= drawn[package], f"{package} imports none of {targets - drawn[package]}"
 
 
 def test_sequences_stay_in_the_scheduler() -> None:

@@ -42,13 +42,13 @@ if "gptq_api.engine.process" in sys.orig_argv:
 FAULTY_STEP = """
 import sys
 if "gptq_api.engine.process" in sys.orig_argv:
-    from gptq_api.model.runner import ModelRunner
-    launch = ModelRunner.launch
+    from gptq_api.runner.cpu.runner import CpuRunner
+    launch = CpuRunner.launch
     def faulty(self, step):
         if any(new.params.seed == 667 for new in step.admitted):
             raise RuntimeError("injected")
         return launch(self, step)
-    ModelRunner.launch = faulty
+    CpuRunner.launch = faulty
 """
 
 
@@ -167,7 +167,7 @@ def test_every_line_of_both_processes_is_json(tmp_path: Path) -> None:
         assert server.wait(LEAVES_S) == 70
         lines = [json.loads(line) for line in server.log().splitlines()]
     (warning,) = [line for line in lines if "model.surplus" in line["event"]]
-    assert warning["level"] == "warning" and warning["logger"] == "gptq_api.model.runner"
+    assert warning["level"] == "warning" and warning["logger"] == "gptq_api.runner.load"
     (last_words,) = [line for line in lines if "RuntimeError: injected" in line.get("exception", "")]
     assert last_words["level"] == "critical"
     assert lines[-1]["exit_status"] == 70

@@ -10,25 +10,26 @@ import pytest
 import torch
 from checkpoints import RandomModel, Recipe, random_model, write_checkpoint
 
-from gptq_api.config import Settings
-from gptq_api.model.runner import ModelRunner, load_runner
-from gptq_api.model.solo import Solo, step_of
+from gptq_api.runner.cpu.runner import CpuRunner
+from gptq_api.runner.load import load_runner
+from gptq_api.runner.options import LoadOptions
+from gptq_api.runner.solo import Solo, step_of
 from gptq_api.types import SamplingParams
 
 IDS = torch.randint(3, 96, (70,), generator=torch.Generator().manual_seed(5)).tolist()
 
 
-def load(folder: Path, **settings: Any) -> ModelRunner:
+def load(folder: Path, **settings: Any) -> CpuRunner:
     defaults = {"device": "cpu", "dtype": "float32", "kv_cache_mib": 16, "num_threads": 1}
-    return load_runner(Settings(model_path=str(folder), **{**defaults, **settings}))
+    return load_runner(LoadOptions(model_path=str(folder), **{**defaults, **settings}))
 
 
-def all_logits(runner: ModelRunner, ids: list[int]) -> torch.Tensor:
+def all_logits(runner: CpuRunner, ids: list[int]) -> torch.Tensor:
     solo = Solo(list(ids), SamplingParams(max_tokens=1), block_table=list(range(2, 2 + len(ids) // 16 + 1)))
     return runner.logits(step_of([solo], [len(ids)]), every_row=True)[0]
 
 
-def check(model: RandomModel, folder: Path, ids: list[int] = IDS, **settings: Any) -> ModelRunner:
+def check(model: RandomModel, folder: Path, ids: list[int] = IDS, **settings: Any) -> CpuRunner:
     runner = load(folder, **settings)
     expected = model.reference_logits(ids)
     assert expected.std() > 0.5

@@ -14,7 +14,7 @@ from test_model_config import LLAMA1
 
 from gptq_api.checkpoint.checkpoint import CheckpointError
 from gptq_api.model.config import parse_config
-from gptq_api.model.solo import Solo, step_of
+from gptq_api.runner.solo import Solo, step_of
 from gptq_api.types import SamplingParams
 
 LONG = torch.randint(3, 96, (700,), generator=torch.Generator().manual_seed(9)).tolist()
@@ -22,10 +22,16 @@ LONG = torch.randint(3, 96, (700,), generator=torch.Generator().manual_seed(9)).
 SHORT = LONG[:60]
 QWEN_WINDOW = {"use_sliding_window": True, "sliding_window": 24, "max_window_layers": 1}
 
+PHI = {"pad_token_id": 0, "original_max_position_embeddings": 256}
 FAMILIES: dict[str, tuple[Recipe, list[int]]] = {
     "mistral": (Recipe(family="mistral", more_config={"sliding_window": None}), SHORT),
     "mistral v0.1": (
         Recipe(family="mistral", max_position_embeddings=1024, more_config={"sliding_window": 100}),
+        LONG,
+    ),
+    "phi3": (Recipe(family="phi3", act_order=True, more_config=PHI), SHORT),
+    "phi3, window": (
+        Recipe(family="phi3", max_position_embeddings=1024, sym=False, more_config={**PHI, "sliding_window": 100}),
         LONG,
     ),
     "qwen2": (Recipe(family="qwen2", act_order=True), SHORT),
@@ -54,7 +60,7 @@ def test_logits_are_those_of_transformers(name: str, tmp_path: Path) -> None:
     expected = model.reference_logits(ids)
     assert expected.std() > 0.5
     assert (all_logits(runner, ids) - expected).abs().max() < 1e-3
-    assert model.reference().config.model_type in runner.description.lower()
+    assert model.reference().config.model_type in runner.description.lower().replace("phi-3", "phi3")
 
 
 @pytest.fixture(scope="module")

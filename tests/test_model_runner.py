@@ -12,9 +12,11 @@ import pytest
 import torch
 from checkpoints import Recipe, random_model, write_checkpoint
 
-from gptq_api.config import ConfigError, Settings
-from gptq_api.model.runner import ModelRunner, load_runner
-from gptq_api.model.solo import Solo, step_of
+from gptq_api.config import ConfigError
+from gptq_api.runner.cpu.runner import CpuRunner
+from gptq_api.runner.load import load_runner
+from gptq_api.runner.options import LoadOptions
+from gptq_api.runner.solo import Solo, step_of
 from gptq_api.step import Sampled
 from gptq_api.types import SamplingParams
 
@@ -22,8 +24,8 @@ BLOCK = 16
 RECIPE = Recipe(hidden_size=96, num_heads=6, num_kv_heads=2, max_position_embeddings=512, act_order=True, sym=False)
 
 
-def settings(folder: Path, **more: Any) -> Settings:
-    return Settings(model_path=str(folder), **{"device": "cpu", "kv_cache_mib": 16, "num_threads": 1, **more})
+def settings(folder: Path, **more: Any) -> LoadOptions:
+    return LoadOptions(model_path=str(folder), **{"device": "cpu", "kv_cache_mib": 16, "num_threads": 1, **more})
 
 
 @pytest.fixture(scope="module")
@@ -32,14 +34,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module", params=["float32", "bfloat16"])
-def runner(request: pytest.FixtureRequest, folder: Path) -> Iterator[ModelRunner]:
+def runner(request: pytest.FixtureRequest, folder: Path) -> Iterator[CpuRunner]:
     yield load_runner(settings(folder, dtype=request.param))
 
 
 class Blocks:
     """Hands out block ids in random order, so that no test passes by neighbouring blocks."""
 
-    def __init__(self, runner: ModelRunner, seed: int = 0) -> None:
+    def __init__(self, runner: CpuRunner, seed: int = 0) -> None:
         self._free = list(range(runner.num_blocks))
         random.Random(seed).shuffle(self._free)
         self.num_seats = 0
@@ -59,7 +61,7 @@ def sequence(ids: list[int], blocks: Blocks, num_output: int = 30, **params: Any
     return Solo(list(ids), made, blocks.take(len(ids) + num_output), seat=blocks.num_seats)
 
 
-def step(runner: ModelRunner, sequences: list[Solo], num_new: list[int]) -> None:
+def step(runner: CpuRunner, sequences: list[Solo], num_new: list[int]) -> None:
     """What scheduler and engine do around a step."""
     sampled = runner.launch(step_of(sequences, num_new))
     tokens = iter(sampled.tokens)
@@ -69,13 +71,13 @@ def step(runner: ModelRunner, sequences: list[Solo], num_new: list[int]) -> None
             s.token_ids.append(token)
 
 
-def finish(runner: ModelRunner, s: Solo, num_output: int, chunk: int = 10**6) -> list[int]:
+def finish(runner: CpuRunner, s: Solo, num_output: int, chunk: int = 10**6) -> list[int]:
     while s.num_output_tokens < num_output:
         step(runner, [s], [min(chunk, s.num_pending_tokens)])
     return s.token_ids[s.num_prompt_tokens :]
 
 
-def test_neighbours_and_chunks_change_nothing(runner: ModelRunner) -> None:
+def test_neighbours_and_chunks_change_nothing(runner: CpuRunner) -> None:
     texts = prompts(10)
     alone = [finish(runner, sequence(ids, Blocks(runner, i)), 8) for i, ids in enumerate(texts)]
     blocks = Blocks(runner)
@@ -88,7 +90,7 @@ def test_neighbours_and_chunks_change_nothing(runner: ModelRunner) -> None:
 
 
 @pytest.mark.parametrize("num_threads", [1, 2])
-def test_logits_are_the_same_bits_alone_and_in_company(runner: ModelRunner, num_threads: int) -> None:
+def test_logits_are_the_same_bits_alone_and_in_company(runner: CpuRunner, num_threads: int) -> None:
     torch.set_num_threads(num_threads)
     texts = prompts(9, seed=3)
     blocks = Blocks(runner)
@@ -101,7 +103,7 @@ def test_logits_are_the_same_bits_alone_and_in_company(runner: ModelRunner, num_
     torch.set_num_threads(1)
 
 
-def test_the_last_logits_of_a_prompt_are_the_same_however_it_is_cut(runner: ModelRunner) -> None:
+def test_the_last_logits_of_a_prompt_are_the_same_however_it_is_cut(runner: CpuRunner) -> None:
     ids = prompts(1, seed=4, longest=300)[0] + [7] * 250
     whole = sequence(ids, Blocks(runner))
     expected = runner.logits(step_of([whole], [len(ids)]))[0]
@@ -113,7 +115,7 @@ def test_the_last_logits_of_a_prompt_are_the_same_however_it_is_cut(runner: Mode
         assert torch.equal(got, expected)
 
 
-def test_recompute_after_preemption_continues_the_same_text(runner: ModelRunner) -> None:
+def test_recompute_after_preemption_continues_the_same_text(runner: CpuRunner) -> None:
     for i, ids in enumerate(prompts(3, seed=5)):
         expected = finish(runner, sequence(ids, Blocks(runner, i)), 12)
         s = sequence(ids, Blocks(runner, i + 1))
@@ -123,7 +125,7 @@ def test_recompute_after_preemption_continues_the_same_text(runner: ModelRunner)
         assert finish(runner, s, 12, chunk=50) == expected
 
 
-def test_blocks_of_a_shared_prefix_may_be_written_in_the_very_step_that_reads_them(runner: ModelRunner) -> None:
+def test_blocks_of_a_shared_prefix_may_be_written_in_the_very_step_that_reads_them(runner: CpuRunner) -> None:
     shared = prompts(1, seed=6)[0][:1] * 3 + list(range(10, 10 + 2 * BLOCK - 3))
     tails = [[5, 6, 7], [8], [9] * 20]
     alone = [finish(runner, sequence(shared + tail, Blocks(runner, i)), 10) for i, tail in enumerate(tails)]
@@ -140,7 +142,7 @@ def test_blocks_of_a_shared_prefix_may_be_written_in_the_very_step_that_reads_th
     assert [s.token_ids[s.num_prompt_tokens :] for s in sequences] == alone
 
 
-def test_seeded_sampling_does_not_depend_on_neighbours(runner: ModelRunner) -> None:
+def test_seeded_sampling_does_not_depend_on_neighbours(runner: CpuRunner) -> None:
     params = {"temperature": 0.8, "top_p": 0.9, "seed": 11, "presence_penalty": 0.5}
     ids = prompts(1, seed=8)[0]
     alone = finish(runner, sequence(ids, Blocks(runner), **params), 12)
@@ -153,7 +155,7 @@ def test_seeded_sampling_does_not_depend_on_neighbours(runner: ModelRunner) -> N
     assert s.token_ids[len(ids) :] == alone
 
 
-def test_logprobs_are_those_of_the_raw_logits(runner: ModelRunner) -> None:
+def test_logprobs_are_those_of_the_raw_logits(runner: CpuRunner) -> None:
     ids = prompts(1, seed=10)[0]
     s = sequence(ids, Blocks(runner), temperature=0.7, top_logprobs=3, logit_bias={5: 100.0})
     table = runner.logits(step_of([s], [len(ids)]))[0][0].log_softmax(-1)
@@ -167,7 +169,7 @@ def test_logprobs_are_those_of_the_raw_logits(runner: ModelRunner) -> None:
     assert [v for _, v in found.top] == pytest.approx(values.tolist(), abs=1e-5)
 
 
-def test_a_chunk_that_ends_before_the_last_token_samples_nothing(runner: ModelRunner) -> None:
+def test_a_chunk_that_ends_before_the_last_token_samples_nothing(runner: CpuRunner) -> None:
     s = sequence([5] * 40, Blocks(runner))
     assert runner.launch(step_of([s], [39])) == Sampled([0], [])
     assert runner.launch(step_of([], [])) == Sampled([], [])
@@ -217,4 +219,4 @@ def test_settings_that_do_not_fit_the_machine_are_refused(folder: Path) -> None:
 
 def test_an_fp8_cache_is_for_the_cuda_kernels() -> None:
     with pytest.raises(ConfigError, match="--kv-cache-dtype fp8 needs a CUDA device"):
-        load_runner(Settings(kv_cache_dtype="fp8", device="cpu"))
+        load_runner(LoadOptions(kv_cache_dtype="fp8", device="cpu"))

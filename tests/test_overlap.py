@@ -19,7 +19,7 @@ ONE_AHEAD = """
 import sys
 if "gptq_api.engine.process" in sys.orig_argv:
     from lagging_runner import LaggingRunner
-    from gptq_api.model import runner
+    from gptq_api.runner import load as runner
     load = runner.load_runner
     runner.load_runner = lambda settings: LaggingRunner(load(settings))
 """

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from gptq_api.layers.sampler import random_bits, random_words, sample
-from gptq_api.layers.seats import Seat
+from gptq_api.runner.cpu.sampler import random_bits, random_words, sample
+from gptq_api.runner.seats import Seat
 from gptq_api.types import SamplingParams
 
 

@@ -22,8 +22,9 @@ import msgspec
 from gptq_api.checkpoint.errors import CheckpointError
 from gptq_api.config import ConfigError, Settings
 from gptq_api.engine.trace import TracedStep, TraceHead, read_trace
-from gptq_api.model.loaded import LoadedRunner
-from gptq_api.model.runner import load_runner
+from gptq_api.runner.load import load_runner
+from gptq_api.runner.loaded import LoadedRunner
+from gptq_api.runner.options import LoadOptions
 from gptq_api.settings_source import load_settings
 
 
@@ -80,7 +81,7 @@ def main(args: list[str]) -> int:
     try:
         head, steps = read_trace(Path(args[0]))
         settings = settings_of(head, args[1:])
-        result = replay(load_runner(settings), steps)
+        result = replay(load_runner(LoadOptions.of(settings)), steps)
     except (ConfigError, CheckpointError, OSError) as error:
         print(f"replay.py: {error}", file=sys.stderr)
         return 1

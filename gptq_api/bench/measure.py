@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections import deque
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,12 @@ from gptq_api.bench.synthetic import synthetic_checkpoint
 from gptq_api.checkpoint.checkpoint import Checkpoint, CheckpointError, open_checkpoint
 from gptq_api.checkpoint.dense import dequantized, open_dense
 from gptq_api.checkpoint.summary import summarise
-from gptq_api.config import Settings
 from gptq_api.errors import UserError
 from gptq_api.model.config import read_config
-from gptq_api.model.loaded import LoadedRunner
-from gptq_api.model.runner import make_runner, resolve_device
-from gptq_api.model.solo import Solo, step_of
+from gptq_api.runner.load import make_runner, resolve_device
+from gptq_api.runner.loaded import LoadedRunner
+from gptq_api.runner.options import LoadOptions
+from gptq_api.runner.solo import Solo, step_of
 from gptq_api.text.chat_template import load_chat_template
 from gptq_api.text.samples import encode_documents, read_documents, spread, windows
 from gptq_api.text.tokenizer import load_tokenizer
@@ -43,7 +44,7 @@ _GREEDY = SamplingParams(max_tokens=1, temperature=0)
 
 
 def measure(job: Job) -> Row:
-    """Load, decode, predict. ValueErrors are sentences for the user."""
+    """Load, decode, predict. Raises UserError."""
     if job.synthetic is None:
         return _measure(job, *_open(job, Path(job.folder)))
     with tempfile.TemporaryDirectory() as folder:
@@ -59,7 +60,7 @@ def measure(job: Job) -> Row:
 
 def _measure(job: Job, source: Checkpoint, checkpoint: Checkpoint) -> Row:
     """`source` is what is on disk, `checkpoint` what is to be run."""
-    settings = Settings.model_construct(
+    options = LoadOptions(
         model_path=job.folder,
         device=job.device,
         dtype=job.dtype,
@@ -68,7 +69,7 @@ def _measure(job: Job, source: Checkpoint, checkpoint: Checkpoint) -> Row:
         block_size=_BLOCK_SIZE,
         max_num_seqs=1,
     )
-    device = resolve_device(settings)
+    device = resolve_device(options.device)
     started = time.monotonic()
     config = read_config(checkpoint.folder)
     limit = config.max_position_embeddings
@@ -79,9 +80,9 @@ def _measure(job: Job, source: Checkpoint, checkpoint: Checkpoint) -> Row:
             f"{job.name} has a context of {limit} tokens, and {longest} are asked for; lower --context, "
             "--prompt-tokens or --num-tokens"
         )
-    settings = settings.model_copy(update={"num_blocks": -(-longest // _BLOCK_SIZE)})
+    options = replace(options, num_blocks=-(-longest // _BLOCK_SIZE))
     texts = _texts(job, checkpoint.folder, window, config.vocab_size)
-    runner = make_runner(settings, checkpoint, device)
+    runner = make_runner(options, checkpoint, device)
     load_seconds = time.monotonic() - started
     seconds = _decode(runner, job)
     perplexity, predicted = _perplexity(runner, texts) if texts else (None, 0)

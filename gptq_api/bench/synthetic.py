@@ -26,7 +26,7 @@ from gptq_api.checkpoint.module import ModuleShape
 from gptq_api.checkpoint.quant_config import QuantConfig
 from gptq_api.checkpoint.tensors import TensorStore
 from gptq_api.model.config import read_config
-from gptq_api.model.plan import linears
+from gptq_api.model.modules import all_modules
 from gptq_api.text.folder import checkpoint_folder
 
 _DEVIATION = 4.64
@@ -152,9 +152,10 @@ def synthetic_checkpoint(
         for norm in ("input_layernorm", "post_attention_layernorm"):
             specs[f"model.layers.{index}.{norm}.weight"] = _Spec("norm", (hidden,))
     modules = {}
-    for name, k, n in linears(config):
+    for name, module in all_modules(config):
+        k, n = module.in_features, module.out_features
         # What ends in the residual stream is smaller, so that the stream stays of order 1 through all layers.
-        scale = k**-0.5 * (residual if name.endswith(("o_proj", "down_proj")) else 1.0)
+        scale = k**-0.5 * (residual if module.ends_in_stream else 1.0)
         if dense:
             specs[f"{name}.weight"] = _Spec("dense", (n, k), scale)
             continue
@@ -163,17 +164,12 @@ def synthetic_checkpoint(
         specs[f"{name}.qweight"] = _Spec("qweight", (k // 8, n))
         specs[f"{name}.qzeros"] = _Spec("qzeros", (groups, n // 8))
         specs[f"{name}.scales"] = _Spec("scales", (groups, n), scale / _DEVIATION)
-        specs[f"{name}.g_idx"] = _Spec("g_idx", (k,), 0.0, -(-k // groups), _input_of(name) if act_order else "")
+        specs[f"{name}.g_idx"] = _Spec(
+            "g_idx", (k,), 0.0, -(-k // groups), f"{name.removesuffix(module.name)}{module.joins}" if act_order else ""
+        )
     weights = WeightFiles(folder, (folder / "random",), "random weights")
     store = SyntheticStore(weights, specs, torch.device("cpu"))
     return Checkpoint(folder, store, QuantConfig(), modules, 1, ())
-
-
-def _input_of(linear: str) -> str:
-    """One name for all Linears that read the same activations."""
-    layer, _, part = linear.rpartition(".")
-    shared = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "gate_up", "up_proj": "gate_up"}
-    return f"{layer}.{shared.get(part, part)}"
 
 
 def write_folder(

@@ -3,6 +3,8 @@ are only cross-checked: a flag that contradicts the tensors is an error, a confi
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -42,6 +44,12 @@ class Checkpoint:
     @property
     def files(self) -> tuple[Path, ...]:
         return self.store.weights.files
+
+    @contextmanager
+    def read_on(self, device: torch.device) -> Iterator[Checkpoint]:
+        """This checkpoint with its tensors read straight to `device`, as long as the block lasts."""
+        with DeviceReader(device) as reader:
+            yield self.on(reader)
 
     def on(self, reader: DeviceReader) -> Checkpoint:
         """The same checkpoint, its tensors read to the reader's device and checked there."""

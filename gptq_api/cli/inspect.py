@@ -28,26 +28,25 @@ def run(settings: InspectSettings) -> int:
 
 def inspect(settings: InspectSettings) -> dict[str, Any]:
     """The facts as JSON values; sizes are in bytes. Raises CheckpointError or ConfigError."""
-    from gptq_api.checkpoint.checkpoint import Expected, open_checkpoint
     from gptq_api.checkpoint.summary import summarise
-    from gptq_api.model import runner
-    from gptq_api.model.cache_plan import cache_dtype, cache_memory, num_cache_blocks
     from gptq_api.model.config import read_config
     from gptq_api.model.loader import has_head
     from gptq_api.model.plan import plan_serving
+    from gptq_api.runner.load import choose_backend, open_model, resolve_device
+    from gptq_api.runner.memory import num_cache_blocks
+    from gptq_api.runner.options import LoadOptions
 
-    device = runner.resolve_device(settings)
-    expected = Expected(settings.gptq_wbits, settings.gptq_groupsize, settings.gptq_act_order)
-    checkpoint = open_checkpoint(runner.model_path(settings), settings.gptq_ckpt, expected)
+    options = LoadOptions.of(settings)
+    device, checkpoint = resolve_device(options.device), open_model(options)
     config = read_config(checkpoint.folder)
-    dtype = runner.resolve_dtype(settings, device, checkpoint)
-    plan = plan_serving(checkpoint, config, device, dtype)
+    backend = choose_backend(options, checkpoint, config, device)
+    plan = plan_serving(checkpoint, config, backend)
     summary = summarise(checkpoint)
-    length = settings.max_model_len or config.max_position_embeddings
-    memory = cache_memory(settings, device, plan.weight_bytes)
-    token_bytes = config.kv_elements_per_token * cache_dtype(settings, device, dtype).itemsize
+    length = options.max_model_len or config.max_position_embeddings
+    memory = backend.cache_memory(options, plan.weight_bytes)
+    token_bytes = config.kv_elements_per_token * backend.cache_dtype(options.kv_cache_dtype).itemsize
     block_bytes = token_bytes * settings.block_size
-    num_blocks = num_cache_blocks(settings, block_bytes, length, memory)
+    num_blocks = num_cache_blocks(options, block_bytes, length, memory)
     return {
         "path": str(checkpoint.folder),
         "layout": checkpoint.layout,
@@ -79,8 +78,8 @@ def inspect(settings: InspectSettings) -> dict[str, Any]:
             "config": checkpoint.config.source,
         },
         "device": str(device),
-        "dtype": str(dtype).removeprefix("torch."),
-        "paths": plan.paths,
+        "dtype": str(backend.dtype).removeprefix("torch."),
+        "paths": plan.kernels,
         "weight_bytes": plan.weight_bytes,
         "kv_bytes_per_token": token_bytes,
         "kv_cache_bytes": num_blocks * block_bytes,
@@ -116,7 +115,7 @@ def _as_text(facts: dict[str, Any]) -> str:
             f"scales finite in {quant['scales_finite_modules']} of {num_modules} modules, every g_idx fits its groups",
         ),
         ("runs on", f"{facts['device']}, {facts['dtype']}"),
-        *((f"  {kind}", path) for kind, path in facts["paths"].items()),
+        *((f"  {kind}", kernel) for kind, kernel in facts["paths"].items()),
         ("weights", f"{facts['weight_bytes'] / 2**20:.1f} MiB"),
         ("KV cache", f"{facts['kv_bytes_per_token']} bytes per token"),
         (

@@ -45,13 +45,13 @@ def _run(settings: QuantizeSettings) -> None:
 
     from gptq_api.checkpoint.dense import open_dense
     from gptq_api.model.config import read_config
-    from gptq_api.model.runner import resolve_device
     from gptq_api.quantize import gptq as quantizer
     from gptq_api.quantize.block import batches
     from gptq_api.quantize.card import TextsInWords, low_zeros_warning, model_card
     from gptq_api.quantize.driver import Recipe, check_shapes, quantize_model
     from gptq_api.quantize.output import MAX_SHARD_BYTES, write_checkpoint
     from gptq_api.quantize.work import WorkFolder
+    from gptq_api.runner.load import resolve_device
 
     console = Console(stderr=True, highlight=False)
     folder = Path(local_model(settings.model_path, settings.revision, settings.gptq_ckpt)).expanduser()
@@ -60,7 +60,7 @@ def _run(settings: QuantizeSettings) -> None:
     config = read_config(folder)
     check_shapes(config, settings.bits)
     tokenizer = load_tokenizer(folder)
-    device = resolve_device(settings)
+    device = resolve_device(settings.device)
     if device.type == "cpu" and settings.num_threads is not None:
         torch.set_num_threads(settings.num_threads)
     recipe = Recipe(

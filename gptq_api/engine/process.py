@@ -65,12 +65,14 @@ def _serve(sock: socket.socket, inbox: Inbox, settings: Settings) -> int:
 
     from gptq_api.engine.core import Engine
     from gptq_api.engine.trace import Trace, TraceHead
-    from gptq_api.model.runner import load_runner, token_budget
+    from gptq_api.runner.load import load_runner, token_budget
+    from gptq_api.runner.options import LoadOptions
     from gptq_api.scheduler.blocks import BlockManager
     from gptq_api.scheduler.scheduler import Scheduler
 
     try:
-        runner = load_runner(settings)
+        options = LoadOptions.of(settings)
+        runner = load_runner(options)
         trace = None
         if settings.trace is not None:
             sizes = (runner.block_size, runner.num_blocks, settings.max_num_seqs)
@@ -81,7 +83,7 @@ def _serve(sock: socket.socket, inbox: Inbox, settings: Settings) -> int:
     except MemoryError:
         sock.sendall(wire.encode(Failed("there is not enough memory to load the model")))
         return 1
-    budget = token_budget(settings, torch.device(runner.device))
+    budget = token_budget(options, torch.device(runner.device))
     blocks = BlockManager(runner.num_blocks, runner.block_size)
     scheduler = Scheduler(blocks, settings.max_num_seqs, budget, settings.enable_prefix_caching, runner.row_multiple)
     engine = Engine(runner, scheduler, trace)

@@ -14,10 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-try:
-    from gptq_api import _cuda  # type: ignore[attr-defined, unused-ignore]
-except ImportError:  # kernels.gemm.unavailable_reason() says so to people
-    _cuda = None
+from gptq_api.kernels.extension import cuda as _cuda
 
 __all__ = ["BLOCK_SIZES", "HEAD_DIMS", "TEAMS", "RotaryInputs", "decode_attention", "decode_attention_workspace"]
 

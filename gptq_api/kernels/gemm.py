@@ -17,6 +17,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from gptq_api.kernels.extension import MISSING
+from gptq_api.kernels.extension import cuda as _cuda
 from gptq_api.kernels.layout import (
     CHUNK_K,
     STRIP_ROWS,
@@ -29,15 +31,7 @@ from gptq_api.kernels.layout import (
 )
 from gptq_api.kernels.reference import unpack
 
-try:
-    from gptq_api import _cuda  # type: ignore[attr-defined, unused-ignore]
-except ImportError as error:  # installed without nvcc: a reason to give, not to fail
-    _cuda = None
-    _MISSING = str(error)
-else:
-    _MISSING = ""
-
-__all__ = ["PackedLinear", "dequantize", "gemm", "is_available", "pack", "refusal", "unavailable_reason"]
+__all__ = ["PackedLinear", "gemm", "is_available", "pack", "refusal", "unavailable_reason"]
 
 DECODE_MAX_M = 32
 WGMMA_MIN_M = 9
@@ -52,7 +46,7 @@ SCRATCH_BYTES = 128 << 20
 def unavailable_reason() -> str | None:
     """Why these kernels cannot run here, for people; None where they can."""
     if _cuda is None:
-        return f"gptq-api was installed without its CUDA kernels ({_MISSING}); install again with nvcc on PATH"
+        return MISSING
     if not torch.cuda.is_available():
         return "torch finds no CUDA device"
     major, minor = torch.cuda.get_device_capability()
@@ -168,8 +162,8 @@ def gemm(
     for a row whatever M is within 1..8 (1..32 where there is no wgmma kernel). Raises ValueError on what does not fit,
     RuntimeError with the shape when a launch fails.
 
-    `in_a_row`: the kernels before and after are products of one token as well, and half of every multiprocessor is left
-    to them: 4 to 8 % faster there, but 20 to 25 % slower between norms and attention.
+    `in_a_row` is for measurements (probes.py): the kernels before and after are GEMMs of one token as well, and half of
+    every SM is left to them. That is 4 to 8 % faster there, and 20 to 25 % slower between norms and attention.
     """
     if x.dtype not in (torch.float16, torch.bfloat16):
         raise ValueError(f"activations of {x.dtype}; the CUDA kernels take float16 and bfloat16")
@@ -210,14 +204,6 @@ def gemm(
             _wgmma(x, weight, out, bias, residual, silu_mul)
         else:
             _by_cublas(x, weight, out, bias, residual, silu_mul)
-    return out
-
-
-def dequantize(weight: PackedLinear, dtype: torch.dtype) -> Tensor:
-    """fp16 or bf16 [N, K], k in the packed (sorted) order."""
-    out = torch.empty(weight.out_features, weight.in_features, dtype=dtype, device=weight.data.device)
-    with torch.cuda.device(out.device):
-        _dequantize(weight, out, 0, weight.data.shape[0])
     return out
 
 

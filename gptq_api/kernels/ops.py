@@ -10,10 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-try:
-    from gptq_api import _cuda  # type: ignore[attr-defined, unused-ignore]
-except ImportError:  # kernels.gemm.unavailable_reason() says so to people
-    _cuda = None
+from gptq_api.kernels.extension import cuda as _cuda
 
 __all__ = ["MAX_NORM_WIDTH", "embed", "rms_norm", "rope_and_write"]
 

@@ -12,7 +12,7 @@ Per sequence, on the host: `SamplingTable.set(seat, params, num_prompt_tokens)` 
 
 All three may be captured in CUDA graphs: they read nothing from the host but sizes and addresses. A row is a pure
 function of its logits, parameters, seed and length: sums are of integers, so neither the other rows nor the order in
-which threads arrive change a bit. `gptq_api/layers/sampler.py` computes the same on the CPU.
+which threads arrive change a bit. `gptq_api/runner/cpu/sampler.py` computes the same on the CPU.
 """
 
 from __future__ import annotations
@@ -25,12 +25,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gptq_api.kernels.extension import cuda as _cuda
 from gptq_api.types import SamplingParams, TokenLogprobs
-
-try:
-    from gptq_api import _cuda  # type: ignore[attr-defined, unused-ignore]
-except ImportError:  # kernels/gemm.py has the reason for people
-    _cuda = None
 
 _COLUMN = struct.Struct("<3i2I2i6f")
 FIELDS = _COLUMN.size // 4

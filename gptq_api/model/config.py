@@ -9,9 +9,9 @@ from typing import Any
 
 from gptq_api.checkpoint.errors import CheckpointError
 from gptq_api.checkpoint.files import read_json
-from gptq_api.layers.rotary import RopeParameters, RopeType
 from gptq_api.model.families import Family, layer_windows, read_family
 from gptq_api.model.keys import Keys
+from gptq_api.model.layers.rotary import RopeParameters, RopeType
 
 _ROPE_TYPES: dict[str, RopeType] = {
     "default": "default",
@@ -46,6 +46,8 @@ class LlamaConfig:
     tie_word_embeddings: bool | None
     """None: the file does not say"""
     eos_token_ids: tuple[int, ...]
+    num_experts: int
+    """of a mixture in place of the feed-forward network; 0: there is none"""
     torch_dtype: str | None
 
     @property
@@ -58,12 +60,16 @@ class LlamaConfig:
 
 
 def read_config(folder: Path) -> LlamaConfig:
-    """Parse config.json and generation_config.json. CheckpointError names the file, the key and the value."""
+    """Parse config.json and generation_config.json. CheckpointError names the file, the key and the value, or what the
+    forward pass lacks for such a model."""
     path = folder / "config.json"
     if not path.is_file():
         raise CheckpointError(f"{folder} has no config.json; copy it from the model the checkpoint was made of")
     generation = folder / "generation_config.json"
-    return parse_config(read_json(path), str(path), read_json(generation) if generation.is_file() else {})
+    config = parse_config(read_json(path), str(path), read_json(generation) if generation.is_file() else {})
+    if config.family.missing is not None:
+        raise CheckpointError(f"{path}: {config.family.title} is not served: {config.family.missing}")
+    return config
 
 
 def parse_config(raw: dict[str, Any], source: str, generation: dict[str, Any] | None = None) -> LlamaConfig:
@@ -107,6 +113,7 @@ def parse_config(raw: dict[str, Any], source: str, generation: dict[str, Any] | 
         mlp_bias=keys.flag("mlp_bias", False),
         tie_word_embeddings=keys.optional_flag("tie_word_embeddings"),
         eos_token_ids=_eos(raw, source, generation or {}, vocab_size),
+        num_experts=keys.integer("num_local_experts", 0, 1024, default=0),
         torch_dtype=str(raw.get("dtype") or raw.get("torch_dtype") or "") or None,
     )
 

@@ -1,4 +1,4 @@
-"""The model families whose forward pass `llama.py` is, and in what each departs from LLaMA: biases, norms of q and k,
+"""The model families whose forward pass is ours, and in what each departs from LLaMA: biases, norms of q and k,
 which layers see only a window of the context."""
 
 from __future__ import annotations
@@ -24,6 +24,10 @@ class Family:
     """q, k and v have a bias whatever the config says"""
     head_dim: int | None = None
     """where config.json does not give it; None: hidden_size / num_attention_heads"""
+    fused: bool = False
+    """q, k and v are stored as one Linear, and so are gate and up"""
+    missing: str | None = None
+    """what our forward pass lacks for it; None: nothing"""
 
 
 _LLAMA = Family("llama", "LLaMA")
@@ -32,10 +36,16 @@ _FAMILIES = {
     "LLaMAForCausalLM": _LLAMA,
     "InternLMForCausalLM": Family("internlm", "InternLM"),
     "MistralForCausalLM": Family("mistral", "Mistral"),
+    "MixtralForCausalLM": Family(
+        "mixtral",
+        "Mixtral",
+        missing="there is no router that sends each token to two of its experts, and no Linear that holds the experts",
+    ),
+    "Phi3ForCausalLM": Family("phi3", "Phi-3", fused=True),
     "Qwen2ForCausalLM": Family("qwen2", "Qwen2", qkv_bias=True),
     "Qwen3ForCausalLM": Family("qwen3", "Qwen3", qk_norm=True, head_dim=128),
 }
-_SERVED = "LLaMA, Mistral, Qwen2, Qwen3 and InternLM are"
+_SERVED = "LLaMA, Mistral, Phi-3, Qwen2, Qwen3 and InternLM are"
 
 
 def read_family(raw: dict[str, Any], source: str) -> Family:
@@ -56,14 +66,17 @@ def read_family(raw: dict[str, Any], source: str) -> Family:
 def layer_windows(family: Family, raw: dict[str, Any], source: str, num_layers: int) -> tuple[int | None, ...]:
     """How many tokens, its own included, a token sees in each layer; None: all before it.
 
-    Mistral: `sliding_window` in every layer. Qwen: only with `use_sliding_window`, in the layers `layer_types` names
-    or else from `max_window_layers` on. LLaMA has none, whatever the file says.
+    Mistral and Phi-3: `sliding_window` in every layer. Qwen: only with `use_sliding_window`, in the layers that
+    `layer_types` names or else from `max_window_layers` on. LLaMA has none, whatever the file says.
     """
     keys = Keys(raw, source)
     if family.model_type == "mistral":
         if "sliding_window" in raw and raw["sliding_window"] is None:
             return (None,) * num_layers
         return (keys.integer("sliding_window", 1, 2**31, default=_MISTRAL_WINDOW),) * num_layers
+    if family.model_type == "phi3":
+        window = None if raw.get("sliding_window") is None else keys.integer("sliding_window", 1, 2**31)
+        return (window,) * num_layers
     if family.model_type not in ("qwen2", "qwen3") or not keys.flag("use_sliding_window", False):
         return (None,) * num_layers
     if raw.get("sliding_window") is None:

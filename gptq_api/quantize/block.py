@@ -13,19 +13,14 @@ from torch import Tensor
 from torch.nn import functional
 
 from gptq_api.checkpoint.checkpoint import Checkpoint
-from gptq_api.layers.activation import silu_and_multiply
-from gptq_api.layers.norm import HeadNorm, RMSNorm
-from gptq_api.layers.rotary import Rotary, rotate
 from gptq_api.model.config import LlamaConfig
-from gptq_api.model.plan import linears
+from gptq_api.model.layers.activation import silu_and_multiply
+from gptq_api.model.layers.norm import HeadNorm, RMSNorm
+from gptq_api.model.layers.rotary import Rotary, rotate
+from gptq_api.model.modules import Joint, layer_prefix, modules, parts
 
-STAGES = (
-    ("self_attn.k_proj", "self_attn.v_proj", "self_attn.q_proj"),
-    ("self_attn.o_proj",),
-    ("mlp.up_proj", "mlp.gate_proj"),
-    ("mlp.down_proj",),
-)
-"""Modules that read the same input, in the order in which they are quantized."""
+STAGES: tuple[Joint, ...] = ("qkv", "o", "gate_up", "down")
+"""Modules that read the same input are quantized together; these in turn."""
 
 
 @dataclass(frozen=True)
@@ -62,17 +57,16 @@ class Block:
     def __init__(self, checkpoint: Checkpoint, config: LlamaConfig, index: int, device: torch.device) -> None:
         """Reads the layer. CheckpointError where a tensor is missing, misshapen or not finite."""
         self._config, self._window = config, config.windows[index]
-        prefix = f"model.layers.{index}."
+        prefix = layer_prefix(index)
         self.weights: dict[str, Tensor] = {}
         """float32 [N, K] by module name within the layer; replaced as they are quantized"""
         self.biases: dict[str, Tensor] = {}
-        for name, k, n in linears(config):
-            if name.startswith(prefix):
-                module = name.removeprefix(prefix)
-                self.weights[module] = checkpoint.tensor(f"{name}.weight", (n, k)).to(device, torch.float32)
-                bias = checkpoint.bias(name)
-                if bias is not None:
-                    self.biases[module] = bias.to(device, torch.float32)
+        for module in modules(config):
+            weight = checkpoint.tensor(f"{prefix}{module.name}.weight", (module.out_features, module.in_features))
+            self.weights[module.name] = weight.to(device, torch.float32)
+            bias = checkpoint.bias(prefix + module.name)
+            if bias is not None:
+                self.biases[module.name] = bias.to(device, torch.float32)
 
         sizes = {"input_layernorm": config.hidden_size, "post_attention_layernorm": config.hidden_size}
         if config.family.qk_norm:
@@ -107,16 +101,17 @@ class Block:
         num_texts, length, _ = x.shape
         heads, kv_heads, dim = c.num_attention_heads, c.num_key_value_heads, c.head_dim
         normed = self.attention_input(x)
-        q, k, v = (self._linear(f"self_attn.{part}_proj", normed) for part in "qkv")
+        sizes = [(heads + kv_heads) * dim, kv_heads * dim]
+        qk, v = torch.split(self._linear("qkv", normed), sizes, -1)
         position = torch.arange(length, device=x.device)
         cos, sin = rotary.tables(position.repeat(num_texts))
-        qk = torch.cat((q, k), -1).view(-1, heads + kv_heads, dim)
+        qk = qk.reshape(-1, heads + kv_heads, dim)
         if self._head_norm is not None:
             qk = self._head_norm.forward(qk)
         rotated = rotate(qk, cos, sin).view(num_texts, length, heads + kv_heads, dim).transpose(1, 2)
         share = heads // kv_heads
         keys = rotated[:, heads:].repeat_interleave(share, 1)
-        values = v.view(num_texts, length, kv_heads, dim).transpose(1, 2).repeat_interleave(share, 1)
+        values = v.reshape(num_texts, length, kv_heads, dim).transpose(1, 2).repeat_interleave(share, 1)
         mask = None
         if self._window is not None and self._window < length:
             ago = position[:, None] - position[None]
@@ -127,7 +122,7 @@ class Block:
         return out.transpose(1, 2).reshape(num_texts, length, heads * dim)
 
     def after_attention(self, x: Tensor, rotary: Rotary) -> Tensor:
-        return x + self._linear("self_attn.o_proj", self.attended(x, rotary))
+        return x + self._linear("o", self.attended(x, rotary))
 
     def mlp_input(self, x: Tensor) -> Tensor:
         """What gate and up read; x is `after_attention`'s."""
@@ -135,15 +130,18 @@ class Block:
 
     def gated(self, x: Tensor) -> Tensor:
         """What down reads: [B, L, intermediate]."""
-        normed = self.mlp_input(x)
-        gate_up = torch.cat((self._linear("mlp.gate_proj", normed), self._linear("mlp.up_proj", normed)), -1)
-        return silu_and_multiply(gate_up)
+        return silu_and_multiply(self._linear("gate_up", self.mlp_input(x)))
 
     def after_mlp(self, x: Tensor) -> Tensor:
-        return x + self._linear("mlp.down_proj", self.gated(x))
+        return x + self._linear("down", self.gated(x))
 
     def forward(self, x: Tensor, rotary: Rotary) -> Tensor:
         return self.after_mlp(self.after_attention(x, rotary))
 
-    def _linear(self, module: str, x: Tensor) -> Tensor:
-        return functional.linear(x, self.weights[module], self.biases.get(module))
+    def modules(self, joint: Joint) -> list[str]:
+        """Names within the layer, in the table's order."""
+        return [module.name for module in parts(self._config, joint)]
+
+    def _linear(self, joint: Joint, x: Tensor) -> Tensor:
+        parts = [functional.linear(x, self.weights[name], self.biases.get(name)) for name in self.modules(joint)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, -1)

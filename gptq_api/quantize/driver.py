@@ -25,11 +25,11 @@ from gptq_api.checkpoint.packing import (
     unpack_qzeros,
     values_per_unit,
 )
-from gptq_api.layers.norm import RMSNorm
-from gptq_api.layers.rotary import Rotary
 from gptq_api.model.config import LlamaConfig
+from gptq_api.model.layers.norm import RMSNorm
+from gptq_api.model.layers.rotary import Rotary
 from gptq_api.model.loader import has_head
-from gptq_api.model.plan import linears
+from gptq_api.model.modules import all_modules, layer_prefix
 from gptq_api.quantize.block import STAGES, Block, Texts
 from gptq_api.quantize.gptq import (
     Factor,
@@ -68,7 +68,8 @@ class Outcome:
 def check_shapes(config: LlamaConfig, bits: int) -> None:
     """CheckpointError where a module does not fill whole words of packed values."""
     unit = values_per_unit(bits)
-    for name, k, n in linears(config):
+    for name, module in all_modules(config):
+        k, n = module.in_features, module.out_features
         if k % unit or n % unit:
             raise CheckpointError(
                 f"{name} has {k} inputs and {n} outputs, and {bits} bits are packed in units of {unit}; use other bits"
@@ -108,7 +109,7 @@ def quantize_model(
         block = Block(checkpoint, config, index, device)
         _advance(before, partial(block.forward, rotary=rotary))
         block.round_rest(dtype)
-        prefix = f"model.layers.{index}."
+        prefix = layer_prefix(index)
         done = work.read(index)
         if done is None:
             tensors, layer_reports = _quantize_block(block, prefix, recipe, xs, masks, rotary, report)
@@ -157,7 +158,8 @@ def _quantize_block(
     )
     tensors: dict[str, Tensor] = {}
     reports: list[ModuleReport] = []
-    for modules, stage_input in zip(STAGES, inputs, strict=True):
+    for joint, stage_input in zip(STAGES, inputs, strict=True):
+        modules = block.modules(joint)
         hessian = Hessian(block.weights[modules[0]].shape[1], block.weights[modules[0]].device)
         for x, mask in zip(xs, masks, strict=True):
             hessian.add(stage_input(x)[mask])
@@ -175,7 +177,7 @@ def _quantize_block(
             cost = _relative_error(weight, block.weights[module], hessian.matrix()) if xs else None
             reports.append(ModuleReport(prefix + module, cost, damp, int((result.zeros == 0).sum())))
             report(reports[-1])
-        if modules == STAGES[1]:
+        if joint == "o":
             _advance(xs, partial(block.after_attention, rotary=rotary))
     _advance(xs, block.after_mlp)
     return tensors, reports

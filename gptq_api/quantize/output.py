@@ -17,7 +17,7 @@ from gptq_api.checkpoint.files import read_json
 from gptq_api.errors import writing
 from gptq_api.model.config import LlamaConfig
 from gptq_api.model.loader import has_head
-from gptq_api.model.plan import linears
+from gptq_api.model.modules import all_modules, layer_prefix
 from gptq_api.quantize.driver import Recipe, stored_dtype
 from gptq_api.quantize.work import WorkFolder, save_tensors
 
@@ -121,7 +121,7 @@ def _write_weights(
 def _tensors(source: Checkpoint, config: LlamaConfig, work: WorkFolder) -> Iterator[tuple[str, Tensor]]:
     """Everything there is to store, layer after layer."""
     dtype = stored_dtype(source)
-    quantized = {f"{name}.weight" for name, _, _ in linears(config)}
+    quantized = {f"{name}.weight" for name, _ in all_modules(config)}
     rest = [
         name for name in sorted(source.store.names) if name not in quantized and name.endswith((".weight", ".bias"))
     ]
@@ -137,7 +137,7 @@ def _tensors(source: Checkpoint, config: LlamaConfig, work: WorkFolder) -> Itera
 
     yield from stored([name for name in rest if not name.startswith("model.layers.")])
     for index in range(config.num_hidden_layers):
-        prefix = f"model.layers.{index}."
+        prefix = layer_prefix(index)
         yield from stored([name for name in rest if name.startswith(prefix)])
         layer = work.read(index)
         assert layer is not None

@@ -1,4 +1,4 @@
-"""Prompt formats for checkpoints that carry no chat template, as LLaMA-1 files do not (gptq-formats.md A6).
+"""Prompt formats for checkpoints that carry no chat template, as LLaMA-1 files do not.
 
 Written for this server after the formats' descriptions; the system sentences of Vicuna, Alpaca and Koala are part of
 the formats the models were trained on. None begins with BOS: it is added once, by whoever encodes.

@@ -1,6 +1,6 @@
 """Messages to prompt tokens, through the checkpoint's chat template or a built-in one; users cannot forge turns.
 
-How contents stay text (reliability.md R14). A template's output is one string in which `</s>` from the template and
+How contents stay text. A template's output is one string in which `</s>` from the template and
 `</s>` typed by a user look alike. So before rendering, every control token that stands in a message (and every fragment
 at its edges that could become one together with its neighbour) is replaced by an opaque mark of private-use characters.
 Control tokens found in the output are then the template's; the marks are turned back into what the user typed, as plain

@@ -1,7 +1,7 @@
 """The only place that runs Jinja: a sandbox with a budget, for templates that come with a model.
 
 A checkpoint's template is somebody else's program. Jinja's immutable sandbox keeps it from attributes and from changing
-what it is given (reliability.md R4); the budget here keeps it from taking the server's time and memory. Loops, calls,
+what it is given; the budget here keeps it from taking the server's time and memory. Loops, calls,
 concatenations and output are charged as they happen, each charge looks at the clock, and the few operations that make
 much out of little in one step (`'a' * 10**10`, padding, replace, join) are refused by size before they are done.
 """

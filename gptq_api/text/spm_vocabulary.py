@@ -1,7 +1,7 @@
 """tokenizer.model of LLaMA 1 and 2: sentencepiece itself encodes.
 
 transformers rebuilds such a model as a merge list and gets 32 of llama.cpp's 47 vectors right where sentencepiece gets
-all 47 (gptq-formats.md A7): leading and repeated spaces differ, and a prompt that differs from training by its spaces
+all 47: leading and repeated spaces differ, and a prompt that differs from training by its spaces
 is a worse prompt.
 """
 

@@ -1,7 +1,7 @@
 """Text to token ids and back, for every kind of tokenizer a LLaMA checkpoint comes with.
 
 Two rules hold for all of them. Text is encoded with control tokens recognised only where the caller says so, so that
-what a user types stays text (reliability.md R14). And every token stands for exact bytes: decoding is concatenating
+what a user types stays text. And every token stands for exact bytes: decoding is concatenating
 them, which is what makes streaming (`text/stream.py`) exact and O(1) per token.
 """
 

@@ -1,7 +1,7 @@
 """What the small files beside a tokenizer say: its special tokens, whether prompts begin with BOS, "legacy" spacing.
 
 Read from tokenizer_config.json, special_tokens_map.json and added_tokens.json. Nothing in these files is ever executed:
-`auto_map` and `tokenizer_class` name code that is not loaded (reliability.md R3).
+`auto_map` and `tokenizer_class` name code that is not loaded.
 """
 
 from __future__ import annotations

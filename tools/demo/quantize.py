@@ -1,8 +1,8 @@
-"""Quantises the trained demo model with GPTQ and writes the checkpoint folder that ships in the package.
+"""Quantizes the trained demo model with GPTQ and writes the checkpoint folder that ships in the package.
 
     python -m tools.demo.quantize FOLDER --out gptq_api/demo/model
 
-The quantising is that of `gptq-api quantize`. The calibration chats come from the generator, with a seed that training
+The quantizing is that of `gptq-api quantize`. The calibration chats come from the generator, with a seed that training
 did not use.
 """
 
@@ -23,7 +23,7 @@ from gptq_api.checkpoint.dense import open_dense
 from gptq_api.checkpoint.packing import unpack_qweight, unpack_qzeros
 from gptq_api.model.config import read_config
 from gptq_api.quantize.block import Texts
-from gptq_api.quantize.driver import Recipe, quantise_model
+from gptq_api.quantize.driver import Recipe, quantize_model
 from gptq_api.quantize.gptq import QuantizedLinear, QuantizeOptions
 from gptq_api.quantize.output import MAX_SHARD_BYTES, write_checkpoint
 from gptq_api.quantize.work import ModuleReport, WorkFolder
@@ -33,7 +33,7 @@ CALIBRATION_SEED = 2_000_001
 
 
 def load_float(folder: Path) -> LlamaForCausalLM:
-    """A checkpoint folder as a float32 model; a GPTQ one (4 bits, v1 zeros, one file) is dequantised."""
+    """A checkpoint folder as a float32 model; a GPTQ one (4 bits, v1 zeros, one file) is dequantized."""
     if not (folder / "quantize_config.json").exists():
         return LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     bits = json.loads((folder / "quantize_config.json").read_text())["bits"]
@@ -116,7 +116,7 @@ def spread_channels(model: LlamaForCausalLM, batches: list[tuple[Tensor, Tensor]
         mlp.down_proj.weight.div_(by)
 
 
-def quantise(
+def quantize(
     model: LlamaForCausalLM, source: Path, out: Path, batches: list[tuple[Tensor, Tensor]], recipe: Recipe
 ) -> list[ModuleReport]:
     """`model` as an ordinary GPTQ checkpoint in `out`, with the configs and the tokenizer of `source`. batches: (ids,
@@ -133,7 +133,7 @@ def quantise(
         texts = [Texts(ids, is_text) for ids, is_text in batches]
         with WorkFolder(checkpoint, {}) as work:
             cpu = torch.device("cpu")
-            outcome = quantise_model(dense, config, recipe, texts, [], work, cpu, _print)
+            outcome = quantize_model(dense, config, recipe, texts, [], work, cpu, _print)
             # Tools disagree on how a v1 file says "zero point 0"; the demo must not depend on it.
             assert not any(report.num_low_zeros for report in outcome.reports)
             write_checkpoint(dense, config, recipe, "", work, MAX_SHARD_BYTES)
@@ -174,7 +174,7 @@ def main() -> None:
     model = load_float(args.folder)
     batches = calibration(args.folder / "tokenizer.json", args.calibration_chats)
     spread_channels(model, batches, args.spread_octaves)
-    quantise(model, args.folder, args.out, batches, Recipe(settings, nearest=args.nearest))
+    quantize(model, args.folder, args.out, batches, Recipe(settings, nearest=args.nearest))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from gptq_api.model.cuda_inputs import StepShape
+from gptq_api.runner.inputs import StepShape
 
 _log = logging.getLogger(__name__)
 _SMALL_BATCHES = (1, 2, 4, 6, 8, 16, 24, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256)

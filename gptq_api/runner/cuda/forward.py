@@ -1,4 +1,4 @@
-"""The forward pass of model/llama.py on CUDA: the same weights, fused kernels, buffers that stay where they are.
+"""The forward pass on CUDA: fused kernels, buffers that stay where they are.
 
 Nothing here waits for the device, allocates (but for modules on the reference path, and o's sorted inputs) or looks at
 the numbers in a tensor, so that a step can be captured into a CUDA graph. The residual stream has the activations'
@@ -15,11 +15,13 @@ from torch import Tensor
 
 from gptq_api.kernels import ops
 from gptq_api.kernels.decode_attention import RotaryInputs, decode_attention, decode_attention_workspace
+from gptq_api.kernels.order import of_kernel, of_producer
 from gptq_api.kernels.prefill_attention import prefill_attention
-from gptq_api.layers.linear import DenseLinear, Linear, PackedGPTQLinear
-from gptq_api.layers.norm import RMSNorm
-from gptq_api.model.cuda_inputs import StepInputs
-from gptq_api.model.llama import Llama, LlamaLayer
+from gptq_api.model.layers.linear import DenseLinear, Linear
+from gptq_api.model.layers.norm import RMSNorm
+from gptq_api.model.weights import LayerWeights, LlamaWeights
+from gptq_api.runner.cuda.linear import PackedGPTQLinear
+from gptq_api.runner.inputs import StepInputs
 
 SCATTER_MAX_ROWS = 8
 """of a decode step, up to which the attention stores its results in o's order: beyond, a gather costs less"""
@@ -27,10 +29,12 @@ SCATTER_MAX_ROWS = 8
 
 @dataclass(frozen=True)
 class _Layer:
-    """A LlamaLayer with what its kernels want to know, in their types."""
+    """LayerWeights with what its kernels want to know, in their types."""
 
     input_norm: Tensor
     """[H], like post_attention_norm in the order in which the Linear behind it takes its inputs"""
+    input_order: Tensor | None
+    """int32 [H], that order; None: as they are"""
     qkv: Linear
     q_norm: Tensor | None
     k_norm: Tensor | None
@@ -41,24 +45,28 @@ class _Layer:
     o_index: Tensor | None
     """int32 [heads * D]: where in that order each output of the attention stands; None: where it is"""
     post_attention_norm: Tensor
+    gate_up_order: Tensor | None
     gate_up: Linear
     down: Linear
 
     @classmethod
-    def of(cls, layer: LlamaLayer, dtype: torch.dtype) -> _Layer:
-        norms, order, o_sorted = layer.attention.qk_norm, None, layer.o
-        if isinstance(layer.o, PackedGPTQLinear) and layer.o.gather is not None:
-            order, o_sorted = layer.o.gather, layer.o.without_gather()
+    def of(cls, layer: LayerWeights, dtype: torch.dtype) -> _Layer:
+        norms, order, o_sorted = layer.head_norm, of_kernel(layer.o.order), layer.o
+        if order is not None:
+            assert isinstance(layer.o, PackedGPTQLinear)
+            o_sorted = layer.o.in_order()
         return cls(
-            input_norm=_weight(layer.input_norm, dtype, layer.qkv.perm),
+            input_norm=_weight(layer.input_norm, dtype, of_producer(layer.qkv.order)),
+            input_order=of_producer(layer.qkv.order),
             qkv=layer.qkv,
             q_norm=None if norms is None else norms.q_weight.to(dtype).contiguous(),
             k_norm=None if norms is None else norms.k_weight.to(dtype).contiguous(),
-            window=layer.attention.window,
+            window=layer.window,
             o=layer.o,
             o_sorted=o_sorted,
             o_index=None if order is None else torch.argsort(order).to(torch.int32),
-            post_attention_norm=_weight(layer.post_attention_norm, dtype, layer.gate_up.perm),
+            post_attention_norm=_weight(layer.post_attention_norm, dtype, of_producer(layer.gate_up.order)),
+            gate_up_order=of_producer(layer.gate_up.order),
             gate_up=layer.gate_up,
             down=layer.down,
         )
@@ -72,7 +80,9 @@ def _weight(norm: RMSNorm, dtype: torch.dtype, perm: Tensor | None = None) -> Te
 class CudaLlama:
     """A Llama on the device with buffers for steps of up to `max_rows` tokens and `max_sequences` sequences."""
 
-    def __init__(self, model: Llama, max_rows: int, max_sequences: int, max_model_len: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self, model: LlamaWeights, max_rows: int, max_sequences: int, max_model_len: int, dtype: torch.dtype
+    ) -> None:
         self.config, self.num_bytes, self.dtype = model.config, model.num_bytes, dtype
         self._embedding, self._lm_head, c = model.embedding, model.lm_head, model.config
         self._layers = [_Layer.of(layer, dtype) for layer in model.layers]
@@ -106,11 +116,11 @@ class CudaLlama:
         ops.embed(history, inputs.row_seat, inputs.positions, self._embedding, x)
         few = decode and rows <= SCATTER_MAX_ROWS
         for layer, kv in zip(self._layers, cache, strict=True):
-            ops.rms_norm(x, layer.input_norm, self._eps, normed, layer.qkv.perm)
+            ops.rms_norm(x, layer.input_norm, self._eps, normed, layer.input_order)
             qkv = layer.qkv.forward(normed, self._qkv[:rows])
             attended = self._attend(qkv, layer, kv, inputs, decode, layer.o_index if few else None)
             (layer.o_sorted if few else layer.o).forward(attended, x, residual=x)
-            ops.rms_norm(x, layer.post_attention_norm, self._eps, normed, layer.gate_up.perm)
+            ops.rms_norm(x, layer.post_attention_norm, self._eps, normed, layer.gate_up_order)
             gated = layer.gate_up.forward(normed, self._gated[:rows], silu_mul=True)
             layer.down.forward(gated, x, residual=x)
         if every_row:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from gptq_api.kernels.sampling import inverse_temperature
-from gptq_api.layers.seats import Seat
+from gptq_api.runner.seats import Seat
 from gptq_api.types import SamplingParams, TokenLogprobs
 
 _CANDIDATES = 256

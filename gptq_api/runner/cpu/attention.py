@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from gptq_api.layers.norm import HeadNorm
-from gptq_api.layers.rotary import rotate
+from gptq_api.model.layers.norm import HeadNorm
+from gptq_api.model.layers.rotary import rotate
 
 _CONTEXT_STEP = 16
 _EXACT_CONTEXT_STEP = 512

@@ -16,10 +16,10 @@ from torch import Tensor
 from gptq_api.kernels import gemm, sampling
 from gptq_api.kernels.prefill_attention import TILE_ROWS
 from gptq_api.kernels.sampling import MAX_TOP_LOGPROBS, SamplingInputs, SamplingTable
-from gptq_api.model.cuda_cache import CudaKVCache
-from gptq_api.model.cuda_graphs import Buckets, Graphs
-from gptq_api.model.cuda_inputs import Columns, Ints, SequenceTable, StepInputs, StepShape, num_words, write_idle
-from gptq_api.model.cuda_llama import CudaLlama
+from gptq_api.runner.cuda.cache import CudaKVCache
+from gptq_api.runner.cuda.forward import CudaLlama
+from gptq_api.runner.cuda.graphs import Buckets, Graphs
+from gptq_api.runner.inputs import Columns, Ints, SequenceTable, StepInputs, StepShape, num_words, write_idle
 from gptq_api.step import Admission, DeviceMemoryError, Sampled, Step
 from gptq_api.types import TokenLogprobs
 

@@ -1,0 +1,85 @@
+"""The one table of a model's Linears: what they are called in checkpoints, their sizes, who reads the same input, what
+is merged into one weight, and how ranks would share them. Loader, plan, `inspect`, quantize and synthetic checkpoints
+read it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from gptq_api.model.config import LlamaConfig
+
+Joint = Literal["qkv", "o", "gate_up", "down", "experts", "router"]
+
+
+@dataclass(frozen=True)
+class Module:
+    """One Linear of a layer as a checkpoint stores it."""
+
+    name: str
+    """within the layer, such as "self_attn.q_proj" """
+    in_features: int
+    out_features: int
+    joins: Joint
+    """the Linear of the forward pass that it is a part of; parts stand side by side, in the table's order. Parts of one
+    joint read the same input."""
+    has_bias: bool = False
+    """it must have one; otherwise it may"""
+
+    @property
+    def split(self) -> Literal["columns", "rows"]:
+        """How ranks share it: by outputs, or by inputs where those are what a split Linear before it puts out."""
+        return "rows" if self.joins in ("o", "down") else "columns"
+
+    @property
+    def ends_in_stream(self) -> bool:
+        """Whether its outputs are added to the residual stream."""
+        return self.joins in ("o", "down")
+
+
+def modules(config: LlamaConfig) -> tuple[Module, ...]:
+    """Of one layer, in the order of the forward pass."""
+    heads, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    hidden, ffn = config.hidden_size, config.intermediate_size
+    qkv_bias, mlp_bias = config.attention_bias, config.mlp_bias
+    if config.family.fused:
+        attention: tuple[Module, ...] = (Module("self_attn.qkv_proj", hidden, heads + 2 * kv, "qkv", qkv_bias),)
+    else:
+        sizes = (("q", heads), ("k", kv), ("v", kv))
+        attention = tuple(Module(f"self_attn.{part}_proj", hidden, n, "qkv", qkv_bias) for part, n in sizes)
+    attention += (Module("self_attn.o_proj", heads, hidden, "o"),)
+    if config.num_experts:
+        experts = [
+            module
+            for i in range(config.num_experts)
+            for module in (
+                Module(f"block_sparse_moe.experts.{i}.w1", hidden, ffn, "experts"),
+                Module(f"block_sparse_moe.experts.{i}.w3", hidden, ffn, "experts"),
+                Module(f"block_sparse_moe.experts.{i}.w2", ffn, hidden, "experts"),
+            )
+        ]
+        return (*attention, Module("block_sparse_moe.gate", hidden, config.num_experts, "router"), *experts)
+    if config.family.fused:
+        gate_up: tuple[Module, ...] = (Module("mlp.gate_up_proj", hidden, 2 * ffn, "gate_up", mlp_bias),)
+    else:
+        gate_up = tuple(Module(f"mlp.{part}_proj", hidden, ffn, "gate_up", mlp_bias) for part in ("gate", "up"))
+    return (*attention, *gate_up, Module("mlp.down_proj", ffn, hidden, "down", mlp_bias))
+
+
+def parts(config: LlamaConfig, joint: Joint) -> list[Module]:
+    """The modules that are one Linear of the forward pass."""
+    return [module for module in modules(config) if module.joins == joint]
+
+
+def layer_prefix(index: int) -> str:
+    """What the names of a layer's tensors begin with."""
+    return f"model.layers.{index}."
+
+
+def all_modules(config: LlamaConfig) -> Iterator[tuple[str, Module]]:
+    """(name in the checkpoint, module) of every Linear in the layers."""
+    table = modules(config)
+    for index in range(config.num_hidden_layers):
+        for module in table:
+            yield layer_prefix(index) + module.name, module

@@ -1,0 +1,109 @@
+"""The CPU, and on CUDA devices what its kernels do not take: plain torch, float32 or (on the CPU) bfloat16."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+from gptq_api.checkpoint.checkpoint import Checkpoint, GPTQTensors
+from gptq_api.config import ConfigError
+from gptq_api.kernels.reference import ReferenceWeight
+from gptq_api.model.backend import KernelChoice, Role
+from gptq_api.model.config import LlamaConfig
+from gptq_api.model.layers.linear import DenseLinear, Linear, PlainLinear, Weight
+from gptq_api.model.weights import LlamaWeights
+from gptq_api.runner.cpu import int4
+from gptq_api.runner.cpu.attention import KVCache
+from gptq_api.runner.cpu.forward import PlainLlama
+from gptq_api.runner.cpu.runner import CpuRunner
+from gptq_api.runner.memory import does_not_fit, free_memory, gpu_knob, plan_cache
+from gptq_api.runner.options import LoadOptions
+
+_EXACT = "reference (exact)"
+
+
+class CpuBackend:
+    """Nothing here is fused, and a row's bits do not depend on the other rows."""
+
+    default_batched_tokens = 512
+    head_dtype = torch.float32
+    """bfloat16 logits have 8 bits, and the greedy token would be decided by rounding"""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        self.device, self.dtype = device, dtype
+        self._on_cpu = device.type == "cpu"
+
+    def embedding_dtype(self, stored: torch.dtype, tied: bool) -> torch.dtype:
+        """One tensor serves both ends where they are tied."""
+        return self.head_dtype if tied else stored
+
+    def kernel(self, bits: int, in_features: int, out_features: int, group_size: int) -> KernelChoice:
+        packed = in_features * out_features * bits // 8
+        num_groups = 1 if group_size < 0 else -(-in_features // group_size)
+        plain = packed + num_groups * out_features * 3 + in_features * 4
+        if self.dtype != torch.bfloat16:
+            return KernelChoice(_EXACT, plain)
+        reason = int4.refusal(bits, in_features, out_features, group_size)
+        if reason is not None:
+            return KernelChoice("reference", plain, reason)
+        group = int4.operator_group(in_features, group_size) or in_features
+        return KernelChoice("int4", packed + in_features // group * out_features * 4)
+
+    def reading(self, checkpoint: Checkpoint) -> AbstractContextManager[Checkpoint]:
+        return nullcontext(checkpoint) if self._on_cpu else checkpoint.read_on(self.device)
+
+    def quantized(self, tensors: GPTQTensors, role: Role) -> Linear:
+        t, choice = tensors, self.kernel(tensors.bits, tensors.in_features, tensors.out_features, tensors.group_size)
+        weight: Weight
+        if choice.kind == "int4":
+            weight = int4.Int4Weight(t.qweight, t.zeros, t.scales, t.g_idx, t.group_size)
+        else:
+            qweight, zeros, scales, g_idx = (self._own(tensor) for tensor in (t.qweight, t.zeros, t.scales, t.g_idx))
+            weight = ReferenceWeight(qweight, zeros, scales, g_idx, t.bits, self.dtype)
+        return PlainLinear(weight, None if t.bias is None else t.bias.to(self.device, self.dtype), str(choice))
+
+    def _own(self, tensor: Tensor) -> Tensor:
+        """Loading may map the file; what is kept is memory of our own."""
+        return tensor.clone() if self._on_cpu else tensor.to(self.device)
+
+    def fed_by(self, gate_up: Linear, down: Linear) -> Linear:
+        return down
+
+    def dense(self, weight: Tensor, bias: Tensor | None) -> Linear:
+        bias = None if bias is None else bias.to(self.device, self.dtype)
+        return DenseLinear(weight.to(self.device, self.dtype), bias)
+
+    def head(self, weight: Tensor) -> Linear:
+        return DenseLinear(weight.to(self.device, self.head_dtype))
+
+    def cache_dtype(self, kv_cache_dtype: str) -> torch.dtype:
+        """Of K and V. ConfigError for fp8."""
+        if kv_cache_dtype == "auto":
+            return self.dtype
+        if self._on_cpu:
+            raise ConfigError("--kv-cache-dtype fp8 needs a CUDA device; use auto")
+        raise ConfigError("--kv-cache-dtype fp8 is for float16 and bfloat16, and this runs in float32; use auto")
+
+    def cache_memory(self, options: LoadOptions, to_come: int) -> int:
+        if self._on_cpu:
+            return options.kv_cache_mib * 2**20
+        return free_memory(self.device, options.gpu_memory_utilization, to_come)
+
+    def memory_knob(self, options: LoadOptions) -> str:
+        return f"--kv-cache-mib {options.kv_cache_mib}" if self._on_cpu else gpu_knob(options)
+
+    def runner(self, weights: LlamaWeights, options: LoadOptions, max_model_len: int) -> CpuRunner:
+        config, size = weights.config, options.block_size
+        memory = self.cache_memory(options, 0)
+        num_blocks, max_model_len = plan_cache(options, config, self, max_model_len, memory)
+        try:
+            cache = KVCache(*_cache_shape(config, num_blocks, size), self.dtype, self.device)
+        except (RuntimeError, OSError):
+            raise does_not_fit(options, self) from None
+        return CpuRunner(PlainLlama(weights), cache, max_model_len, self.dtype)
+
+
+def _cache_shape(config: LlamaConfig, num_blocks: int, block_size: int) -> tuple[int, int, int, int, int]:
+    return (config.num_hidden_layers, num_blocks, block_size, config.num_key_value_heads, config.head_dim)

@@ -1,0 +1,151 @@
+"""CUDA: what its kernels take, how weights are packed for them, and who gets how much memory."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gptq_api.checkpoint.checkpoint import Checkpoint, GPTQTensors
+from gptq_api.kernels import decode_attention, gemm, ops, prefill_attention
+from gptq_api.kernels.layout import CHUNK_K, STRIP_ROWS, chunk_bytes
+from gptq_api.kernels.reference import ReferenceWeight
+from gptq_api.model.backend import KernelChoice, PackError, Role
+from gptq_api.model.config import LlamaConfig
+from gptq_api.model.layers.linear import Linear, PlainLinear
+from gptq_api.model.weights import LlamaWeights
+from gptq_api.runner.cuda.cache import CudaKVCache
+from gptq_api.runner.cuda.forward import CudaLlama
+from gptq_api.runner.cuda.linear import CudaDenseLinear, PackedGPTQLinear
+from gptq_api.runner.cuda.runner import CudaRunner, state_bytes
+from gptq_api.runner.inputs import StepInputs, StepShape, num_words, write_idle
+from gptq_api.runner.memory import does_not_fit, free_memory, gpu_knob, plan_cache
+from gptq_api.runner.options import LoadOptions
+
+_GRAPH_BYTES = 256 * 2**20
+"""left free for captured graphs and for what libraries allocate late"""
+
+
+def refusal(config: LlamaConfig, block_size: int) -> str | None:
+    """Why the CUDA kernels do not serve such a model; None where they do."""
+    for name, width in (
+        ("hidden_size", config.hidden_size),
+        ("width of all heads", config.num_attention_heads * config.head_dim),
+    ):
+        if width % 8 or width > ops.MAX_NORM_WIDTH:
+            return f"{name} {width}; they take multiples of 8 up to {ops.MAX_NORM_WIDTH}"
+    if config.head_dim not in decode_attention.HEAD_DIMS:
+        return f"heads of {config.head_dim}; attention takes {', '.join(map(str, decode_attention.HEAD_DIMS))}"
+    return gemm.unavailable_reason() or prefill_attention.refusal(config.head_dim, block_size)
+
+
+class CudaBackend:
+    """For what `refusal` has nothing against, in float16 or bfloat16."""
+
+    default_batched_tokens = 2048
+
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        self.device, self.dtype, self.head_dtype = device, dtype, dtype
+
+    def embedding_dtype(self, stored: torch.dtype, tied: bool) -> torch.dtype:
+        return self.dtype
+
+    def kernel(self, bits: int, in_features: int, out_features: int, group_size: int) -> KernelChoice:
+        reason = gemm.refusal(bits, in_features, out_features, group_size) or gemm.unavailable_reason()
+        if reason is not None:
+            num_groups = 1 if group_size < 0 else -(-in_features // group_size)
+            packed = in_features * out_features * bits // 8
+            return KernelChoice("reference", packed + num_groups * out_features * 3 + in_features * 4, reason)
+        # Zero points counted: the headers do not say whether there are any, and they are a hundredth of the weight.
+        chunks = -(-in_features // CHUNK_K) * (out_features // STRIP_ROWS)
+        return KernelChoice(PackedGPTQLinear.kernel, chunks * chunk_bytes(group_size, has_zeros=True) + in_features * 4)
+
+    def reading(self, checkpoint: Checkpoint) -> AbstractContextManager[Checkpoint]:
+        return checkpoint.read_on(self.device)
+
+    def quantized(self, tensors: GPTQTensors, role: Role) -> Linear:
+        t = tensors
+        choice = self.kernel(t.bits, t.in_features, t.out_features, t.group_size)
+        bias = None if t.bias is None else t.bias.to(self.device, self.dtype)
+        if choice.kind != PackedGPTQLinear.kernel:
+            qweight, zeros, scales, g_idx = (x.to(self.device) for x in (t.qweight, t.zeros, t.scales, t.g_idx))
+            return PlainLinear(ReferenceWeight(qweight, zeros, scales, g_idx, t.bits, self.dtype), bias, str(choice))
+        order = role.half_order
+        if order is not None:
+            order = torch.cat((order, order + t.out_features // 2))
+        g_idx_or_none = t.g_idx if t.act_order else None
+        try:
+            weight = gemm.pack(
+                *(t.qweight, t.scales, t.zeros, g_idx_or_none, t.group_size, self.device),
+                paired=role.paired,
+                out_order=order,
+            )
+        except ValueError as error:
+            raise PackError(str(error)) from None
+        if bias is not None and order is not None:
+            bias = bias[order]
+        return PackedGPTQLinear(weight, bias, sorted_by_producer=role.sorted_by_producer)
+
+    def fed_by(self, gate_up: Linear, down: Linear) -> Linear:
+        if isinstance(gate_up, PackedGPTQLinear) and isinstance(down, PackedGPTQLinear):
+            return down.in_order()
+        return down
+
+    def dense(self, weight: Tensor, bias: Tensor | None) -> Linear:
+        bias = None if bias is None else bias.to(self.device, self.dtype)
+        return CudaDenseLinear(weight.to(self.device, self.dtype), bias)
+
+    def head(self, weight: Tensor) -> Linear:
+        return CudaDenseLinear(weight.to(self.device, self.head_dtype))
+
+    def cache_dtype(self, kv_cache_dtype: str) -> torch.dtype:
+        return self.dtype if kv_cache_dtype == "auto" else torch.float8_e4m3fn
+
+    def cache_memory(self, options: LoadOptions, to_come: int) -> int:
+        return free_memory(self.device, options.gpu_memory_utilization, to_come)
+
+    def memory_knob(self, options: LoadOptions) -> str:
+        return gpu_knob(options)
+
+    def runner(self, weights: LlamaWeights, options: LoadOptions, max_model_len: int) -> CudaRunner:
+        """ConfigError where the memory does not suffice."""
+        config, device, num_seqs = weights.config, self.device, options.max_num_seqs
+        num_rows = options.max_num_batched_tokens or self.default_batched_tokens
+        kv_dtype = self.cache_dtype(options.kv_cache_dtype)
+        try:
+            before = torch.cuda.memory_allocated(device)
+            cuda = CudaLlama(weights, max(num_rows, num_seqs), num_seqs, max_model_len, self.dtype)
+            transient = _largest_step(cuda, config, options, num_rows, kv_dtype)
+            state = state_bytes(num_seqs, num_rows, max_model_len, options.block_size)
+            workspace = torch.cuda.memory_allocated(device) - before + transient + state
+            memory = self.cache_memory(options, _GRAPH_BYTES + transient + state)
+            num_blocks, max_model_len = plan_cache(options, config, self, max_model_len, memory)
+            cache = CudaKVCache(config, num_blocks, options.block_size, kv_dtype, device)
+        except torch.cuda.OutOfMemoryError:
+            raise does_not_fit(options, self) from None
+        runner = CudaRunner(cuda, cache, num_seqs, num_rows, max_model_len, workspace)
+        runner.warm_up()
+        return runner
+
+
+@torch.inference_mode()
+def _largest_step(
+    model: CudaLlama, config: LlamaConfig, options: LoadOptions, num_rows: int, kv_dtype: torch.dtype
+) -> int:
+    """Bytes that the largest step allocates while it runs. A small one follows: between them they compile all that is
+    compiled at first use."""
+    num_seqs, device = options.max_num_seqs, model.device
+    history = torch.zeros(num_seqs, 1, dtype=torch.int32, device=device)
+    cache = CudaKVCache(config, 1, options.block_size, kv_dtype, device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    tiles = num_rows // prefill_attention.TILE_ROWS + num_seqs
+    for shape in (StepShape(num_rows, num_seqs, 1, tiles), StepShape(1, 1, 1, 1)):
+        host = np.zeros(num_words(shape), np.int32)
+        write_idle(StepInputs.over(host, shape))
+        inputs = StepInputs.over(torch.from_numpy(host).to(device), shape)
+        model.forward(inputs, history, cache.layers, decode=False)
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before

@@ -1,0 +1,55 @@
+"""Linears of the CUDA kernels."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gptq_api.kernels import gemm
+from gptq_api.kernels.layout import PackedLinear
+from gptq_api.kernels.order import InputOrder, of_kernel
+from gptq_api.model.layers.linear import DenseLinear, finish
+
+
+class PackedGPTQLinear:
+    """A quantized Linear in the packing of the CUDA kernels; product, bias, SiLU * up and residual are one launch."""
+
+    kernel = "cuda int4"
+
+    def __init__(self, weight: PackedLinear, bias: Tensor | None, *, sorted_by_producer: bool) -> None:
+        """`bias` [N] on the device in the activations' type, in the order of the weight's outputs.
+        `sorted_by_producer`: whoever makes x applies act-order; otherwise the kernel gathers by itself."""
+        self.order: InputOrder | None = None
+        if weight.perm is not None:
+            self.order = InputOrder(weight.perm, "producer" if sorted_by_producer else "kernel")
+        self._weight, self._bias = weight if of_kernel(self.order) is not None else weight.without_perm(), bias
+
+    @property
+    def num_bytes(self) -> int:
+        index = None if self.order is None else self.order.index
+        tensors = (self._weight.data, index, self._bias)
+        return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+
+    def in_order(self) -> PackedGPTQLinear:
+        """The same weight for an x that is made in its order anyway."""
+        return PackedGPTQLinear(self._weight.without_perm(), self._bias, sorted_by_producer=False)
+
+    def forward(
+        self, x: Tensor, out: Tensor | None = None, *, residual: Tensor | None = None, silu_mul: bool = False
+    ) -> Tensor:
+        return gemm.gemm(x, self._weight, out, bias=self._bias, residual=residual, silu_mul=silu_mul)
+
+
+class CudaDenseLinear(DenseLinear):
+    """cuBLAS adds the bias or the residual on its way."""
+
+    def forward(
+        self, x: Tensor, out: Tensor | None = None, *, residual: Tensor | None = None, silu_mul: bool = False
+    ) -> Tensor:
+        x = x.to(self.weight.dtype)
+        if silu_mul or (self.bias is not None and residual is not None):
+            return finish(torch.nn.functional.linear(x, self.weight, self.bias), out, residual, silu_mul)
+        added = self.bias if residual is None else residual
+        if added is None:
+            return torch.mm(x, self.weight.t(), out=out)
+        return torch.addmm(added, x, self.weight.t(), out=out)

@@ -1,0 +1,154 @@
+"""A checkpoint becomes a runner on one of the devices there are."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from gptq_api.checkpoint.checkpoint import Checkpoint, CheckpointError, Expected, open_checkpoint
+from gptq_api.config import ConfigError
+from gptq_api.model.backend import Backend
+from gptq_api.model.config import LlamaConfig, read_config
+from gptq_api.model.loader import LoadReport, load_llama
+from gptq_api.model.weights import LlamaWeights
+from gptq_api.runner.cpu.backend import CpuBackend
+from gptq_api.runner.cuda.backend import CudaBackend, refusal
+from gptq_api.runner.loaded import LoadedRunner
+from gptq_api.runner.memory import CacheOwner
+from gptq_api.runner.options import LoadOptions
+from gptq_api.runner.solo import Solo, step_of
+from gptq_api.types import SamplingParams
+
+_log = logging.getLogger(__name__)
+_SMALL_MODEL_BYTES = 64 * 2**20
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class RunnerBackend(Backend, CacheOwner, Protocol):
+    """A Backend that also runs what was loaded."""
+
+    default_batched_tokens: int
+    """computed in one step where nobody says how many"""
+
+    def runner(self, weights: LlamaWeights, options: LoadOptions, max_model_len: int) -> LoadedRunner:
+        """Ready to step. ConfigError where the memory does not suffice."""
+
+
+BACKENDS: dict[str, type[CpuBackend] | type[CudaBackend]] = {"cpu": CpuBackend, "cuda": CudaBackend}
+"""by the type of device; what the second does not take runs on its device by the first, in float32"""
+
+
+def load_runner(options: LoadOptions) -> LoadedRunner:
+    """Load the checkpoint the options name and make it ready to step.
+
+    CheckpointError for what is wrong with the checkpoint, ConfigError for options that do not fit it or the machine.
+    """
+    device = resolve_device(options.device)
+    return make_runner(options, open_model(options), device)
+
+
+def open_model(options: LoadOptions) -> Checkpoint:
+    """The checkpoint, its headers read, as the options name and expect it."""
+    expected = Expected(options.gptq_wbits, options.gptq_groupsize, options.gptq_act_order)
+    return open_checkpoint(model_path(options.model_path), options.gptq_ckpt, expected)
+
+
+def make_runner(options: LoadOptions, checkpoint: Checkpoint, device: torch.device) -> LoadedRunner:
+    """`load_runner` for a checkpoint that is open, quantized or not."""
+    started = time.monotonic()
+    if device.type == "cpu":
+        torch.set_num_threads(options.num_threads or _default_threads(checkpoint))
+    config = read_config(checkpoint.folder)
+    backend = choose_backend(options, checkpoint, config, device)
+    backend.cache_dtype(options.kv_cache_dtype)  # a refusal comes before the weights are read
+    max_model_len = options.max_model_len or config.max_position_embeddings
+    weights, report = load_llama(checkpoint, config, max_model_len, backend)
+    runner = backend.runner(weights, options, max_model_len)
+    for warning in report.warnings:
+        _log.warning("%s", warning)
+    _self_check(runner, checkpoint)
+    name = "demo" if options.model_path == "demo" else model_path(options.model_path).name
+    seconds = time.monotonic() - started
+    runner.description = f"{name}: {_described(checkpoint, config, report, runner)}; loaded in {seconds:.1f} s"
+    return runner
+
+
+def choose_backend(
+    options: LoadOptions, checkpoint: Checkpoint, config: LlamaConfig, device: torch.device
+) -> RunnerBackend:
+    """For this model on this device. ConfigError for a type that it does not compute in."""
+    dtype = resolve_dtype(options.dtype, device, checkpoint)
+    if device.type == "cpu":
+        return BACKENDS["cpu"](device, dtype)
+    if dtype == torch.float32:
+        return BACKENDS["cpu"](device, dtype)
+    reason = refusal(config, options.block_size)
+    if reason is not None:
+        _log.warning("the CUDA kernels do not serve this: %s. It runs slowly, in float32", reason)
+        return BACKENDS["cpu"](device, torch.float32)
+    return BACKENDS["cuda"](device, dtype)
+
+
+def _default_threads(checkpoint: Checkpoint) -> int:
+    """All cores, but one for a model whose step is milliseconds: it would gain less than a factor of two alone on the
+    machine, and lose a factor of ten where its threads wait at every barrier for a core that the API process has
+    (measured)."""
+    packed = sum(m.in_features * m.out_features * m.bits // 8 for m in checkpoint.modules.values())
+    return 1 if packed < _SMALL_MODEL_BYTES else len(os.sched_getaffinity(0))
+
+
+def token_budget(options: LoadOptions, device: torch.device) -> int:
+    """Tokens computed in one step."""
+    return options.max_num_batched_tokens or BACKENDS[device.type].default_batched_tokens
+
+
+def model_path(path: str) -> Path:
+    """The checkpoint folder that is meant."""
+    if path == "demo":
+        from gptq_api.demo import DEMO_PATH
+
+        return Path(DEMO_PATH)
+    return Path(path).expanduser()
+
+
+def resolve_dtype(asked: str, device: torch.device, checkpoint: Checkpoint) -> torch.dtype:
+    """`auto` is bfloat16 on the CPU and the checkpoint's own half type on CUDA. float16 is refused on the CPU."""
+    if device.type == "cpu" and asked == "float16":
+        raise ConfigError("--dtype float16 has no fast product on the CPU; use bfloat16 (fast) or float32 (exact)")
+    if asked != "auto":
+        return _DTYPES[asked]
+    if device.type == "cpu":
+        return torch.bfloat16
+    return checkpoint.float_dtype if checkpoint.float_dtype != torch.float32 else torch.float16
+
+
+def resolve_device(asked: str) -> torch.device:
+    """`auto` is the first CUDA device where there is one. ConfigError where CUDA was asked for and is not there."""
+    if asked == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda: no CUDA device is available to torch; use --device cpu")
+    wants_cuda = asked == "cuda" or (asked == "auto" and torch.cuda.is_available())
+    return torch.device("cuda", torch.cuda.current_device()) if wants_cuda else torch.device("cpu")
+
+
+def _self_check(runner: LoadedRunner, checkpoint: Checkpoint) -> None:
+    """One token through the whole model: warms it up, and a broken file is told here and not in the answers."""
+    token = min(1, runner.vocab_size - 1)
+    step = step_of([Solo([token], SamplingParams(max_tokens=1, temperature=0), [0])], [1])
+    if runner.collect(runner.launch(step)).tokens == [-1]:
+        raise CheckpointError(f"{checkpoint.files[0]}: the logits of one token are not finite; the weights are corrupt")
+
+
+def _described(checkpoint: Checkpoint, config: LlamaConfig, report: LoadReport, runner: LoadedRunner) -> str:
+    bits = "/".join(str(b) for b in sorted({m.bits for m in checkpoint.modules.values()}))
+    kernels = ", ".join(f"{count} x {name}" for name, count in report.kernels.items())
+    workspace = f", workspace {runner.workspace_bytes / 2**20:.0f} MiB" if runner.workspace_bytes else ""
+    return (
+        f"{config.family.title}, {bits}-bit GPTQ ({checkpoint.layout}), {runner.dtype}; {kernels}; "
+        f"weights {runner.weight_bytes / 2**20:.0f} MiB, KV cache {runner.cache_bytes / 2**20:.0f} MiB "
+        f"({runner.num_blocks * runner.block_size} tokens){workspace}"
+    )
