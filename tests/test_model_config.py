@@ -94,7 +94,7 @@ def test_the_longest_text(change: dict[str, Any], longest: int) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"architectures": ["MixtralForCausalLM"]}, "'MixtralForCausalLM' is not served"),
+        ({"architectures": ["GemmaForCausalLM"]}, "'GemmaForCausalLM' is not served"),
         ({"architectures": None, "model_type": "gemma"}, "'gemma' is not served"),
         ({"hidden_size": None}, "lacks hidden_size"),
         ({"hidden_size": 0}, "hidden_size is 0"),
