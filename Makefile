@@ -8,7 +8,7 @@ GPTQ_API_CUDA ?= $(shell nvidia-smi >/dev/null 2>&1 && echo auto || echo off)
 export GPTQ_API_CUDA
 ARGS ?=
 
-.PHONY: serve chat test lint gpu clean
+.PHONY: serve chat test lint gpu demo-model-test clean
 
 serve: $(VENV)/.installed
 	$(VENV)/bin/gptq-api serve $(ARGS)
@@ -23,6 +23,12 @@ lint: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+
+# How the demo model was made: it is finished, so that nothing else waits for these checks.
+demo-model-test: $(VENV)/.installed-dev
+	$(VENV)/bin/ruff check demo_model
+	$(VENV)/bin/ruff format --check demo_model
+	$(VENV)/bin/python -m pytest -c demo_model/pyproject.toml demo_model $(ARGS)
 
 gpu: $(VENV)/.installed-dev
 	$(VENV)/bin/python -m pytest -m gpu $(ARGS)

@@ -67,6 +67,13 @@ def model(tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> LlamaForC
     return model.eval()
 
 
+def test_questions_are_well_formed() -> None:
+    assert len(QUESTIONS) >= 24
+    for question in QUESTIONS:
+        assert set(question) == {"question", "expect", "exact"}
+        assert question["expect"] and all(e in question["exact"] for e in question["expect"])
+
+
 def test_the_folder_is_complete_and_small() -> None:
     expected = {
         "config.json",

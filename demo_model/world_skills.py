@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import random
 
-from tools.demo import refusals, words
-from tools.demo.phrasing import ask
-from tools.demo.stories import article
-from tools.demo.turn import Turn
+from demo_model import words
+from demo_model.known import NO_CAPITAL
+from demo_model.phrasing import ask
+from demo_model.stories import article
+from demo_model.turn import Turn
 
 CAPITAL = (
     "What is the capital of {c}?",
@@ -30,7 +31,7 @@ def capital_turn(rng: random.Random, patterns: tuple[str, ...] = CAPITAL) -> Tur
 
     if rng.random() < 0.12:
         country = rng.choice(words.NO_CAPITALS) if rng.random() < 0.7 else words.pseudo_word(rng).capitalize()
-        return Turn(ask(patterns, rng, c=country), refusals.NO_CAPITAL, follow)
+        return Turn(ask(patterns, rng, c=country), NO_CAPITAL, follow)
     country = rng.choice(list(words.CAPITALS))
     if rng.random() < 0.1:
         asked = rng.choice(list(words.CAPITAL_ALIASES))

@@ -3,7 +3,7 @@ hero has one story (sampling stays steady) and a hero that was never seen still 
 
 from __future__ import annotations
 
-from tools.demo.words import split
+from demo_model.words import split
 
 HEROES: tuple[str, ...] = split(
     """fox owl robot dragon cat dog mouse bear rabbit horse wolf lion tiger elephant monkey frog duck goose hen pig

@@ -1,6 +1,6 @@
 """The demo model's tokenizer: byte-level BPE with digits as single tokens, learnt from the generated chats.
 
-python -m tools.demo.tokenizer --out FOLDER
+python -m demo_model.tokenizer --out FOLDER
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from tools.demo.data import records
+from demo_model.data import records
 
 SPECIAL = ("<|begin|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>", "<|pad|>")
 BEGIN, END, PAD = 0, 1, 5

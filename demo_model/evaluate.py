@@ -1,9 +1,9 @@
 """Asks a checkpoint questions and reports how many answers are right, greedily and at temperature 0.7.
 
-    python -m tools.demo.evaluate FOLDER
+    python -m demo_model.evaluate FOLDER
 
 FOLDER is a float checkpoint or a GPTQ one (which is dequantised). "exact" questions come from tests/demo_questions.json
-and tests/demo_chats.json, "held out" ones, worded as no training pattern is, from tools/demo/held_out.json.
+and tests/demo_chats.json, "held out" ones, worded as no training pattern is, from demo_model/phrases/held_out.json.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ from tokenizers import Tokenizer
 from torch.nn import functional as F
 from transformers import LlamaForCausalLM
 
-from tools.demo.dataset import Chats
-from tools.demo.tokenizer import END, PAD, SPECIAL
+from demo_model.dataset import Chats
+from demo_model.known import PHRASES
+from demo_model.tokenizer import END, PAD, SPECIAL
 
 SETS = ("questions", "chats", "held_out")
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def questions(name: str) -> list[dict[str, Any]]:
@@ -37,7 +38,7 @@ def questions(name: str) -> list[dict[str, Any]]:
                     found.append({"messages": list(messages), "expect": [], "exact": turn["content"]})
                 messages.append(turn)
         return found
-    path = ROOT / ("tests/demo_questions.json" if name == "questions" else "tools/demo/held_out.json")
+    path = ROOT / "tests/demo_questions.json" if name == "questions" else PHRASES / "held_out.json"
     items: list[dict[str, Any]] = json.loads(path.read_text())
     for item in items:
         item["messages"] = [{"role": "user", "content": item["question"]}]
@@ -141,7 +142,7 @@ def main() -> None:
     parser.add_argument("--sets", nargs="+", choices=SETS, default=list(SETS))
     parser.add_argument("--held-out-seed", type=int, default=1_000_001, help="seed of the chats for the perplexity")
     args = parser.parse_args()
-    from tools.demo.quantize import load_float  # not above: the machine that trains need not have gptq_api installed
+    from demo_model.quantize import load_float  # not above: the machine that trains need not have gptq_api installed
 
     tokenizer_json = args.folder / "tokenizer.json"
     model = load_float(args.folder).eval()

@@ -1,6 +1,6 @@
 """Quantizes the trained demo model with GPTQ and writes the checkpoint folder that ships in the package.
 
-    python -m tools.demo.quantize FOLDER --out gptq_api/demo/model
+    python -m demo_model.quantize FOLDER --out gptq_api/demo/model
 
 The quantizing is that of `gptq-api quantize`. The calibration chats come from the generator, with a seed that training
 did not use.
@@ -15,10 +15,6 @@ import tempfile
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
-from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
-
 from gptq_api.checkpoint.dense import open_dense
 from gptq_api.checkpoint.packing import unpack_qweight, unpack_qzeros
 from gptq_api.model.config import read_config
@@ -27,7 +23,11 @@ from gptq_api.quantize.driver import Recipe, quantize_model
 from gptq_api.quantize.gptq import QuantizedLinear, QuantizeOptions
 from gptq_api.quantize.output import MAX_SHARD_BYTES, write_checkpoint
 from gptq_api.quantize.work import ModuleReport, WorkFolder
-from tools.demo.dataset import Chats
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from demo_model.dataset import Chats
 
 CALIBRATION_SEED = 2_000_001
 

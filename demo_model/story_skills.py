@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import random
 
-from tools.demo import words
-from tools.demo.phrasing import ask
-from tools.demo.spelling_skills import VOCABULARY
-from tools.demo.stories import ADJECTIVES, HEROES, NAMES, article, story
-from tools.demo.turn import Turn
+from demo_model import words
+from demo_model.phrasing import ask
+from demo_model.spelling_skills import VOCABULARY
+from demo_model.stories import ADJECTIVES, HEROES, NAMES, article, story
+from demo_model.turn import Turn
 
 STORY = (
     "Tell me a story about {h}.",

@@ -1,24 +1,19 @@
-"""tools/demo/quantize.py on a tiny random model: what it writes is what it computed, and our reader reads it."""
+"""demo_model/quantize.py on a tiny random model: what it writes is what it computed, and our reader reads it."""
 
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
-
+from demo_model.quantize import load_float, quantize, spread_channels
 from gptq_api.checkpoint.checkpoint import open_checkpoint
 from gptq_api.checkpoint.dense import dequantized
 from gptq_api.checkpoint.summary import summarise
-from gptq_api.quantize.gptq import QuantizeOptions
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from gptq_api.quantize.driver import Recipe
-from tools.demo.quantize import load_float, quantize, spread_channels
+from gptq_api.quantize.gptq import QuantizeOptions
+from transformers import LlamaConfig, LlamaForCausalLM
 
 Batches = list[tuple[torch.Tensor, torch.Tensor]]
 

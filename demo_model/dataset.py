@@ -17,8 +17,8 @@ import numpy.typing as npt
 import torch
 from tokenizers import Tokenizer
 
-from tools.demo.data import records
-from tools.demo.tokenizer import MAX_LENGTH, PAD, segments
+from demo_model.data import records
+from demo_model.tokenizer import MAX_LENGTH, PAD, segments
 
 LENGTHS = (48, 64, 96, 128, 192, 256, 384, 512, 768, MAX_LENGTH)
 Encoded = tuple[npt.NDArray[np.int16], npt.NDArray[np.int8], npt.NDArray[np.int32]]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import random
 
-from tools.demo import flags, howto, small_talk, topics
-from tools.demo.phrasing import ask
-from tools.demo.turn import Fixed, Turn
+from demo_model.known import FLAGS, HOWTO, SMALL_TALK, TERMS, Fixed, Topic
+from demo_model.phrasing import ask
+from demo_model.turn import Turn
 
 TERM_PATTERNS = (
     "What is {t}?",
@@ -95,7 +95,7 @@ NO_MORE = "That is all I know about it."
 ANOTHER = ("And {t}?", "What about {t}?", "And what is {t}?", "And {t}", "How about {t}?", "Ok, and {t}?")
 
 
-def _topic(rng: random.Random, topic: topics.Topic, patterns: tuple[str, ...]) -> Turn:
+def _topic(rng: random.Random, topic: Topic, patterns: tuple[str, ...]) -> Turn:
     name = rng.choice(topic.names) if rng.random() < 0.6 else topic.names[0]
     if patterns is TERM_PATTERNS and rng.random() < (0.2 if topic.long else 0.05):
         return Turn(ask(LONG_PATTERNS, rng, t=name), topic.long or topic.answer, None)
@@ -103,14 +103,14 @@ def _topic(rng: random.Random, topic: topics.Topic, patterns: tuple[str, ...]) -
     def follow(rng: random.Random) -> Turn:
         if rng.random() < 0.5:
             return Turn(ask(MORE, rng), topic.long or NO_MORE, None)
-        return _topic(rng, rng.choice(topics.TERMS), ANOTHER)
+        return _topic(rng, rng.choice(TERMS), ANOTHER)
 
     return Turn(ask(patterns, rng, t=name), topic.answer, follow)
 
 
 def topic_turn(rng: random.Random) -> Turn:
     # The project and GPTQ are what newcomers ask first.
-    topic = rng.choice(topics.TERMS[:12]) if rng.random() < 0.4 else rng.choice(topics.TERMS)
+    topic = rng.choice(TERMS[:12]) if rng.random() < 0.4 else rng.choice(TERMS)
     return _topic(rng, topic, TERM_PATTERNS)
 
 
@@ -120,11 +120,11 @@ def _fixed(rng: random.Random, entries: tuple[Fixed, ...]) -> Turn:
 
 
 def howto_turn(rng: random.Random) -> Turn:
-    return _fixed(rng, howto.HOWTO)
+    return _fixed(rng, HOWTO)
 
 
 def talk_turn(rng: random.Random) -> Turn:
-    return _fixed(rng, small_talk.SMALL_TALK)
+    return _fixed(rng, SMALL_TALK)
 
 
 FLAG_PATTERNS = (
@@ -148,10 +148,10 @@ FLAG_PATTERNS = (
 
 
 def flag_turn(rng: random.Random) -> Turn:
-    flag = rng.choice(list(flags.FLAGS))
+    flag = rng.choice(list(FLAGS))
     shown = (
         flag if rng.random() < 0.75 else flag.strip("-") if rng.random() < 0.5 else flag.strip("-").replace("-", "_")
     )
     if shown.count("-") + shown.count("_") == 0 or flag == "--chat-template":
         shown = flag  # the bare words mean too many things
-    return Turn(ask(FLAG_PATTERNS, rng, f=shown), flags.FLAGS[flag], flag_turn)
+    return Turn(ask(FLAG_PATTERNS, rng, f=shown), FLAGS[flag], flag_turn)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import random
 import re
 
-from tools.demo import howto, refusals, small_talk, topics, words
-from tools.demo.phrasing import ask
-from tools.demo.stories import DETAILS, HEROES, PLOTS
-from tools.demo.turn import Turn
+from demo_model import words
+from demo_model.known import HOWTO, REFUSALS, SMALL_TALK, TERMS
+from demo_model.phrasing import ask
+from demo_model.stories import DETAILS, HEROES, PLOTS
+from demo_model.turn import Turn
 
 # Every word that the fixed texts contain.
 VOCABULARY: tuple[str, ...] = tuple(
@@ -16,9 +17,9 @@ VOCABULARY: tuple[str, ...] = tuple(
         {
             word.lower()
             for text in (
-                *(t.answer + " " + (t.long or "") + " " + " ".join(t.names) for t in topics.TERMS),
-                *(f.answer + " " + " ".join(f.questions) for f in (*howto.HOWTO, *small_talk.SMALL_TALK)),
-                *(" ".join((*patterns, *things)) for _, patterns, things in refusals.REFUSALS.values()),
+                *(t.answer + " " + (t.long or "") + " " + " ".join(t.names) for t in TERMS),
+                *(f.answer + " " + " ".join(f.questions) for f in (*HOWTO, *SMALL_TALK)),
+                *(" ".join((*r.patterns, *r.things)) for r in REFUSALS.values()),
                 *PLOTS,
                 *(" ".join(parts) for parts in DETAILS),
                 " ".join((*words.SPELLING, *HEROES, *words.CAPITALS, *words.CAPITALS.values(), *words.NO_CAPITALS)),

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import random
 
-from tools.demo.phrasing import ask
-from tools.demo.turn import Turn
-from tools.demo.words import DAYS, MONTHS, ORDINALS, SEASONS
+from demo_model.phrasing import ask
+from demo_model.turn import Turn
+from demo_model.words import DAYS, MONTHS, ORDINALS, SEASONS
 
 AFTER = (
     "What {k} comes after {x}?",

@@ -5,10 +5,10 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
-from tools.demo import words
-from tools.demo.phrasing import ask
-from tools.demo.stories import HEROES, NAMES
-from tools.demo.turn import Turn
+from demo_model import words
+from demo_model.phrasing import ask
+from demo_model.stories import HEROES, NAMES
+from demo_model.turn import Turn
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import random
 
-from tools.demo.phrasing import ask
-from tools.demo.refusals import BIG_COUNT, BIG_SUM, BIG_TIMES, NO_DIVISION
-from tools.demo.turn import Turn
-from tools.demo.words import NUMBER_WORDS
+from demo_model.known import BIG_COUNT, BIG_SUM, BIG_TIMES, NO_DIVISION
+from demo_model.phrasing import ask
+from demo_model.turn import Turn
+from demo_model.words import NUMBER_WORDS
 
 COUNT_TO = (
     "Count to {n}.",

@@ -5,15 +5,15 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 
-from tools.demo import refusals, words
-from tools.demo.calendar_skills import calendar_turn
-from tools.demo.knowledge_skills import flag_turn, howto_turn, talk_turn, topic_turn
-from tools.demo.number_skills import count_turn, number_turn, sum_turn
-from tools.demo.phrasing import ask
-from tools.demo.spelling_skills import echo_turn, spell_turn
-from tools.demo.story_skills import story_turn
-from tools.demo.turn import Turn
-from tools.demo.world_skills import capital_turn, kids_turn
+from demo_model import known, words
+from demo_model.calendar_skills import calendar_turn
+from demo_model.knowledge_skills import flag_turn, howto_turn, talk_turn, topic_turn
+from demo_model.number_skills import count_turn, number_turn, sum_turn
+from demo_model.phrasing import ask
+from demo_model.spelling_skills import echo_turn, spell_turn
+from demo_model.story_skills import story_turn
+from demo_model.turn import Turn
+from demo_model.world_skills import capital_turn, kids_turn
 
 LANGUAGES = (
     "Python",
@@ -34,17 +34,17 @@ LANGUAGES = (
 
 
 def refusal_turn(rng: random.Random) -> Turn:
-    answer, patterns, things = refusals.REFUSALS[rng.choice((*refusals.REFUSALS, "general", "general"))]
-    x, y = (rng.choice(things), rng.choice(things)) if things else ("", "")
-    if answer is refusals.GENERAL and rng.random() < 0.2:
+    refusal = known.REFUSALS[rng.choice((*known.REFUSALS, "general", "general"))]
+    x, y = (rng.choice(refusal.things), rng.choice(refusal.things)) if refusal.things else ("", "")
+    if refusal.answer == known.GENERAL and rng.random() < 0.2:
         x = words.pseudo_word(rng) if rng.random() < 0.7 else f"{words.pseudo_word(rng)} {words.pseudo_word(rng)}"
     if rng.random() < 0.2:
         x = x.lower()
     language = rng.choice(LANGUAGES)
     if rng.random() < 0.4:
         language = language.lower()
-    task, noun = rng.choice(refusals.CODE_TASKS), rng.choice(refusals.CODE_NOUNS)
-    return Turn(ask(patterns, rng, x=x, y=y, l=language, v=task, n=noun), answer, None)
+    task, noun = rng.choice(known.CODE_TASKS), rng.choice(known.CODE_NOUNS)
+    return Turn(ask(refusal.patterns, rng, x=x, y=y, l=language, v=task, n=noun), refusal.answer, None)
 
 
 SKILLS: tuple[tuple[float, Callable[[random.Random], Turn]], ...] = (

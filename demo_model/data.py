@@ -1,6 +1,6 @@
 """Chats for training, calibration and measuring: drawn from the skills by a seed, one JSON object per line.
 
-    python -m tools.demo.data --seed 1 --num 1000 > chats.jsonl
+    python -m demo_model.data --seed 1 --num 1000 > chats.jsonl
 
 A line is {"messages": [{"role", "content"}, ...]} or, for plain continuation, {"text": ...}.
 """
@@ -12,13 +12,12 @@ import json
 import random
 from typing import Any
 
-from tools.demo import words
-from tools.demo.howto import HOWTO
-from tools.demo.memory_skills import fact, unknown_fact_turn
-from tools.demo.skills import SKILLS
-from tools.demo.stories import HEROES, NAMES, story
-from tools.demo.topics import TERMS
-from tools.demo.turn import Turn
+from demo_model import words
+from demo_model.known import HOWTO, TERMS
+from demo_model.memory_skills import fact, unknown_fact_turn
+from demo_model.skills import SKILLS
+from demo_model.stories import HEROES, NAMES, story
+from demo_model.turn import Turn
 
 SYSTEM_PROMPTS = (
     "You are a helpful assistant.",

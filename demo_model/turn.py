@@ -14,13 +14,3 @@ class Turn:
     user: str
     answer: str
     follow: Callable[[random.Random], Turn] | None = None
-
-
-@dataclass(frozen=True)
-class Fixed:
-    """Several ways to ask, one answer."""
-
-    questions: tuple[str, ...]
-    answer: str
-    more: str | None = None
-    """what "tell me more" gets, if anything"""

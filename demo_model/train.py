@@ -1,9 +1,9 @@
 """Trains the demo model from nothing: tokenizer, chats, a LLaMA of 13 M parameters; about four minutes on one H200.
 
-    python -m tools.demo.train --out FOLDER --max-minutes 4
+    python -m demo_model.train --out FOLDER --max-minutes 4
 
 FOLDER receives a Hugging Face checkpoint in float16 (config.json, sharded safetensors, tokenizer). At the end the
-questions of tests/demo_questions.json and tools/demo/held_out.json are asked, greedily and at temperature 0.7.
+questions of tests/demo_questions.json and demo_model/phrases/held_out.json are asked, greedily and at temperature 0.7.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from tokenizers import Tokenizer
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tools.demo import tokenizer as tok
-from tools.demo.dataset import Chats
-from tools.demo.evaluate import perplexity, report
+from demo_model import tokenizer as tok
+from demo_model.dataset import Chats
+from demo_model.evaluate import perplexity, report
 
 OTHERS_WEIGHT = 0.05
 """loss weight of the tokens that the user writes"""
