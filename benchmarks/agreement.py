@@ -23,7 +23,7 @@ from typing import Any
 from serve import machine
 
 from gptq_api.config import Settings
-from gptq_api.engine.client import EngineClient
+from gptq_api.engine.client import EngineClient, Prompt
 from gptq_api.settings_source import load_settings
 from gptq_api.text.folder import checkpoint_folder
 from gptq_api.text.tokenizer import load_tokenizer
@@ -59,8 +59,8 @@ async def answers(
     async def one(prompt: list[int]) -> list[int]:
         tokens: list[int] = []
         async with places:
-            with engine.submit(prompt, params) as generation:
-                async for delta in generation:
+            with engine.submit([Prompt(prompt, [params])]) as generation:
+                async for (delta,) in generation:
                     tokens += delta.tokens
         return tokens
 

@@ -144,7 +144,7 @@ class Measured:
         """Sequences of (prompt tokens, new tokens)."""
         for i, (prompt, new) in enumerate(lengths):
             ids = self.random.choices(range(6, self.runner.vocab_size), k=prompt)
-            engine.add(Add(i, pack_ids(ids), SamplingParams(max_tokens=new, temperature=0)))
+            engine.add(Add(i, pack_ids(ids), (SamplingParams(max_tokens=new, temperature=0),)))
 
     def run(self, lengths: list[tuple[int, int]], max_num_seqs: int | None = None) -> tuple[float, list[Step]]:
         """(when it began, its steps)."""

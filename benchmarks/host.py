@@ -133,7 +133,7 @@ def in_process_rate(args: argparse.Namespace, users: int, requests: int) -> floa
     rng = random.Random(0)
     for i in range(requests):
         prompt = [rng.randrange(FIRST_TOKEN, VOCAB_SIZE) for _ in range(args.prompt_tokens)]
-        engine.add(Add(i, pack_ids(prompt), SamplingParams(max_tokens=args.max_tokens, temperature=0)))
+        engine.add(Add(i, pack_ids(prompt), (SamplingParams(max_tokens=args.max_tokens, temperature=0),)))
     while engine.has_work():
         engine.step()
     return requests * args.max_tokens / clock[0]

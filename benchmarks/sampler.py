@@ -97,7 +97,7 @@ class Texts:
         engine = Engine(self.runner, scheduler)
         for i in members:
             params = SamplingParams(max_tokens=NUM_TOKENS, temperature=0.8, seed=1000 + i)
-            engine.add(Add(i, pack_ids(self.prompts[i]), params))
+            engine.add(Add(i, pack_ids(self.prompts[i]), (params,)))
         tokens: dict[int, list[int]] = {i: [] for i in members}
         while engine.has_work():
             out = engine.step()

@@ -66,20 +66,22 @@ class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Add(msgspec.Struct, frozen=True, tag="add"):
-    """API -> engine: run this prompt."""
+    """API -> engine: sample this prompt as often as there are params; each sample is a sequence."""
 
-    sequence_id: int
+    first_id: int
+    """The id of the first sequence; the others have the ids that follow it."""
     prompt: bytes
     """`pack_ids` of the prompt, at least one token"""
-    params: SamplingParams
+    params: tuple[SamplingParams, ...]
+    """one for each sequence, at least one"""
     cache_salt: bytes = b""
     """Prefix-cache blocks are shared only between equal salts."""
 
 
 class Abort(msgspec.Struct, frozen=True, tag="abort"):
-    """API -> engine: forget this sequence at the next step. Unknown ids are ignored."""
+    """API -> engine: forget these sequences at the next step. Unknown ids are ignored."""
 
-    sequence_id: int
+    sequence_ids: tuple[int, ...]
 
 
 class Ready(msgspec.Struct, frozen=True, tag="ready", kw_only=True):

@@ -15,12 +15,13 @@ from typing import Any
 
 import httpx
 import pytest
+from hand_fed_engine import HandFedEngine
 from server import RawStream, Server, alive, chat_body, check_error, chunks, wait_for
 from test_api_life import Reader, running
 
 from gptq_api.config import Settings
-from gptq_api.engine.client import EngineClient, EngineStalled
-from gptq_api.types import EngineStats, SamplingParams, StepOutput
+from gptq_api.engine.client import EngineClient, EngineStalled, Prompt
+from gptq_api.types import SamplingParams
 
 ENDLESS: dict[str, Any] = chat_body("Tell me a story.", ignore_eos=True, temperature=0, stream=True)
 
@@ -171,24 +172,6 @@ def test_the_end_of_a_server_whose_engine_is_silent(when: str) -> None:
         assert "Traceback" not in server.log()
 
 
-class Wire:
-    """The client's end of a socket whose other end is the test."""
-
-    def __init__(self) -> None:
-        self.sent: list[bytes] = []
-
-    def write(self, data: bytes) -> None:
-        self.sent.append(data)
-
-
-def quiet_client(timeout_s: float) -> EngineClient:
-    client = EngineClient(Settings.model_construct(engine_timeout_s=timeout_s, max_queued_requests=8))
-    client._transport = Wire()  # type: ignore[assignment]
-    client.ready = SimpleNamespace(max_model_len=100)  # type: ignore[assignment]
-    client.alive = True
-    return client
-
-
 @pytest.mark.parametrize(("device", "asked", "seconds"), [("cpu", None, 600), ("cuda:0", None, 60), ("cpu", 2.5, 2.5)])
 def test_how_long_an_engine_may_be_silent(device: str, asked: float | None, seconds: float) -> None:
     client = EngineClient(Settings(engine_timeout_s=asked))
@@ -196,38 +179,33 @@ def test_how_long_an_engine_may_be_silent(device: str, asked: float | None, seco
     assert client.timeout_s == seconds
 
 
-def step(num_running: int) -> StepOutput:
-    stats = EngineStats(num_running, 0, 0, 0, 0, 0, 0, 1)
-    return StepOutput(sequence_ids=b"", tokens=b"", finished={}, cached_tokens={}, logprobs={}, stats=stats)
-
-
 async def test_a_lively_engine_costs_no_timer_per_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    client = quiet_client(0.2)
+    client = HandFedEngine(0.2)
     looks: list[float] = []
     look = client._look
     monkeypatch.setattr(client, "_look", lambda due: (looks.append(due), look(due)))
-    with client.submit([1], SamplingParams(max_tokens=5)):
+    with client.submit([Prompt([1], [SamplingParams(max_tokens=5)])]):
         for _ in range(100):
-            client._receive(step(1))
+            client.step(num_running=1)
             await asyncio.sleep(0.005)
         assert 1 <= len(looks) <= 8 and not client.stalled
-    client._receive(step(0))
+    client.step(num_running=0)
     await asyncio.sleep(0.3)
     assert client._watch is None, "nothing is owed, so nobody looks"
 
 
 async def test_who_was_stopped_together_with_its_engine_gives_it_its_time() -> None:
-    client = quiet_client(0.1)
-    with client.submit([1], SamplingParams(max_tokens=5)) as generation:
+    client = HandFedEngine(0.1)
+    with client.submit([Prompt([1], [SamplingParams(max_tokens=5)])]) as generation:
         time.sleep(1.3)  # neither runs, as with ^Z
         await asyncio.sleep(0.02)
-        assert not client.stalled and client.num_generations == 1
+        assert not client.stalled and client.num_admitted == 1
         with pytest.raises(EngineStalled):
             async for _ in generation:
                 pass
-        assert client.num_generations == 0
-        with pytest.raises(EngineStalled), client.submit([1], SamplingParams(max_tokens=5)):
+        assert client.num_admitted == 0
+        with pytest.raises(EngineStalled), client.submit([Prompt([1], [SamplingParams(max_tokens=5)])]):
             pass
-    assert len(client._transport.sent) == 2, "one prompt, one abort"  # type: ignore[attr-defined]
-    client._receive(step(0))
+    assert len(client.sent) == 2, "one prompt, one abort"
+    client.step(num_running=0)
     assert not client.stalled

@@ -91,7 +91,7 @@ def test_answers_last_until_the_last_prompt_is_through(script: ModuleType) -> No
     def run(new: int) -> list[Any]:
         engine: Engine[Any] = Engine(runner, Scheduler(BlockManager(200, runner.block_size), 4, 16, False))
         for i in range(4):
-            engine.add(Add(i, pack_ids([5 + i] * 60), SamplingParams(max_tokens=new, temperature=0)))
+            engine.add(Add(i, pack_ids([5 + i] * 60), (SamplingParams(max_tokens=new, temperature=0),)))
         steps = []
         while engine.has_work():
             out = engine.step()

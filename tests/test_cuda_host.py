@@ -84,7 +84,7 @@ def workload(runner: LoadedRunner) -> tuple[dict[int, list[int]], dict[int, str]
     for i in range(12):
         texts[i] = []
         prompt = (common if i % 2 else []) + [rng.randrange(3, 90) for _ in range(rng.choice([1, 2, 9, 17, 60]))]
-        engine.add(Add(i, pack_ids(prompt), SamplingParams(max_tokens=20 + i % 5, temperature=0)))
+        engine.add(Add(i, pack_ids(prompt), (SamplingParams(max_tokens=20 + i % 5, temperature=0),)))
         if i % 3 == 0:
             step()
     while engine.has_work():

@@ -82,7 +82,7 @@ def run(
 
     for i, prompt in enumerate(prompts):
         outcome.tokens[i] = []
-        engine.add(Add(i, pack_ids(prompt), SamplingParams(**(GREEDY if params is None else params[i]))))
+        engine.add(Add(i, pack_ids(prompt), (SamplingParams(**(GREEDY if params is None else params[i])),)))
         for _ in range(steps_between):
             step()
     while engine.has_work():

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from toy_runner import NUM_TOKENS, STOP, Launched, ToyRunner, expected
 
 from gptq_api.engine.core import Engine
-from gptq_api.scheduler.blocks import BlockManager
+from gptq_api.scheduler.blocks import BlockManager, block_hash
 from gptq_api.scheduler.scheduler import Scheduler
 from gptq_api.step import Sampled
 from gptq_api.types import Add, SamplingParams, StepOutput, pack_ids, unpack_ids
@@ -44,12 +44,19 @@ class World:
         self.outputs: list[StepOutput] = []
 
     def add(self, prompt: list[int], salt: bytes = b"", **params: object) -> int:
-        sequence_id = len(self.prompts) + 1
-        made = SamplingParams(**{"max_tokens": 10, "stop_token_ids": (STOP,), **params})  # type: ignore[arg-type]
-        self.prompts[sequence_id] = (prompt, made)
-        self.tokens[sequence_id] = []
-        self.engine.add(Add(sequence_id, pack_ids(prompt), made, salt))
-        return sequence_id
+        return self.add_samples(prompt, [params], salt)[0]
+
+    def add_samples(self, prompt: list[int], samples: list[dict[str, object]], salt: bytes = b"") -> list[int]:
+        """One submission."""
+        first = len(self.prompts) + 1
+        made = tuple(
+            SamplingParams(**{"max_tokens": 10, "stop_token_ids": (STOP,), **params})  # type: ignore[arg-type]
+            for params in samples
+        )
+        self.prompts |= {first + i: (prompt, params) for i, params in enumerate(made)}
+        self.tokens |= {first + i: [] for i in range(len(made))}
+        self.engine.add(Add(first, pack_ids(prompt), made, salt))
+        return list(range(first, first + len(made)))
 
     def abort(self, sequence_id: int) -> None:
         self.aborted.add(sequence_id)
@@ -135,17 +142,21 @@ def test_random_workloads(
             split = rng.randint(0, length)
             prompt = rng.choice(stems)[:split] + [rng.randrange(1, NUM_TOKENS) for _ in range(length - split)]
             most = rng.choice([1, 2, capacity - length, rng.randint(1, max(1, capacity - length))])
-            siblings = rng.choice([1, 1, 3])
-            for i in range(siblings):
-                world.add(
-                    prompt,
-                    rng.choice([b"", b"", b"key"]),
-                    max_tokens=max(1, min(most, capacity - length)),
-                    min_tokens=rng.choice([0, 0, 5]),
-                    stop_token_ids=rng.choice([(), (STOP,), (STOP, 1, 2)]),
-                    seed=i + rng.randrange(2),
-                    logit_bias={1: 1.0} if rng.random() < 0.2 else {},
-                )
+            samples: list[dict[str, object]] = [
+                {
+                    "max_tokens": max(1, min(most, capacity - length)),
+                    "min_tokens": rng.choice([0, 0, 5]),
+                    "stop_token_ids": rng.choice([(), (STOP,), (STOP, 1, 2)]),
+                    "seed": i + rng.randrange(2),
+                    "logit_bias": {1: 1.0} if rng.random() < 0.2 else {},
+                }
+                for i in range(rng.choice([1, 1, 3]))
+            ]
+            if rng.random() < 0.5:
+                world.add_samples(prompt, samples, rng.choice([b"", b"", b"key"]))
+            else:
+                for sample in samples:
+                    world.add_samples(prompt, [sample], rng.choice([b"", b"", b"key"]))
             left -= 1
         if world.tokens and rng.random() < 0.05:
             gone = rng.choice(sorted(world.tokens))
@@ -325,6 +336,47 @@ def test_guesses_take_nobodys_memory() -> None:
     world.drain()
     assert world.scheduler.counters.preemptions == 0
     world.check()
+
+
+def test_samples_of_one_submission_share_their_prompt_until_they_grow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eight samples hold one list of ids, and each block of the prompt is hashed once."""
+    hashed: list[list[int]] = []
+
+    def count(parent: bytes, token_ids: list[int]) -> bytes:
+        hashed.append(list(token_ids))
+        return block_hash(parent, token_ids)
+
+    monkeypatch.setattr("gptq_api.scheduler.scheduler.block_hash", count)
+    world = World(block_size=4, max_num_seqs=3)
+    prompt = PROMPT * 5
+    ids = world.add_samples(prompt, [{"seed": seed, "max_tokens": 3, "stop_token_ids": ()} for seed in range(8)])
+    assert len({id(seq.token_ids) for seq in world.scheduler.waiting}) == 1
+    world.drain()
+    assert hashed == [prompt[i : i + 4] for i in range(0, 24, 4)]
+    cached = {k: v for output in world.outputs for k, v in output.cached_tokens.items()}
+    assert [cached[i] for i in ids] == [0] + [24] * 7
+    assert len({tuple(world.tokens[i]) for i in ids}) > 1
+    world.check()
+
+
+def test_samples_of_one_submission_may_be_aborted_one_by_one() -> None:
+    world = World(max_num_seqs=2)
+    ids = world.add_samples(PROMPT, [{"seed": seed, "max_tokens": 20, "stop_token_ids": ()} for seed in range(4)])
+    for i in range(3):
+        world.step()
+        world.abort(ids[i])
+    world.drain()
+    assert list(world.finished) == [ids[3]]
+    world.check()
+
+
+@pytest.mark.parametrize("samples", [[{}, {"stop_token_ids": (NUM_TOKENS,)}], [{}, {"max_tokens": 10**6}]])
+def test_a_submission_is_refused_as_a_whole(samples: list[dict[str, object]]) -> None:
+    world = World()
+    lost = world.add_samples(PROMPT, samples)
+    world.step()
+    assert world.finished == dict.fromkeys(lost, "error")
+    assert not world.engine.has_work() and not world.scheduler._live and world.runner.num_rows == 0
 
 
 @pytest.mark.parametrize("bad", [NUM_TOKENS, 2**31 - 1, -1])

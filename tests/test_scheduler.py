@@ -21,7 +21,7 @@ STOP = 0
 
 def add(scheduler: Scheduler, sequence_id: int, prompt: list[int], max_tokens: int, salt: bytes = b"") -> Sequence:
     params = SamplingParams(max_tokens=max_tokens, stop_token_ids=(STOP,))
-    assert scheduler.add(sequence_id, list(prompt), params, salt)
+    assert scheduler.add(sequence_id, list(prompt), (params,), salt)
     return scheduler.waiting[-1]
 
 
@@ -266,9 +266,9 @@ def test_a_sequence_is_not_admitted_again_before_its_tokens_are_known() -> None:
 
 def test_what_can_never_fit_is_refused() -> None:
     world = World(4, 4, 4, 64)
-    assert not world.scheduler.add(1, [1] * 10, SamplingParams(max_tokens=7))
-    assert not world.scheduler.add(1, [], SamplingParams(max_tokens=7))
-    assert world.scheduler.add(1, [1] * 10, SamplingParams(max_tokens=6)) and world.scheduler.has_work()
+    assert not world.scheduler.add(1, [1] * 10, (SamplingParams(max_tokens=7),))
+    assert not world.scheduler.add(1, [], (SamplingParams(max_tokens=7),))
+    assert world.scheduler.add(1, [1] * 10, (SamplingParams(max_tokens=6),)) and world.scheduler.has_work()
 
 
 def test_grow_changes_nothing_when_it_says_no() -> None:

@@ -41,7 +41,7 @@ def test_ids_round_trip(ids: list[int]) -> None:
 
 def test_messages_round_trip() -> None:
     params = SamplingParams(max_tokens=5, logit_bias={7: -100.0}, stop_token_ids=(2,), seed=2**63 - 1, top_logprobs=3)
-    for message in (Add(1, pack_ids([1, 2, 3]), params, b"salt"), Abort(7)):
+    for message in (Add(1, pack_ids([1, 2, 3]), (params, params), b"salt"), Abort((7, 9))):
         assert wire.decode_to_engine(wire.encode(message)[4:]) == message
     stats = EngineStats(1, 2, 3, 4, 5, 6, 7, 8)
     step = StepOutput(
@@ -58,7 +58,7 @@ def test_messages_round_trip() -> None:
 
 def test_a_foreign_message_is_refused() -> None:
     with pytest.raises(msgspec.ValidationError):
-        wire.decode_to_engine(msgspec.msgpack.encode({"type": "add", "sequence_id": "x"}))
+        wire.decode_to_engine(msgspec.msgpack.encode({"type": "add", "first_id": "x"}))
     with pytest.raises(wire.WireError):
         wire.FrameBuffer().feed(b"\xff\xff\xff\xff")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import ExitStack, contextmanager
@@ -11,16 +10,11 @@ from dataclasses import dataclass
 from gptq_api.api.errors import ApiError, too_many, unavailable
 from gptq_api.api.logprobs import Ledger, TokenEntry
 from gptq_api.api.middleware import RequestRecord
-from gptq_api.api.prepare import Prompt
 from gptq_api.api.service import Service
-from gptq_api.engine.client import EngineDead, EngineFull, EngineStalled, Generation
+from gptq_api.engine.client import Delta, EngineDead, EngineFull, EngineStalled, Generation, Prompt
 from gptq_api.text.stream import TextStream
 from gptq_api.text.tokenizer import Tokenizer
 from gptq_api.types import FinishReason, SamplingParams
-
-
-class GenerationFailed(RuntimeError):
-    """The engine gave up on one sequence (its logits were not finite)."""
 
 
 @dataclass(slots=True, frozen=True)
@@ -35,7 +29,7 @@ class TextOptions:
 
 @dataclass(slots=True)
 class Piece:
-    """News of one choice: text that may be shown, and with the last piece why it ended."""
+    """News of one choice: text that may be shown, and with the last piece why the choice ended."""
 
     choice: Choice
     text: str
@@ -45,29 +39,20 @@ class Piece:
 
 
 class Choice:
-    """One sample of one prompt. `close()` gives the engine its place back."""
+    """One sample of one prompt: its text, and when its tokens came."""
 
     def __init__(
-        self,
-        index: int,
-        sample: int,
-        generation: Generation | None,
-        params: SamplingParams,
-        options: TextOptions,
-        tokenizer: Tokenizer,
-        place: ExitStack,
+        self, index: int, sample: int, params: SamplingParams, options: TextOptions, tokenizer: Tokenizer
     ) -> None:
         self.index = index
         self.sample = sample
         """0 for the first of a prompt's samples"""
-        self.generation = generation
-        """None where max_tokens is 0"""
+        self.finish_reason: FinishReason | None = None
         self.num_tokens = 0
         self.first_token_at: float | None = None
         self.last_token_at: float | None = None
         self.gaps: list[float] = []
         """seconds between tokens; as many as tokens after the first"""
-        self._params = params
         self._hide_stop_token = not options.include_stop
         self._text = TextStream(
             tokenizer,
@@ -79,51 +64,41 @@ class Choice:
         self._ledger: Ledger | None = None
         if params.top_logprobs is not None:
             self._ledger = Ledger(tokenizer, skip_special=options.skip_special, continues=options.continues)
-        self._place = place
-
-    def close(self) -> None:
-        self._place.close()
 
     @property
     def mean_logprob(self) -> float:
         return 0.0 if self._ledger is None else self._ledger.mean
 
-    @property
-    def num_cached_tokens(self) -> int:
-        return 0 if self.generation is None else self.generation.num_cached_tokens
+    def take(self, delta: Delta) -> list[Piece]:
+        """Text that may be shown by now; the last piece of a choice, and only that one, has a finish_reason.
 
-    async def pieces(self) -> AsyncIterator[Piece]:
-        """Text as it may be shown; the last piece, and only that one, has a finish_reason.
-
-        Raises EngineDead, EngineStalled, GenerationFailed.
+        There is no last piece where the engine gave the sequence up ("error"): what was held back is not shown.
         """
-        if self.generation is None:
-            yield Piece(self, "", [], "length")
-            return
-        async for delta in self.generation:
-            self._clock(len(delta.tokens))
-            text = ""
-            for i, token in enumerate(delta.tokens):
-                self.num_tokens += 1
-                if self._hide_stop_token and token in self._params.stop_token_ids:
-                    break  # always the last one; its text is not part of the answer
-                if self._ledger is not None:
-                    self._ledger.add(token, delta.logprobs[i])
-                text += self._text.push((token,))
-                if self._text.stopped:
-                    break
-            if self._text.stopped:
-                self.close()
-                yield Piece(self, text, self._shown(text, last=True), "stop")
-                return
-            if text:
-                yield Piece(self, text, self._shown(text))
-        reason = self.generation.finish_reason
-        if reason == "error" or reason is None:
-            raise GenerationFailed("The model produced numbers that are not finite; the answer was given up.")
-        text = self._text.finish()
-        self.close()
-        yield Piece(self, text, self._shown(text, last=True), reason)
+        tokens = delta.tokens
+        if tokens:
+            self._clock(len(tokens))
+        if delta.finish_reason == "stop" and self._hide_stop_token:
+            tokens = tokens[:-1]  # the stop token, whose text is not part of the answer
+        num_before = self._text.num_tokens
+        text = self._text.push(tokens)
+        num_taken = self._text.num_tokens - num_before
+        if self._ledger is not None:
+            for token, logprobs in zip(tokens[:num_taken], delta.logprobs, strict=False):
+                self._ledger.add(token, logprobs)
+        if self._text.stopped:
+            self.num_tokens += num_taken
+            return [self._last(text, "stop")]
+        self.num_tokens += len(delta.tokens)
+        pieces = [Piece(self, text, self._shown(text))] if text else []
+        if delta.finish_reason == "error":
+            self.finish_reason = "error"
+        elif delta.finish_reason is not None:
+            pieces.append(self._last(self._text.finish(), delta.finish_reason))
+        return pieces
+
+    def _last(self, text: str, reason: FinishReason) -> Piece:
+        self.finish_reason = reason
+        return Piece(self, text, self._shown(text, last=True), reason)
 
     def _shown(self, text: str, last: bool = False) -> list[TokenEntry]:
         return [] if self._ledger is None else self._ledger.shown(len(text), last, self._text.stopped)
@@ -133,9 +108,9 @@ class Choice:
         if self.first_token_at is None:
             self.first_token_at = self.last_token_at = now
             num_tokens -= 1
-        if num_tokens > 0 and self.last_token_at is not None:
-            # tokens that a slow reader gets together: the time is shared among them
-            self.gaps += [(now - self.last_token_at) / num_tokens] * num_tokens
+        assert self.last_token_at is not None
+        for _ in range(num_tokens):  # tokens that a slow reader gets together: the time is shared among them
+            self.gaps.append((now - self.last_token_at) / num_tokens)
         self.last_token_at = now
 
 
@@ -145,6 +120,8 @@ class Work:
 
     choices: list[Choice]
     prompts: list[Prompt]
+    generation: Generation | None
+    """None where max_tokens is 0 and there is nothing to run"""
     service: Service
     record: RequestRecord
     outcome: str = "disconnect"
@@ -154,27 +131,35 @@ class Work:
     def num_completion_tokens(self) -> int:
         return sum(choice.num_tokens for choice in self.choices)
 
+    @property
+    def num_cached_tokens(self) -> int:
+        """Prompt tokens that the first sample of each prompt found in the prefix cache."""
+        if self.generation is None:
+            return 0
+        return sum(self.generation.num_cached_tokens[choice.index] for choice in self.choices if choice.sample == 0)
+
     def usage(self) -> dict[str, object]:
         num_prompt = sum(len(prompt.token_ids) for prompt in self.prompts)
-        num_cached = sum(choice.num_cached_tokens for choice in self.choices if choice.sample == 0)
         return {
             "prompt_tokens": num_prompt,
             "completion_tokens": self.num_completion_tokens,
             "total_tokens": num_prompt + self.num_completion_tokens,
-            "prompt_tokens_details": {"cached_tokens": num_cached},
+            "prompt_tokens_details": {"cached_tokens": self.num_cached_tokens},
         }
 
-    async def pieces(self) -> AsyncIterator[Piece]:
-        """Pieces of all choices as they come. Raises ApiError where the engine failed."""
+    async def pieces(self) -> AsyncIterator[list[Piece]]:
+        """Pieces of all choices as they come, those of one moment together, at least one. Raises ApiError where the
+        engine failed, behind what came before."""
         try:
-            async for piece in self.choices[0].pieces() if len(self.choices) == 1 else _merged(self.choices):
-                if piece.finish_reason is not None:
-                    self.service.metrics.success[piece.finish_reason].inc()
-                yield piece
-        except GenerationFailed as error:
-            self.outcome = "error"
-            self.service.metrics.success["error"].inc()
-            raise ApiError(500, str(error), code="generation_failed", headers={"x-should-retry": "false"}) from None
+            if self.generation is None:
+                yield self._taken([Delta(choice.index, finish_reason="length") for choice in self.choices])
+            else:
+                async for deltas in self.generation:
+                    if pieces := self._taken(deltas):
+                        yield pieces
+                    if self.outcome == "error":
+                        message = "The model produced numbers that are not finite; the answer was given up."
+                        raise ApiError(500, message, code="generation_failed", headers={"x-should-retry": "false"})
         except EngineStalled:
             self.outcome = "engine_stalled"
             raise unavailable(
@@ -188,12 +173,26 @@ class Work:
             raise unavailable("The engine stopped while the answer was being generated.", "engine_dead") from None
         self.outcome = "done"
 
+    def _taken(self, deltas: list[Delta]) -> list[Piece]:
+        """What the choices make of it. Those that have ended are counted and give their places back."""
+        pieces = list[Piece]()
+        for delta in deltas:
+            choice = self.choices[delta.choice]
+            pieces += choice.take(delta)
+            if (reason := choice.finish_reason) is not None:
+                self.service.metrics.success[reason].inc()
+                if self.generation is not None:
+                    self.generation.close(choice.index)
+                if reason == "error":
+                    self.outcome = "error"
+        return pieces
+
     def finish(self) -> None:
         """Once, however it ended: metrics and the log record."""
         metrics, record = self.service.metrics, self.record
         now = time.monotonic()
         record.num_prompt_tokens = sum(len(prompt.token_ids) for prompt in self.prompts)
-        record.num_cached_tokens = sum(choice.num_cached_tokens for choice in self.choices if choice.sample == 0)
+        record.num_cached_tokens = self.num_cached_tokens
         record.num_completion_tokens = self.num_completion_tokens
         record.outcome = None if self.outcome == "done" else self.outcome
         metrics.prompt_tokens_cached.inc(record.num_cached_tokens)
@@ -221,23 +220,22 @@ def admitted(
     """All sequences of a request admitted, or none of them. Raises ApiError 429, 503. Leaving the block ends them."""
     salt = record.key_id + (b"" if cache_salt is None else b"/" + cache_salt.encode())
     with ExitStack() as stack:
-        choices: list[Choice] = []
-        try:
-            for prompt in prompts:
-                for sample, params in enumerate(prompt.params):
-                    place = stack.enter_context(ExitStack())
-                    generation = None
-                    if params.max_tokens:
-                        generation = place.enter_context(service.engine.submit(prompt.token_ids, params, salt))
-                    choices.append(Choice(len(choices), sample, generation, params, options, service.tokenizer, place))
-        except EngineFull as error:
-            service.metrics.rejected["server_full"].inc()
-            raise too_many(error.retry_after_s, f"The server is full: {error}.") from None
-        except (EngineDead, EngineStalled):
-            refusal = service.refusal()
-            assert refusal is not None
-            raise refusal from None
-        work = Work(choices, prompts, service, record)
+        generation = None
+        if prompts[0].params[0].max_tokens:
+            try:
+                generation = stack.enter_context(service.engine.submit(prompts, salt))
+            except EngineFull as error:
+                service.metrics.rejected["server_full"].inc()
+                raise too_many(error.retry_after_s, f"The server is full: {error}.") from None
+            except (EngineDead, EngineStalled):
+                refusal = service.refusal()
+                assert refusal is not None
+                raise refusal from None
+        samples = [(sample, params) for prompt in prompts for sample, params in enumerate(prompt.params)]
+        choices = [
+            Choice(index, sample, params, options, service.tokenizer) for index, (sample, params) in enumerate(samples)
+        ]
+        work = Work(choices, prompts, generation, service, record)
         _count(service, prompts)
         try:
             yield work
@@ -252,27 +250,3 @@ def _count(service: Service, prompts: list[Prompt]) -> None:
     metrics.request_prompt_tokens.observe(num_prompt)
     metrics.request_n.observe(len(prompts[0].params))
     metrics.request_max_tokens.observe(prompts[0].params[0].max_tokens)
-
-
-async def _merged(choices: list[Choice]) -> AsyncIterator[Piece]:
-    """Pieces of several choices in the order they come. At most one waits per choice, so that a slow reader's tokens
-    merge in their mailboxes and not here."""
-    iterators = {choice.index: choice.pieces() for choice in choices}
-    waiting = {asyncio.ensure_future(_next(it)): index for index, it in iterators.items()}
-    try:
-        while waiting:
-            done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-            for task in sorted(done, key=waiting.__getitem__):
-                news = task.result()
-                index = waiting.pop(task)
-                if news is not None:
-                    waiting[asyncio.ensure_future(_next(iterators[index]))] = index
-                    yield news
-    finally:
-        for task in waiting:
-            task.cancel()
-        await asyncio.gather(*waiting, return_exceptions=True)  # one failure is told, its twins are not
-
-
-async def _next(iterator: AsyncIterator[Piece]) -> Piece | None:
-    return await anext(iterator, None)

@@ -81,10 +81,10 @@ class _EngineCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         engine, stats = self._engine, self._engine.stats
         # The engine reports with its steps and when it comes to rest; whoever is admitted by now counts.
-        waiting = min(stats.num_waiting, engine.num_generations)
+        waiting = min(stats.num_waiting, engine.num_admitted)
         used = 1 - stats.num_free_blocks / stats.num_blocks if stats.num_blocks else 0.0
         gauges = {
-            "num_requests_running": ("Sequences being computed.", engine.num_generations - waiting),
+            "num_requests_running": ("Sequences being computed.", engine.num_admitted - waiting),
             "num_requests_waiting": ("Sequences waiting for a place.", waiting),
             "kv_cache_usage_perc": ("Share of the KV cache in use, 0 to 1.", used),
         }

@@ -4,28 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import secrets
-from dataclasses import dataclass
 
 import msgspec
 
 from gptq_api.api.errors import bad_request, context_exceeded
 from gptq_api.api.schema import ChatCompletionRequest, ChatMessage, CompletionRequest, SamplingFields
 from gptq_api.api.service import Service
+from gptq_api.engine.client import Prompt
 from gptq_api.text.chat_template import ChatTemplateError
 from gptq_api.text.tokenizer import NoRowError
 from gptq_api.types import SamplingParams
 
 SMALLEST_TOP_P = 1e-6
 """top_p 0 is legal and means the likeliest token; any nucleus holds that one"""
-
-
-@dataclass(slots=True, frozen=True)
-class Prompt:
-    """One prompt and how each of its samples is drawn."""
-
-    token_ids: list[int]
-    params: list[SamplingParams]
-    """one per sample; max_tokens may be 0, then there is nothing to run"""
 
 
 async def chat_prompt(service: Service, body: ChatCompletionRequest) -> Prompt:
@@ -98,7 +89,7 @@ def _prompt(
     stop_ids: tuple[int, ...],
     param: str,
 ) -> Prompt:
-    """The one way of every prompt to the engine. Raises ApiError 400."""
+    """The one way of every prompt to the engine; where max_tokens is 0 there is nothing to run. Raises ApiError 400."""
     _check_ids(service, ids, param)
     if num_samples > service.settings.max_queued_requests:
         raise bad_request(

@@ -75,7 +75,7 @@ class Service:
         """
         if (refusal := self.refusal()) is not None:
             raise refusal
-        if self.engine.num_generations + self.num_preparing >= self.settings.max_queued_requests:
+        if self.engine.num_admitted + self.num_preparing >= self.settings.max_queued_requests:
             self.metrics.rejected["server_full"].inc()
             raise too_many(1.0, "The server is full: as many requests are running or waiting as it takes.")
         self.num_preparing += 1

@@ -34,12 +34,15 @@ async def events(
         firsts = [chunks.first(choice.index, prefix) for choice, prefix in zip(work.choices, prefixes, strict=True)]
         if begin := b"".join([chunks.chunk(first, work.usage() if running else None) for first in firsts if first]):
             yield begin
-        async for piece in work.pieces():
+        async for pieces in work.pieces():
             usage = work.usage() if running else None
-            item = chunks.chunk(chunks.text(piece), usage) if piece.text else b""
-            if piece.finish_reason is not None:
-                item += chunks.chunk(chunks.last(piece), usage)
-                num_open -= 1
+            item = b""
+            for piece in pieces:
+                if piece.text:
+                    item += chunks.chunk(chunks.text(piece), usage)
+                if piece.finish_reason is not None:
+                    item += chunks.chunk(chunks.last(piece), usage)
+                    num_open -= 1
             if num_open:
                 yield item
             else:

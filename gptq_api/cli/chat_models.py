@@ -11,7 +11,7 @@ import httpx
 import msgspec
 
 from gptq_api.config import ChatSettings
-from gptq_api.engine.client import EngineClient, EngineDead, EngineFailed, EngineStalled
+from gptq_api.engine.client import EngineClient, EngineDead, EngineFailed, EngineStalled, Prompt
 from gptq_api.errors import UserError
 from gptq_api.text.chat_template import load_chat_template
 from gptq_api.text.folder import checkpoint_folder
@@ -94,18 +94,19 @@ class LocalModel:
         )
         stream = TextStream(tokenizer, stop=template.stop)
         try:
-            with self._client.submit(prompt, params) as generation:
-                async for delta in generation:
+            with self._client.submit([Prompt(prompt, [params])]) as generation:
+                async for (delta,) in generation:
                     text = stream.push(delta.tokens)
                     report.num_tokens = stream.num_tokens
+                    report.finish_reason = delta.finish_reason
                     if text:
                         yield text
                     if stream.stopped:
                         report.finish_reason = "stop"
                         return
-                if generation.finish_reason == "error":
-                    raise ChatError("the model's output is not finite: this checkpoint or its quantization is damaged")
-                report.finish_reason = generation.finish_reason
+                    if delta.finish_reason == "error":
+                        damaged = "the model's output is not finite: this checkpoint or its quantization is damaged"
+                        raise ChatError(damaged)
         except EngineStalled as error:
             raise ChatError(f"{error}; a step that takes longer needs a larger --engine-timeout-s") from None
         except EngineDead as error:

@@ -1,7 +1,7 @@
 """The asyncio side of the engine, and the request queue: submit, read tokens, leave.
 
-    with client.submit(prompt_ids, params) as generation:
-        async for delta in generation:
+    with client.submit([Prompt(token_ids, [params])]) as generation:
+        async for deltas in generation:
             ...
 
 Leaving the block, for whatever reason, is the abort. Knows nothing about text; never imports torch.
@@ -10,7 +10,6 @@ Leaving the block, for whatever reason, is the abort. Knows nothing about text; 
 from __future__ import annotations
 
 import asyncio
-import itertools
 import logging
 import os
 import socket
@@ -18,7 +17,7 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -67,39 +66,70 @@ class EngineFull(RuntimeError):
         self.retry_after_s = retry_after_s
 
 
+@dataclass(slots=True, frozen=True)
+class Prompt:
+    """One prompt and how each of its samples is drawn."""
+
+    token_ids: list[int]
+    params: list[SamplingParams]
+    """one per sample"""
+
+
 @dataclass(slots=True)
 class Delta:
-    """What arrived since the last one: one token on a quick reader, several on a slow one."""
+    """What a choice got since its last delta: one token on a quick reader, several on a slow one."""
 
+    choice: int
+    """counts the samples of the first prompt, then those of the second ..."""
     tokens: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     """one per token where SamplingParams.top_logprobs asked for them, otherwise empty"""
+    finish_reason: FinishReason | None = None
+    """why it ended, with the last delta of the choice"""
 
 
 class Generation:
-    """One sequence's mailbox. Filling it never blocks; a slow reader gets its tokens merged."""
+    """The mailbox of all choices of one request. Filling it never blocks; a slow reader gets each choice's tokens
+    merged.
 
-    __slots__ = ("_delta", "_error", "_reader", "finish_reason", "num_cached_tokens")
+    The choices are numbered from 0; their sequences have consecutive ids from `first_id` on.
+    """
 
-    def __init__(self) -> None:
-        self.finish_reason: FinishReason | None = None
-        self.num_cached_tokens = 0
-        """prompt tokens that came from the prefix cache; known with the first token"""
-        self._delta = Delta()
+    def __init__(self, client: EngineClient, first_id: int, num_choices: int) -> None:
+        self.first_id = first_id
+        self.num_cached_tokens = [0] * num_choices
+        """by choice, prompt tokens that came from the prefix cache; known with the first token"""
+        self._client = client
+        self._news: dict[int, Delta] = {}  # by choice, in the order of arrival
+        self._running = set(range(num_choices))  # choices of which more may come
         self._error: Exception | None = None
         self._reader: asyncio.Future[None] | None = None  # who waits for news
 
-    def put(self, token: int, logprobs: TokenLogprobs | None) -> None:
-        self._delta.tokens.append(token)
-        if logprobs is not None:
-            self._delta.logprobs.append(logprobs)
-        self._wake()
+    def close(self, choice: int) -> None:
+        """Give the place of a choice back, while the others go on; nothing more comes of it."""
+        self._running.discard(choice)
+        self._news.pop(choice, None)
+        self._client._leave([self.first_id + choice])
 
-    def finish(self, reason: FinishReason) -> None:
-        self.finish_reason = reason
+    def put(self, sequence_id: int, token: int, logprobs: TokenLogprobs | None) -> None:
+        choice = sequence_id - self.first_id
+        delta = self._news.get(choice)
+        if delta is None:  # as for every token of a quick reader
+            self._news[choice] = Delta(choice, [token], [] if logprobs is None else [logprobs])
+            self._wake()
+            return
+        delta.tokens.append(token)
+        if logprobs is not None:
+            delta.logprobs.append(logprobs)
+
+    def finish(self, sequence_id: int, reason: FinishReason) -> None:
+        choice = sequence_id - self.first_id
+        self._running.discard(choice)
+        self._news.setdefault(choice, Delta(choice)).finish_reason = reason
         self._wake()
 
     def fail(self, error: Exception) -> None:
+        """The engine failed: told once, after all that came before."""
         self._error = error
         self._wake()
 
@@ -108,19 +138,23 @@ class Generation:
         if reader is not None and not reader.done():
             reader.set_result(None)
 
-    async def __aiter__(self) -> AsyncIterator[Delta]:
-        """Deltas until the sequence is finished; raises EngineDead, EngineStalled when the engine fails first."""
+    async def __aiter__(self) -> AsyncIterator[list[Delta]]:
+        """What has come, at most one delta of each choice at a time, until all choices are finished or closed.
+
+        Raises EngineDead, EngineStalled when the engine fails first.
+        """
         while True:
-            if not self._delta.tokens and self.finish_reason is None and self._error is None:
+            if self._news:
+                deltas = list(self._news.values())
+                self._news.clear()
+                yield deltas
+            elif not self._running:
+                return
+            elif self._error is not None:
+                raise self._error
+            else:
                 self._reader = asyncio.get_running_loop().create_future()
                 await self._reader
-            delta, self._delta = self._delta, Delta()
-            if delta.tokens:
-                yield delta
-            if self._error is not None:
-                raise self._error
-            if self.finish_reason is not None and not self._delta.tokens:
-                return
 
 
 _NO_STATS = EngineStats(0, 0, 0, 0, 0, 0, 0, 0)
@@ -136,17 +170,17 @@ class EngineClient:
         self.on_step: Callable[[StepOutput], None] | None = None
         """called with every step's output, for metrics"""
         self._stopping = False
-        self._generations: dict[int, Generation] = {}
-        self._num_unfinished = 0
+        self._generations: dict[int, Generation] = {}  # by sequence id: who has a place
+        self._unfinished: set[int] = set()  # sequence ids of those the engine works on
         self._owed_since: float | None = None  # when the engine last spoke, or was first spoken to; None: it is at rest
         self._watch: asyncio.TimerHandle | None = None  # looks at _owed_since, where it is not None
         self._told_stalled = False
-        self._ids = itertools.count(1)
+        self._next_id = 1
         self._finish_times: deque[float] = deque(maxlen=64)
 
     @property
-    def num_generations(self) -> int:
-        """Sequences admitted now, running and waiting."""
+    def num_admitted(self) -> int:
+        """Sequences that have a place now, running and waiting."""
         return len(self._generations)
 
     @property
@@ -206,36 +240,51 @@ class EngineClient:
         await self._dead.wait()
 
     @contextmanager
-    def submit(self, prompt_ids: list[int], params: SamplingParams, cache_salt: bytes = b"") -> Iterator[Generation]:
-        """Queue one sequence. Raises EngineDead, EngineStalled, EngineFull; ValueError if it is longer than the
-        context."""
+    def submit(self, prompts: Sequence[Prompt], cache_salt: bytes = b"") -> Iterator[Generation]:
+        """Queue every sample of every prompt, or none: each is a sequence and takes a place.
+
+        Raises EngineDead, EngineStalled, EngineFull; ValueError if one is longer than the context.
+        """
         if not self.alive:
             raise EngineDead("the engine process is not running")
         if self.stalled:
             raise EngineStalled(self._silence())
-        if not prompt_ids or len(prompt_ids) + params.max_tokens > self.ready.max_model_len:
-            raise ValueError(
-                f"prompt of {len(prompt_ids)} and answer of {params.max_tokens} tokens do not fit into "
-                f"{self.ready.max_model_len}"
-            )
-        if len(self._generations) >= self.settings.max_queued_requests:
+        for prompt in prompts:
+            self._check_length(prompt)
+        num_sequences = sum(len(prompt.params) for prompt in prompts)
+        if len(self._generations) + num_sequences > self.settings.max_queued_requests:
             raise EngineFull(len(self._generations), self._retry_after_s())
-        sequence_id, generation = next(self._ids), Generation()
-        self._generations[sequence_id] = generation
-        self._num_unfinished += 1
+        generation = Generation(self, self._next_id, num_sequences)
+        sequence_ids = range(self._next_id, self._next_id + num_sequences)
+        self._next_id += num_sequences
+        self._generations |= dict.fromkeys(sequence_ids, generation)
+        self._unfinished.update(sequence_ids)
         try:
-            self._send(Add(sequence_id, pack_ids(prompt_ids), params, cache_salt))
+            first_id = generation.first_id
+            for prompt in prompts:
+                self._send(Add(first_id, pack_ids(prompt.token_ids), tuple(prompt.params), cache_salt))
+                first_id += len(prompt.params)
             yield generation
         finally:  # finished, stop string, client gone, error: one door
-            if self._generations.pop(sequence_id, None) is not None:  # otherwise it was given up
-                self._finish_times.append(time.monotonic())
-                if generation.finish_reason is None:
-                    self._abort(sequence_id)
+            self._leave(sequence_ids)
 
-    def _abort(self, sequence_id: int) -> None:
-        self._num_unfinished -= 1
-        if self.alive:
-            self._send(Abort(sequence_id))
+    def _check_length(self, prompt: Prompt) -> None:
+        num_prompt, num_answer = len(prompt.token_ids), max(params.max_tokens for params in prompt.params)
+        if not num_prompt or num_prompt + num_answer > self.ready.max_model_len:
+            raise ValueError(
+                f"prompt of {num_prompt} and answer of {num_answer} tokens do not fit into {self.ready.max_model_len}"
+            )
+
+    def _leave(self, sequence_ids: Sequence[int]) -> None:
+        """Their places are free. Those that have left already, or were given up, are passed over."""
+        left = [i for i in sequence_ids if self._generations.pop(i, None) is not None]
+        self._finish_times.extend([time.monotonic()] * len(left))
+        self._abort([i for i in left if i in self._unfinished])
+
+    def _abort(self, sequence_ids: list[int]) -> None:
+        self._unfinished.difference_update(sequence_ids)
+        if sequence_ids and self.alive:
+            self._send(Abort(tuple(sequence_ids)))
 
     def _send(self, message: Add | Abort) -> None:
         """Everything that is sent is answered: by a step's output, or by its state when the engine comes to rest."""
@@ -265,13 +314,18 @@ class EngineClient:
     def _give_up(self) -> None:
         """Tell the reader of every unfinished sequence, and give back its place: a reader may be slow to leave. An
         engine that wakes up finds the aborts and forgets them."""
-        unfinished = {i: generation for i, generation in self._generations.items() if generation.finish_reason is None}
-        _log.error("%s; %d sequences are given up", self._silence(), len(unfinished))
+        given_up = sorted(self._unfinished)
+        _log.error("%s; %d sequences are given up", self._silence(), len(given_up))
         self._told_stalled = True
-        for sequence_id, generation in unfinished.items():
+        self._tell(EngineStalled(self._silence()))
+        for sequence_id in given_up:
             del self._generations[sequence_id]
-            self._abort(sequence_id)
-            generation.fail(EngineStalled(self._silence()))
+        self._abort(given_up)
+
+    def _tell(self, error: Exception) -> None:
+        """Every reader of an unfinished sequence, once."""
+        for generation in {self._generations[sequence_id] for sequence_id in self._unfinished}:
+            generation.fail(error)
 
     def _silence(self) -> str:
         return f"the engine has been silent over its work for {self.timeout_s:g} s"
@@ -299,17 +353,17 @@ class EngineClient:
         generations = self._generations
         for sequence_id, num_cached in step.cached_tokens.items():
             if generation := generations.get(sequence_id):
-                generation.num_cached_tokens = num_cached
+                generation.num_cached_tokens[sequence_id - generation.first_id] = num_cached
         for i, (sequence_id, token) in enumerate(
             zip(unpack_ids(step.sequence_ids), unpack_ids(step.tokens), strict=True)
         ):
             if generation := generations.get(sequence_id):  # it may have left already
-                generation.put(token, step.logprobs.get(i))
+                generation.put(sequence_id, token, step.logprobs.get(i))
         for sequence_id, reason in step.finished.items():
             if generation := generations.get(sequence_id):
-                generation.finish(reason)
-                self._num_unfinished -= 1
-        at_rest = not (self._num_unfinished or step.stats.num_running or step.stats.num_waiting)
+                generation.finish(sequence_id, reason)
+                self._unfinished.discard(sequence_id)
+        at_rest = not (self._unfinished or step.stats.num_running or step.stats.num_waiting)
         self._owed(None if at_rest else time.monotonic())
         if self._told_stalled:
             self._told_stalled = False
@@ -330,9 +384,7 @@ class EngineClient:
         self.alive = False
         if self._watch is not None:
             self._watch.cancel()
-        for generation in self._generations.values():
-            if generation.finish_reason is None:
-                generation.fail(EngineDead(why))
+        self._tell(EngineDead(why))
         if not self._ready.done():
             self._ready.set_exception(EngineFailed(why))
 

@@ -35,21 +35,23 @@ class Engine(Generic[Launched]):
         self._finished: dict[int, FinishReason] = {}  # to be told with the next output
 
     def add(self, message: Add) -> None:
-        """Queue a sequence. One that can never fit, or with ids the model has no row for, ends with "error": the API
-        process should have refused it, and no step may see it."""
-        ids = unpack_ids(message.prompt)
-        fits = self._has_rows(message) and self.scheduler.add(
-            message.sequence_id, ids, message.params, message.cache_salt
-        )
+        """Queue a sequence for each of the params. Where one can never fit, or has ids the model has no row for, all of
+        them end with "error": the API process should have refused them, and no step may see them."""
+        first, ids = message.first_id, unpack_ids(message.prompt)
+        fits = self._has_rows(message) and self.scheduler.add(first, ids, message.params, message.cache_salt)
         if not fits:
-            self._finished[message.sequence_id] = "error"
+            self._finished |= dict.fromkeys(range(first, first + len(message.params)), "error")
 
     def _has_rows(self, message: Add) -> bool:
-        params, num_rows = message.params, self.runner.vocab_size
+        num_rows = self.runner.vocab_size
         # unsigned: a negative id is a large one
         if max(memoryview(message.prompt).cast("I"), default=0) >= num_rows:
             return False
-        return all(0 <= token_id < num_rows for token_id in (*params.stop_token_ids, *params.logit_bias))
+        return all(
+            0 <= token_id < num_rows
+            for params in message.params
+            for token_id in (*params.stop_token_ids, *params.logit_bias)
+        )
 
     def abort(self, sequence_id: int) -> None:
         """Forget a sequence at once; a token of it that is in flight is dropped."""

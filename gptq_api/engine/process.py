@@ -110,8 +110,9 @@ def _serve(sock: socket.socket, inbox: Inbox, settings: Settings) -> int:
             match inbox.get():
                 case Add() as message:
                     engine.add(message)
-                case Abort(sequence_id):
-                    engine.abort(sequence_id)
+                case Abort(sequence_ids):
+                    for sequence_id in sequence_ids:
+                        engine.abort(sequence_id)
                 case None:
                     return 0
             unanswered = True

@@ -79,15 +79,19 @@ class Scheduler:
         self._budget = max_num_batched_tokens  # less for a while after the device had no memory for a step
         self.counters = Counters()
 
-    def add(self, sequence_id: int, token_ids: list[int], params: SamplingParams, cache_salt: bytes = b"") -> bool:
-        """Queue a sequence. False for one that could never finish, even alone in the cache: admission should have
-        refused it."""
-        longest = len(token_ids) + params.max_tokens
+    def add(
+        self, first_id: int, token_ids: list[int], params: tuple[SamplingParams, ...], cache_salt: bytes = b""
+    ) -> bool:
+        """Queue a sequence for each of `params`, with the ids from `first_id` on. False, and none is queued, where one
+        could never finish, even alone in the cache: admission should have refused them."""
+        longest = len(token_ids) + max(one.max_tokens for one in params)
         if not token_ids or longest > self.blocks.num_blocks * self.blocks.block_size:
             return False
-        seq = Sequence(sequence_id, token_ids, params, cache_salt)
-        self.waiting.append(seq)
-        self._live[sequence_id] = seq
+        hashes: list[bytes] = []
+        for sequence_id, one in enumerate(params, first_id):
+            seq = Sequence(sequence_id, token_ids, one, cache_salt, hashes, shares_prompt=len(params) > 1)
+            self.waiting.append(seq)
+            self._live[sequence_id] = seq
         return True
 
     def _is_live(self, seq: Sequence) -> bool:
@@ -254,7 +258,7 @@ class Scheduler:
 
     def _append(self, seq: Sequence, token: int) -> FinishReason | None:
         num_known = seq.num_known_computed_tokens
-        seq.token_ids.append(token)
+        seq.append(token)
         self._register(seq, num_known)
         if token in seq.params.stop_token_ids:
             return "stop"

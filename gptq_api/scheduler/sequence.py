@@ -16,6 +16,10 @@ class Sequence:
     """prompt, then what was sampled"""
     params: SamplingParams
     cache_salt: bytes = b""
+    block_hashes: list[bytes] = field(default_factory=list)
+    """chained hashes of the full blocks of token_ids, computed as far as needed"""
+    shares_prompt: bool = False
+    """whether token_ids and block_hashes are those of other samples of the prompt too; until its first token"""
     num_prompt_tokens: int = field(init=False)
     num_computed_tokens: int = 0
     """how many tokens have their K/V in the cache, or will have when the steps launched so far have run: the only
@@ -28,13 +32,18 @@ class Sequence:
     """KV block ids, in order"""
     num_told_blocks: int = 0
     """how many entries of block_table the runner has been told"""
-    block_hashes: list[bytes] = field(default_factory=list)
-    """chained hashes of the full blocks of token_ids, computed as far as needed"""
     num_cached_tokens: int | None = None
     """prompt tokens found in the prefix cache when it was first scheduled; None until then"""
 
     def __post_init__(self) -> None:
         self.num_prompt_tokens = len(self.token_ids)
+
+    def append(self, token: int) -> None:
+        """The next token is known. What the sequence shares with other samples it copies before it grows."""
+        if self.shares_prompt:
+            self.token_ids, self.block_hashes = self.token_ids.copy(), self.block_hashes.copy()
+            self.shares_prompt = False
+        self.token_ids.append(token)
 
     @property
     def num_pending_tokens(self) -> int:

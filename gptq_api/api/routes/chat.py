@@ -66,11 +66,12 @@ async def _answer(work: Work, head: Head, logprobs: Logprobs | None) -> dict[str
     texts = [""] * len(work.choices)
     entries: list[list[TokenEntry]] = [[] for _ in work.choices]
     reasons = [""] * len(work.choices)
-    async for piece in work.pieces():
-        index = piece.choice.index
-        texts[index] += piece.text
-        entries[index] += piece.entries
-        reasons[index] = piece.finish_reason or ""
+    async for pieces in work.pieces():
+        for piece in pieces:
+            index = piece.choice.index
+            texts[index] += piece.text
+            entries[index] += piece.entries
+            reasons[index] = piece.finish_reason or ""
     choices = [
         {
             "index": i,

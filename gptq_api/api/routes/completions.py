@@ -77,11 +77,12 @@ async def _answer(
     texts = list(echoes)
     entries: list[list[TokenEntry]] = [[] for _ in work.choices]
     reasons = [""] * len(work.choices)
-    async for piece in work.pieces():
-        index = piece.choice.index
-        texts[index] += piece.text
-        entries[index] += piece.entries
-        reasons[index] = piece.finish_reason or ""
+    async for pieces in work.pieces():
+        for piece in pieces:
+            index = piece.choice.index
+            texts[index] += piece.text
+            entries[index] += piece.entries
+            reasons[index] = piece.finish_reason or ""
     chosen = [index for start in _starts(work) for index in _best(work, start, num_choices)]
     choices = [
         {
