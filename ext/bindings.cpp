@@ -6,14 +6,14 @@
 #include <stdexcept>
 #include <string>
 
-#include "attention_decode.h"
-#include "decode.h"
-#include "dequant.h"
-#include "ops.h"
-#include "pack.h"
-#include "sampler.h"
+#include "attention/attention_decode.h"
+#include "gemv/gemv.h"
+#include "gemm/dequant.h"
+#include "ops/ops.h"
+#include "gemm/pack.h"
+#include "sampler/sampler.h"
 #ifdef GPTQ_API_HOPPER
-#include "gemm_wgmma.h"
+#include "gemm/wgmma.h"
 #endif
 
 namespace py = pybind11;

@@ -179,9 +179,9 @@ class TestOnHopper:
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
-@pytest.mark.parametrize("source", ["gemm_wgmma_fp16.cu"])
+@pytest.mark.parametrize("source", ["gemm/wgmma_fp16.cu"])
 def test_no_kernel_spills_or_serialises(source: str, tmp_path: Path) -> None:
-    command = ["nvcc", "-std=c++17", "-O3", "-gencode=arch=compute_90a,code=sm_90a", "-Xptxas=-v", "-c", source]
+    command = ["nvcc", "-std=c++17", "-O3", "-gencode=arch=compute_90a,code=sm_90a", "-Xptxas=-v", "-I.", "-c", source]
     report = subprocess.run(
         [*command, "-o", tmp_path / "kernel.o"], cwd=EXT, capture_output=True, text=True, check=True
     ).stderr

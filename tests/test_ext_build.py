@@ -68,9 +68,9 @@ def test_the_wrappers_import_without_a_device_or_an_extension() -> None:
 
 def compile_for(arch: str, source: str, tmp_path: Path) -> tuple[Path, str]:
     assert NVCC is not None
-    out = tmp_path / f"{source}.{arch}.cubin"
+    out = tmp_path / f"{Path(source).stem}.{arch}.cubin"
     flags = ["-O3", "-std=c++17", "--expt-relaxed-constexpr", f"-gencode=arch=compute_{arch},code=sm_{arch}"]
-    command = [NVCC, *flags, "-Xptxas", "-v", "-cubin", "-o", str(out), str(EXT / source)]
+    command = [NVCC, *flags, f"-I{EXT}", "-Xptxas", "-v", "-cubin", "-o", str(out), str(EXT / source)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=110)
     assert done.returncode == 0, done.stderr
     return out, done.stderr
@@ -109,7 +109,7 @@ def instructions(cubin: Path) -> dict[str, tuple[str, list[str]]]:
 
 @needs_nvcc
 def test_decode_keeps_its_registers_and_instructions(tmp_path: Path) -> None:
-    cubin, log = compile_for("90", "decode_fp16.cu", tmp_path)
+    cubin, log = compile_for("90", "gemv/gemv_fp16.cu", tmp_path)
     kernels = usage(log)
     assert len(kernels) == 12
     for name, (registers, spills) in kernels.items():
@@ -132,7 +132,7 @@ def test_decode_keeps_its_registers_and_instructions(tmp_path: Path) -> None:
 @needs_nvcc
 @pytest.mark.parametrize("arch", ["80", "120"])
 def test_other_architectures_compile_without_spills(arch: str, tmp_path: Path) -> None:
-    _, log = compile_for(arch, "decode_bf16.cu", tmp_path)
+    _, log = compile_for(arch, "gemv/gemv_bf16.cu", tmp_path)
     assert all(spills == 0 for _, spills in usage(log).values())
 
 
@@ -140,7 +140,7 @@ def test_other_architectures_compile_without_spills(arch: str, tmp_path: Path) -
 def test_decode_attention_leaves_room_for_the_next_product(tmp_path: Path) -> None:
     """A block of four warps beside one of the decode product's; nothing spilled at the sizes that have to be fast, but
     a few words of warps that are alone."""
-    _, log = compile_for("90", "attention_decode_bf16.cu", tmp_path)
+    _, log = compile_for("90", "attention/attention_decode_bf16.cu", tmp_path)
     kernels = usage(log)
     assert len(kernels) == 8
     for name, (registers, spills) in kernels.items():

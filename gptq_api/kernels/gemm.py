@@ -37,7 +37,7 @@ DECODE_MAX_M = 32
 WGMMA_MIN_M = 9
 """where, on an H200, the wgmma kernels overtake the decode kernel: every linear of LLaMA 7B and 13B agrees"""
 ROW_MULTIPLE = 192
-"""rows in the tiles that large products are made of; by the times that ext/gemm_wgmma.cu chooses them by, 1,437 rows of
+"""rows in the tiles that large products are made of; by the times that ext/gemm/wgmma.cu chooses them by, 1,437 rows of
 13B take 7 % longer a row than 1,536"""
 SCRATCH_BYTES = 128 << 20
 """largest dequantized block: of the order of the L2, small beside any model"""

@@ -1,4 +1,4 @@
-"""The packed weight of the CUDA kernels: 16-row strips, 128-k chunks (the picture is in ext/layout.h).
+"""The packed weight of the CUDA kernels: 16-row strips, 128-k chunks (the picture is in ext/common/layout.cuh).
 
 Plain torch, so the same lines run on the CPU and, at load time, on the GPU; `probes.emulate` reads the bytes back the
 way a warp does. Knows nothing about checkpoints: values arrive unpacked, zero points decoded.

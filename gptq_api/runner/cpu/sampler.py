@@ -8,7 +8,7 @@ its own, made from (seed, position, id), and the highest of (logit - best) / tem
 that moves by a rounding changes the token only where the first two of the race are as close as that. (A number looked
 up in the cumulative distribution meets another token as soon as the logits before it have moved.)
 
-The arithmetic is that of ext/sampler.cu, so that a seed gives the same text on either device. top-k and top-p weigh a
+The arithmetic is that of ext/sampler/, so that a seed gives the same text on either device. top-k and top-p weigh a
 token with exp((logit - best) / temperature) in 40-bit fixed point, whose sums are exact in any order; ranks are by
 logit, then by the lower id.
 """

@@ -1,0 +1,8 @@
+#include "attention/attention_decode_kernel.cuh"
+#include "attention/attention_decode_table.cuh"
+
+namespace gptq {
+
+const void* attention_decode_fp16(int head_dim, bool fp8, bool alone) { return attention_decode_of<false>(head_dim, fp8, alone); }
+
+}  // namespace gptq

@@ -1,0 +1,435 @@
+// The kernel. Four warps take the 128 tokens of a step (attention/attention_decode_schedule.cuh), 32 each, keys and values through a ring of the warp's own, so
+// that nothing but the ends of a chunk and of an item needs a barrier, and copies run on across items. Scores are keys times queries, with
+// tokens as the 16 rows of an mma and the query heads that share a key head as its 8 columns; the output is values transposed times weights,
+// with dimensions as rows.
+//
+// At the end of a chunk the warps' results are added in their order, each warp adding a quarter of the dimensions. Chunks are added in their
+// order too, by the block that has the item's first one; other blocks leave theirs in the workspace. No sum depends on timing, batch or grid.
+//
+// Where there are many items, a warp takes whole steps alone, tile by tile, and does what the four would have done in the same order, to the same bits:
+// no barriers, and what an item costs beside its tokens is paid by a quarter of the warps.
+//
+// Tokens outside the context (or the window, or in no block) are never read; their keys and values are zeros and their weights exactly 0.
+#pragma once
+#include <type_traits>
+
+#include "attention/attention_decode_load.cuh"
+
+namespace gptq {
+
+template <class Team, int D, bool BF, bool FP8>
+class AttentionBlock {
+  using Shape = AttentionShape<D, FP8>;
+  static constexpr bool kBF = BF && !FP8;  // type of the products: e4m3 becomes fp16
+  static constexpr int kLanes = D / 16;    // that hold a head, 8 elements of either half each
+  static constexpr bool kAlone = Team::kWarps == 1;
+  static constexpr bool kOdd = Shape::kDepth % 2 != 0;  // the ring: behind keys come values
+  static constexpr int kOwn = Shape::kTiles / Team::kWarps;  // m-tiles of the output that a warp adds up
+  static constexpr int kPasses = (kPartHeads * kLanes + Team::kWarps * 32 - 1) / (Team::kWarps * 32);  // over the query heads
+
+  const AttentionDecodeArgs& a;
+  const int warp, lane;  // warp: of the team
+  const uint32_t ring, sums, maxima;  // shared: copies; results of warps for each other, or queries; [warp][head] (maximum, sum)
+  int* const scratch;
+  uint32_t q[D / 16][2];
+
+  // What an item reads of qkv, a step before it is needed.
+  struct Rows {
+    uint4 query[2];
+    NewRow<D, BF, FP8> fresh;
+  };
+
+ public:
+  __device__ __forceinline__ AttentionBlock(const AttentionDecodeArgs& args, uint8_t* smem)
+      : a(args),
+        warp(__shfl_sync(~0u, Team::thread() >> 5, 0)),
+        lane(threadIdx.x & 31),
+        ring(smem_addr(smem) + (kAlone ? WholeBlock::warp() : warp) * Shape::kDepth * Shape::kEntry),
+        sums(smem_addr(smem) + scratch_at(args)),
+        maxima(sums + exchange_bytes<D>(args.part_heads)),
+        scratch(reinterpret_cast<int*>(smem + scratch_at(args) +
+                                       (kAlone ? kPartHeads * Shape::kQueryStride : exchange_bytes<D>(args.part_heads) + kAttentionWarps * kPartHeads * 8))) {}
+
+  // The kernel before this one is waited for before qkv is read, or first of all.
+  __device__ __forceinline__ void run() {
+    bool waited = !a.prefetch;
+    if (waited) grid_wait();
+    const Stretch stretch = find_stretch<Team>(a, scratch);
+    TileLoader<Team, D, FP8> loader(a, ring, stretch.begin, stretch.steps);
+#pragma unroll 1
+    for (int i = 0; i < Shape::kDepth; i++) loader.next(i & 1);
+
+    Cursor c = stretch.begin;
+    Rows rows;
+    NewRow<D, BF, FP8> fresh;
+    Partial<Shape::kTiles> chunk;  // of a warp of several
+    Partial<kOwn> total;
+    int first_chunk = 0;
+    uint32_t entry = 0;
+    const auto take = [&] {  // the oldest entry of the ring
+      cp_async_wait<Shape::kDepth - 1>();
+      __syncwarp();
+      const uint32_t tile = ring + entry;
+      entry = entry == (Shape::kDepth - 1) * Shape::kEntry ? 0 : entry + Shape::kEntry;
+      return tile;
+    };
+#pragma unroll 1
+    for (int left = stretch.steps; left > 0; left--) {
+      const bool item_ends = c.step + 1 == c.span.count;
+      const int in_chunk = c.step & ((1 << c.span.chunk_shift) - 1), index = c.step >> c.span.chunk_shift;
+      if (left == stretch.steps || c.step == 0) {
+        first_chunk = index;
+        Rotation<D, BF> rotation;
+        if (a.cos_sin) rotation.load(a, c.span.row, dimension());
+        if (left == stretch.steps) {
+          if (!waited) grid_wait();
+          waited = true;
+          load_rows(rows, c);
+        }
+        start_item(rows, fresh, rotation, c);
+      }
+      Cursor next = c;
+      if (left > 1) {
+        advance(next, a);
+        if (item_ends) load_rows(rows, next);
+      }
+      if constexpr (!kAlone) {
+        const bool sees = c.sees(warp), writes = item_ends && NewRow<D, BF, FP8>::is_in(a, c, warp);
+        const uint32_t keys = take();
+        uint32_t weights[2][2];
+        if (in_chunk == 0) chunk.clear();
+        if (sees) {
+          if (writes) fresh.put(a, c, keys, false);
+          softmax(chunk.max, chunk.sum, weights, keys, c, warp, [&](int h, float before) {
+            if (in_chunk == 0) return;
+#pragma unroll
+            for (int i = 0; i < Shape::kTiles; i++) chunk.o[i][h] *= before, chunk.o[i][h + 2] *= before;
+          });
+        }
+        __syncwarp();
+        loader.next(kOdd);
+        const uint32_t values = take();
+        if (sees) {
+          if (writes) fresh.put(a, c, values, true);
+#pragma unroll
+          for (int i = 0; i < Shape::kTiles; i += 2) weigh_two<D, FP8, kBF>(*reinterpret_cast<float(*)[2][4]>(&chunk.o[i]), i, values, weights, lane);
+        }
+        __syncwarp();
+        loader.next(!kOdd);
+      }
+
+      if (item_ends || in_chunk + 1 == 1 << c.span.chunk_shift) {
+        Partial<kOwn> sum;
+        if constexpr (kAlone) whole_step(sum, c, item_ends, fresh, take, loader);
+        else sum = add_warps(chunk);
+        if (first_chunk) {
+          store(sum, stretch.index * kMaxChunks + index - first_chunk);
+        } else {
+          if (index) add(total, sum);
+          else total = sum;
+          if (item_ends || left == 1) {
+            if (!item_ends) add_later(total, c, index + 1, stretch.cuts);
+            write(total, c);
+          }
+        }
+      }
+      c = next;
+    }
+    if (!waited) grid_wait();
+    if (stretch.padded) clear_padding();
+  }
+
+ private:
+  // Of the first team's results or queries, from the start of shared memory.
+  __device__ __forceinline__ static int scratch_at(const AttentionDecodeArgs& args) {
+    return Shape::kRing + (kAlone ? WholeBlock::warp() * (scratch_bytes<Team, D>(args.part_heads) / kAttentionWarps) : 0);
+  }
+  __device__ __forceinline__ int slot_lane() const { return (lane & 3) * 8 + (lane >> 2); }
+  __device__ __forceinline__ bool has_head() const { return 2 * (lane & 3) < a.part_heads; }
+  __device__ __forceinline__ int first_head(const Cursor& c) const { return c.kv_head * (a.heads / a.kv_heads) + c.part * a.part_heads; }
+  __device__ __forceinline__ int head_count(const Cursor& c) const { return min(a.part_heads, a.heads / a.kv_heads - c.part * a.part_heads); }
+  // Of a head, D / 16 threads each have eight elements from here on and the eight they are rotated with.
+  __device__ __forceinline__ int dimension() const { return Team::thread() % kLanes * 8; }
+
+  __device__ __forceinline__ void load_rows(Rows& rows, const Cursor& c) const {
+    const uint16_t* row = a.qkv + static_cast<size_t>(c.span.row) * a.ldqkv + dimension();
+    const uint16_t *query = query_of(c, 0, row), *fresh = NewRow<D, BF, FP8>::source(a, c, row, has_fresh(c));
+    const auto load = [](const uint16_t* from, int at) { return from ? *reinterpret_cast<const uint4*>(from + at) : uint4{}; };
+    rows.query[0] = load(query, 0), rows.query[1] = load(query, D / 2);
+    rows.fresh.take(load(fresh, 0), load(fresh, D / 2));
+  }
+  // In the row that begins, at this thread's dimension, at `row`; null: none in this pass.
+  __device__ __forceinline__ const uint16_t* query_of(const Cursor& c, int pass, const uint16_t* row) const {
+    return head(pass) < head_count(c) ? row + (first_head(c) + head(pass)) * D : nullptr;
+  }
+  __device__ __forceinline__ static int head(int pass) { return Team::thread() / kLanes + pass * (Team::kWarps * 32 / kLanes); }
+  __device__ __forceinline__ bool has_fresh(const Cursor& c) const { return kAlone ? a.cos_sin != nullptr : NewRow<D, BF, FP8>::is_in(a, c, warp); }
+
+  // Queries into fragments, the new key and value into the cache's type.
+  __device__ __forceinline__ void start_item(const Rows& rows, NewRow<D, BF, FP8>& fresh, const Rotation<D, BF>& rotation, const Cursor& c) {
+#pragma unroll
+    for (int pass = 0; pass < kPasses; pass++) {
+      if (pass && pass * (Team::kWarps * 32 / kLanes) >= head_count(c)) break;
+      uint4 low = rows.query[0], high = rows.query[1];
+      if (pass)
+        if (const uint16_t* from = query_of(c, pass, a.qkv + static_cast<size_t>(c.span.row) * a.ldqkv + dimension())) {
+          low = *reinterpret_cast<const uint4*>(from), high = *reinterpret_cast<const uint4*>(from + D / 2);
+        }
+      if (a.cos_sin) {
+        float x[8], y[8];
+        unpack8<BF>(x, low);
+        unpack8<BF>(y, high);
+        rotation.apply(x, y, a.q_norm, a.eps, dimension());
+        low = pack8<BF>(x), high = pack8<BF>(y);
+      }
+      if constexpr (FP8 && BF) {
+        float x[8], y[8];
+        unpack8<BF>(x, low);
+        unpack8<BF>(y, high);
+        low = pack8_saturated(x), high = pack8_saturated(y);
+      }
+      if (head(pass) < head_count(c)) {
+        const uint32_t to = sums + head(pass) * Shape::kQueryStride + dimension() * 2;
+        sts128(to, low);
+        sts128(to + D, high);
+      }
+    }
+    if (!kAlone && a.out_index && warp == 0 && lane < head_count(c) * (D / 32)) prefetch_line(a.out_index + first_head(c) * D + lane * 32);
+    fresh = rows.fresh;
+    if (has_fresh(c)) fresh.prepare(a, rotation, dimension());
+    Team::sync();
+    const uint32_t from = sums + (lane >> 2) * Shape::kQueryStride;
+#pragma unroll
+    for (int j = 0; j < D / 16; j++)
+#pragma unroll
+      for (int i = 0; i < 2; i++) q[j][i] = lds32(from + query_dimension<FP8>(j, i, lane) * 2);
+    Team::sync();
+  }
+
+  // All tiles of a step by one warp: what add_warps() would have found. A loop, to stay in the instruction cache.
+  template <typename Take, typename Loader>
+  __device__ __forceinline__ void whole_step(Partial<kOwn>& sum, const Cursor& c, bool item_ends, const NewRow<D, BF, FP8>& fresh, const Take& take, Loader& loader) {
+    sum.clear();
+#pragma unroll 1
+    for (int tile = 0; tile < kAttentionWarps; tile++) {
+      const bool sees = c.sees(tile), writes = sees && item_ends && NewRow<D, BF, FP8>::is_in(a, c, tile);
+      uint32_t weights[2][2];
+      float of_sum[2], of_tile[2];
+      const uint32_t keys = take();
+      if (sees) {
+        if (writes) fresh.put(a, c, keys, false);
+        float max[2] = {-INFINITY, -INFINITY}, tile_sum[2] = {};
+        softmax(max, tile_sum, weights, keys, c, tile, [](int, float) {});
+#pragma unroll
+        for (int h = 0; h < 2; h++) add_sums(sum.max[h], sum.sum[h], max[h], over_tokens(tile_sum[h]), of_sum[h], of_tile[h]);
+      }
+      __syncwarp();
+      loader.next(kOdd);
+      const uint32_t values = take();
+      if (sees) {
+        if (writes) fresh.put(a, c, values, true);
+#pragma unroll
+        for (int i = 0; i < kOwn; i += 2) {
+          float o[2][4] = {};
+          weigh_two<D, FP8, kBF>(o, i, values, weights, lane);
+#pragma unroll
+          for (int k = 0; k < 8; k++) add_values(sum.o[i + k / 4][k % 4], o[k / 4][k % 4], of_sum[k & 1], of_tile[k & 1]);
+        }
+      }
+      __syncwarp();
+      loader.next(!kOdd);
+    }
+  }
+
+  __device__ __forceinline__ static float over_tokens(float sum) {
+#pragma unroll
+    for (int step = 4; step < 32; step <<= 1) sum += __shfl_xor_sync(~0u, sum, step);
+    return sum;
+  }
+
+  // Scores of a tile into weights, as B fragments; maximum and sum so far brought to the new maximum, and through `rescale` the values of a head (of two).
+  template <typename Rescale>
+  __device__ __forceinline__ void softmax(float (&max_so_far)[2], float (&sum)[2], uint32_t (&weights)[2][2], uint32_t keys, const Cursor& c, int tile,
+                                          const Rescale& rescale) {
+    float s[2][4] = {};
+    scores<D, FP8, kBF>(s, keys, q, lane);
+    const int token = c.first_token(tile);
+    if (token < c.span.low || token + kTile > c.span.length)
+#pragma unroll
+      for (int m = 0; m < 2; m++)
+#pragma unroll
+        for (int k = 0; k < 4; k++) {
+          const int at = token + (lane >> 2) + 16 * m + 8 * (k >> 1);
+          s[m][k] = at >= c.span.low && at < c.span.length ? s[m][k] : -INFINITY;
+        }
+    const float scale = a.scale * 1.44269504f;
+    float base[2];
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+      float max = fmaxf(fmaxf(s[0][h], s[0][h + 2]), fmaxf(s[1][h], s[1][h + 2]));
+#pragma unroll
+      for (int step = 4; step < 32; step <<= 1) max = fmaxf(max, __shfl_xor_sync(~0u, max, step));
+      max = fmaxf(max * scale, max_so_far[h]);
+      base[h] = finite_or_zero(max);
+      const float before = exp2_fast(max_so_far[h] - base[h]);
+      sum[h] *= before;  // of nothing: 0 times 0
+      rescale(h, before);
+      max_so_far[h] = max;
+    }
+#pragma unroll
+    for (int m = 0; m < 2; m++) {
+#pragma unroll
+      for (int k = 0; k < 4; k++) {
+        s[m][k] = exp2_fast(__fmaf_rn(s[m][k], scale, -base[k & 1]));
+        sum[k & 1] += s[m][k];
+      }
+      weights[m][0] = transpose8x8(pack2<kBF>(s[m][0], s[m][1]));
+      weights[m][1] = transpose8x8(pack2<kBF>(s[m][2], s[m][3]));
+    }
+  }
+
+  // The four warps' results; every warp has its quarter of the dimensions.
+  __device__ __forceinline__ Partial<kOwn> add_warps(Partial<Shape::kTiles>& mine) {
+    const int unit = head_lanes(a.part_heads) * 16;
+#pragma unroll
+    for (int h = 0; h < 2; h++) mine.sum[h] = over_tokens(mine.sum[h]);
+    if (lane < 4) sts128(maxima + (warp * kPartHeads + 2 * lane) * 8, {mine.max[0], mine.sum[0], mine.max[1], mine.sum[1]});
+    if (has_head())
+#pragma unroll
+      for (int i = 0; i < Shape::kTiles; i++) sts128(sums + (warp * Shape::kTiles + i) * unit + slot_lane() * 16, mine.o[i]);
+    Team::sync();
+    Partial<kOwn> sum;
+    sum.clear();
+#pragma unroll
+    for (int w = 0; w < kAttentionWarps; w++) {
+      const uint4 raw = lds128(maxima + (w * kPartHeads + 2 * (lane & 3)) * 8);
+      float of_sum[2], of_warp[2];
+      add_sums(sum.max[0], sum.sum[0], __uint_as_float(raw.x), __uint_as_float(raw.y), of_sum[0], of_warp[0]);
+      add_sums(sum.max[1], sum.sum[1], __uint_as_float(raw.z), __uint_as_float(raw.w), of_sum[1], of_warp[1]);
+      if (!has_head()) continue;
+#pragma unroll
+      for (int i = 0; i < kOwn; i++) {
+        const uint4 v = lds128(sums + (w * Shape::kTiles + warp * kOwn + i) * unit + slot_lane() * 16);
+        const float o[4] = {__uint_as_float(v.x), __uint_as_float(v.y), __uint_as_float(v.z), __uint_as_float(v.w)};
+#pragma unroll
+        for (int k = 0; k < 4; k++) add_values(sum.o[i][k], o[k], of_sum[k & 1], of_warp[k & 1]);
+      }
+    }
+    Team::sync();
+    return sum;
+  }
+
+  // ---- chunks in the workspace: every thread reads back what its like has written ----
+  __device__ __forceinline__ float4* slot(int index) const {
+    return static_cast<float4*>(a.workspace) + static_cast<size_t>(index) * (slot_floats(D, a.part_heads) / 4);
+  }
+  __device__ __forceinline__ int place(int i) const { return (warp * kOwn + i) * head_lanes(a.part_heads) + slot_lane(); }
+  __device__ __forceinline__ int top_place() const { return Shape::kTiles * head_lanes(a.part_heads) + warp * 4 + (lane & 3); }
+
+  __device__ __forceinline__ void store(const Partial<kOwn>& sum, int index) {
+    const auto put = [&](float4* to, float x, float y, float z, float w) {
+      const auto real = [](float v) { return __float_as_uint(v) == kEmpty ? __uint_as_float(0x7fffffffu) : v; };
+      store_exchanged(to, make_float4(real(x), real(y), real(z), real(w)));
+    };
+    if (!has_head()) return;
+#pragma unroll
+    for (int i = 0; i < kOwn; i++) put(slot(index) + place(i), sum.o[i][0], sum.o[i][1], sum.o[i][2], sum.o[i][3]);
+    if (lane < 4) put(slot(index) + top_place(), sum.max[0], sum.sum[0], sum.max[1], sum.sum[1]);
+  }
+
+  // total += the item's chunks from `begin` on, which other blocks leave in the workspace; it is empty again afterwards.
+  __device__ __forceinline__ void add_later(Partial<kOwn>& total, const Cursor& c, int begin, const Cuts& cuts) {
+    const int chunks = c.span.chunks(), shift = c.span.chunk_shift, stretch = cuts.stretch_of(c.origin + (min(lane, chunks - 1) << shift));
+    const int its_first = (cuts.at(stretch) - c.origin + (1 << shift) - 1) >> shift, index = stretch * kMaxChunks + lane - its_first;
+    constexpr int kAtOnce = kAlone ? 1 : 4;
+#pragma unroll 1
+    for (int chunk = begin; chunk < chunks; chunk += kAtOnce) {
+      float4* from[kAtOnce];
+      float4 top[kAtOnce], o[kAtOnce][kOwn];
+#pragma unroll
+      for (int k = 0; k < kAtOnce; k++) from[k] = slot(__shfl_sync(~0u, index, min(chunk + k, chunks - 1)));
+      bool there;
+      do {
+        there = true;
+        if (has_head()) {
+#pragma unroll
+          for (int k = 0; k < kAtOnce; k++) {
+            top[k] = load_exchanged(from[k] + top_place());
+#pragma unroll
+            for (int i = 0; i < kOwn; i++) o[k][i] = load_exchanged(from[k] + place(i));
+          }
+#pragma unroll
+          for (int k = 0; k < kAtOnce; k++) {
+            there &= is_there(top[k]);
+#pragma unroll
+            for (int i = 0; i < kOwn; i++) there &= is_there(o[k][i]);
+          }
+        }
+      } while (!__all_sync(~0u, there));
+      const float4 empty = make_float4(__uint_as_float(kEmpty), __uint_as_float(kEmpty), __uint_as_float(kEmpty), __uint_as_float(kEmpty));
+#pragma unroll
+      for (int k = 0; k < kAtOnce; k++) {
+        if (chunk + k >= chunks || !has_head()) continue;
+        if (lane < 4) store_exchanged(from[k] + top_place(), empty);
+        Partial<kOwn> next;
+        next.max[0] = top[k].x, next.sum[0] = top[k].y, next.max[1] = top[k].z, next.sum[1] = top[k].w;
+#pragma unroll
+        for (int i = 0; i < kOwn; i++) {
+          store_exchanged(from[k] + place(i), empty);
+          next.o[i][0] = o[k][i].x, next.o[i][1] = o[k][i].y, next.o[i][2] = o[k][i].z, next.o[i][3] = o[k][i].w;
+        }
+        add(total, next);
+      }
+    }
+  }
+
+  __device__ __forceinline__ void write(const Partial<kOwn>& total, const Cursor& c) {
+    const int count = head_count(c), column = (first_head(c) + 2 * (lane & 3)) * D + output_dimension<FP8>(warp * kOwn, 0, lane);
+    uint16_t* out = a.out + static_cast<size_t>(c.span.row) * a.ldo;
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+      if (2 * (lane & 3) + h >= count) continue;
+      const float scale = 1.f / total.sum[h];
+      const auto put = [&](auto place) {
+#pragma unroll
+        for (int i = 0; i < kOwn; i++)
+#pragma unroll
+          for (int k = h; k < 4; k += 2) out[place(column + h * D + output_dimension<FP8>(i, k, 0))] = to_16bit<BF>(total.o[i][k] * scale);
+      };
+      if (!kAlone && a.out_index) put([&](int at) { return a.out_index[at]; });
+      else put([](int at) { return at; });
+    }
+  }
+
+  // Rows that only fill up a batch: what comes after must find numbers.
+  __device__ __forceinline__ void clear_padding() {
+    for (int s = Team::index(); s < a.sequences; s += Team::count()) {
+      if (!is_padding(a, s)) continue;
+      uint16_t* out = a.out + static_cast<size_t>(a.query_start[s]) * a.ldo;
+      for (int i = Team::thread(); i < a.heads * D; i += Team::kWarps * 32) out[i] = 0;
+    }
+  }
+};
+
+template <class Team, int D, bool BF, bool FP8>
+__global__ void __launch_bounds__(kAttentionThreads, 2) attention_decode_kernel(const __grid_constant__ AttentionDecodeArgs a) {
+  extern __shared__ __align__(128) uint8_t smem[];
+  if constexpr (Team::kWarps > 1 || !kSmall) {
+    grid_launch_dependents();
+    AttentionBlock<Team, D, BF, FP8>(a, smem).run();
+  }
+}
+
+template <bool BF>
+const void* attention_decode_of(int head_dim, bool fp8, bool alone) {
+  const auto of = [](auto kernel) { return reinterpret_cast<const void*>(kernel); };
+  const auto pick = [&](auto d) {
+    constexpr int D = decltype(d)::value;
+    if (alone) return of(fp8 ? attention_decode_kernel<OneWarp, D, BF, true> : attention_decode_kernel<OneWarp, D, BF, false>);
+    return of(fp8 ? attention_decode_kernel<WholeBlock, D, BF, true> : attention_decode_kernel<WholeBlock, D, BF, false>);
+  };
+  if (head_dim == 64) return pick(std::integral_constant<int, 64>{});
+  return head_dim == 128 ? pick(std::integral_constant<int, 128>{}) : nullptr;
+}
+
+}  // namespace gptq

@@ -1,0 +1,185 @@
+// Who computes what, decided on the device from context_lens: nothing of it is known when a graph is captured.
+//
+// A step is 128 tokens of one (sequence, head group). All steps of a launch stand in one line: sequence by sequence, head by head, token by
+// token; every block takes an equal stretch of it, the first block the last one. Consecutive steps of an item form chunks (one step each up to 4096 tokens of context); a
+// chunk belongs to the block whose stretch holds its first step. Where chunks begin depends on the row's own context and window only, so the
+// result's bits depend neither on the batch nor on the number of blocks.
+#pragma once
+#include "attention/attention_decode.h"
+
+namespace gptq {
+
+constexpr int kAttentionWarps = 4;
+constexpr int kAttentionThreads = kAttentionWarps * 32;
+constexpr int kTile = 32;  // tokens of a warp in a step
+constexpr int kStep = kTile * kAttentionWarps;
+constexpr int kMaxChunks = 32;                // of an item: what a lane each can look up
+constexpr int kPartHeads = 8;                 // query heads served together: the columns of an mma
+constexpr int kScratchInts = kAttentionWarps + 4;
+
+// Who attends together to a step: the warps of a block, a tile of its tokens each.
+struct WholeBlock {
+  static constexpr int kWarps = kAttentionWarps;
+  static __device__ __forceinline__ int thread() { return threadIdx.x; }
+  static __device__ __forceinline__ int warp() { return __shfl_sync(~0u, threadIdx.x >> 5, 0); }  // known to be the same in all of it
+  static __device__ __forceinline__ int count() { return gridDim.x; }  // of such teams
+  static __device__ __forceinline__ int index() { return blockIdx.x; }
+  static __device__ __forceinline__ void sync() { __syncthreads(); }
+  static __device__ __forceinline__ bool any(bool mine) { return __syncthreads_or(mine); }
+};
+
+// Every warp by itself: nobody waits for anybody, which pays where there are enough items for all of them.
+struct OneWarp {
+  static constexpr int kWarps = 1;
+  static __device__ __forceinline__ int thread() { return threadIdx.x & 31; }
+  static __device__ __forceinline__ int count() { return gridDim.x * kAttentionWarps; }
+  static __device__ __forceinline__ int index() { return blockIdx.x * kAttentionWarps + WholeBlock::warp(); }
+  static __device__ __forceinline__ void sync() { __syncwarp(); }
+  static __device__ __forceinline__ bool any(bool mine) {
+    const bool found = __any_sync(~0u, mine);
+    __syncwarp();
+    return found;
+  }
+};
+
+// The tokens one sequence's row sees: [low, length), in steps first .. first + count - 1.
+struct Span {
+  int length, low, first, count, row;
+  int chunk_shift;  // log2 of steps per chunk
+
+  __device__ __forceinline__ int chunks() const { return (count + (1 << chunk_shift) - 1) >> chunk_shift; }
+};
+
+__device__ __forceinline__ Span span_of(const AttentionDecodeArgs& a, int s) {
+  Span span;
+  span.length = a.context_lens[s];
+  span.row = a.query_start[s];
+  const int rows = a.query_start[s + 1] - span.row;
+  span.low = a.window > 0 ? max(0, span.length - a.window) : 0;
+  span.first = span.low / kStep;
+  span.count = span.length > 0 && rows == 1 ? (span.length + kStep - 1) / kStep - span.first : 0;
+  span.chunk_shift = 0;
+  while (span.chunks() > kMaxChunks) span.chunk_shift++;
+  return span;
+}
+
+__device__ __forceinline__ bool is_padding(const AttentionDecodeArgs& a, int s) {
+  return a.context_lens[s] <= 0 && a.query_start[s + 1] - a.query_start[s] == 1;
+}
+
+// Where the line is cut: stretch b begins at at(b), stretch_of is its inverse.
+struct Cuts {
+  int total, teams;
+  __device__ __forceinline__ int at(int b) const { return static_cast<int>(static_cast<uint64_t>(b) * total / teams); }
+  __device__ __forceinline__ int stretch_of(int step) const {
+    return static_cast<int>(((static_cast<uint64_t>(step) + 1) * teams - 1) / total);
+  }
+};
+
+// A place in the line.
+struct Cursor {
+  Span span;
+  int sequence, kv_head, part;  // part: of the query heads that share the key head
+  int step;            // of the item
+  int origin;          // where the item begins in the line
+
+  __device__ __forceinline__ int first_token(int warp) const { return (span.first + step) * kStep + warp * kTile; }
+  __device__ __forceinline__ bool sees(int warp) const {
+    const int token = first_token(warp);
+    return token < span.length && token + kTile > span.low;
+  }
+};
+
+__device__ __forceinline__ void advance(Cursor& c, const AttentionDecodeArgs& a) {
+  if (++c.step < c.span.count) return;
+  c.step = 0;
+  c.origin += c.span.count;
+  if (++c.part < a.parts) return;
+  c.part = 0;
+  if (++c.kv_head < a.kv_heads) return;
+  c.kv_head = 0;
+  do {
+    if (++c.sequence >= a.sequences) return;
+    c.span = span_of(a, c.sequence);
+  } while (c.span.count == 0);
+}
+
+struct Stretch {
+  Cuts cuts;
+  Cursor begin;
+  int index, steps;
+  bool padded;  // some sequence has a row and no context: a row that fills up a batch
+};
+
+// Both ends of this team's stretch, by a sum over all sequences. `scratch`: shared, kScratchInts.
+template <class Team>
+__device__ __forceinline__ Stretch find_stretch(const AttentionDecodeArgs& a, int* scratch) {
+  const int warp = Team::thread() >> 5, lane = Team::thread() & 31, heads = a.kv_heads * a.parts;
+  const int each = (a.sequences + Team::kWarps * 32 - 1) / (Team::kWarps * 32), from = Team::thread() * each, to = min(from + each, a.sequences);
+  int mine = 0;
+  bool padded = false;
+  for (int s = from; s < to; s++) {
+    mine += span_of(a, s).count * heads;
+    padded |= is_padding(a, s);
+  }
+  int sum = mine;
+#pragma unroll
+  for (int d = 1; d < 32; d <<= 1) {
+    const int other = __shfl_up_sync(~0u, sum, d);
+    if (lane >= d) sum += other;
+  }
+  if (lane == 31) scratch[warp] = sum;
+  Stretch stretch;
+  stretch.padded = Team::any(padded);
+  int before = sum - mine, total = 0;
+#pragma unroll
+  for (int w = 0; w < Team::kWarps; w++) {
+    if (w < warp) before += scratch[w];
+    total += scratch[w];
+  }
+  stretch.steps = 0;
+  stretch.cuts.total = total;
+  stretch.cuts.teams = min(Team::count(), total);
+  if (Team::index() >= stretch.cuts.teams) return stretch;
+  // Backwards: the team that begins an item waits for those that go on with it, and they have started before it.
+  stretch.index = stretch.cuts.teams - 1 - Team::index();
+  const int begin = stretch.cuts.at(stretch.index), end = stretch.cuts.at(stretch.index + 1);
+  int* found = scratch + kAttentionWarps;
+  const auto contains = [&](int step) { return before <= step && step < before + mine; };
+  if (contains(begin) || contains(end)) {
+    int at = before;
+    for (int s = from; s < to; s++) {
+      const int weight = span_of(a, s).count * heads;
+      if (at <= begin && begin < at + weight) found[0] = s, found[1] = at;
+      if (at <= end && end < at + weight) found[2] = s, found[3] = at;
+      at += weight;
+    }
+  }
+  Team::sync();
+  // The steps of a chunk that another block began are that block's.
+  const auto to_chunk = [&](const Span& span, int step) {
+    const int per_chunk = 1 << span.chunk_shift;
+    return min(span.count, (step + per_chunk - 1) & ~(per_chunk - 1));
+  };
+  Cursor& c = stretch.begin;
+  c.sequence = found[0];
+  c.span = span_of(a, c.sequence);
+  const int inside = begin - found[1], step = inside % c.span.count;
+  c.kv_head = inside / c.span.count / a.parts, c.part = inside / c.span.count % a.parts;
+  c.origin = begin - step;
+  c.step = to_chunk(c.span, step);
+  int stop = end;
+  if (end < total) {
+    const Span last = span_of(a, found[2]);
+    const int last_step = (end - found[3]) % last.count;
+    stop = end - last_step + to_chunk(last, last_step);
+  }
+  stretch.steps = stop - (c.origin + c.step);
+  if (c.step == c.span.count && stretch.steps > 0) {
+    c.step--;
+    advance(c, a);
+  }
+  return stretch;
+}
+
+}  // namespace gptq

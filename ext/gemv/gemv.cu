@@ -1,0 +1,136 @@
+#include "gemv/gemv.h"
+
+#include <algorithm>
+#include <atomic>
+
+#include "gemv/gemv_kernel.cuh"
+#include "gemv/gemv_table.cuh"
+#include "common/launch.cuh"
+
+namespace gptq {
+namespace {
+
+constexpr int kReserved = 1024;  // shared memory the driver keeps per block
+constexpr int kDevices = 64;
+constexpr int kGoodDepth = 4;    // slots; with less, memory waits for the multiprocessors
+constexpr int kNorm = 20 << 10;       // shared memory of a block of RMSNorm in act-order, with what the driver keeps
+constexpr int kAttention = 72 << 10;  // shared memory of a block of the decode attention, with what the driver keeps
+constexpr int kShareMinM = 2;    // tokens from which blocks bring x in together
+
+struct Shape {
+  int cluster;  // blocks that share k
+  DecodePlan plan;
+};
+
+// How many segments of k are added up by themselves: by K, format and device alone, so that the order of a row's sum is the same for every M. One for
+// each block of the cluster that eight tokens need beside a ring.
+int split_for(int K, int groups, bool zeros, const Device& device) {
+  int split = 1;
+  while (split < kMaxCluster && plan_decode(8, K, 1, split, split, kGoodDepth, 1, groups, zeros).total > device.smem) split *= 2;
+  return split;
+}
+
+// One block for all of k where x fits beside a ring: where sums cross blocks, a kernel ends half a microsecond later. Room is left for a block of the
+// attention, or else of a norm, which then begins beside the product before it, if that costs no ring worth having. With `in_a_row` two generations of products share a
+// multiprocessor, and the next one's ring fills while this one drains; among other kernels that has blocks of a product meet on some multiprocessors while
+// others have none: a 7B layer takes 49 us instead of 39.
+bool choose_shape(Shape& shape, const Device& device, int M, int K, int column_tiles, int groups, bool zeros, bool in_a_row) {
+  const int split = split_for(K, groups, zeros, device), chunks = (K + kChunkK - 1) / kChunkK;
+  const auto fits = [&](int cluster, int budget, int depth, int least) {
+    for (; depth >= least; depth--)
+      for (int buffers = kMaxBuffers; buffers > 0; buffers--) {
+        const DecodePlan plan = plan_decode(M, K, column_tiles, split, cluster, depth, buffers, groups, zeros);
+        if (plan.total > budget) continue;
+        shape = {cluster, plan};
+        return true;
+      }
+    return false;
+  };
+  if (chunks <= kMaxParts * kMathWarps) {
+    if (in_a_row && M == 1 && fits(1, (device.smem + kReserved) / 2 - kReserved, kGoodDepth + 1, kGoodDepth - 1)) return true;
+    if (fits(1, device.smem - kAttention, kMaxDepth, kGoodDepth)) return true;
+    if (fits(1, device.smem - kNorm, kMaxDepth, kGoodDepth)) return true;
+  }
+  return fits(split, device.smem - kNorm, kMaxDepth, kGoodDepth) || fits(split, device.smem, kMaxDepth, 1);
+}
+
+cudaError_t prepare(const void* kernel, int index, const Device& device) {
+  static std::atomic<uint64_t> done[kDecodeKernels];
+  return set_limits(kernel, done[index], device.smem, device);
+}
+
+// How many clusters run at once: fewer than SMs / size where the SMs of a GPC are no multiple of it, and one too many would take a second turn.
+cudaError_t resident_clusters(int& count, int cluster, const Device& device) {
+  static std::atomic<int> known[kDevices][4];
+  const int slot = cluster == 1 ? 0 : cluster == 2 ? 1 : cluster == 4 ? 2 : 3;
+  count = cluster == 1 ? device.sms : device.id < kDevices ? known[device.id][slot].load(std::memory_order_relaxed) : 0;
+  if (count) return cudaSuccess;
+  const void* kernel = decode_fp16(1, false, 1);
+  if (const cudaError_t status = prepare(kernel, 0, device); status != cudaSuccess) return status;
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(device.sms / cluster * cluster);
+  config.blockDim = dim3(kDecodeThreads);
+  config.dynamicSmemBytes = device.smem;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  if (const cudaError_t status = cudaOccupancyMaxActiveClusters(&count, kernel, &config); status != cudaSuccess) return status;
+  count = std::min(count, device.sms / cluster);
+  if (count < 1) return cudaErrorInvalidConfiguration;
+  if (device.id < kDevices) known[device.id][slot].store(count, std::memory_order_relaxed);
+  return cudaSuccess;
+}
+
+cudaError_t launch_rows(DecodeArgs args, int groups, bool zeros, bool bf16, bool in_a_row, const Device& device, cudaStream_t stream) {
+  const int tiles = args.M <= 8 ? 1 : 2, strips = args.N / kStripRows;
+  const void* kernel = bf16 ? decode_bf16(groups, zeros, tiles) : decode_fp16(groups, zeros, tiles);
+  const int index = (((tiles - 1) * 3 + groups / 2) * 2 + zeros) * 2 + bf16;
+  if (const cudaError_t status = prepare(kernel, index, device); status != cudaSuccess) return status;
+  if (takes_portable_kernel(device.capability)) {
+    const int smem = portable_smem(tiles, chunk_bytes(groups, zeros));
+    return launch_kernel(kernel, {dim3(std::min(strips, 2 * device.sms)), kPortableWarps * 32, smem, stream, 1, false}, device, args);
+  }
+  Shape shape;
+  if (!choose_shape(shape, device, args.M, args.K, tiles, groups, zeros, in_a_row)) return cudaErrorInvalidConfiguration;
+  // x of 8 tokens is as much as the weights of a small linear; read once for two blocks, it takes the L2 half the time. But never so that M decides
+  // which block has which strips.
+  bool share_x = device.capability == 90 && shape.cluster == 1 && args.M >= kShareMinM && strips >= device.sms;
+  int clusters;
+  if (share_x) {
+    if (const cudaError_t status = resident_clusters(clusters, 2, device); status != cudaSuccess) return status;
+    share_x = 2 * clusters == device.sms;
+  }
+  const int cluster = share_x ? 2 : shape.cluster;
+  if (const cudaError_t status = resident_clusters(clusters, cluster, device); status != cudaSuccess) return status;
+  const int owners = share_x ? 2 * clusters : std::min(clusters, strips);  // blocks, or clusters, with strips of their own
+  args.plan = shape.plan;
+  args.plan.share_x = share_x;
+  args.plan.strips = strips / owners;
+  args.plan.spare = strips % owners;
+  return launch_kernel(kernel, {dim3(share_x ? owners : owners * cluster), kDecodeThreads, shape.plan.total, stream, cluster}, device, args);
+}
+
+}  // namespace
+
+cudaError_t launch_decode(DecodeArgs args, int groups, bool zeros, bool bf16, bool in_a_row, cudaStream_t stream) {
+  if (args.M < 1 || args.M > kDecodeMaxM || args.N % kStripRows || args.K % 8) return cudaErrorInvalidValue;
+  Device device;
+  if (const cudaError_t status = current_device(device); status != cudaSuccess) return status;
+  // As many rows at a time as x fits in shared memory.
+  Shape shape;
+  const bool sixteen = takes_portable_kernel(device.capability) || choose_shape(shape, device, std::min(args.M, 16), args.K, 2, groups, zeros, false);
+  const int step = sixteen ? 16 : 8;
+  for (int row = 0; row < args.M; row += step) {
+    DecodeArgs part = args;
+    part.M = std::min(step, args.M - row);
+    part.x += static_cast<size_t>(row) * args.ldx;
+    part.y += static_cast<size_t>(row) * args.ldy;
+    if (part.residual) part.residual += static_cast<size_t>(row) * args.ldr;
+    if (const cudaError_t status = launch_rows(part, groups, zeros, bf16, in_a_row, device, stream); status != cudaSuccess) return status;
+  }
+  return cudaSuccess;
+}
+
+}  // namespace gptq
