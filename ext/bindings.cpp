@@ -38,14 +38,14 @@ std::string shape(const char* name, int M, int N, int K) {
 
 void decode(std::uintptr_t w, std::uintptr_t x, std::uintptr_t y, std::uintptr_t bias, std::uintptr_t residual, int M, int N, int K,
             int ldx, int ldy, int ldr, int paired, int groups, bool zeros, bool bf16, bool in_a_row, std::uintptr_t stream) {
-  gptq::DecodeArgs args{};
+  gptq::GemvArgs args{};
   args.w = pointer<const std::uint8_t>(w);
   args.x = pointer<const std::uint16_t>(x);
   args.y = pointer<std::uint16_t>(y);
   args.bias = pointer<const std::uint16_t>(bias);
   args.residual = pointer<const std::uint16_t>(residual);
   args.M = M, args.N = N, args.K = K, args.ldx = ldx, args.ldy = ldy, args.ldr = ldr, args.paired = paired;
-  raise_on(gptq::launch_decode(args, groups, zeros, bf16, in_a_row, as_stream(stream)), shape("decode", M, N, K));
+  raise_on(gptq::launch_gemv(args, groups, zeros, bf16, in_a_row, as_stream(stream)), shape("decode", M, N, K));
 }
 
 void dequant(std::uintptr_t w, std::uintptr_t out, int N, int K, int ldo, int strip_first, int strip_count, int paired, int groups, bool zeros, bool bf16,
@@ -144,7 +144,7 @@ void wgmma(std::uintptr_t w, std::uintptr_t x, std::uintptr_t y, std::uintptr_t 
   call.residual = pointer<void>(residual), call.workspace = pointer<void>(workspace);
   call.m = M, call.n = N, call.k = K, call.ldx = ldx, call.ldy = ldy, call.ldr = ldr;
   call.paired = paired, call.groups = groups, call.zeros = zeros, call.bf16 = bf16, call.tile = tile, call.sharing = sharing, call.split = split;
-  raise_on(gptq::gemm_wgmma(call, as_stream(stream)), shape("wgmma", M, N, K));
+  raise_on(gptq::launch_wgmma(call, as_stream(stream)), shape("wgmma", M, N, K));
 }
 #endif
 
@@ -175,6 +175,6 @@ PYBIND11_MODULE(_cuda, m, py::mod_gil_not_used()) {
   m.def("attention_decode_workspace_bytes", &gptq::attention_decode_workspace_bytes);
 #ifdef GPTQ_API_HOPPER
   m.def("wgmma", &wgmma, free_gil);
-  m.def("wgmma_workspace_bytes", &gptq::gemm_wgmma_workspace_bytes);
+  m.def("wgmma_workspace_bytes", &gptq::wgmma_workspace_bytes);
 #endif
 }

@@ -3,17 +3,17 @@
 #include <algorithm>
 #include <atomic>
 
-#include "attention/attention_decode_parts.cuh"
+#include "attention/attention_decode_shape.cuh"
 #include "attention/attention_decode_table.cuh"
 #include "common/launch.cuh"
 
 namespace gptq {
 namespace {
 
-constexpr int kBlocksPerSM = 2;
+constexpr int kMaxBlocksPerSM = 2;
 constexpr int kAloneMinItems = 8, kAloneMinItemsE4m3 = 4;  // for each multiprocessor, from which warps attend alone
 
-constexpr int kAloneMaxContext = kStep * kMaxChunks;  // tokens, up to which a step is a chunk
+constexpr int kAloneMaxContext = kStepTokens * kMaxChunks;  // tokens, up to which a step is a chunk
 
 template <class Team>
 int smem_of(int head_dim, bool fp8, int part_heads, bool small) {
@@ -30,7 +30,7 @@ int part_heads_of(int group) { return (group + parts_of(group) - 1) / parts_of(g
 size_t attention_decode_workspace_bytes(int heads, int kv_heads, int head_dim) {
   Device device;
   if (current_device(device) != cudaSuccess) return 0;
-  return size_t{4} * device.sms * kBlocksPerSM * kAttentionWarps * kMaxChunks * slot_floats(head_dim, part_heads_of(heads / kv_heads));
+  return size_t{4} * device.sms * kMaxBlocksPerSM * kAttentionWarps * kMaxChunks * slot_floats(head_dim, part_heads_of(heads / kv_heads));
 }
 
 cudaError_t launch_attention_decode(AttentionDecodeArgs args, int head_dim, bool bf16, bool fp8, int blocks_per_sm, Teams teams, cudaStream_t stream) {
@@ -43,7 +43,7 @@ cudaError_t launch_attention_decode(AttentionDecodeArgs args, int head_dim, bool
   for (args.block_shift = 3; 1 << args.block_shift < size;) args.block_shift++;
   const bool small = has_small_shared_memory(device.capability);
   const int64_t items = int64_t{args.sequences} * args.kv_heads * args.parts, context = int64_t{args.table_stride} * size;
-  const int64_t steps = items * ((context + kStep - 1) / kStep);
+  const int64_t steps = items * ((context + kStepTokens - 1) / kStepTokens);
   const bool can_be_alone = !small && context <= kAloneMaxContext && !args.out_index;
   if (teams == Teams::kWarps && !can_be_alone) return cudaErrorInvalidValue;
   const bool alone = teams == Teams::kWarps || (teams == Teams::kBest && can_be_alone && items >= int64_t{fp8 ? kAloneMinItemsE4m3 : kAloneMinItems} * device.sms);
@@ -54,9 +54,9 @@ cudaError_t launch_attention_decode(AttentionDecodeArgs args, int head_dim, bool
   if (const cudaError_t status = set_limits(kernel, mine, device.smem, device); status != cudaSuccess) return status;
   const int smem = (alone ? smem_of<OneWarp> : smem_of<WholeBlock>)(head_dim, fp8, args.part_heads, small);
   if (smem > device.smem) return cudaErrorInvalidConfiguration;
-  const int resident = 2 * (smem + 1024) <= device.smem + 1024 ? kBlocksPerSM : 1;
+  const int resident = 2 * (smem + 1024) <= device.smem + 1024 ? kMaxBlocksPerSM : 1;
   // Where there is little to do, the products before and after are better company for a block than a second block.
-  const int per_sm = blocks_per_sm ? std::min(blocks_per_sm, kBlocksPerSM) : 2 * items <= device.sms ? 1 : resident;
+  const int per_sm = blocks_per_sm ? std::min(blocks_per_sm, kMaxBlocksPerSM) : 2 * items <= device.sms ? 1 : resident;
   const int64_t blocks = std::min<int64_t>(alone ? (steps + kAttentionWarps - 1) / kAttentionWarps : steps, device.sms * per_sm);
   return launch_kernel(kernel, {dim3(static_cast<unsigned>(blocks)), kAttentionThreads, smem, stream}, device, args);
 }

@@ -254,7 +254,7 @@ class AttentionBlock {
     float s[2][4] = {};
     scores<D, FP8, kBF>(s, keys, q, lane);
     const int token = c.first_token(tile);
-    if (token < c.span.low || token + kTile > c.span.length)
+    if (token < c.span.low || token + kTileTokens > c.span.length)
 #pragma unroll
       for (int m = 0; m < 2; m++)
 #pragma unroll
@@ -271,7 +271,7 @@ class AttentionBlock {
       for (int step = 4; step < 32; step <<= 1) max = fmaxf(max, __shfl_xor_sync(~0u, max, step));
       max = fmaxf(max * scale, max_so_far[h]);
       base[h] = finite_or_zero(max);
-      const float before = exp2_fast(max_so_far[h] - base[h]);
+      const float before = exp2_approx(max_so_far[h] - base[h]);
       sum[h] *= before;  // of nothing: 0 times 0
       rescale(h, before);
       max_so_far[h] = max;
@@ -280,7 +280,7 @@ class AttentionBlock {
     for (int m = 0; m < 2; m++) {
 #pragma unroll
       for (int k = 0; k < 4; k++) {
-        s[m][k] = exp2_fast(__fmaf_rn(s[m][k], scale, -base[k & 1]));
+        s[m][k] = exp2_approx(__fmaf_rn(s[m][k], scale, -base[k & 1]));
         sum[k & 1] += s[m][k];
       }
       weights[m][0] = transpose8x8(pack2<kBF>(s[m][0], s[m][1]));
@@ -414,7 +414,7 @@ class AttentionBlock {
 template <class Team, int D, bool BF, bool FP8>
 __global__ void __launch_bounds__(kAttentionThreads, 2) attention_decode_kernel(const __grid_constant__ AttentionDecodeArgs a) {
   extern __shared__ __align__(128) uint8_t smem[];
-  if constexpr (Team::kWarps > 1 || !kSmall) {
+  if constexpr (Team::kWarps > 1 || !kSmallShared) {
     grid_launch_dependents();
     AttentionBlock<Team, D, BF, FP8>(a, smem).run();
   }

@@ -1,6 +1,7 @@
 // What an attention block reads: tiles of the cache, tile after tile across items; and the row that the step itself computes.
 #pragma once
-#include "attention/attention_decode_parts.cuh"
+#include "attention/attention_decode_math.cuh"
+#include "attention/rotary.cuh"
 
 namespace gptq {
 
@@ -10,7 +11,7 @@ template <class Team, int D, bool FP8>
 class TileLoader {
   using Shape = AttentionShape<D, FP8>;
   static constexpr int kGroup = 8;                   // rows that are in one block for certain
-  static constexpr int kRows = 32 / Shape::kChunks;  // rows of one instruction: the warp's 512 bytes are contiguous
+  static constexpr int kRows = 32 / Shape::kPieces;  // rows of one instruction: the warp's 512 bytes are contiguous
   static constexpr bool kAlone = Team::kWarps == 1;
   const AttentionDecodeArgs& a;
   const uint32_t ring;
@@ -27,7 +28,7 @@ class TileLoader {
         ring(ring_),
         lane(threadIdx.x & 31),
         plane(args.block_size * Shape::kRow),
-        first_piece(lane / Shape::kChunks * Shape::kRow + swizzled<Shape::kChunks>(lane % Shape::kChunks, lane / Shape::kChunks) * 16),
+        first_piece(lane / Shape::kPieces * Shape::kRow + swizzled<Shape::kPieces>(lane % Shape::kPieces, lane / Shape::kPieces) * 16),
         c(begin),
         left(steps),
         tile(__shfl_sync(~0u, Team::thread() >> 5, 0)) {
@@ -54,7 +55,7 @@ class TileLoader {
   __device__ __forceinline__ void look_up() {
     block_id = 0;
     const int first = first_looked_up(), index = (first >> a.block_shift) + lane;
-    if (left == 0 || index > (first + (kAlone ? kStep : kTile) - 1) >> a.block_shift) return;
+    if (left == 0 || index > (first + (kAlone ? kStepTokens : kTileTokens) - 1) >> a.block_shift) return;
     block_id = -1;
     if (index <= (c.span.length - 1) >> a.block_shift)
       block_id = a.block_tables[static_cast<size_t>(c.sequence) * a.table_stride + index];
@@ -71,11 +72,11 @@ class TileLoader {
       const int at = within + group * kGroup, block = __shfl_sync(~0u, block_id, at >> a.block_shift);
       return base + static_cast<uint64_t>(static_cast<uint32_t>(max(block, 0))) * block_bytes + (at & (a.block_size - 1)) * Shape::kRow;
     };
-    const auto target = [&](int group, int k) { return (entry ^ (Shape::kChunks >= 8 ? k * kRows * 16 : 0)) + (group * kGroup + k * kRows) * Shape::kRow; };
-    const bool others = kAlone && (lane < within >> a.block_shift || lane > (within + kTile - 1) >> a.block_shift);
-    if (first >= c.span.low && first + kTile <= end && __all_sync(~0u, others || block_id >= 0)) {
+    const auto target = [&](int group, int k) { return (entry ^ (Shape::kPieces >= 8 ? k * kRows * 16 : 0)) + (group * kGroup + k * kRows) * Shape::kRow; };
+    const bool others = kAlone && (lane < within >> a.block_shift || lane > (within + kTileTokens - 1) >> a.block_shift);
+    if (first >= c.span.low && first + kTileTokens <= end && __all_sync(~0u, others || block_id >= 0)) {
 #pragma unroll
-      for (int group = 0; group < kTile / kGroup; group++) {
+      for (int group = 0; group < kTileTokens / kGroup; group++) {
         const uint8_t* from = source(group);
 #pragma unroll
         for (int k = 0; k < kGroup / kRows; k++) cp_async16(target(group, k), from + k * kRows * Shape::kRow);
@@ -83,12 +84,12 @@ class TileLoader {
       return;
     }
 #pragma unroll 1
-    for (int group = 0; group < kTile / kGroup; group++) {
+    for (int group = 0; group < kTileTokens / kGroup; group++) {
       const uint8_t* from = source(group);
       const bool mapped = __shfl_sync(~0u, block_id, (within + group * kGroup) >> a.block_shift) >= 0;
 #pragma unroll
       for (int k = 0; k < kGroup / kRows; k++) {
-        const int token = first + group * kGroup + k * kRows + lane / Shape::kChunks;
+        const int token = first + group * kGroup + k * kRows + lane / Shape::kPieces;
         const bool there = mapped && token >= c.span.low && token < end;
         cp_async16_or_zero(target(group, k), there ? from + k * kRows * Shape::kRow : a.cache, there);
       }
@@ -146,7 +147,7 @@ class NewRow {
  public:
   // Whether the item's new row is in this tile of its last step.
   __device__ __forceinline__ static bool is_in(const AttentionDecodeArgs& a, const Cursor& c, int tile) {
-    return a.cos_sin && (c.span.length - 1) / kTile % kAttentionWarps == tile;
+    return a.cos_sin && (c.span.length - 1) / kTileTokens % kAttentionWarps == tile;
   }
 
   // Where it is in qkv, whose row at the lane's dimension is `row`; null where not in this lane.
@@ -179,7 +180,7 @@ class NewRow {
   // Into the tile, and into the cache.
   __device__ __forceinline__ void put(const AttentionDecodeArgs& a, const Cursor& c, uint32_t tile, bool values) const {
     if (part() == values) {
-      const int d = (threadIdx.x & 31) % kLanes * 8, row = (c.span.length - 1) % kTile, slot = a.slot_mapping[c.span.row];
+      const int d = (threadIdx.x & 31) % kLanes * 8, row = (c.span.length - 1) % kTileTokens, slot = a.slot_mapping[c.span.row];
       const int plane = c.kv_head + values * a.kv_heads;
       const size_t at = static_cast<size_t>(slot >> a.block_shift) * 2 * a.kv_heads + plane;
       uint8_t* to = a.cache + (at * a.block_size + (slot & (a.block_size - 1))) * Shape::kRow;
@@ -187,7 +188,7 @@ class NewRow {
 #pragma unroll
       for (int i = 0; i < 2; i++) {
         const int byte = (d + i * D / 2) * Shape::kElement;
-        const uint32_t shared = tile + row * Shape::kRow + swizzled<Shape::kChunks>(byte / 16, row) * 16 + byte % 16;
+        const uint32_t shared = tile + row * Shape::kRow + swizzled<Shape::kPieces>(byte / 16, row) * 16 + byte % 16;
         if constexpr (FP8) {
           sts64(shared, half[i].x, half[i].y);
           if (cached) *reinterpret_cast<uint2*>(to + byte) = make_uint2(half[i].x, half[i].y);

@@ -11,8 +11,8 @@ namespace gptq {
 
 constexpr int kAttentionWarps = 4;
 constexpr int kAttentionThreads = kAttentionWarps * 32;
-constexpr int kTile = 32;  // tokens of a warp in a step
-constexpr int kStep = kTile * kAttentionWarps;
+constexpr int kTileTokens = 32;  // tokens of a warp in a step
+constexpr int kStepTokens = kTileTokens * kAttentionWarps;
 constexpr int kMaxChunks = 32;                // of an item: what a lane each can look up
 constexpr int kPartHeads = 8;                 // query heads served together: the columns of an mma
 constexpr int kScratchInts = kAttentionWarps + 4;
@@ -56,8 +56,8 @@ __device__ __forceinline__ Span span_of(const AttentionDecodeArgs& a, int s) {
   span.row = a.query_start[s];
   const int rows = a.query_start[s + 1] - span.row;
   span.low = a.window > 0 ? max(0, span.length - a.window) : 0;
-  span.first = span.low / kStep;
-  span.count = span.length > 0 && rows == 1 ? (span.length + kStep - 1) / kStep - span.first : 0;
+  span.first = span.low / kStepTokens;
+  span.count = span.length > 0 && rows == 1 ? (span.length + kStepTokens - 1) / kStepTokens - span.first : 0;
   span.chunk_shift = 0;
   while (span.chunks() > kMaxChunks) span.chunk_shift++;
   return span;
@@ -83,10 +83,10 @@ struct Cursor {
   int step;            // of the item
   int origin;          // where the item begins in the line
 
-  __device__ __forceinline__ int first_token(int warp) const { return (span.first + step) * kStep + warp * kTile; }
+  __device__ __forceinline__ int first_token(int warp) const { return (span.first + step) * kStepTokens + warp * kTileTokens; }
   __device__ __forceinline__ bool sees(int warp) const {
     const int token = first_token(warp);
-    return token < span.length && token + kTile > span.low;
+    return token < span.length && token + kTileTokens > span.low;
   }
 };
 

@@ -1,43 +1,13 @@
-// Eight elements at a time: 16-byte loads and stores, rotation, rounding into a KV cache. One place, so that every kernel that writes keys
-// writes the same bits: explicit rounding, no contraction left to the compiler.
+// What every kernel that writes keys does with eight elements: rotation, and rounding into the KV cache. In one place, with explicit rounding and no
+// contraction left to the compiler, so that all of them write the same bits.
 #pragma once
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
 #include <cuda_fp8.h>
 
 #include <cstdint>
 
+#include "common/vector.cuh"
+
 namespace gptq {
-
-template <bool BF>
-__device__ __forceinline__ void unpack8(float (&to)[8], const uint4& from) {
-  const uint32_t words[4] = {from.x, from.y, from.z, from.w};
-#pragma unroll
-  for (int i = 0; i < 4; i++) {
-    if constexpr (BF) {
-      to[2 * i] = __uint_as_float(words[i] << 16), to[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
-    } else {
-      const float2 both = __half22float2(*reinterpret_cast<const __half2*>(&words[i]));
-      to[2 * i] = both.x, to[2 * i + 1] = both.y;
-    }
-  }
-}
-
-template <bool BF>
-__device__ __forceinline__ uint4 pack8(const float (&from)[8]) {
-  uint32_t words[4];
-#pragma unroll
-  for (int i = 0; i < 4; i++) {
-    if constexpr (BF) {
-      const __nv_bfloat162 both = __floats2bfloat162_rn(from[2 * i], from[2 * i + 1]);
-      words[i] = *reinterpret_cast<const uint32_t*>(&both);
-    } else {
-      const __half2 both = __floats2half2_rn(from[2 * i], from[2 * i + 1]);
-      words[i] = *reinterpret_cast<const uint32_t*>(&both);
-    }
-  }
-  return make_uint4(words[0], words[1], words[2], words[3]);
-}
 
 __device__ __forceinline__ uint2 pack8_e4m3(const float (&from)[8]) {
   uint32_t words[2] = {0, 0};

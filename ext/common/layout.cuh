@@ -139,15 +139,4 @@ __device__ __forceinline__ float2 scale_pair(uint32_t word) {
   return __half22float2(*reinterpret_cast<const __half2*>(&word));
 }
 
-template <bool BF>
-__device__ __forceinline__ uint16_t to_16bit(float v) {
-  if constexpr (BF) return __bfloat16_as_ushort(__float2bfloat16_rn(v));
-  return __half_as_ushort(__float2half_rn(v));
-}
-template <bool BF>
-__device__ __forceinline__ float from_16bit(uint16_t v) {
-  if constexpr (BF) return __bfloat162float(__ushort_as_bfloat16(v));
-  return __half2float(__ushort_as_half(v));
-}
-
 }  // namespace gptq

@@ -5,20 +5,21 @@
 #include "common/launch.cuh"
 #include "common/layout.cuh"
 #include "common/ptx.cuh"
+#include "common/vector.cuh"
 
 namespace gptq {
 namespace {
 
-constexpr int kWarps = 8;
+constexpr int kDequantWarps = 8;
 
 // One warp per chunk: the fragments go through shared memory so that rows leave in whole lines.
 template <int G, bool ZP, bool BF>
-__global__ void __launch_bounds__(kWarps * 32) dequant_kernel(const DequantArgs a) {
+__global__ void __launch_bounds__(kDequantWarps * 32) dequant_kernel(const DequantArgs a) {
   using C = Chunk<G, ZP>;
-  __shared__ __align__(16) uint16_t tile[kWarps][kStripRows][kChunkK + 8];
+  __shared__ __align__(16) uint16_t tile[kDequantWarps][kStripRows][kChunkK + 8];
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
   const int nch = (a.K + kChunkK - 1) / kChunkK;
-  const int c = blockIdx.x * kWarps + warp, strip = a.strip_first + blockIdx.y;
+  const int c = blockIdx.x * kDequantWarps + warp, strip = a.strip_first + blockIdx.y;
   if (c >= nch) return;
   const uint8_t* chunk = a.w + (static_cast<size_t>(strip) * nch + c) * C::kBytes;
 #pragma unroll
@@ -94,10 +95,10 @@ __global__ void __launch_bounds__(kGatherThreads) gather_unstaged_kernel(const G
 }
 
 template <int G, bool ZP>
-cudaError_t dequant(const DequantArgs& a, bool bf16, cudaStream_t stream) {
-  const dim3 grid(((a.K + kChunkK - 1) / kChunkK + kWarps - 1) / kWarps, a.strip_count);
-  if (bf16) dequant_kernel<G, ZP, true><<<grid, kWarps * 32, 0, stream>>>(a);
-  else dequant_kernel<G, ZP, false><<<grid, kWarps * 32, 0, stream>>>(a);
+cudaError_t launch_dequant(const DequantArgs& a, bool bf16, cudaStream_t stream) {
+  const dim3 grid(((a.K + kChunkK - 1) / kChunkK + kDequantWarps - 1) / kDequantWarps, a.strip_count);
+  if (bf16) dequant_kernel<G, ZP, true><<<grid, kDequantWarps * 32, 0, stream>>>(a);
+  else dequant_kernel<G, ZP, false><<<grid, kDequantWarps * 32, 0, stream>>>(a);
   return cudaGetLastError();
 }
 
@@ -105,9 +106,9 @@ cudaError_t dequant(const DequantArgs& a, bool bf16, cudaStream_t stream) {
 
 cudaError_t launch_dequant(const DequantArgs& a, int groups, bool zeros, bool bf16, cudaStream_t stream) {
   switch (groups) {
-    case 1: return zeros ? dequant<1, true>(a, bf16, stream) : dequant<1, false>(a, bf16, stream);
-    case 2: return zeros ? dequant<2, true>(a, bf16, stream) : dequant<2, false>(a, bf16, stream);
-    case 4: return zeros ? dequant<4, true>(a, bf16, stream) : dequant<4, false>(a, bf16, stream);
+    case 1: return zeros ? launch_dequant<1, true>(a, bf16, stream) : launch_dequant<1, false>(a, bf16, stream);
+    case 2: return zeros ? launch_dequant<2, true>(a, bf16, stream) : launch_dequant<2, false>(a, bf16, stream);
+    case 4: return zeros ? launch_dequant<4, true>(a, bf16, stream) : launch_dequant<4, false>(a, bf16, stream);
   }
   return cudaErrorInvalidValue;
 }

@@ -5,13 +5,13 @@
 namespace gptq {
 namespace {
 
-constexpr int kThreads = 256;  // one per word of a chunk
-static_assert(kThreads * 4 == kWeightBytes);
+constexpr int kPackThreads = 256;  // one per word of a chunk
+static_assert(kPackThreads * 4 == kWeightBytes);
 
 // A block per chunk. Inputs are fetched one by one, 16 neighbouring outputs at a time: act-order scatters them over the whole matrix,
 // and without it the other seven of a word are still in the L1.
 template <int G, bool ZP>
-__global__ void __launch_bounds__(kThreads) pack_kernel(const PackArgs a) {
+__global__ void __launch_bounds__(kPackThreads) pack_kernel(const PackArgs a) {
   using C = Chunk<G, ZP>;
   __shared__ uint8_t nibbles[kChunkK][kStripRows + 4];
   __shared__ int columns[kStripRows];
@@ -20,7 +20,7 @@ __global__ void __launch_bounds__(kThreads) pack_kernel(const PackArgs a) {
   __syncthreads();
 
   const int row = tid & (kStripRows - 1), column = columns[row];
-  for (int i = tid / kStripRows; i < kChunkK; i += kThreads / kStripRows) {
+  for (int i = tid / kStripRows; i < kChunkK; i += kPackThreads / kStripRows) {
     const int k = chunk * kChunkK + i;
     uint32_t value = 8;
     if (k < a.K) {
@@ -53,10 +53,10 @@ __global__ void __launch_bounds__(kThreads) pack_kernel(const PackArgs a) {
 }
 
 template <int G>
-cudaError_t pack(const PackArgs& a, cudaStream_t stream) {
+cudaError_t launch_pack(const PackArgs& a, cudaStream_t stream) {
   const dim3 grid((a.K + kChunkK - 1) / kChunkK, a.N / kStripRows);
-  if (a.zeros) pack_kernel<G, true><<<grid, kThreads, 0, stream>>>(a);
-  else pack_kernel<G, false><<<grid, kThreads, 0, stream>>>(a);
+  if (a.zeros) pack_kernel<G, true><<<grid, kPackThreads, 0, stream>>>(a);
+  else pack_kernel<G, false><<<grid, kPackThreads, 0, stream>>>(a);
   return cudaGetLastError();
 }
 
@@ -64,9 +64,9 @@ cudaError_t pack(const PackArgs& a, cudaStream_t stream) {
 
 cudaError_t launch_pack(const PackArgs& a, int groups, cudaStream_t stream) {
   switch (groups) {
-    case 1: return pack<1>(a, stream);
-    case 2: return pack<2>(a, stream);
-    case 4: return pack<4>(a, stream);
+    case 1: return launch_pack<1>(a, stream);
+    case 2: return launch_pack<2>(a, stream);
+    case 4: return launch_pack<4>(a, stream);
   }
   return cudaErrorInvalidValue;
 }

@@ -17,9 +17,9 @@
 #include <algorithm>
 #include <atomic>
 
-#include "gemm/wgmma_table.cuh"
 #include "common/launch.cuh"
 #include "common/layout.cuh"
+#include "gemm/wgmma_table.cuh"
 
 namespace gptq {
 namespace {
@@ -70,19 +70,19 @@ struct Choice {
 };
 
 // A tile for more than 32 tokens. `percent`: its time per chunk over what the tensor cores need, measured on an H200 on LLaMA 7B and 13B linears.
-struct Candidate {
+struct TileTime {
   WgmmaTile tile;
   int rows, tokens, cluster, percent;
   bool scaled;
 };
-constexpr Candidate kCandidates[] = {
+constexpr TileTime kTileTimes[] = {
     {WgmmaTile::k128x64, 128, 64, 1, 150, false},   {WgmmaTile::k192x64, 192, 64, 1, 140, false},   {WgmmaTile::k192x96, 192, 96, 1, 109, false},
     {WgmmaTile::k128x128, 128, 128, 1, 116, false}, {WgmmaTile::k192x128, 192, 128, 1, 103, true},  {WgmmaTile::k128x192, 128, 192, 2, 96, true},
     {WgmmaTile::k128x256, 128, 256, 2, 97, true},
 };
 constexpr int kCutCost = 8;                 // cutting tiles along k takes as long as so many chunks: partial sums are written, awaited and read
-constexpr int64_t kSmall = 16000;         // chunks of all strips
-constexpr int kNarrow = 5600;             // output rows
+constexpr int64_t kSmallWeight = 16000;         // chunks of all strips
+constexpr int kNarrowWeight = 5600;             // output rows
 constexpr int64_t kFewWeights = 1 << 20;  // an operand's rounding errors average out over many scales only; below, the exact tiles cost nothing
 
 // In chunks per block. `clusters` work at a time.
@@ -91,12 +91,12 @@ int64_t cut_time(int64_t tiles, int clusters, int chunks) { return (tiles * chun
 
 // Up to 32 tokens memory and issue slots are the limit, and two blocks on a multiprocessor hide most; small weights have no work for so many.
 // Above, the tile that is done first: fewer padded tokens, fuller waves, less to add up.
-Choice choose(int m, int n, int chunks, int sms) {
+Choice choose_tile(int m, int n, int chunks, int sms) {
   const int64_t units = static_cast<int64_t>(n / kStripRows) * chunks;
-  if (m <= 32) return {m <= 16 ? WgmmaTile::k128x16 : WgmmaTile::k128x32, units > kSmall || n > kNarrow ? WgmmaSharing::kTwo : WgmmaSharing::kOne};
+  if (m <= 32) return {m <= 16 ? WgmmaTile::k128x16 : WgmmaTile::k128x32, units > kSmallWeight || n > kNarrowWeight ? WgmmaSharing::kTwo : WgmmaSharing::kOne};
   Choice best = {};
   int64_t least = INT64_MAX;
-  for (const Candidate& c : kCandidates) {
+  for (const TileTime& c : kTileTimes) {
     if (c.scaled && units * kStripRows * kChunkK < kFewWeights) continue;
     const int rows = c.rows * c.cluster, clusters = sms / c.cluster;
     const int64_t tiles = static_cast<int64_t>((m + c.tokens - 1) / c.tokens) * ((n + rows - 1) / rows);
@@ -108,9 +108,9 @@ Choice choose(int m, int n, int chunks, int sms) {
 
 }  // namespace
 
-size_t gemm_wgmma_workspace_bytes() { return kFlagBytes + kPartialBytes; }
+size_t wgmma_workspace_bytes() { return kFlagBytes + kPartialBytes; }
 
-cudaError_t gemm_wgmma(const WgmmaGemm& call, cudaStream_t stream) {
+cudaError_t launch_wgmma(const WgmmaGemm& call, cudaStream_t stream) {
   const auto aligned = [](const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; };
   if (call.m <= 0 || call.n <= 0 || call.k <= 0 || call.n % 16 || call.k % 8 || call.ldx % 8 || call.ldy % 8 || call.ldr % 8) return cudaErrorInvalidValue;
   if (!aligned(call.weight) || !aligned(call.x) || !aligned(call.y) || !aligned(call.residual) || !aligned(call.workspace)) return cudaErrorInvalidValue;
@@ -123,7 +123,7 @@ cudaError_t gemm_wgmma(const WgmmaGemm& call, cudaStream_t stream) {
   if (device.capability != 90) return cudaErrorNoKernelImageForDevice;
 
   const int chunks = (call.k + kChunkK - 1) / kChunkK;
-  Choice choice = choose(call.m, call.n, chunks, device.sms);
+  Choice choice = choose_tile(call.m, call.n, chunks, device.sms);
   if (call.tile != 0) choice = {static_cast<WgmmaTile>(call.tile), call.sharing == 0 ? WgmmaSharing::kOne : static_cast<WgmmaSharing>(call.sharing)};
   const WgmmaKernel kernel = (call.bf16 ? wgmma_bf16 : wgmma_fp16)(choice.tile, call.groups <= 1);
 

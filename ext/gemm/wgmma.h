@@ -1,6 +1,6 @@
 // y = epilogue(x @ W^T) for M from 9 up on sm_90a: weights stay 4-bit in memory and become the A operand of wgmma in registers.
 //
-// To bind: fill a WgmmaGemm and call gemm_wgmma(). It launches on `stream`, allocates nothing, may be captured, and returns what the CUDA
+// To bind: fill a WgmmaGemm and call launch_wgmma(). It launches on `stream`, allocates nothing, may be captured, and returns what the CUDA
 // runtime returned (cudaErrorInvalidValue where the arguments break a rule below). Always a programmatic dependent launch: weights are
 // fetched before the kernel ahead in the stream has ended, so they must not come out of that very kernel.
 #pragma once
@@ -17,7 +17,7 @@ struct WgmmaGemm {
   void* y;               // [m, n], or [m, n/2] with paired 2; row stride ldy; 16-byte aligned, ldy % 8 == 0
   const void* bias;      // [n] in the order of the outputs, or null
   const void* residual;  // like y, row stride ldr % 8 == 0, added before rounding; may be y itself; null with paired 2; or null
-  void* workspace;       // gemm_wgmma_workspace_bytes(), zeroed once when allocated; left zeroed where it must be. One per stream: calls that
+  void* workspace;       // wgmma_workspace_bytes(), zeroed once when allocated; left zeroed where it must be. One per stream: calls that
                          // may overlap in time must not share it.
   int m, n, k;           // n % 16 == 0, k % 8 == 0
   int ldx, ldy, ldr;     // in elements
@@ -28,7 +28,7 @@ struct WgmmaGemm {
   int tile, sharing, split;  // for tests and tuning: a WgmmaTile, WgmmaSharing, WgmmaSplit; 0 lets the function choose
 };
 
-size_t gemm_wgmma_workspace_bytes();
-cudaError_t gemm_wgmma(const WgmmaGemm& call, cudaStream_t stream);
+size_t wgmma_workspace_bytes();
+cudaError_t launch_wgmma(const WgmmaGemm& call, cudaStream_t stream);
 
 }  // namespace gptq

@@ -1,18 +1,19 @@
 // The shared memory of a block, and the thread that fills it.
 #pragma once
-#include "gemm/wgmma_parts.cuh"
-#include "gemm/wgmma_shape.cuh"
+#include "common/layout.cuh"
 #include "gemm/wgmma_ptx.cuh"
+#include "gemm/wgmma_schedule.cuh"
+#include "gemm/wgmma_shape.cuh"
 
 namespace gptq {
 namespace {
 
 // As 32-bit addresses: slots of tokens, slots of weights, room to turn results, a pair of barriers per slot.
 template <class S>
-struct Ring {
+struct WgmmaRing {
   uint32_t tokens, weights, turn, full, empty;
   int slot_w_bytes;
-  __device__ __forceinline__ Ring(const void* smem, const WgmmaParams& p) : tokens(smem_addr(smem)), slot_w_bytes(wgmma_weight_bytes(S::kStrips, p.chunk_bytes)) {
+  __device__ __forceinline__ WgmmaRing(const void* smem, const WgmmaParams& p) : tokens(smem_addr(smem)), slot_w_bytes(wgmma_weight_bytes(S::kStrips, p.chunk_bytes)) {
     weights = tokens + p.stages * S::kTokenBytes;
     turn = weights + p.stages * slot_w_bytes;
     full = turn + S::NWG * S::kPassBytes;
@@ -21,7 +22,7 @@ struct Ring {
 };
 
 template <class S>
-__device__ __forceinline__ void feed_ring(const CUtensorMap* weight_map, const CUtensorMap* token_map, const WgmmaParams& p, const Ring<S>& ring,
+__device__ __forceinline__ void feed_ring(const CUtensorMap* weight_map, const CUtensorMap* token_map, const WgmmaParams& p, const WgmmaRing<S>& ring,
                                           int cluster, int rank) {
   constexpr int TN = S::TN, CL = S::CL;
   tensor_prefetch(weight_map);

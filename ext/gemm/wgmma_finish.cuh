@@ -1,8 +1,9 @@
 // What a consumer warpgroup does with the sums of a segment: it leaves them for the tile's owner, or owns the tile, adds the others' and writes y.
 #pragma once
-#include "gemm/wgmma_parts.cuh"
-#include "gemm/wgmma_shape.cuh"
+#include "common/vector.cuh"
 #include "gemm/wgmma_ptx.cuh"
+#include "gemm/wgmma_schedule.cuh"
+#include "gemm/wgmma_shape.cuh"
 
 namespace gptq {
 namespace {
@@ -107,7 +108,7 @@ __device__ __forceinline__ void store_tile(const WgmmaParams& p, const Segment& 
       };
       named_sync(1 + group, 128);
       if (residual != nullptr) {
-        each_unit([&](uint32_t at, int64_t token) { store_shared16(at, *reinterpret_cast<const uint4*>(residual + token * p.ldr)); });
+        each_unit([&](uint32_t at, int64_t token) { sts128(at, *reinterpret_cast<const uint4*>(residual + token * p.ldr)); });
         named_sync(1 + group, 128);
       }
 #pragma unroll
@@ -118,7 +119,7 @@ __device__ __forceinline__ void store_tile(const WgmmaParams& p, const Segment& 
           uint32_t r[2];
 #pragma unroll
           for (int j = 0; j < 2; j++)
-            r[j] = pack<S::BF>(silu(v[4 * j] + bias0) * (v[4 * j + 2] + bias8), silu(v[4 * j + 1] + bias0) * (v[4 * j + 3] + bias8));
+            r[j] = pack2<S::BF>(silu(v[4 * j] + bias0) * (v[4 * j + 2] + bias8), silu(v[4 * j + 1] + bias0) * (v[4 * j + 3] + bias8));
           stmatrix_x2_trans(box + token * 128 + ((quarter ^ (token & 7)) << 4), r[0], r[1]);
         } else {
           const int token = half * 16 + (lane >> 4) * 8 + (lane & 7), at_unit = quarter * 2 + ((lane >> 3) & 1);
@@ -129,13 +130,13 @@ __device__ __forceinline__ void store_tile(const WgmmaParams& p, const Segment& 
 #pragma unroll
             for (int j = 0; j < 4; j++) {
               const float bias = j % 2 == 0 ? bias0 : bias8;
-              r[j] = pack<S::BF>(v[2 * j] + bias + from_16bit<S::BF>(r[j] & 0xffff), v[2 * j + 1] + bias + from_16bit<S::BF>(r[j] >> 16));
+              r[j] = pack2<S::BF>(v[2 * j] + bias + from_16bit<S::BF>(r[j] & 0xffff), v[2 * j + 1] + bias + from_16bit<S::BF>(r[j] >> 16));
             }
           } else {
 #pragma unroll
             for (int j = 0; j < 4; j++) {
               const float bias = j % 2 == 0 ? bias0 : bias8;
-              r[j] = pack<S::BF>(v[2 * j] + bias, v[2 * j + 1] + bias);
+              r[j] = pack2<S::BF>(v[2 * j] + bias, v[2 * j + 1] + bias);
             }
           }
           stmatrix_x4_trans(at, r[0], r[1], r[2], r[3]);

@@ -2,6 +2,7 @@
 #pragma once
 #include "gemm/wgmma_feed.cuh"
 #include "gemm/wgmma_finish.cuh"
+#include "gemm/wgmma_operands.cuh"
 
 namespace gptq {
 namespace {
@@ -24,20 +25,20 @@ __device__ __forceinline__ void add_group(float (&total)[COUNT], const float (&d
 }
 
 template <class S>
-__device__ __forceinline__ void consume(const WgmmaParams& p, const Ring<S>& ring, const uint8_t* smem, const Place& place) {
-  constexpr int TN = S::TN, FR = S::FR, CL = S::CL, kStep = S::kStep, kSteps = S::kSteps;
+__device__ __forceinline__ void consume(const WgmmaParams& p, const WgmmaRing<S>& ring, const uint8_t* smem, const Place& place) {
+  constexpr int TN = S::TN, FR = S::FR, CL = S::CL, kK16PerStep = S::kK16PerStep, kSteps = S::kSteps;
   constexpr int kGroupSteps = kSteps / S::kGroups;  // steps between two groups' ends
   const int lane = place.thread & 31;
   float d[FR][TN / 2];
-  uint32_t a[2][FR][kStep][4];
+  uint32_t a[2][FR][kK16PerStep][4];
   Packed<S::kGroups> packed[FR];
 
-  auto expand_step = [&](uint32_t(&to)[FR][kStep][4], int step) {
+  auto expand_step = [&](uint32_t(&to)[FR][kK16PerStep][4], int step) {
 #pragma unroll
     for (int f = 0; f < FR; f++) {
 #pragma unroll
-      for (int j = 0; j < kStep; j++) {
-        const int k16 = step * kStep + j, i = S::ONE ? 0 : k16 / 2;
+      for (int j = 0; j < kK16PerStep; j++) {
+        const int k16 = step * kK16PerStep + j, i = S::ONE ? 0 : k16 / 2;
         if constexpr (S::SCALED)
           RowPair<S::BF>(p.one_group ? 0x3c003c00u : packed[f].scale[i], packed[f].zero[i]).weights(packed[f].q[k16], to[f][j]);
         else
@@ -45,19 +46,19 @@ __device__ __forceinline__ void consume(const WgmmaParams& p, const Ring<S>& rin
       }
     }
   };
-  auto multiply = [&](uint32_t(&from)[FR][kStep][4], uint32_t tokens, int step, int accumulate) {
+  auto multiply = [&](uint32_t(&from)[FR][kK16PerStep][4], uint32_t tokens, int step, int accumulate) {
 #pragma unroll
     for (int f = 0; f < FR; f++)
 #pragma unroll
-      for (int j = 0; j < kStep; j++)
+      for (int j = 0; j < kK16PerStep; j++)
 #pragma unroll
         for (int i = 0; i < 4; i++) asm volatile("" : "+r"(from[f][j][i]));  // computed before the fence, not after it
     wgmma_fence();
 #pragma unroll
-    for (int j = 0; j < kStep; j++)
+    for (int j = 0; j < kK16PerStep; j++)
 #pragma unroll
       for (int f = 0; f < FR; f++) {
-        const int k16 = step * kStep + j;
+        const int k16 = step * kK16PerStep + j;
         Wgmma<S::BF, TN>::mma(d[f], from[f][j], wgmma_desc(tokens + k16 / 4 * (TN * 128 >> 4) + k16 % 4 * 2), j == 0 ? accumulate : 1);
       }
     wgmma_commit();
@@ -166,12 +167,12 @@ __device__ __forceinline__ void consume(const WgmmaParams& p, const Ring<S>& rin
 }
 
 template <class S>
-__global__ void __launch_bounds__(S::kThreads, S::kMinBlocks) gemm_wgmma_kernel(const __grid_constant__ CUtensorMap weight_map,
+__global__ void __launch_bounds__(S::kThreads, S::kMinBlocks) wgmma_kernel(const __grid_constant__ CUtensorMap weight_map,
                                                                               const __grid_constant__ CUtensorMap token_map, const WgmmaParams p) {
 #ifdef __CUDA_ARCH__
   constexpr int CL = S::CL, NWG = S::NWG;
   extern __shared__ __align__(1024) uint8_t smem[];
-  const Ring<S> ring(smem, p);
+  const WgmmaRing<S> ring(smem, p);
   const int warp = threadIdx.x >> 5;
   const int rank = CL == 1 ? 0 : static_cast<int>(cluster_rank()), cluster = blockIdx.x / CL;
 
@@ -200,21 +201,21 @@ __global__ void __launch_bounds__(S::kThreads, S::kMinBlocks) gemm_wgmma_kernel(
 
 template <class S>
 WgmmaKernel info() {
-  return {reinterpret_cast<const void*>(gemm_wgmma_kernel<S>), S::TN, S::kStrips, S::CL, S::kThreads, S::NWG * S::kPassBytes};
+  return {reinterpret_cast<const void*>(wgmma_kernel<S>), S::TN, S::kStrips, S::CL, S::kThreads, S::NWG * S::kPassBytes};
 }
 
 template <bool BF, bool ONE>
 WgmmaKernel find_kernel(WgmmaTile tile) {
   switch (tile) {
-    case WgmmaTile::k128x16: return info<Shape<BF, ONE, false, 16, 1, 1, 2>>();
-    case WgmmaTile::k128x32: return info<Shape<BF, ONE, false, 32, 1, 1, 2>>();
-    case WgmmaTile::k128x64: return info<Shape<BF, ONE, false, 64, 1, 1, 2>>();
-    case WgmmaTile::k192x64: return info<Shape<BF, ONE, false, 64, 1, 1, 3>>();
-    case WgmmaTile::k192x96: return info<Shape<BF, ONE, false, 96, 1, 1, 3>>();
-    case WgmmaTile::k128x128: return info<Shape<BF, ONE, false, 128, 1, 1, 2>>();
-    case WgmmaTile::k192x128: return info<Shape<BF, ONE, true, 128, 1, 1, 3>>();
-    case WgmmaTile::k128x192: return info<Shape<BF, ONE, true, 192, 1, 2, 2>>();
-    case WgmmaTile::k128x256: return info<Shape<BF, ONE, true, 256, 1, 2, 2>>();
+    case WgmmaTile::k128x16: return info<WgmmaShape<BF, ONE, false, 16, 1, 1, 2>>();
+    case WgmmaTile::k128x32: return info<WgmmaShape<BF, ONE, false, 32, 1, 1, 2>>();
+    case WgmmaTile::k128x64: return info<WgmmaShape<BF, ONE, false, 64, 1, 1, 2>>();
+    case WgmmaTile::k192x64: return info<WgmmaShape<BF, ONE, false, 64, 1, 1, 3>>();
+    case WgmmaTile::k192x96: return info<WgmmaShape<BF, ONE, false, 96, 1, 1, 3>>();
+    case WgmmaTile::k128x128: return info<WgmmaShape<BF, ONE, false, 128, 1, 1, 2>>();
+    case WgmmaTile::k192x128: return info<WgmmaShape<BF, ONE, true, 128, 1, 1, 3>>();
+    case WgmmaTile::k128x192: return info<WgmmaShape<BF, ONE, true, 192, 1, 2, 2>>();
+    case WgmmaTile::k128x256: return info<WgmmaShape<BF, ONE, true, 256, 1, 2, 2>>();
   }
   return {};
 }

@@ -1,7 +1,7 @@
 // The compile-time choices of a wgmma kernel and what follows from them.
 #pragma once
-#include "gemm/wgmma_table.cuh"
 #include "common/layout.cuh"
+#include "gemm/wgmma_table.cuh"
 
 namespace gptq {
 namespace {
@@ -10,7 +10,7 @@ namespace {
 // SCALED: the operand is weight times scale, rounded to 16 bits: one rounding (2^-11 relative) before that of the result. Otherwise it is weight
 // minus zero point, an exact integer, and sums are scaled in fp32 group by group: an instruction less for two weights, a second set of accumulators.
 template <bool BF_, bool ONE_, bool SCALED_, int TN_, int FR_, int CL_, int NWG_>
-struct Shape {
+struct WgmmaShape {
   static constexpr bool BF = BF_, ONE = ONE_, SCALED = SCALED_;
   static constexpr int TN = TN_, FR = FR_, CL = CL_, NWG = NWG_;
   static constexpr int kStrips = 4 * FR * NWG, kRows = 16 * kStrips, kThreads = 128 * (NWG + 1);
@@ -25,7 +25,7 @@ struct Shape {
   // k16 steps between two commits: as many as registers allow, since two steps' operands are alive at once.
   static constexpr int kScaledStep = FR == 1 && TN * NWG < 512 ? 4 : FR == 1 && TN == 256 ? 4 : 2;
   static constexpr int kWholeStep = ONE && FR == 1 && (TN < 64 || kConsumerRegisters == 232) ? 4 : 2;
-  static constexpr int kStep = SCALED ? kScaledStep : kWholeStep, kSteps = 8 / kStep;
+  static constexpr int kK16PerStep = SCALED ? kScaledStep : kWholeStep, kSteps = 8 / kK16PerStep;
 };
 
 }  // namespace

@@ -3,9 +3,9 @@
 #include <algorithm>
 #include <atomic>
 
+#include "common/launch.cuh"
 #include "gemv/gemv_kernel.cuh"
 #include "gemv/gemv_table.cuh"
-#include "common/launch.cuh"
 
 namespace gptq {
 namespace {
@@ -13,20 +13,20 @@ namespace {
 constexpr int kReserved = 1024;  // shared memory the driver keeps per block
 constexpr int kDevices = 64;
 constexpr int kGoodDepth = 4;    // slots; with less, memory waits for the multiprocessors
-constexpr int kNorm = 20 << 10;       // shared memory of a block of RMSNorm in act-order, with what the driver keeps
-constexpr int kAttention = 72 << 10;  // shared memory of a block of the decode attention, with what the driver keeps
+constexpr int kNormBytes = 20 << 10;       // shared memory of a block of RMSNorm in act-order, with what the driver keeps
+constexpr int kAttentionBytes = 72 << 10;  // shared memory of a block of the decode attention, with what the driver keeps
 constexpr int kShareMinM = 2;    // tokens from which blocks bring x in together
 
-struct Shape {
+struct GemvShape {
   int cluster;  // blocks that share k
-  DecodePlan plan;
+  GemvPlan plan;
 };
 
 // How many segments of k are added up by themselves: by K, format and device alone, so that the order of a row's sum is the same for every M. One for
 // each block of the cluster that eight tokens need beside a ring.
 int split_for(int K, int groups, bool zeros, const Device& device) {
   int split = 1;
-  while (split < kMaxCluster && plan_decode(8, K, 1, split, split, kGoodDepth, 1, groups, zeros).total > device.smem) split *= 2;
+  while (split < kMaxCluster && plan_gemv(8, K, 1, split, split, kGoodDepth, 1, groups, zeros).total > device.smem) split *= 2;
   return split;
 }
 
@@ -34,12 +34,12 @@ int split_for(int K, int groups, bool zeros, const Device& device) {
 // attention, or else of a norm, which then begins beside the product before it, if that costs no ring worth having. With `in_a_row` two generations of products share a
 // multiprocessor, and the next one's ring fills while this one drains; among other kernels that has blocks of a product meet on some multiprocessors while
 // others have none: a 7B layer takes 49 us instead of 39.
-bool choose_shape(Shape& shape, const Device& device, int M, int K, int column_tiles, int groups, bool zeros, bool in_a_row) {
+bool choose_shape(GemvShape& shape, const Device& device, int M, int K, int column_tiles, int groups, bool zeros, bool in_a_row) {
   const int split = split_for(K, groups, zeros, device), chunks = (K + kChunkK - 1) / kChunkK;
   const auto fits = [&](int cluster, int budget, int depth, int least) {
     for (; depth >= least; depth--)
       for (int buffers = kMaxBuffers; buffers > 0; buffers--) {
-        const DecodePlan plan = plan_decode(M, K, column_tiles, split, cluster, depth, buffers, groups, zeros);
+        const GemvPlan plan = plan_gemv(M, K, column_tiles, split, cluster, depth, buffers, groups, zeros);
         if (plan.total > budget) continue;
         shape = {cluster, plan};
         return true;
@@ -48,14 +48,14 @@ bool choose_shape(Shape& shape, const Device& device, int M, int K, int column_t
   };
   if (chunks <= kMaxParts * kMathWarps) {
     if (in_a_row && M == 1 && fits(1, (device.smem + kReserved) / 2 - kReserved, kGoodDepth + 1, kGoodDepth - 1)) return true;
-    if (fits(1, device.smem - kAttention, kMaxDepth, kGoodDepth)) return true;
-    if (fits(1, device.smem - kNorm, kMaxDepth, kGoodDepth)) return true;
+    if (fits(1, device.smem - kAttentionBytes, kMaxDepth, kGoodDepth)) return true;
+    if (fits(1, device.smem - kNormBytes, kMaxDepth, kGoodDepth)) return true;
   }
-  return fits(split, device.smem - kNorm, kMaxDepth, kGoodDepth) || fits(split, device.smem, kMaxDepth, 1);
+  return fits(split, device.smem - kNormBytes, kMaxDepth, kGoodDepth) || fits(split, device.smem, kMaxDepth, 1);
 }
 
 cudaError_t prepare(const void* kernel, int index, const Device& device) {
-  static std::atomic<uint64_t> done[kDecodeKernels];
+  static std::atomic<uint64_t> done[kGemvKernels];
   return set_limits(kernel, done[index], device.smem, device);
 }
 
@@ -65,14 +65,14 @@ cudaError_t resident_clusters(int& count, int cluster, const Device& device) {
   const int slot = cluster == 1 ? 0 : cluster == 2 ? 1 : cluster == 4 ? 2 : 3;
   count = cluster == 1 ? device.sms : device.id < kDevices ? known[device.id][slot].load(std::memory_order_relaxed) : 0;
   if (count) return cudaSuccess;
-  const void* kernel = decode_fp16(1, false, 1);
+  const void* kernel = gemv_fp16(1, false, 1);
   if (const cudaError_t status = prepare(kernel, 0, device); status != cudaSuccess) return status;
   cudaLaunchAttribute attribute = {};
   attribute.id = cudaLaunchAttributeClusterDimension;
   attribute.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(device.sms / cluster * cluster);
-  config.blockDim = dim3(kDecodeThreads);
+  config.blockDim = dim3(kGemvThreads);
   config.dynamicSmemBytes = device.smem;
   config.attrs = &attribute;
   config.numAttrs = 1;
@@ -83,16 +83,16 @@ cudaError_t resident_clusters(int& count, int cluster, const Device& device) {
   return cudaSuccess;
 }
 
-cudaError_t launch_rows(DecodeArgs args, int groups, bool zeros, bool bf16, bool in_a_row, const Device& device, cudaStream_t stream) {
+cudaError_t launch_rows(GemvArgs args, int groups, bool zeros, bool bf16, bool in_a_row, const Device& device, cudaStream_t stream) {
   const int tiles = args.M <= 8 ? 1 : 2, strips = args.N / kStripRows;
-  const void* kernel = bf16 ? decode_bf16(groups, zeros, tiles) : decode_fp16(groups, zeros, tiles);
+  const void* kernel = bf16 ? gemv_bf16(groups, zeros, tiles) : gemv_fp16(groups, zeros, tiles);
   const int index = (((tiles - 1) * 3 + groups / 2) * 2 + zeros) * 2 + bf16;
   if (const cudaError_t status = prepare(kernel, index, device); status != cudaSuccess) return status;
   if (takes_portable_kernel(device.capability)) {
     const int smem = portable_smem(tiles, chunk_bytes(groups, zeros));
     return launch_kernel(kernel, {dim3(std::min(strips, 2 * device.sms)), kPortableWarps * 32, smem, stream, 1, false}, device, args);
   }
-  Shape shape;
+  GemvShape shape;
   if (!choose_shape(shape, device, args.M, args.K, tiles, groups, zeros, in_a_row)) return cudaErrorInvalidConfiguration;
   // x of 8 tokens is as much as the weights of a small linear; read once for two blocks, it takes the L2 half the time. But never so that M decides
   // which block has which strips.
@@ -109,21 +109,21 @@ cudaError_t launch_rows(DecodeArgs args, int groups, bool zeros, bool bf16, bool
   args.plan.share_x = share_x;
   args.plan.strips = strips / owners;
   args.plan.spare = strips % owners;
-  return launch_kernel(kernel, {dim3(share_x ? owners : owners * cluster), kDecodeThreads, shape.plan.total, stream, cluster}, device, args);
+  return launch_kernel(kernel, {dim3(share_x ? owners : owners * cluster), kGemvThreads, shape.plan.total, stream, cluster}, device, args);
 }
 
 }  // namespace
 
-cudaError_t launch_decode(DecodeArgs args, int groups, bool zeros, bool bf16, bool in_a_row, cudaStream_t stream) {
-  if (args.M < 1 || args.M > kDecodeMaxM || args.N % kStripRows || args.K % 8) return cudaErrorInvalidValue;
+cudaError_t launch_gemv(GemvArgs args, int groups, bool zeros, bool bf16, bool in_a_row, cudaStream_t stream) {
+  if (args.M < 1 || args.M > kGemvMaxM || args.N % kStripRows || args.K % 8) return cudaErrorInvalidValue;
   Device device;
   if (const cudaError_t status = current_device(device); status != cudaSuccess) return status;
   // As many rows at a time as x fits in shared memory.
-  Shape shape;
+  GemvShape shape;
   const bool sixteen = takes_portable_kernel(device.capability) || choose_shape(shape, device, std::min(args.M, 16), args.K, 2, groups, zeros, false);
   const int step = sixteen ? 16 : 8;
   for (int row = 0; row < args.M; row += step) {
-    DecodeArgs part = args;
+    GemvArgs part = args;
     part.M = std::min(step, args.M - row);
     part.x += static_cast<size_t>(row) * args.ldx;
     part.y += static_cast<size_t>(row) * args.ldy;

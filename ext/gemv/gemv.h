@@ -7,7 +7,7 @@
 namespace gptq {
 
 // What a block would else have to divide for before it can ask for its first weights.
-struct DecodePlan {
+struct GemvPlan {
   int depth, buffers;  // ring slots, exchange areas
   int flight;          // slots asked for at once before the block begins
   bool share_x;        // the blocks of a cluster have strips of their own and all of k, and bring x in together
@@ -19,7 +19,7 @@ struct DecodePlan {
   int red_lanes;             // float4 slots per column tile and warp: lanes whose columns hold no token leave nothing
 };
 
-struct DecodeArgs {
+struct GemvArgs {
   const uint8_t* w;          // strip stream
   const uint16_t* x;         // [M, K], row stride ldx elements (a multiple of 8), 16-byte aligned
   uint16_t* y;               // [M, N] (N/2 with paired 2), row stride ldy elements
@@ -28,12 +28,12 @@ struct DecodeArgs {
   int M, N, K;               // N % 16 == 0, K % 8 == 0
   int ldx, ldy, ldr;
   int paired;  // 1: rows g, g+8 of a strip are outputs i and N/2+i. 2: the same, and y = silu(row i) * row (N/2+i)
-  DecodePlan plan;  // by launch_decode
+  GemvPlan plan;  // by launch_gemv
 };
 
-constexpr int kDecodeMaxM = 32;  // beyond 16 in two launches
+constexpr int kGemvMaxM = 32;  // beyond 16 in two launches
 
 // `groups` per chunk: 1, 2, 4. `in_a_row`: with one token, half of every multiprocessor is left to the product launched next.
-cudaError_t launch_decode(DecodeArgs args, int groups, bool zeros, bool bf16, bool in_a_row, cudaStream_t stream);
+cudaError_t launch_gemv(GemvArgs args, int groups, bool zeros, bool bf16, bool in_a_row, cudaStream_t stream);
 
 }  // namespace gptq

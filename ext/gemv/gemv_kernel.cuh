@@ -19,22 +19,23 @@
 #pragma once
 #include <type_traits>
 
-#include "gemv/gemv_parts.cuh"
+#include "common/cluster.cuh"
+#include "gemv/gemv_math.cuh"
 #include "gemv/gemv_portable.cuh"
 
 namespace gptq {
 
 template <int NT, int G, bool ZP, bool BF>
-__global__ void __launch_bounds__(kDecodeThreads, NT == 1 ? kBlocksPerSM : 1) decode_kernel(const __grid_constant__ DecodeArgs a) {
+__global__ void __launch_bounds__(kGemvThreads, NT == 1 ? kBlocksAtOnce : 1) gemv_kernel(const __grid_constant__ GemvArgs a) {
   extern __shared__ __align__(128) uint8_t smem[];
 #if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ < 900 || __CUDA_ARCH__ >= 1200)  // as takes_portable_kernel()
-  decode_portable<NT, G, ZP, BF>(a, smem);
+  gemv_portable<NT, G, ZP, BF>(a, smem);
 #elif defined(__CUDA_ARCH__)
-  constexpr int kChunk = Chunk<G, ZP>::kBytes, kHalf = kMathWarps * kChunk, kSlot = kPair * kHalf;
+  constexpr int kChunkBytes = Chunk<G, ZP>::kBytes, kHalfBytes = kMathWarps * kChunkBytes, kSlotBytes = kPair * kHalfBytes;
   const int warp = __shfl_sync(~0u, threadIdx.x >> 5, 0), lane = threadIdx.x & 31;  // shfl: so that the compiler knows it for uniform
   const int cluster = a.plan.share_x ? 1 : cluster_size(), rank = cluster > 1 ? cluster_rank() : 0, depth = a.plan.depth, buffers = a.plan.buffers;
   const int nch = (a.K + kChunkK - 1) / kChunkK;
-  const DecodePlan& at = a.plan;
+  const GemvPlan& at = a.plan;
   const uint32_t base = smem_addr(smem);
   const uint32_t full = base + 8 * kFull, sent = base + 8 * kSent, read = base + 8 * kRead;
   const uint32_t got = base + 8 * kGot, credit = base + 8 * kCredit, x_bar = base + 8 * kX;
@@ -49,19 +50,19 @@ __global__ void __launch_bounds__(kDecodeThreads, NT == 1 ? kBlocksPerSM : 1) de
   const int parts = (chunks + kMathWarps - 1) / kMathWarps;  // of x, and slots of a pair
 
   // The producer's place: how many chunks of the block's are left, of this pair's and strips in all, and the slot they go to.
-  const uint8_t* src = a.w + (static_cast<size_t>(first) * nch + chunk0) * kChunk;
+  const uint8_t* src = a.w + (static_cast<size_t>(first) * nch + chunk0) * kChunkBytes;
   int left = chunks, strips_left = chunks ? count : 0, fill = 0;
   const auto fetch = [&] {
     if (strips_left <= 0) return;
-    const int bytes = min(kMathWarps, left) * kChunk;
+    const int bytes = min(kMathWarps, left) * kChunkBytes;
     if (elect()) {
-      const uint32_t bar = full + 8 * fill, dst = base + at.ring + fill * kSlot;
+      const uint32_t bar = full + 8 * fill, dst = base + at.ring + fill * kSlotBytes;
       mbar_expect(bar, strips_left > 1 ? 2 * bytes : bytes);
       bulk_load(dst, src, bytes, bar);
-      if (strips_left > 1) bulk_load(dst + kHalf, src + static_cast<size_t>(nch) * kChunk, bytes, bar);
+      if (strips_left > 1) bulk_load(dst + kHalfBytes, src + static_cast<size_t>(nch) * kChunkBytes, bytes, bar);
     }
     left -= kMathWarps, src += bytes;
-    if (left <= 0) left = chunks, strips_left -= 2, src += static_cast<size_t>(2 * nch - chunks) * kChunk;
+    if (left <= 0) left = chunks, strips_left -= 2, src += static_cast<size_t>(2 * nch - chunks) * kChunkBytes;
     if (++fill == depth) fill = 0;
   };
   if (warp == kMathWarps) {
@@ -88,8 +89,12 @@ __global__ void __launch_bounds__(kDecodeThreads, NT == 1 ? kBlocksPerSM : 1) de
     }
     mbar_init_fence();
   }
-  if (cluster > 1 || at.share_x) cluster_sync();
-  else __syncthreads();
+  if (cluster > 1 || at.share_x) {
+    cluster_arrive_relaxed();
+    cluster_wait();
+  } else {
+    __syncthreads();
+  }
 
   if (warp == kMathWarps) {
     // The rest of the ring no faster than it arrives, or x of the kernel before this one would queue behind it.
@@ -116,12 +121,12 @@ __global__ void __launch_bounds__(kDecodeThreads, NT == 1 ? kBlocksPerSM : 1) de
     const uint32_t lane_slot = ((lane & 3) * 8 + (lane >> 2)) * 16;
     const bool has_token = (lane & 3) * 8 < at.red_lanes;
     float acc[kPair][NT][4] = {};
-    const uint32_t chunk_first = base + at.ring + warp * kChunk;
+    const uint32_t chunk_first = base + at.ring + warp * kChunkBytes;
     uint32_t phase = 0, round = 1, chunk = chunk_first;
     int c = warp, slot = 0, buffer = 0, refills = pairs * parts - depth;  // slots that are filled again
     const auto next_slot = [&] {
       if (refills-- > 0) named_arrive(kSlotFree + slot, kSlotThreads);
-      slot++, chunk += kSlot;
+      slot++, chunk += kSlotBytes;
       if (slot == depth) slot = 0, phase ^= 1, chunk = chunk_first;
     };
     // This warp's chunks before `end` of a pair, or of a single strip.
@@ -134,7 +139,7 @@ __global__ void __launch_bounds__(kDecodeThreads, NT == 1 ? kBlocksPerSM : 1) de
         const uint32_t x_at = c * (kChunkK * 2);
         const auto load_x = [&](int n, int u, uint32_t (&b)[4]) { ldmatrix_x4(b, x_lane[n] + x_at + u * 64); };
         const uint32_t sums = base + at.sums + c * (G * NT * 32);
-        chunk_mma<decltype(strips_of_pair)::value, NT, G, ZP, BF, decltype(sums_of_x)::value>(acc, chunk, kHalf, sums, lane, load_x);
+        chunk_mma<decltype(strips_of_pair)::value, NT, G, ZP, BF, decltype(sums_of_x)::value>(acc, chunk, kHalfBytes, sums, lane, load_x);
         next_slot();
       }
     };
@@ -221,7 +226,7 @@ __global__ void __launch_bounds__(kDecodeThreads, NT == 1 ? kBlocksPerSM : 1) de
     float v[kPasses][4] = {};
     add_sum(v, base + at.got + due_turn * cluster * set, cluster);
     __syncwarp();
-    if (due + kTurns * cluster < pairs && lane < cluster && lane != rank) remote_arrive(map_to_rank(credit + 8 * (rank * kTurns + due_turn), lane));
+    if (due + kTurns * cluster < pairs && lane < cluster && lane != rank) mbar_arrive_cluster(cluster_address(credit + 8 * (rank * kTurns + due_turn), lane));
 #pragma unroll
     for (int i = 0; i < kPasses; i++)
       if (exists(i, due)) out[i].store(a, v[i]);
@@ -256,10 +261,10 @@ __global__ void __launch_bounds__(kDecodeThreads, NT == 1 ? kBlocksPerSM : 1) de
       due = pair, due_turn = turn, due_phase = turn_phase;
     } else {
       mbar_wait(credit + 8 * (owner * kTurns + turn), turn_phase ^ 1);
-      const uint32_t remote = map_to_rank(area, owner), bar = map_to_rank(got + 8 * turn, owner);
+      const uint32_t remote = cluster_address(area, owner), bar = cluster_address(got + 8 * turn, owner);
 #pragma unroll
       for (int i = 0; i < kPasses; i++)
-        if (lane + 32 * i < tasks) remote_store(remote + i * 512, v[i], bar);
+        if (lane + 32 * i < tasks) store_cluster(remote + i * 512, v[i], bar);
       if (due >= 0) finish_due();
     }
     if (++owner == cluster) {

@@ -1,6 +1,6 @@
 // The decode kernel for devices without bulk copies, or without the shared memory for the other one's ring.
 #pragma once
-#include "gemv/gemv_parts.cuh"
+#include "gemv/gemv_math.cuh"
 
 namespace gptq {
 
@@ -12,7 +12,7 @@ constexpr int kPortableDepth = 6;
 inline int portable_smem(int nt, int chunk) { return kPortableWarps * (kPortableDepth * chunk + nt * 512); }
 
 template <int NT, int G, bool ZP, bool BF>
-__device__ __forceinline__ void decode_portable(const DecodeArgs& a, uint8_t* smem) {
+__device__ __forceinline__ void gemv_portable(const GemvArgs& a, uint8_t* smem) {
   using C = Chunk<G, ZP>;
   constexpr int kMeta = (C::kBytes - kWeightBytes) / 16;
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;

@@ -3,9 +3,10 @@
 #include <algorithm>
 #include <atomic>
 
+#include "attention/rotary.cuh"
 #include "common/launch.cuh"
 #include "common/ptx.cuh"
-#include "attention/rotary.cuh"
+#include "common/vector.cuh"
 
 namespace gptq {
 namespace {
@@ -112,7 +113,7 @@ __global__ void __launch_bounds__(512) rms_norm_kernel(const RmsNormArgs a) {
 }
 
 // By value: a reference to one of two arrays would put both into local memory.
-__device__ __forceinline__ uint4 choose(bool first, const uint4& a, const uint4& b) {
+__device__ __forceinline__ uint4 select(bool first, const uint4& a, const uint4& b) {
   return make_uint4(first ? a.x : b.x, first ? a.y : b.y, first ? a.z : b.z, first ? a.w : b.w);
 }
 
@@ -162,10 +163,10 @@ __global__ void __launch_bounds__(256) rope_kernel(const RopeArgs a) {
     if (norm) {
       const float scale = rsqrtf(sum / static_cast<float>(a.head_dim) + a.eps);
       float w[8];
-      unpack8<BF>(w, choose(is_q, q_norm[0], k_norm[0]));
+      unpack8<BF>(w, select(is_q, q_norm[0], k_norm[0]));
 #pragma unroll
       for (int i = 0; i < 8; i++) low[i] = low[i] * scale * w[i];
-      unpack8<BF>(w, choose(is_q, q_norm[1], k_norm[1]));
+      unpack8<BF>(w, select(is_q, q_norm[1], k_norm[1]));
 #pragma unroll
       for (int i = 0; i < 8; i++) high[i] = high[i] * scale * w[i];
     }
@@ -184,7 +185,7 @@ __global__ void __launch_bounds__(256) rope_kernel(const RopeArgs a) {
 
 // ---- launching ---------------------------------------------------------------------------------------------------------------------
 template <auto kernel, typename... Args>
-cudaError_t launch(dim3 grid, int threads, int smem, cudaStream_t stream, const Args&... args) {
+cudaError_t launch_op(dim3 grid, int threads, int smem, cudaStream_t stream, const Args&... args) {
   static std::atomic<uint64_t> done;
   const void* function = reinterpret_cast<const void*>(kernel);
   Device device;
@@ -201,7 +202,7 @@ cudaError_t norm(const RmsNormArgs& a, cudaStream_t stream) {
   if (const cudaError_t status = current_device(device); status != cudaSuccess) return status;
   const int threads = warps_for((a.H / kVector + N - 1) / N), blocks = std::min(a.T, 4 * device.sms);
   const int smem = PERM ? (a.T > blocks ? 4 : 2) * a.H : 0;  // a block with one row needs no second
-  return launch<rms_norm_kernel<BF, PERM, N>>(dim3(blocks), threads, smem, stream, a);
+  return launch_op<rms_norm_kernel<BF, PERM, N>>(dim3(blocks), threads, smem, stream, a);
 }
 
 template <bool BF, bool PERM>
@@ -215,8 +216,8 @@ template <bool BF, bool FP8, int L>
 cudaError_t rope(const RopeArgs& a, cudaStream_t stream) {
   const int heads = a.num_heads + 2 * a.num_kv_heads, per_block = 256 / L;
   const auto grid = [&](int each) { return dim3((heads + per_block * each - 1) / (per_block * each), a.T); };
-  if (a.T < 128) return launch<rope_kernel<BF, FP8, L, 1>>(grid(1), 256, 0, stream, a);
-  return launch<rope_kernel<BF, FP8, L, 4>>(grid(4), 256, 0, stream, a);
+  if (a.T < 128) return launch_op<rope_kernel<BF, FP8, L, 1>>(grid(1), 256, 0, stream, a);
+  return launch_op<rope_kernel<BF, FP8, L, 4>>(grid(4), 256, 0, stream, a);
 }
 
 template <bool BF, bool FP8>
@@ -228,7 +229,7 @@ cudaError_t rope(const RopeArgs& a, cudaStream_t stream) {
 }  // namespace
 
 cudaError_t launch_embed(const EmbedArgs& a, cudaStream_t stream) {
-  return launch<embed_kernel>(dim3(a.T), warps_for(std::clamp(a.H / kVector / 2, 32, 512)), 0, stream, a);
+  return launch_op<embed_kernel>(dim3(a.T), warps_for(std::clamp(a.H / kVector / 2, 32, 512)), 0, stream, a);
 }
 
 cudaError_t launch_rms_norm(const RmsNormArgs& a, bool bf16, cudaStream_t stream) {

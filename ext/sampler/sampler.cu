@@ -1,63 +1,7 @@
-#include "sampler/sampler_cut.cuh"
+#include "sampler/sampler_race.cuh"
 
 namespace gptq {
 namespace {
-
-// What may be drawn: elements from the cut up.
-struct Kept {
-  Weights weights;
-  float value;
-  int id;
-
-  __device__ __forceinline__ bool has(float x, int i) const { return (x > value || (x == value && i <= id)) && weights.of(weights.scaled(x)); }
-};
-
-// The exponential race of a row: every element that is kept scores its scaled logit plus Gumbel noise of its own, in units of log 2; the highest wins.
-struct Race {
-  Kept kept;
-  uint32_t key0, key1;
-  float score;  // of the leader, as far as this lane knows
-  int id;
-
-  __device__ __forceinline__ Race(const Kept& kept, u64 bits, int best_id)
-      : kept(kept), key0(static_cast<uint32_t>(bits)), key1(static_cast<uint32_t>(bits >> 32)), score(race_noise(random_word(key0, key1, best_id))), id(best_id) {}
-
-  __device__ __forceinline__ void enter(float x, int i, uint32_t word) {
-    const float s = __fmaf_rn(kept.weights.scaled(x), 1.44269504f, race_noise(word));
-    if (s > score && kept.has(x, i)) score = s, id = i;
-  }
-
-  // One warp's elements, four chunks in flight. E is at least v / log(2), so only words below a bound can beat the leader, even beside the likeliest of
-  // the lane's four elements: the logarithms are for those. (The bound's margin, 1 %, is far above the rounding of all that is in it.)
-  __device__ __forceinline__ void run(const Row& row) {
-#pragma unroll 1
-    for (int c = row.first; c < row.last; c += 4) {
-      float4 x[4];
-#pragma unroll
-      for (int u = 0; u < 4; u++) x[u] = row.load(c + u, -INFINITY);
-#pragma unroll
-      for (int u = 0; u < 4; u++) chunk(x[u], (c + u) * kRowChunk + (threadIdx.x & 31) * 4);
-    }
-  }
-
-  __device__ __forceinline__ void chunk(float4 x, int i) {
-    const float largest = fmaxf(fmaxf(x.x, x.y), fmaxf(x.z, x.w));
-    const float lead = __fmaf_rn(kept.weights.scaled(largest), 1.44269504f, 31.49f - score);
-    const uint32_t bound = largest < kept.value ? 0 : __float2uint_rn(exp2_approx(lead));
-    if (!__any_sync(~0u, bound > 0)) return;
-    const uint32_t w0 = random_word(key0, key1, i), w1 = random_word(key0, key1, i + 1), w2 = random_word(key0, key1, i + 2), w3 = random_word(key0, key1, i + 3);
-    const bool may_win = min(min(w0, w1), min(w2, w3)) < bound;
-    if (!__any_sync(~0u, may_win)) return;
-    if (may_win) enter(x.x, i, w0), enter(x.y, i + 1, w1), enter(x.z, i + 2, w2), enter(x.w, i + 3, w3);
-    follow();
-  }
-
-  // Every lane takes over the leader of the warp.
-  __device__ __forceinline__ void follow() {
-    const u64 leader = warp_max(rank_key(score, id));
-    score = key_value(leader), id = key_id(leader);
-  }
-};
 
 template <int C>
 __device__ __forceinline__ void sample_row(const SamplerRows& a, const SamplerHistory& history, int* tokens) {
@@ -71,7 +15,7 @@ __device__ __forceinline__ void sample_row(const SamplerRows& a, const SamplerHi
     if (first_thread) tokens[r] = -1;
     return;
   }
-  Team<C> team(mail);
+  RowTeam<C> team(mail);
   const auto finish = [&](int token) {
     tokens[r] = token;
     const int length = field(a, r, kLength);
@@ -134,7 +78,7 @@ __global__ void __launch_bounds__(kRowThreads, 1) sample_kernel(const SamplerRow
 }
 
 template <int C>
-cudaError_t launch(const SamplerRows& rows, const SamplerHistory& history, int* tokens, cudaStream_t stream) {
+cudaError_t launch_teams(const SamplerRows& rows, const SamplerHistory& history, int* tokens, cudaStream_t stream) {
   return launch_overlapped(sample_kernel<C>, dim3(rows.S * C), kRowThreads, C, stream, rows, history, tokens);
 }
 
@@ -145,10 +89,10 @@ cudaError_t launch_sample(const SamplerRows& rows, const SamplerHistory& history
   if (const cudaError_t status = current_device(device); status != cudaSuccess) return status;
   // As many blocks per row as run at once: a few SMs have no neighbours to form a cluster with.
   const int spare = device.capability < 90 ? 1 : device.sms * 7 / 8 / rows.S;
-  if (spare >= 8) return launch<8>(rows, history, tokens, stream);
-  if (spare >= 4) return launch<4>(rows, history, tokens, stream);
-  if (spare >= 2) return launch<2>(rows, history, tokens, stream);
-  return launch<1>(rows, history, tokens, stream);
+  if (spare >= 8) return launch_teams<8>(rows, history, tokens, stream);
+  if (spare >= 4) return launch_teams<4>(rows, history, tokens, stream);
+  if (spare >= 2) return launch_teams<2>(rows, history, tokens, stream);
+  return launch_teams<1>(rows, history, tokens, stream);
 }
 
 }  // namespace gptq

@@ -4,10 +4,10 @@
 namespace gptq {
 namespace {
 
-constexpr int kThreads = 256, kSlice = 4096;
+constexpr int kAdjustThreads = 256, kSlice = 4096;
 constexpr uint32_t kSeen = 1u << 30, kForbidden = 1u << 31, kCount = kSeen - 1;
 
-__global__ void __launch_bounds__(kThreads) adjust_kernel(const SamplerRows a, const SamplerHistory history, const int* entries, float* out, long long ldo) {
+__global__ void __launch_bounds__(kAdjustThreads) adjust_kernel(const SamplerRows a, const SamplerHistory history, const int* entries, float* out, long long ldo) {
   __shared__ uint32_t state[kSlice];  // occurrences in the output, and flags
   __shared__ float bias[kSlice];
   grid_launch_dependents();
@@ -20,20 +20,20 @@ __global__ void __launch_bounds__(kThreads) adjust_kernel(const SamplerRows a, c
   const bool penalised = repetition != 1.f || presence != 0.f || frequency != 0.f;
   if (slot < 0 || (!penalised && entry == entry_end)) {
     if (x != y)
-      for (int i = threadIdx.x; i < size; i += kThreads) y[i] = x[i];
+      for (int i = threadIdx.x; i < size; i += kAdjustThreads) y[i] = x[i];
     return;
   }
-  for (int i = threadIdx.x; i < size; i += kThreads) state[i] = 0, bias[i] = 0.f;
+  for (int i = threadIdx.x; i < size; i += kAdjustThreads) state[i] = 0, bias[i] = 0.f;
   __syncthreads();
   const int prompt = field(a, r, kNumPromptTokens), length = min(field(a, r, kLength), history.capacity);
   if (penalised)
-    for (int p = threadIdx.x; p < length; p += kThreads) {
+    for (int p = threadIdx.x; p < length; p += kAdjustThreads) {
       const int i = history.tokens[slot * history.ld + p] - first;
       if (i < 0 || i >= size) continue;
       atomicOr(&state[i], kSeen);
       if (p >= prompt) atomicAdd(&state[i], 1u);
     }
-  for (int e = entry + threadIdx.x; e < entry_end; e += kThreads) {
+  for (int e = entry + threadIdx.x; e < entry_end; e += kAdjustThreads) {
     const int i = entries[a.S + 1 + 2 * e] - first;
     if (i < 0 || i >= size) continue;
     const float value = __int_as_float(entries[a.S + 2 + 2 * e]);
@@ -41,7 +41,7 @@ __global__ void __launch_bounds__(kThreads) adjust_kernel(const SamplerRows a, c
     else bias[i] = value;
   }
   __syncthreads();
-  for (int i = threadIdx.x; i < size; i += kThreads) {
+  for (int i = threadIdx.x; i < size; i += kAdjustThreads) {
     const uint32_t s = state[i];
     const float add = bias[i];
     if (x == y && !s && add == 0.f) continue;
@@ -58,7 +58,7 @@ __global__ void __launch_bounds__(kThreads) adjust_kernel(const SamplerRows a, c
 }  // namespace
 
 cudaError_t launch_sample_adjust(const SamplerRows& rows, const SamplerHistory& history, const int* entries, float* out, long long ldo, cudaStream_t stream) {
-  return launch_overlapped(adjust_kernel, dim3((rows.V + kSlice - 1) / kSlice, rows.S), kThreads, 1, stream, rows, history, entries, out, ldo);
+  return launch_overlapped(adjust_kernel, dim3((rows.V + kSlice - 1) / kSlice, rows.S), kAdjustThreads, 1, stream, rows, history, entries, out, ldo);
 }
 
 }  // namespace gptq

@@ -1,5 +1,6 @@
 // Where top-k and top-p cut a row, without sorting it: a histogram of weights finds the bin, the bin's few elements are ranked.
 #pragma once
+#include "common/ptx.cuh"
 #include "sampler/sampler_team.cuh"
 
 namespace gptq {
@@ -42,7 +43,7 @@ struct CutShared {
 };
 
 template <int C>
-__device__ void build_histogram(const Row& row, const Weights& weights, bool counts, Team<C>& team, CutShared<C>& sh) {
+__device__ void build_histogram(const Row& row, const Weights& weights, bool counts, RowTeam<C>& team, CutShared<C>& sh) {
   Histogram& h = sh.histogram[0];
   h.low[threadIdx.x] = h.high[threadIdx.x] = h.count[threadIdx.x] = 0;
   __syncthreads();
@@ -118,7 +119,7 @@ struct Bracket {
 
 // Narrows a bracket, whose elements (of weight above 0) are too many to rank, around the `need`-th unit.
 template <bool kByCount, int C>
-__device__ void bisect(const Row& row, const Weights& weights, u64 need, Bracket& b, Team<C>& team, CutShared<C>& sh) {
+__device__ void bisect(const Row& row, const Weights& weights, u64 need, Bracket& b, RowTeam<C>& team, CutShared<C>& sh) {
   while (b.num > kCandidates && b.low < b.high) {
     const u64 middle = b.low + (b.high - b.low) / 2 + 1;  // upper part: [middle, high]
     u64 mass = 0, count = 0;
@@ -141,7 +142,7 @@ __device__ void bisect(const Row& row, const Weights& weights, u64 need, Bracket
 
 // Lists the elements for which `inside` holds and widens `b` by their keys; b.num is how many there are, which the list may not hold.
 template <int C, typename F>
-__device__ __forceinline__ void gather(const Row& row, const Weights& weights, Bracket& b, Team<C>& team, CutShared<C>& sh, F&& inside) {
+__device__ __forceinline__ void list_candidates(const Row& row, const Weights& weights, Bracket& b, RowTeam<C>& team, CutShared<C>& sh, F&& inside) {
   Candidates& own = sh.candidates[0];
   team.sync();  // another block may still read the list before this one
   if (threadIdx.x == 0) sh.num_candidates = 0;
@@ -176,15 +177,15 @@ __device__ __forceinline__ void gather(const Row& row, const Weights& weights, B
 
 // Cuts the ranking of the row in sh.bin where `need` is reached: sh.cut is the key of the last element kept, sh.kept the mass of all kept.
 template <bool kByCount, int C>
-__device__ void find_cut(const Row& row, const Weights& weights, u64 need, Team<C>& team, CutShared<C>& sh) {
+__device__ void find_cut(const Row& row, const Weights& weights, u64 need, RowTeam<C>& team, CutShared<C>& sh) {
   const int bin = sh.bin;
   Bracket b{~0ull, 0, 0, sh.before_count, sh.before_mass};
-  gather(row, weights, b, team, sh, [&](float x, int) { return Weights::bin(weights.scaled(x)) == bin; });
+  list_candidates(row, weights, b, team, sh, [&](float x, int) { return Weights::bin(weights.scaled(x)) == bin; });
   if (b.num > kCandidates) {
     b.high = team.max(block_max(b.high, sh.scratch)), b.low = ~team.max(block_max(~b.low, sh.scratch));
     bisect<kByCount>(row, weights, need, b, team, sh);
     const u64 low = b.low, high = b.high;
-    gather(row, weights, b, team, sh, [&](float x, int id) {
+    list_candidates(row, weights, b, team, sh, [&](float x, int id) {
       const u64 key = rank_key(x, id);
       return key >= low && key <= high;
     });

@@ -122,54 +122,6 @@ __device__ __forceinline__ u64 block_scan(u64 v, u64& total, u64* scratch) {
   return (warp ? before : 0) + inclusive - v;
 }
 
-// 64 bits of Philox4x32-10: key = seed, counter = position (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011).
-__device__ __forceinline__ u64 random_bits(uint32_t key0, uint32_t key1, uint32_t position) {
-  uint32_t c0 = position, c1 = 0, c2 = 0, c3 = 0;
-#pragma unroll
-  for (int round = 0; round < 10; round++) {
-    const uint32_t low0 = 0xD2511F53u * c0, low1 = 0xCD9E8D57u * c2;
-    const uint32_t high0 = __umulhi(0xD2511F53u, c0), high1 = __umulhi(0xCD9E8D57u, c2);
-    c0 = high1 ^ c1 ^ key0, c1 = low1, c2 = high0 ^ c3 ^ key1, c3 = low0;
-    key0 += 0x9E3779B9u, key1 += 0xBB67AE85u;
-  }
-  return static_cast<u64>(c1) << 32 | c0;
-}
-
-// The random number of a token id in the row whose random_bits are (key0, key1): two rounds of multiply and xor-shift, the second key between them
-// (the constants of lowbias32, Wellons and others, "Prospecting for hash functions").
-__device__ __forceinline__ uint32_t random_word(uint32_t key0, uint32_t key1, uint32_t id) {
-  uint32_t x = id * 0x9E3779B9u + key0;
-  x = (x ^ x >> 16) * 0x21F0AAADu + key1;
-  x = (x ^ x >> 15) * 0xD35A2D97u;
-  return x ^ x >> 15;
-}
-
-__device__ __forceinline__ float exp2_approx(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-__device__ __forceinline__ float log2_approx(float x) {
-  float y;
-  asm("lg2.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
-// Gumbel noise in units of log 2: -log2(E), E = -log2(1 - v), v = (word + 1/2) / 2^32. E is accurate where it is small, which is where races are won.
-__device__ __forceinline__ float race_noise(uint32_t word) {
-  const float v = __fmaf_rn(__uint2float_rn(word), 0x1p-32f, 0x1p-33f);
-  float e;
-  if (v < 0.0625f) {
-    float p = __fmaf_rn(v, 0.2f, 0.25f);
-    p = __fmaf_rn(v, p, 0.333333333f);
-    p = __fmaf_rn(v, p, 0.5f);
-    e = v * __fmaf_rn(v, p, 1.f) * 1.44269504f;
-  } else {
-    e = -log2_approx(__fmaf_rn(__uint2float_rn(~word), 0x1p-32f, 0x1p-33f));
-  }
-  return -log2_approx(e);
-}
-
 // In clusters of so many blocks.
 template <typename... P>
 cudaError_t launch_overlapped(void (*kernel)(P...), dim3 grid, int threads, int cluster, cudaStream_t stream, const std::decay_t<P>&... args) {

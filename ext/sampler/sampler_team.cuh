@@ -1,40 +1,38 @@
 // The blocks that work on one row: a cluster of C, which see one another's shared memory. C == 1 is one block, on any architecture.
 #pragma once
+#include "common/cluster.cuh"
+#include "common/ptx.cuh"
 #include "sampler/sampler_row.cuh"
 
 namespace gptq {
 
 template <int C>
-struct Team {
+struct RowTeam {
   u64 (*mail)[C];  // shared [2][C]: what the others say, twice so that a slow reader is not overrun
   int rank;
   int turn = 0;
 
-  __device__ __forceinline__ explicit Team(u64 (*mail)[C]) : mail(mail), rank(C == 1 ? 0 : blockIdx.x % C) {
+  __device__ __forceinline__ explicit RowTeam(u64 (*mail)[C]) : mail(mail), rank(C == 1 ? 0 : blockIdx.x % C) {
 #if __CUDA_ARCH__ >= 900
     // Nobody may be written to before it runs; `meet` waits.
-    if constexpr (C > 1) asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+    if constexpr (C > 1) cluster_arrive_relaxed();
 #endif
   }
   __device__ __forceinline__ void meet() const {
 #if __CUDA_ARCH__ >= 900
-    if constexpr (C > 1) asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
+    if constexpr (C > 1) cluster_wait();
 #endif
   }
   __device__ __forceinline__ void sync() const {
 #if __CUDA_ARCH__ >= 900
-    if constexpr (C > 1) asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+    if constexpr (C > 1) cluster_sync();
 #endif
   }
 
   // The same variable of shared memory in another block.
-  static __device__ __forceinline__ uint32_t there(const void* here, int peer) {
-    uint32_t address = 0;
 #if __CUDA_ARCH__ >= 900
-    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(smem_addr(here)), "r"(peer));
+  static __device__ __forceinline__ uint32_t there(const void* here, int peer) { return cluster_address(smem_addr(here), peer); }
 #endif
-    return address;
-  }
   static __device__ __forceinline__ u64 read(const u64* here, int peer) {
     u64 v = 0;
 #if __CUDA_ARCH__ >= 900

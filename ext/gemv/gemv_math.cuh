@@ -1,87 +1,11 @@
-// What the decode kernels are made of: the plan of shared memory, clusters, the product of one chunk, and the end of a row.
+// The GEMV's arithmetic: one chunk of weights times x, and the end of an output row.
 #pragma once
-#include <algorithm>
-
-#include "gemv/gemv.h"
 #include "common/layout.cuh"
 #include "common/ptx.cuh"
+#include "common/vector.cuh"
+#include "gemv/gemv_plan.cuh"
 
 namespace gptq {
-
-constexpr int kMathWarps = 8;
-constexpr int kPair = 2;        // strips a warp works on at a time: they share x, and what a loop costs
-constexpr int kMaxDepth = 8;    // slots of the ring
-constexpr int kMaxBuffers = 2;  // of the exchange area
-constexpr int kTurns = 2;       // sums of other blocks that one block can hold at a time
-constexpr int kMaxCluster = 8;  // no more than kMathWarps, whose sums and those of other blocks are added by the same lines
-constexpr int kMaxParts = 16;   // of x, which arrives kMathWarps chunks at a time
-constexpr int kDecodeThreads = (kMathWarps + 2) * 32;
-constexpr int kInFlight = 2;     // slots of a ring that is filled for the first time
-constexpr int kBlocksPerSM = 2;  // this kernel's, and the next one's
-
-// Before sm_90 there are no bulk copies; the consumer GPUs since have them, but not the shared memory for this kernel's ring beside x.
-inline bool takes_portable_kernel(int capability) { return capability < 90 || capability >= 120; }
-
-// Named barriers: of a slot, that all warps that multiply are through with it. Unlike an mbarrier's, its arrival is that of a whole warp.
-constexpr int kSlotFree = 1, kSlotThreads = (kMathWarps + 1) * 32;
-// Mbarriers, at the start of shared memory.
-constexpr int kFull = 0;                                              // of the ring
-constexpr int kSent = kFull + kMaxDepth, kRead = kSent + kMaxBuffers;  // of the warps' sums
-constexpr int kGot = kRead + kMaxBuffers, kCredit = kGot + kTurns;     // of other blocks' sums; kCredit[owner][turn]
-constexpr int kX = kCredit + kTurns * kMaxCluster, kBarriers = kX + kMaxParts;
-
-// Where things are in shared memory, in bytes from its start. k is added up in `split` segments, each by a block of a cluster of so many, or all by one.
-inline DecodePlan plan_decode(int M, int K, int nt, int split, int cluster, int depth, int buffers, int groups, bool zeros) {
-  const int nch = (K + kChunkK - 1) / kChunkK, chunk = chunk_bytes(groups, zeros);
-  DecodePlan p = {};
-  p.depth = depth, p.flight = std::min(depth, kInFlight), p.buffers = buffers;
-  p.share = ((nch + split - 1) / split + kMathWarps - 1) / kMathWarps * kMathWarps;
-  p.segments = split / cluster;
-  const int most = std::min(nch, p.share * p.segments);  // chunks of a block
-  p.x_stride = most * kChunkK + 8;  // ldmatrix then meets no bank twice
-  p.red_lanes = nt > 1 ? 32 : 8 * (M >= 7 ? 4 : (M + 1) / 2);
-  p.ring = (kBarriers * 8 + 127) / 128 * 128;
-  p.x = p.ring + depth * kPair * kMathWarps * chunk;
-  p.sums = p.x + M * p.x_stride * 2;
-  p.red = p.sums + most * groups * nt * 32;
-  p.got = p.red + buffers * kMathWarps * kPair * nt * p.red_lanes * 16;
-  p.total = p.got + (cluster > 1 ? kTurns * cluster * kPair * nt * p.red_lanes * 16 : 0);
-  return p;
-}
-
-#if __CUDA_ARCH__ >= 900
-__device__ __forceinline__ uint32_t cluster_rank() {
-  uint32_t r;
-  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(r));
-  return r;
-}
-__device__ __forceinline__ uint32_t cluster_id() {
-  uint32_t r;
-  asm("mov.u32 %0, %%clusterid.x;" : "=r"(r));
-  return r;
-}
-__device__ __forceinline__ uint32_t cluster_size() {
-  uint32_t r;
-  asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(r));
-  return r;
-}
-__device__ __forceinline__ uint32_t map_to_rank(uint32_t addr, uint32_t rank) {
-  uint32_t r;
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(r) : "r"(addr), "r"(rank));
-  return r;
-}
-// Arrives at the barrier beside the data: no fence, which would wait for this warp's loads.
-__device__ __forceinline__ void remote_store(uint32_t addr, const float (&v)[4], uint32_t bar) {
-  asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(addr), "f"(v[0]),
-               "f"(v[1]), "f"(v[2]), "f"(v[3]), "r"(bar)
-               : "memory");
-}
-__device__ __forceinline__ void remote_arrive(uint32_t bar) { asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(bar) : "memory"); }
-// After mbar_init_fence(): the barriers of all blocks exist.
-__device__ __forceinline__ void cluster_sync() {
-  asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
-#endif
 
 // Whether chunk_mma computes the sums of x, or computes and leaves them, or finds them.
 enum class Sums { kCompute, kLeave, kFind };
@@ -162,11 +86,11 @@ struct Outputs {
   int r0, token;
   uint32_t bias, residual[2];  // of rows r0, r1; for each token
 
-  static __device__ __forceinline__ int second_row(const DecodeArgs& a, int r0) { return a.paired ? a.N / 2 + r0 : r0 + 8; }
+  static __device__ __forceinline__ int second_row(const GemvArgs& a, int r0) { return a.paired ? a.N / 2 + r0 : r0 + 8; }
   static __device__ __forceinline__ float low(uint32_t two) { return from_16bit<BF>(static_cast<uint16_t>(two)); }
   static __device__ __forceinline__ float high(uint32_t two) { return from_16bit<BF>(static_cast<uint16_t>(two >> 16)); }
 
-  __device__ __forceinline__ void load(const DecodeArgs& a, int strip, int g, int first_token) {
+  __device__ __forceinline__ void load(const GemvArgs& a, int strip, int g, int first_token) {
     r0 = a.paired ? strip * 8 + g : strip * kStripRows + g;
     token = first_token;
     const int r1 = second_row(a, r0);
@@ -182,7 +106,7 @@ struct Outputs {
     }
   }
 
-  __device__ __forceinline__ void store(const DecodeArgs& a, const float (&v)[4]) const {
+  __device__ __forceinline__ void store(const GemvArgs& a, const float (&v)[4]) const {
     using O = Offset<BF, false>;
     const int r1 = second_row(a, r0);
 #pragma unroll
@@ -191,7 +115,7 @@ struct Outputs {
       const float first = v[i] * O::kUnscaleG + low(bias), second = v[2 + i] * O::kUnscaleG8 + high(bias);
       uint16_t* y = a.y + static_cast<size_t>(token + i) * a.ldy;
       if (a.paired == 2) {
-        y[r0] = to_16bit<BF>(__fdividef(first, 1.f + __expf(-first)) * second + low(residual[i]));
+        y[r0] = to_16bit<BF>(silu(first) * second + low(residual[i]));
       } else {
         y[r0] = to_16bit<BF>(first + low(residual[i]));
         y[r1] = to_16bit<BF>(second + high(residual[i]));

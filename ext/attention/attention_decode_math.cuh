@@ -3,57 +3,11 @@
 #pragma once
 #include <cuda_fp8.h>
 
-#include "attention/attention_decode_schedule.cuh"
-#include "common/layout.cuh"
+#include "attention/attention_decode_shape.cuh"
 #include "common/ptx.cuh"
-#include "attention/rotary.cuh"
+#include "common/vector.cuh"
 
 namespace gptq {
-
-// Hopper and the large Blackwell have 228 KiB of shared memory per multiprocessor, others 100 to 164.
-inline bool has_small_shared_memory(int capability) { return capability < 90 || capability >= 120; }
-#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ < 900 || __CUDA_ARCH__ >= 1200)
-constexpr bool kSmall = true;
-#else
-constexpr bool kSmall = false;
-#endif
-
-// Sizes of the kernel for a head dimension and a cache of FP8 or 16-bit elements.
-template <int D, bool FP8, bool SMALL = kSmall>
-struct AttentionShape {
-  static constexpr int kElement = FP8 ? 1 : 2;
-  static constexpr int kRow = D * kElement;       // bytes of a token's key
-  static constexpr int kChunks = kRow / 16;       // 16-byte pieces of it
-  static constexpr int kEntry = kTile * kRow;     // a tile of keys, or of values
-  // Entries of a warp's ring: keys, values, keys, ... No more, so that a block fits beside a product's.
-  static constexpr int kDepth = !SMALL ? (kEntry >= 8192 ? 2 : 4) : kEntry >= 4096 ? 16384 / kEntry : 6;
-  static constexpr int kTiles = D / 16;           // m-tiles of the output: rows are dimensions, columns heads
-  static constexpr int kRing = kAttentionWarps * kDepth * kEntry;
-  static constexpr int kQueryStride = D * 2 + 16;  // bytes; so that no bank is met twice
-};
-
-// Lanes of a fragment whose columns hold a head: they come first in the order of lane_slot.
-__host__ __device__ constexpr int head_lanes(int part_heads) { return 8 * ((part_heads + 1) / 2); }
-// Shared memory for results of the warps, or queries.
-template <int D>
-__host__ __device__ constexpr int exchange_bytes(int part_heads) {
-  const int sums = kAttentionWarps * (D / 16) * head_lanes(part_heads) * 16, queries = kPartHeads * (D * 2 + 16);
-  return sums > queries ? sums : queries;
-}
-template <class Team, int D>
-__host__ __device__ constexpr int scratch_bytes(int part_heads) {
-  if (Team::kWarps == 1) return kAttentionWarps * (kPartHeads * (D * 2 + 16) + kScratchInts * 4);
-  return exchange_bytes<D>(part_heads) + kAttentionWarps * kPartHeads * 8 + kScratchInts * 4;
-}
-template <class Team, int D, bool FP8>
-constexpr int attention_smem(int part_heads, bool small) {
-  const int ring = small ? AttentionShape<D, FP8, true>::kRing : AttentionShape<D, FP8, false>::kRing;
-  return ring + scratch_bytes<Team, D>(part_heads);
-}
-// Floats of a chunk's result in the workspace: the fragments, then for each warp (maximum, sum) of each head.
-__host__ __device__ constexpr int slot_floats(int head_dim, int part_heads) {
-  return head_dim / 16 * head_lanes(part_heads) * 4 + kAttentionWarps * 2 * kPartHeads;
-}
 
 // The 128 bytes from `from` on, into the L1.
 __device__ __forceinline__ void prefetch_line(const void* from) { asm volatile("prefetch.global.L1 [%0];" ::"l"(from)); }
@@ -61,27 +15,11 @@ __device__ __forceinline__ void prefetch_line(const void* from) { asm volatile("
 __device__ __forceinline__ void cp_async16_or_zero(uint32_t dst, const void* src, bool there) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(dst), "l"(src), "r"(there ? 16 : 0) : "memory");
 }
-__device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], uint32_t addr) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];" : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(addr) : "memory");
-}
 __device__ __forceinline__ uint32_t transpose8x8(uint32_t v) {
   uint32_t r;
   asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(r) : "r"(v));
   return r;
 }
-__device__ __forceinline__ float exp2_fast(float v) {
-  float r;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v));
-  return r;
-}
-
-__device__ __forceinline__ void sts128(uint32_t addr, const uint4& v) {
-  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(addr), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
-}
-__device__ __forceinline__ void sts64(uint32_t addr, uint32_t x, uint32_t y) {
-  asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(addr), "r"(x), "r"(y) : "memory");
-}
-
 // What another block reads while both run. A word is either there or kEmpty, a NaN that no arithmetic makes, so nothing need be ordered: a fence
 // would wait for every load in flight on the multiprocessor, the next kernel's among them.
 constexpr uint32_t kEmpty = 0xffffffffu;
@@ -97,26 +35,15 @@ __device__ __forceinline__ bool is_there(const float4& v) {
   return __float_as_uint(v.x) != kEmpty && __float_as_uint(v.y) != kEmpty && __float_as_uint(v.z) != kEmpty && __float_as_uint(v.w) != kEmpty;
 }
 
-// Where 16-byte piece `chunk` of row `row` of a tile lies: eight rows of a column of pieces never meet in a bank.
-template <int CHUNKS>
-__device__ __forceinline__ int swizzled(int chunk, int row) {
-  return CHUNKS >= 8 ? chunk ^ (row & 7) : chunk ^ ((row >> 1) & 3);
+// Where 16-byte piece `piece` of row `row` of a tile lies: eight rows of a column of pieces never meet in a bank.
+template <int PIECES>
+__device__ __forceinline__ int swizzled(int piece, int row) {
+  return PIECES >= 8 ? piece ^ (row & 7) : piece ^ ((row >> 1) & 3);
 }
 
 __device__ __forceinline__ uint32_t halves_of_e4m3(uint32_t two) {
   const __half2_raw raw = __nv_cvt_fp8x2_to_halfraw2(static_cast<__nv_fp8x2_storage_t>(two), __NV_E4M3);
   return raw.x | static_cast<uint32_t>(raw.y) << 16;
-}
-
-template <bool BF>
-__device__ __forceinline__ uint32_t pack2(float x, float y) {
-  if constexpr (BF) {
-    const __nv_bfloat162 both = __floats2bfloat162_rn(x, y);
-    return *reinterpret_cast<const uint32_t*>(&both);
-  } else {
-    const __half2 both = __floats2half2_rn(x, y);
-    return *reinterpret_cast<const uint32_t*>(&both);
-  }
 }
 
 // To fp16, what is beyond its range to the range's end; NaN stays NaN.
@@ -138,7 +65,7 @@ __device__ __forceinline__ void scores(float (&s)[2][4], uint32_t tile, const ui
 #pragma unroll
       for (int m = 0; m < 2; m++) {
         uint32_t r[4];
-        ldmatrix_x4(r, tile + (16 * m + row) * Shape::kRow + swizzled<Shape::kChunks>(j + half, row) * 16);
+        ldmatrix_x4(r, tile + (16 * m + row) * Shape::kRow + swizzled<Shape::kPieces>(j + half, row) * 16);
         const uint32_t a[4] = {halves_of_e4m3(r[0] & 0xffff), halves_of_e4m3(r[1] & 0xffff), halves_of_e4m3(r[0] >> 16), halves_of_e4m3(r[1] >> 16)};
         const uint32_t b[4] = {halves_of_e4m3(r[2] & 0xffff), halves_of_e4m3(r[3] & 0xffff), halves_of_e4m3(r[2] >> 16), halves_of_e4m3(r[3] >> 16)};
         mma_m16n8k16<false>(s[m], a, q[j][0], q[j][1]);
@@ -151,7 +78,7 @@ __device__ __forceinline__ void scores(float (&s)[2][4], uint32_t tile, const ui
 #pragma unroll
       for (int m = 0; m < 2; m++) {
         uint32_t a[4];
-        ldmatrix_x4(a, tile + (16 * m + row) * Shape::kRow + swizzled<Shape::kChunks>(2 * j + half, row) * 16);
+        ldmatrix_x4(a, tile + (16 * m + row) * Shape::kRow + swizzled<Shape::kPieces>(2 * j + half, row) * 16);
         mma_m16n8k16<BF>(s[m], a, q[j][0], q[j][1]);
       }
   }
@@ -172,7 +99,7 @@ __device__ __forceinline__ void weigh_two(float (&o)[2][4], int i, uint32_t tile
     if constexpr (FP8) {
       const int row = 16 * m + (lane & 7) + (lane >> 3 & 1) * 8, half = lane >> 4;
       uint32_t r[4];
-      ldmatrix_x4_trans(r, tile + row * Shape::kRow + swizzled<Shape::kChunks>(i + half, row) * 16);
+      ldmatrix_x4_trans(r, tile + row * Shape::kRow + swizzled<Shape::kPieces>(i + half, row) * 16);
 #pragma unroll
       for (int k = 0; k < 4; k++) r[k] = __byte_perm(r[k], 0, 0x3120);  // bytes: two dimensions of a token, then of the next one
 #pragma unroll
@@ -186,7 +113,7 @@ __device__ __forceinline__ void weigh_two(float (&o)[2][4], int i, uint32_t tile
 #pragma unroll
       for (int k = 0; k < 2; k++) {
         uint32_t a[4];
-        ldmatrix_x4_trans(a, tile + row * Shape::kRow + swizzled<Shape::kChunks>(2 * (i + k) + half, row) * 16);
+        ldmatrix_x4_trans(a, tile + row * Shape::kRow + swizzled<Shape::kPieces>(2 * (i + k) + half, row) * 16);
         mma_m16n8k16<BF>(o[k], a, p[m][0], p[m][1]);
       }
     }
@@ -217,7 +144,7 @@ __device__ __forceinline__ float finite_or_zero(float max) { return max == -INFI
 // One order of operations, whoever adds: (max, sum) of a head and what its values are multiplied with, then values.
 __device__ __forceinline__ void add_sums(float& max, float& sum, float other_max, float other_sum, float& of_this, float& of_other) {
   const float both = fmaxf(max, other_max), base = finite_or_zero(both);
-  of_this = exp2_fast(max - base), of_other = exp2_fast(other_max - base);
+  of_this = exp2_approx(max - base), of_other = exp2_approx(other_max - base);
   max = both;
   sum = __fmaf_rn(other_sum, of_other, __fmul_rn(sum, of_this));
 }

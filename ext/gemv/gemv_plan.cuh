@@ -1,0 +1,51 @@
+// What the decode kernels are made of: the plan of shared memory, clusters, the product of one chunk, and the end of a row.
+#pragma once
+#include <algorithm>
+
+#include "common/layout.cuh"
+#include "gemv/gemv.h"
+
+namespace gptq {
+
+constexpr int kMathWarps = 8;
+constexpr int kPair = 2;        // strips a warp works on at a time: they share x, and what a loop costs
+constexpr int kMaxDepth = 8;    // slots of the ring
+constexpr int kMaxBuffers = 2;  // of the exchange area
+constexpr int kTurns = 2;       // sums of other blocks that one block can hold at a time
+constexpr int kMaxCluster = 8;  // no more than kMathWarps, whose sums and those of other blocks are added by the same lines
+constexpr int kMaxParts = 16;   // of x, which arrives kMathWarps chunks at a time
+constexpr int kGemvThreads = (kMathWarps + 2) * 32;
+constexpr int kInFlight = 2;     // slots of a ring that is filled for the first time
+constexpr int kBlocksAtOnce = 2;  // this kernel's, and the next one's
+
+// Before sm_90 there are no bulk copies; the consumer GPUs since have them, but not the shared memory for this kernel's ring beside x.
+inline bool takes_portable_kernel(int capability) { return capability < 90 || capability >= 120; }
+
+// Named barriers: of a slot, that all warps that multiply are through with it. Unlike an mbarrier's, its arrival is that of a whole warp.
+constexpr int kSlotFree = 1, kSlotThreads = (kMathWarps + 1) * 32;
+// Mbarriers, at the start of shared memory.
+constexpr int kFull = 0;                                              // of the ring
+constexpr int kSent = kFull + kMaxDepth, kRead = kSent + kMaxBuffers;  // of the warps' sums
+constexpr int kGot = kRead + kMaxBuffers, kCredit = kGot + kTurns;     // of other blocks' sums; kCredit[owner][turn]
+constexpr int kX = kCredit + kTurns * kMaxCluster, kBarriers = kX + kMaxParts;
+
+// Where things are in shared memory, in bytes from its start. k is added up in `split` segments, each by a block of a cluster of so many, or all by one.
+inline GemvPlan plan_gemv(int M, int K, int nt, int split, int cluster, int depth, int buffers, int groups, bool zeros) {
+  const int nch = (K + kChunkK - 1) / kChunkK, chunk = chunk_bytes(groups, zeros);
+  GemvPlan p = {};
+  p.depth = depth, p.flight = std::min(depth, kInFlight), p.buffers = buffers;
+  p.share = ((nch + split - 1) / split + kMathWarps - 1) / kMathWarps * kMathWarps;
+  p.segments = split / cluster;
+  const int most = std::min(nch, p.share * p.segments);  // chunks of a block
+  p.x_stride = most * kChunkK + 8;  // ldmatrix then meets no bank twice
+  p.red_lanes = nt > 1 ? 32 : 8 * (M >= 7 ? 4 : (M + 1) / 2);
+  p.ring = (kBarriers * 8 + 127) / 128 * 128;
+  p.x = p.ring + depth * kPair * kMathWarps * chunk;
+  p.sums = p.x + M * p.x_stride * 2;
+  p.red = p.sums + most * groups * nt * 32;
+  p.got = p.red + buffers * kMathWarps * kPair * nt * p.red_lanes * 16;
+  p.total = p.got + (cluster > 1 ? kTurns * cluster * kPair * nt * p.red_lanes * 16 : 0);
+  return p;
+}
+
+}  // namespace gptq
