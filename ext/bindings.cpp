@@ -7,16 +7,17 @@
 #include <string>
 
 #include "attention/attention_decode.h"
-#include "gemv/gemv.h"
 #include "gemm/dequant.h"
-#include "ops/ops.h"
 #include "gemm/pack.h"
+#include "gemv/gemv.h"
+#include "ops/ops.h"
 #include "sampler/sampler.h"
 #ifdef GPTQ_API_HOPPER
 #include "gemm/wgmma.h"
 #endif
 
 namespace py = pybind11;
+using py::literals::operator""_a;  // "x"_a is py::arg("x"): a name that Python may call with, in the order of the function's parameters
 
 namespace {
 
@@ -36,8 +37,8 @@ std::string shape(const char* name, int M, int N, int K) {
   return std::string(name) + " M=" + std::to_string(M) + " N=" + std::to_string(N) + " K=" + std::to_string(K);
 }
 
-void decode(std::uintptr_t w, std::uintptr_t x, std::uintptr_t y, std::uintptr_t bias, std::uintptr_t residual, int M, int N, int K,
-            int ldx, int ldy, int ldr, int paired, int groups, bool zeros, bool bf16, bool in_a_row, std::uintptr_t stream) {
+void gemv(std::uintptr_t w, std::uintptr_t x, std::uintptr_t y, std::uintptr_t bias, std::uintptr_t residual, int M, int N, int K,
+          int ldx, int ldy, int ldr, int paired, int groups, bool zeros, bool bf16, bool in_a_row, std::uintptr_t stream) {
   gptq::GemvArgs args{};
   args.w = pointer<const std::uint8_t>(w);
   args.x = pointer<const std::uint16_t>(x);
@@ -48,8 +49,8 @@ void decode(std::uintptr_t w, std::uintptr_t x, std::uintptr_t y, std::uintptr_t
   raise_on(gptq::launch_gemv(args, groups, zeros, bf16, in_a_row, as_stream(stream)), shape("decode", M, N, K));
 }
 
-void dequant(std::uintptr_t w, std::uintptr_t out, int N, int K, int ldo, int strip_first, int strip_count, int paired, int groups, bool zeros, bool bf16,
-             std::uintptr_t stream) {
+void dequant(std::uintptr_t w, std::uintptr_t out, int N, int K, int ldo, int strip_first, int strip_count, int paired, int groups,
+             bool zeros, bool bf16, std::uintptr_t stream) {
   const gptq::DequantArgs args{pointer<const std::uint8_t>(w), pointer<std::uint16_t>(out), N, K, ldo, strip_first, strip_count, paired};
   raise_on(gptq::launch_dequant(args, groups, zeros, bf16, as_stream(stream)), shape("dequant", 0, N, K));
 }
@@ -59,8 +60,8 @@ void gather(std::uintptr_t x, std::uintptr_t perm, std::uintptr_t out, int M, in
   raise_on(gptq::launch_gather(args, as_stream(stream)), shape("gather", M, 0, K));
 }
 
-void pack(std::uintptr_t qweight, std::uintptr_t scales, std::uintptr_t zeros, std::uintptr_t perm, std::uintptr_t columns, std::uintptr_t out, int N,
-          int K, int groups, int group_size, int group_count, std::uintptr_t stream) {
+void pack(std::uintptr_t qweight, std::uintptr_t scales, std::uintptr_t zeros, std::uintptr_t perm, std::uintptr_t columns,
+          std::uintptr_t out, int N, int K, int groups, int group_size, int group_count, std::uintptr_t stream) {
   gptq::PackArgs args{};
   args.qweight = pointer<const std::uint32_t>(qweight), args.scales = pointer<const std::uint16_t>(scales);
   args.zeros = pointer<const std::uint8_t>(zeros), args.perm = pointer<const int>(perm), args.columns = pointer<const int>(columns);
@@ -69,26 +70,29 @@ void pack(std::uintptr_t qweight, std::uintptr_t scales, std::uintptr_t zeros, s
   raise_on(gptq::launch_pack(args, groups, as_stream(stream)), shape("pack", 0, N, K));
 }
 
-void embed(std::uintptr_t history, std::uintptr_t row_slot, std::uintptr_t positions, std::uintptr_t table, std::uintptr_t out, int T, int V, int H, int ldh,
-           std::uintptr_t stream) {
-  const gptq::EmbedArgs args{pointer<const int>(history), pointer<const int>(row_slot), pointer<const int>(positions), pointer<const std::uint16_t>(table),
-                             pointer<std::uint16_t>(out), T, V, H, ldh};
+void embed(std::uintptr_t history, std::uintptr_t row_slot, std::uintptr_t positions, std::uintptr_t table, std::uintptr_t out, int T,
+           int V, int H, int ldh, std::uintptr_t stream) {
+  const gptq::EmbedArgs args{
+      pointer<const int>(history), pointer<const int>(row_slot), pointer<const int>(positions), pointer<const std::uint16_t>(table),
+      pointer<std::uint16_t>(out), T, V, H, ldh};
   raise_on(gptq::launch_embed(args, as_stream(stream)), "embed T=" + std::to_string(T) + " H=" + std::to_string(H));
 }
 
-void rms_norm(std::uintptr_t x, std::uintptr_t weight, std::uintptr_t perm, std::uintptr_t out, int T, int H, int ldx, int ldo, float eps, bool bf16,
-              std::uintptr_t stream) {
-  const gptq::RmsNormArgs args{pointer<const std::uint16_t>(x), pointer<const std::uint16_t>(weight), pointer<const int>(perm), pointer<std::uint16_t>(out),
-                               T, H, ldx, ldo, eps};
+void rms_norm(std::uintptr_t x, std::uintptr_t weight, std::uintptr_t perm, std::uintptr_t out, int T, int H, int ldx, int ldo, float eps,
+              bool bf16, std::uintptr_t stream) {
+  const gptq::RmsNormArgs args{
+      pointer<const std::uint16_t>(x), pointer<const std::uint16_t>(weight), pointer<const int>(perm), pointer<std::uint16_t>(out), T, H,
+      ldx, ldo, eps};
   raise_on(gptq::launch_rms_norm(args, bf16, as_stream(stream)), "rms_norm T=" + std::to_string(T) + " H=" + std::to_string(H));
 }
 
-void rope_and_write(std::uintptr_t qkv, std::uintptr_t positions, std::uintptr_t slot_mapping, std::uintptr_t cos_sin, std::uintptr_t cache, std::uintptr_t q_norm,
-                    std::uintptr_t k_norm, int T, int num_heads, int num_kv_heads, int head_dim, int block_size, int ldq, float eps, bool bf16, bool fp8_cache,
-                    std::uintptr_t stream) {
-  const gptq::RopeArgs args{pointer<std::uint16_t>(qkv), pointer<const int>(positions), pointer<const int>(slot_mapping), pointer<const float>(cos_sin),
-                            pointer<void>(cache), pointer<const std::uint16_t>(q_norm), pointer<const std::uint16_t>(k_norm), T, num_heads, num_kv_heads,
-                            head_dim, block_size, ldq, eps};
+void rope_and_write(std::uintptr_t qkv, std::uintptr_t positions, std::uintptr_t slot_mapping, std::uintptr_t cos_sin, std::uintptr_t cache,
+                    std::uintptr_t q_norm, std::uintptr_t k_norm, int T, int num_heads, int num_kv_heads, int head_dim, int block_size,
+                    int ldq, float eps, bool bf16, bool fp8_cache, std::uintptr_t stream) {
+  const gptq::RopeArgs args{
+      pointer<std::uint16_t>(qkv), pointer<const int>(positions), pointer<const int>(slot_mapping), pointer<const float>(cos_sin),
+      pointer<void>(cache), pointer<const std::uint16_t>(q_norm), pointer<const std::uint16_t>(k_norm), T, num_heads, num_kv_heads,
+      head_dim, block_size, ldq, eps};
   raise_on(gptq::launch_rope_and_write(args, bf16, fp8_cache, as_stream(stream)), "rope_and_write T=" + std::to_string(T));
 }
 
@@ -96,38 +100,43 @@ gptq::SamplerRows sampler_rows(std::uintptr_t logits, int S, int V, long long ld
   return {pointer<const float>(logits), S, V, ldl, pointer<const int>(fields), ldf};
 }
 
-void sample(std::uintptr_t logits, int S, int V, long long ldl, std::uintptr_t fields, long long ldf, std::uintptr_t history, long long ldh, int capacity,
-            std::uintptr_t tokens, std::uintptr_t stream) {
+void sample(std::uintptr_t logits, int S, int V, long long ldl, std::uintptr_t fields, long long ldf, std::uintptr_t history, long long ldh,
+            int capacity, std::uintptr_t tokens, std::uintptr_t stream) {
   const gptq::SamplerHistory past{pointer<int>(history), ldh, capacity};
-  raise_on(gptq::launch_sample(sampler_rows(logits, S, V, ldl, fields, ldf), past, pointer<int>(tokens), as_stream(stream)), shape("sample", S, V, 0));
+  raise_on(gptq::launch_sample(sampler_rows(logits, S, V, ldl, fields, ldf), past, pointer<int>(tokens), as_stream(stream)),
+           shape("sample", S, V, 0));
 }
 
-void sample_adjust(std::uintptr_t logits, int S, int V, long long ldl, std::uintptr_t fields, long long ldf, std::uintptr_t history, long long ldh,
-                   int capacity, std::uintptr_t entries, std::uintptr_t out, long long ldo, std::uintptr_t stream) {
+void sample_adjust(std::uintptr_t logits, int S, int V, long long ldl, std::uintptr_t fields, long long ldf, std::uintptr_t history,
+                   long long ldh, int capacity, std::uintptr_t entries, std::uintptr_t out, long long ldo, std::uintptr_t stream) {
   const gptq::SamplerHistory past{pointer<int>(history), ldh, capacity};
-  raise_on(gptq::launch_sample_adjust(sampler_rows(logits, S, V, ldl, fields, ldf), past, pointer<const int>(entries), pointer<float>(out), ldo,
-                                      as_stream(stream)),
+  raise_on(gptq::launch_sample_adjust(sampler_rows(logits, S, V, ldl, fields, ldf), past, pointer<const int>(entries), pointer<float>(out),
+                                      ldo, as_stream(stream)),
            shape("sample_adjust", S, V, 0));
 }
 
-void sample_logprobs(std::uintptr_t logits, int S, int V, long long ldl, std::uintptr_t fields, long long ldf, std::uintptr_t tokens, std::uintptr_t out,
-                     std::uintptr_t stream) {
-  raise_on(gptq::launch_sample_logprobs(sampler_rows(logits, S, V, ldl, fields, ldf), pointer<const int>(tokens), pointer<int>(out), as_stream(stream)),
+void sample_logprobs(std::uintptr_t logits, int S, int V, long long ldl, std::uintptr_t fields, long long ldf, std::uintptr_t tokens,
+                     std::uintptr_t out, std::uintptr_t stream) {
+  raise_on(gptq::launch_sample_logprobs(sampler_rows(logits, S, V, ldl, fields, ldf), pointer<const int>(tokens), pointer<int>(out),
+                                        as_stream(stream)),
            shape("sample_logprobs", S, V, 0));
 }
 
-void attention_decode(std::uintptr_t qkv, std::uintptr_t cache, std::uintptr_t block_tables, std::uintptr_t context_lens, std::uintptr_t query_start,
-                      std::uintptr_t out, std::uintptr_t out_index, std::uintptr_t positions, std::uintptr_t slot_mapping, std::uintptr_t cos_sin,
-                      std::uintptr_t q_norm, std::uintptr_t k_norm, std::uintptr_t workspace, float eps, float scale, int ldqkv, int ldo, int table_stride,
-                      int sequences, int heads, int kv_heads, int block_size, int head_dim, int window, bool prefetch, bool bf16, bool fp8,
-                      int blocks_per_sm, int teams, std::uintptr_t stream) {
+void attention_decode(std::uintptr_t qkv, std::uintptr_t cache, std::uintptr_t block_tables, std::uintptr_t context_lens,
+                      std::uintptr_t query_start, std::uintptr_t out, std::uintptr_t out_index, std::uintptr_t positions,
+                      std::uintptr_t slot_mapping, std::uintptr_t cos_sin, std::uintptr_t q_norm, std::uintptr_t k_norm,
+                      std::uintptr_t workspace, float eps, float scale, int ldqkv, int ldo, int table_stride, int sequences, int heads,
+                      int kv_heads, int block_size, int head_dim, int window, bool prefetch, bool bf16, bool fp8, int blocks_per_sm,
+                      int teams, std::uintptr_t stream) {
   gptq::AttentionDecodeArgs args{};
   args.qkv = pointer<const std::uint16_t>(qkv), args.cache = pointer<std::uint8_t>(cache);
   args.block_tables = pointer<const int>(block_tables), args.context_lens = pointer<const int>(context_lens);
   args.query_start = pointer<const int>(query_start);
   args.out = pointer<std::uint16_t>(out), args.out_index = pointer<const int>(out_index);
-  args.positions = pointer<const int>(positions), args.slot_mapping = pointer<const int>(slot_mapping), args.cos_sin = pointer<const float>(cos_sin);
-  args.q_norm = pointer<const std::uint16_t>(q_norm), args.k_norm = pointer<const std::uint16_t>(k_norm), args.workspace = pointer<void>(workspace);
+  args.positions = pointer<const int>(positions), args.slot_mapping = pointer<const int>(slot_mapping),
+  args.cos_sin = pointer<const float>(cos_sin);
+  args.q_norm = pointer<const std::uint16_t>(q_norm), args.k_norm = pointer<const std::uint16_t>(k_norm),
+  args.workspace = pointer<void>(workspace);
   args.eps = eps, args.scale = scale, args.ldqkv = ldqkv, args.ldo = ldo, args.table_stride = table_stride, args.sequences = sequences;
   args.heads = heads, args.kv_heads = kv_heads, args.block_size = block_size, args.window = window, args.prefetch = prefetch;
   raise_on(gptq::launch_attention_decode(args, head_dim, bf16, fp8, blocks_per_sm, static_cast<gptq::Teams>(teams), as_stream(stream)),
@@ -136,14 +145,15 @@ void attention_decode(std::uintptr_t qkv, std::uintptr_t cache, std::uintptr_t b
 }
 
 #ifdef GPTQ_API_HOPPER
-void wgmma(std::uintptr_t w, std::uintptr_t x, std::uintptr_t y, std::uintptr_t bias, std::uintptr_t residual, std::uintptr_t workspace, int M, int N, int K,
-           int ldx, int ldy, int ldr, int paired, int groups, bool zeros, bool bf16, int tile, int sharing, int split,
+void wgmma(std::uintptr_t w, std::uintptr_t x, std::uintptr_t y, std::uintptr_t bias, std::uintptr_t residual, std::uintptr_t workspace,
+           int M, int N, int K, int ldx, int ldy, int ldr, int paired, int groups, bool zeros, bool bf16, int tile, int sharing, int split,
            std::uintptr_t stream) {
   gptq::WgmmaGemm call{};
   call.weight = pointer<void>(w), call.x = pointer<void>(x), call.y = pointer<void>(y), call.bias = pointer<void>(bias);
   call.residual = pointer<void>(residual), call.workspace = pointer<void>(workspace);
   call.m = M, call.n = N, call.k = K, call.ldx = ldx, call.ldy = ldy, call.ldr = ldr;
-  call.paired = paired, call.groups = groups, call.zeros = zeros, call.bf16 = bf16, call.tile = tile, call.sharing = sharing, call.split = split;
+  call.paired = paired, call.groups = groups, call.zeros = zeros, call.bf16 = bf16, call.tile = tile, call.sharing = sharing,
+  call.split = split;
   raise_on(gptq::launch_wgmma(call, as_stream(stream)), shape("wgmma", M, N, K));
 }
 #endif
@@ -161,20 +171,33 @@ PYBIND11_MODULE(_cuda, m, py::mod_gil_not_used()) {
   m.doc() = "CUDA kernels for 4-bit GPTQ weights; use gptq_api.kernels.gptq";
   const auto free_gil = py::call_guard<py::gil_scoped_release>();
   m.def("device_count", &device_count, free_gil);
-  m.def("decode", &decode, free_gil);
-  m.def("dequant", &dequant, free_gil);
-  m.def("gather", &gather, free_gil);
-  m.def("pack", &pack, free_gil);
-  m.def("embed", &embed, free_gil);
-  m.def("rms_norm", &rms_norm, free_gil);
-  m.def("rope_and_write", &rope_and_write, free_gil);
-  m.def("sample", &sample, free_gil);
-  m.def("sample_adjust", &sample_adjust, free_gil);
-  m.def("sample_logprobs", &sample_logprobs, free_gil);
-  m.def("attention_decode", &attention_decode, free_gil);
-  m.def("attention_decode_workspace_bytes", &gptq::attention_decode_workspace_bytes);
+  m.def("decode", &gemv, free_gil, "w"_a, "x"_a, "y"_a, "bias"_a, "residual"_a, "M"_a, "N"_a, "K"_a, "ldx"_a, "ldy"_a, "ldr"_a, "paired"_a,
+        "groups"_a, "zeros"_a, "bf16"_a, "in_a_row"_a, "stream"_a);
+  m.def("dequant", &dequant, free_gil, "w"_a, "out"_a, "N"_a, "K"_a, "ldo"_a, "strip_first"_a, "strip_count"_a, "paired"_a, "groups"_a,
+        "zeros"_a, "bf16"_a, "stream"_a);
+  m.def("gather", &gather, free_gil, "x"_a, "perm"_a, "out"_a, "M"_a, "K"_a, "ldx"_a, "ldo"_a, "stream"_a);
+  m.def("pack", &pack, free_gil, "qweight"_a, "scales"_a, "zeros"_a, "perm"_a, "columns"_a, "out"_a, "N"_a, "K"_a, "groups"_a,
+        "group_size"_a, "group_count"_a, "stream"_a);
+  m.def("embed", &embed, free_gil, "history"_a, "row_slot"_a, "positions"_a, "table"_a, "out"_a, "T"_a, "V"_a, "H"_a, "ldh"_a, "stream"_a);
+  m.def("rms_norm", &rms_norm, free_gil, "x"_a, "weight"_a, "perm"_a, "out"_a, "T"_a, "H"_a, "ldx"_a, "ldo"_a, "eps"_a, "bf16"_a,
+        "stream"_a);
+  m.def("rope_and_write", &rope_and_write, free_gil, "qkv"_a, "positions"_a, "slot_mapping"_a, "cos_sin"_a, "cache"_a, "q_norm"_a,
+        "k_norm"_a, "T"_a, "num_heads"_a, "num_kv_heads"_a, "head_dim"_a, "block_size"_a, "ldq"_a, "eps"_a, "bf16"_a, "fp8_cache"_a,
+        "stream"_a);
+  m.def("sample", &sample, free_gil, "logits"_a, "S"_a, "V"_a, "ldl"_a, "fields"_a, "ldf"_a, "history"_a, "ldh"_a, "capacity"_a, "tokens"_a,
+        "stream"_a);
+  m.def("sample_adjust", &sample_adjust, free_gil, "logits"_a, "S"_a, "V"_a, "ldl"_a, "fields"_a, "ldf"_a, "history"_a, "ldh"_a,
+        "capacity"_a, "entries"_a, "out"_a, "ldo"_a, "stream"_a);
+  m.def("sample_logprobs", &sample_logprobs, free_gil, "logits"_a, "S"_a, "V"_a, "ldl"_a, "fields"_a, "ldf"_a, "tokens"_a, "out"_a,
+        "stream"_a);
+  m.def("attention_decode", &attention_decode, free_gil, "qkv"_a, "cache"_a, "block_tables"_a, "context_lens"_a, "query_start"_a, "out"_a,
+        "out_index"_a, "positions"_a, "slot_mapping"_a, "cos_sin"_a, "q_norm"_a, "k_norm"_a, "workspace"_a, "eps"_a, "scale"_a, "ldqkv"_a,
+        "ldo"_a, "table_stride"_a, "sequences"_a, "heads"_a, "kv_heads"_a, "block_size"_a, "head_dim"_a, "window"_a, "prefetch"_a, "bf16"_a,
+        "fp8"_a, "blocks_per_sm"_a, "teams"_a, "stream"_a);
+  m.def("attention_decode_workspace_bytes", &gptq::attention_decode_workspace_bytes, "heads"_a, "kv_heads"_a, "head_dim"_a);
 #ifdef GPTQ_API_HOPPER
-  m.def("wgmma", &wgmma, free_gil);
+  m.def("wgmma", &wgmma, free_gil, "w"_a, "x"_a, "y"_a, "bias"_a, "residual"_a, "workspace"_a, "M"_a, "N"_a, "K"_a, "ldx"_a, "ldy"_a,
+        "ldr"_a, "paired"_a, "groups"_a, "zeros"_a, "bf16"_a, "tile"_a, "sharing"_a, "split"_a, "stream"_a);
   m.def("wgmma_workspace_bytes", &gptq::wgmma_workspace_bytes);
 #endif
 }
