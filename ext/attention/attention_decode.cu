@@ -11,7 +11,7 @@ namespace gptq {
 namespace {
 
 constexpr int kMaxBlocksPerSM = 2;
-constexpr int kAloneMinItems = 8, kAloneMinItemsE4m3 = 4;  // for each multiprocessor, from which warps attend alone
+constexpr int kAloneMinItems = 8, kAloneMinItemsE4m3 = 4;  // (sequence, key head) items per SM from which warps attend alone
 
 constexpr int kAloneMaxContext = kStepTokens * kMaxChunks;  // tokens, up to which a step is a chunk
 
@@ -33,7 +33,8 @@ size_t attention_decode_workspace_bytes(int heads, int kv_heads, int head_dim) {
   return size_t{4} * device.sms * kMaxBlocksPerSM * kAttentionWarps * kMaxChunks * slot_floats(head_dim, part_heads_of(heads / kv_heads));
 }
 
-cudaError_t launch_attention_decode(AttentionDecodeArgs args, int head_dim, bool bf16, bool fp8, int blocks_per_sm, Teams teams, cudaStream_t stream) {
+cudaError_t launch_attention_decode(AttentionDecodeArgs args, int head_dim, bool bf16, bool fp8, int blocks_per_sm, Teams teams,
+                                    cudaStream_t stream) {
   const int size = args.block_size;
   if (args.sequences < 1 || args.heads % args.kv_heads || size < 8 || (size & (size - 1))) return cudaErrorInvalidValue;
   Device device;
@@ -46,7 +47,8 @@ cudaError_t launch_attention_decode(AttentionDecodeArgs args, int head_dim, bool
   const int64_t steps = items * ((context + kStepTokens - 1) / kStepTokens);
   const bool can_be_alone = !small && context <= kAloneMaxContext && !args.out_index;
   if (teams == Teams::kWarps && !can_be_alone) return cudaErrorInvalidValue;
-  const bool alone = teams == Teams::kWarps || (teams == Teams::kBest && can_be_alone && items >= int64_t{fp8 ? kAloneMinItemsE4m3 : kAloneMinItems} * device.sms);
+  const bool alone = teams == Teams::kWarps ||
+                     (teams == Teams::kBest && can_be_alone && items >= int64_t{fp8 ? kAloneMinItemsE4m3 : kAloneMinItems} * device.sms);
   const void* kernel = (bf16 ? attention_decode_bf16 : attention_decode_fp16)(head_dim, fp8, alone);
   if (!kernel) return cudaErrorInvalidValue;
   static std::atomic<uint64_t> done[2][2][2][2];
@@ -55,7 +57,7 @@ cudaError_t launch_attention_decode(AttentionDecodeArgs args, int head_dim, bool
   const int smem = (alone ? smem_of<OneWarp> : smem_of<WholeBlock>)(head_dim, fp8, args.part_heads, small);
   if (smem > device.smem) return cudaErrorInvalidConfiguration;
   const int resident = 2 * (smem + 1024) <= device.smem + 1024 ? kMaxBlocksPerSM : 1;
-  // Where there is little to do, the products before and after are better company for a block than a second block.
+  // Where items are few, an SM does more with one block and one of the GEMV before or after than with two blocks of this kernel.
   const int per_sm = blocks_per_sm ? std::min(blocks_per_sm, kMaxBlocksPerSM) : 2 * items <= device.sms ? 1 : resident;
   const int64_t blocks = std::min<int64_t>(alone ? (steps + kAttentionWarps - 1) / kAttentionWarps : steps, device.sms * per_sm);
   return launch_kernel(kernel, {dim3(static_cast<unsigned>(blocks)), kAttentionThreads, smem, stream}, device, args);

@@ -1,5 +1,5 @@
-// Attention of one new token per sequence over its paged context, with what surrounds it in a pure decode step: qk-norm, rotary embedding and
-// the write of the new key and value. See attention/attention_decode_kernel.cuh.
+// Attention of one new token per sequence over its paged context, with what surrounds it in a pure decode step: qk-norm, rotary embedding
+// and the write of the new key and value. See attention_decode_kernel.cuh.
 #pragma once
 #include <cuda_runtime.h>
 
@@ -27,7 +27,9 @@ struct AttentionDecodeArgs {
   int ldqkv, ldo, table_stride;
   int sequences, heads, kv_heads, block_size;  // block_size: a power of two from 8
   int window;                                  // tokens a row sees, itself included; 0: all
-  bool prefetch;  // block tables, lengths and the cache's older tokens were complete before the chain of dependent launches this is in began
+  // Block tables, lengths and the cache's older tokens were complete before the chain of dependent launches that this launch is part of
+  // began.
+  bool prefetch;
   // By launch_attention_decode():
   int block_shift;        // log2 of block_size
   int parts, part_heads;  // the query heads of a key head in parts of at most 8
@@ -37,9 +39,10 @@ struct AttentionDecodeArgs {
 enum class Teams { kBest, kBlocks, kWarps };
 
 // blocks_per_sm 0: chosen here. The bits of a result depend neither on it nor on `teams`.
-cudaError_t launch_attention_decode(AttentionDecodeArgs args, int head_dim, bool bf16, bool fp8, int blocks_per_sm, Teams teams, cudaStream_t stream);
+cudaError_t launch_attention_decode(AttentionDecodeArgs args, int head_dim, bool bf16, bool fp8, int blocks_per_sm, Teams teams,
+                                    cudaStream_t stream);
 
-// For launches on the current device, of two blocks a multiprocessor; 0 where there is none.
+// For launches on the current device, of two blocks per SM; 0 where there is none.
 size_t attention_decode_workspace_bytes(int heads, int kv_heads, int head_dim);
 
 }  // namespace gptq

@@ -1,13 +1,14 @@
-// The kernel. Four warps take the 128 tokens of a step (attention/attention_decode_schedule.cuh), 32 each, keys and values through a ring of the warp's own, so
-// that nothing but the ends of a chunk and of an item needs a barrier, and copies run on across items. Scores are keys times queries, with
-// tokens as the 16 rows of an mma and the query heads that share a key head as its 8 columns; the output is values transposed times weights,
-// with dimensions as rows.
+// The kernel. Four warps take the 128 tokens of a step (attention_decode_schedule.cuh), 32 each, keys and values through a ring of the
+// warp's own, so that nothing but the ends of a chunk and of an item needs a barrier, and copies run on across items. Scores are keys times
+// queries, with tokens as the 16 rows of an mma and the query heads that share a key head as its 8 columns; the output is values transposed
+// times weights, with dimensions as rows.
 //
-// At the end of a chunk the warps' results are added in their order, each warp adding a quarter of the dimensions. Chunks are added in their
-// order too, by the block that has the item's first one; other blocks leave theirs in the workspace. No sum depends on timing, batch or grid.
+// At the end of a chunk the warps' results are added in their order, each warp adding a quarter of the dimensions. Chunks are added in
+// their order too, by the block that has the item's first one; other blocks leave theirs in the workspace. No sum depends on timing, batch
+// or grid.
 //
-// Where there are many items, a warp takes whole steps alone, tile by tile, and does what the four would have done in the same order, to the same bits:
-// no barriers, and what an item costs beside its tokens is paid by a quarter of the warps.
+// Where there are many items, a warp takes whole steps alone, tile by tile, and does what the four would have done in the same order, to
+// the same bits: no barriers, and what an item costs beside its tokens is paid by a quarter of the warps.
 //
 // Tokens outside the context (or the window, or in no block) are never read; their keys and values are zeros and their weights exactly 0.
 #pragma once
@@ -20,10 +21,10 @@ namespace gptq {
 template <class Team, int D, bool BF, bool FP8>
 class AttentionBlock {
   using Shape = AttentionShape<D, FP8>;
-  static constexpr bool kBF = BF && !FP8;  // type of the products: e4m3 becomes fp16
+  static constexpr bool kBF = BF && !FP8;  // type of the mma: e4m3 becomes fp16
   static constexpr int kLanes = D / 16;    // that hold a head, 8 elements of either half each
   static constexpr bool kAlone = Team::kWarps == 1;
-  static constexpr bool kOdd = Shape::kDepth % 2 != 0;  // the ring: behind keys come values
+  static constexpr bool kOdd = Shape::kDepth % 2 != 0;  // then the entry that keys leave is filled with values
   static constexpr int kOwn = Shape::kTiles / Team::kWarps;  // m-tiles of the output that a warp adds up
   static constexpr int kPasses = (kPartHeads * kLanes + Team::kWarps * 32 - 1) / (Team::kWarps * 32);  // over the query heads
 
@@ -47,8 +48,9 @@ class AttentionBlock {
         ring(smem_addr(smem) + (kAlone ? WholeBlock::warp() : warp) * Shape::kDepth * Shape::kEntry),
         sums(smem_addr(smem) + scratch_at(args)),
         maxima(sums + exchange_bytes<D>(args.part_heads)),
-        scratch(reinterpret_cast<int*>(smem + scratch_at(args) +
-                                       (kAlone ? kPartHeads * Shape::kQueryStride : exchange_bytes<D>(args.part_heads) + kAttentionWarps * kPartHeads * 8))) {}
+        scratch(reinterpret_cast<int*>(
+            smem + scratch_at(args) +
+            (kAlone ? kPartHeads * Shape::kQueryStride : exchange_bytes<D>(args.part_heads) + kAttentionWarps * kPartHeads * 8))) {}
 
   // The kernel before this one is waited for before qkv is read, or first of all.
   __device__ __forceinline__ void run() {
@@ -62,7 +64,7 @@ class AttentionBlock {
     Cursor c = stretch.begin;
     Rows rows;
     NewRow<D, BF, FP8> fresh;
-    Partial<Shape::kTiles> chunk;  // of a warp of several
+    Partial<Shape::kTiles> chunk;  // this warp's part of the chunk so far, where four warps share it
     Partial<kOwn> total;
     int first_chunk = 0;
     uint32_t entry = 0;
@@ -112,7 +114,8 @@ class AttentionBlock {
         if (sees) {
           if (writes) fresh.put(a, c, values, true);
 #pragma unroll
-          for (int i = 0; i < Shape::kTiles; i += 2) weigh_two<D, FP8, kBF>(*reinterpret_cast<float(*)[2][4]>(&chunk.o[i]), i, values, weights, lane);
+          for (int i = 0; i < Shape::kTiles; i += 2)
+            weigh_two<D, FP8, kBF>(*reinterpret_cast<float (*)[2][4]>(&chunk.o[i]), i, values, weights, lane);
         }
         __syncwarp();
         loader.next(!kOdd);
@@ -140,14 +143,16 @@ class AttentionBlock {
   }
 
  private:
-  // Of the first team's results or queries, from the start of shared memory.
+  // Where results or queries begin in shared memory: behind the rings, the block's or this warp's own.
   __device__ __forceinline__ static int scratch_at(const AttentionDecodeArgs& args) {
     return Shape::kRing + (kAlone ? WholeBlock::warp() * (scratch_bytes<Team, D>(args.part_heads) / kAttentionWarps) : 0);
   }
   __device__ __forceinline__ int slot_lane() const { return (lane & 3) * 8 + (lane >> 2); }
   __device__ __forceinline__ bool has_head() const { return 2 * (lane & 3) < a.part_heads; }
   __device__ __forceinline__ int first_head(const Cursor& c) const { return c.kv_head * (a.heads / a.kv_heads) + c.part * a.part_heads; }
-  __device__ __forceinline__ int head_count(const Cursor& c) const { return min(a.part_heads, a.heads / a.kv_heads - c.part * a.part_heads); }
+  __device__ __forceinline__ int head_count(const Cursor& c) const {
+    return min(a.part_heads, a.heads / a.kv_heads - c.part * a.part_heads);
+  }
   // Of a head, D / 16 threads each have eight elements from here on and the eight they are rotated with.
   __device__ __forceinline__ int dimension() const { return Team::thread() % kLanes * 8; }
 
@@ -163,10 +168,13 @@ class AttentionBlock {
     return head(pass) < head_count(c) ? row + (first_head(c) + head(pass)) * D : nullptr;
   }
   __device__ __forceinline__ static int head(int pass) { return Team::thread() / kLanes + pass * (Team::kWarps * 32 / kLanes); }
-  __device__ __forceinline__ bool has_fresh(const Cursor& c) const { return kAlone ? a.cos_sin != nullptr : NewRow<D, BF, FP8>::is_in(a, c, warp); }
+  __device__ __forceinline__ bool has_fresh(const Cursor& c) const {
+    return kAlone ? a.cos_sin != nullptr : NewRow<D, BF, FP8>::is_in(a, c, warp);
+  }
 
   // Queries into fragments, the new key and value into the cache's type.
-  __device__ __forceinline__ void start_item(const Rows& rows, NewRow<D, BF, FP8>& fresh, const Rotation<D, BF>& rotation, const Cursor& c) {
+  __device__ __forceinline__ void start_item(const Rows& rows, NewRow<D, BF, FP8>& fresh, const Rotation<D, BF>& rotation,
+                                             const Cursor& c) {
 #pragma unroll
     for (int pass = 0; pass < kPasses; pass++) {
       if (pass && pass * (Team::kWarps * 32 / kLanes) >= head_count(c)) break;
@@ -208,7 +216,8 @@ class AttentionBlock {
 
   // All tiles of a step by one warp: what add_warps() would have found. A loop, to stay in the instruction cache.
   template <typename Take, typename Loader>
-  __device__ __forceinline__ void whole_step(Partial<kOwn>& sum, const Cursor& c, bool item_ends, const NewRow<D, BF, FP8>& fresh, const Take& take, Loader& loader) {
+  __device__ __forceinline__ void whole_step(Partial<kOwn>& sum, const Cursor& c, bool item_ends, const NewRow<D, BF, FP8>& fresh,
+                                             const Take& take, Loader& loader) {
     sum.clear();
 #pragma unroll 1
     for (int tile = 0; tile < kAttentionWarps; tile++) {
@@ -247,10 +256,11 @@ class AttentionBlock {
     return sum;
   }
 
-  // Scores of a tile into weights, as B fragments; maximum and sum so far brought to the new maximum, and through `rescale` the values of a head (of two).
+  // Scores of a tile into weights, as B fragments; maximum and sum so far brought to the new maximum, and through `rescale` the values of a
+  // head (of two).
   template <typename Rescale>
-  __device__ __forceinline__ void softmax(float (&max_so_far)[2], float (&sum)[2], uint32_t (&weights)[2][2], uint32_t keys, const Cursor& c, int tile,
-                                          const Rescale& rescale) {
+  __device__ __forceinline__ void softmax(float (&max_so_far)[2], float (&sum)[2], uint32_t (&weights)[2][2], uint32_t keys,
+                                          const Cursor& c, int tile, const Rescale& rescale) {
     float s[2][4] = {};
     scores<D, FP8, kBF>(s, keys, q, lane);
     const int token = c.first_token(tile);

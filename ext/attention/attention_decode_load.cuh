@@ -5,8 +5,8 @@
 
 namespace gptq {
 
-// One warp's copies, into its ring: of every step the keys and then the values of its tile, or of all tiles in turn where it is alone. They run ahead of the
-// products by the depth of the ring.
+// One warp's copies, into its ring: of every step the keys and then the values of its tile, or of all tiles in turn where it is alone. They
+// run ahead of the mma by the depth of the ring.
 template <class Team, int D, bool FP8>
 class TileLoader {
   using Shape = AttentionShape<D, FP8>;
@@ -72,7 +72,9 @@ class TileLoader {
       const int at = within + group * kGroup, block = __shfl_sync(~0u, block_id, at >> a.block_shift);
       return base + static_cast<uint64_t>(static_cast<uint32_t>(max(block, 0))) * block_bytes + (at & (a.block_size - 1)) * Shape::kRow;
     };
-    const auto target = [&](int group, int k) { return (entry ^ (Shape::kPieces >= 8 ? k * kRows * 16 : 0)) + (group * kGroup + k * kRows) * Shape::kRow; };
+    const auto target = [&](int group, int k) {
+      return (entry ^ (Shape::kPieces >= 8 ? k * kRows * 16 : 0)) + (group * kGroup + k * kRows) * Shape::kRow;
+    };
     const bool others = kAlone && (lane < within >> a.block_shift || lane > (within + kTileTokens - 1) >> a.block_shift);
     if (first >= c.span.low && first + kTileTokens <= end && __all_sync(~0u, others || block_id >= 0)) {
 #pragma unroll
@@ -134,8 +136,8 @@ struct Rotation {
   }
 };
 
-// The new key and value of an item, in the cache's type, in the warp that has the tile they belong to: lanes below D / 16 hold the key, as many more
-// the value, eight elements of either half each. Tiles are copied without them.
+// The new key and value of an item, in the cache's type, in the warp that has the tile they belong to: lanes below D / 16 hold the key, as
+// many more the value, eight elements of either half each. Tiles are copied without them.
 template <int D, bool BF, bool FP8>
 class NewRow {
   using Shape = AttentionShape<D, FP8>;

@@ -1,5 +1,5 @@
-// What the attention kernel is made of: asynchronous copies that fill with zeros, fragments of keys, values and queries in either type of
-// cache, and partial results and how they add up.
+// The attention's arithmetic: fragments of keys, values and queries in either type of cache, and partial results: how they cross blocks and
+// how they add up.
 #pragma once
 #include <cuda_fp8.h>
 
@@ -20,8 +20,8 @@ __device__ __forceinline__ uint32_t transpose8x8(uint32_t v) {
   asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(r) : "r"(v));
   return r;
 }
-// What another block reads while both run. A word is either there or kEmpty, a NaN that no arithmetic makes, so nothing need be ordered: a fence
-// would wait for every load in flight on the multiprocessor, the next kernel's among them.
+// What another block reads while both run. A word is either there or kEmpty, a NaN that no arithmetic makes, so nothing need be ordered: a
+// fence would wait for every load in flight on the SM, the next kernel's among them.
 constexpr uint32_t kEmpty = 0xffffffffu;
 __device__ __forceinline__ float4 load_exchanged(const float4* from) {
   float4 v;
@@ -32,7 +32,8 @@ __device__ __forceinline__ void store_exchanged(float4* to, const float4& v) {
   asm volatile("st.volatile.global.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w) : "memory");
 }
 __device__ __forceinline__ bool is_there(const float4& v) {
-  return __float_as_uint(v.x) != kEmpty && __float_as_uint(v.y) != kEmpty && __float_as_uint(v.z) != kEmpty && __float_as_uint(v.w) != kEmpty;
+  return __float_as_uint(v.x) != kEmpty && __float_as_uint(v.y) != kEmpty && __float_as_uint(v.z) != kEmpty &&
+         __float_as_uint(v.w) != kEmpty;
 }
 
 // Where 16-byte piece `piece` of row `row` of a tile lies: eight rows of a column of pieces never meet in a bank.
@@ -53,8 +54,8 @@ __device__ __forceinline__ uint4 pack8_saturated(float (&v)[8]) {
   return pack8<false>(v);
 }
 
-// s[m] += keys of tokens 16m .. 16m+15 of the tile times the queries. q[j]: B fragment of dimensions 16j .. 16j+15; with FP8, whose fragments come
-// as four neighbouring bytes a lane, the dimensions of a step are permuted (see query_dimension).
+// s[m] += keys of tokens 16m .. 16m+15 of the tile times the queries. q[j]: B fragment of dimensions 16j .. 16j+15; with FP8, whose
+// fragments come as four neighbouring bytes a lane, the dimensions of a step are permuted (see query_dimension).
 template <int D, bool FP8, bool BF>
 __device__ __forceinline__ void scores(float (&s)[2][4], uint32_t tile, const uint32_t (&q)[D / 16][2], int lane) {
   using Shape = AttentionShape<D, FP8>;
@@ -66,8 +67,10 @@ __device__ __forceinline__ void scores(float (&s)[2][4], uint32_t tile, const ui
       for (int m = 0; m < 2; m++) {
         uint32_t r[4];
         ldmatrix_x4(r, tile + (16 * m + row) * Shape::kRow + swizzled<Shape::kPieces>(j + half, row) * 16);
-        const uint32_t a[4] = {halves_of_e4m3(r[0] & 0xffff), halves_of_e4m3(r[1] & 0xffff), halves_of_e4m3(r[0] >> 16), halves_of_e4m3(r[1] >> 16)};
-        const uint32_t b[4] = {halves_of_e4m3(r[2] & 0xffff), halves_of_e4m3(r[3] & 0xffff), halves_of_e4m3(r[2] >> 16), halves_of_e4m3(r[3] >> 16)};
+        const uint32_t a[4] = {halves_of_e4m3(r[0] & 0xffff), halves_of_e4m3(r[1] & 0xffff), halves_of_e4m3(r[0] >> 16),
+                               halves_of_e4m3(r[1] >> 16)};
+        const uint32_t b[4] = {halves_of_e4m3(r[2] & 0xffff), halves_of_e4m3(r[3] & 0xffff), halves_of_e4m3(r[2] >> 16),
+                               halves_of_e4m3(r[3] >> 16)};
         mma_m16n8k16<false>(s[m], a, q[j][0], q[j][1]);
         mma_m16n8k16<false>(s[m], b, q[j + 1][0], q[j + 1][1]);
       }
@@ -126,7 +129,8 @@ __device__ __forceinline__ int output_dimension(int i, int k, int lane) {
   return 16 * i + (FP8 ? 2 * (lane >> 2) + (k >> 1) : (lane >> 2) + 8 * (k >> 1));
 }
 
-// Softmax over some tokens, unnormalised: maximum (in powers of two), sum and weighted values of heads 2t and 2t+1; N tiles of 16 dimensions.
+// Softmax over some tokens, unnormalised: maximum (in powers of two), sum and weighted values of heads 2t and 2t+1; N tiles of 16
+// dimensions.
 template <int N>
 struct Partial {
   float max[2], sum[2];
@@ -148,7 +152,9 @@ __device__ __forceinline__ void add_sums(float& max, float& sum, float other_max
   max = both;
   sum = __fmaf_rn(other_sum, of_other, __fmul_rn(sum, of_this));
 }
-__device__ __forceinline__ void add_values(float& v, float other, float of_this, float of_other) { v = __fmaf_rn(other, of_other, __fmul_rn(v, of_this)); }
+__device__ __forceinline__ void add_values(float& v, float other, float of_this, float of_other) {
+  v = __fmaf_rn(other, of_other, __fmul_rn(v, of_this));
+}
 
 // a = a and b.
 template <int N>

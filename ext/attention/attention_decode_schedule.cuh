@@ -1,9 +1,9 @@
 // Who computes what, decided on the device from context_lens: nothing of it is known when a graph is captured.
 //
 // A step is 128 tokens of one (sequence, head group). All steps of a launch stand in one line: sequence by sequence, head by head, token by
-// token; every block takes an equal stretch of it, the first block the last one. Consecutive steps of an item form chunks (one step each up to 4096 tokens of context); a
-// chunk belongs to the block whose stretch holds its first step. Where chunks begin depends on the row's own context and window only, so the
-// result's bits depend neither on the batch nor on the number of blocks.
+// token; every block takes an equal stretch of it, the first block the last one. Consecutive steps of an item form chunks (one step each up
+// to 4096 tokens of context); a chunk belongs to the block whose stretch holds its first step. Where chunks begin depends on the row's own
+// context and window only, so the result's bits depend neither on the batch nor on the number of blocks.
 #pragma once
 #include "attention/attention_decode.h"
 
@@ -21,7 +21,8 @@ constexpr int kScratchInts = kAttentionWarps + 4;
 struct WholeBlock {
   static constexpr int kWarps = kAttentionWarps;
   static __device__ __forceinline__ int thread() { return threadIdx.x; }
-  static __device__ __forceinline__ int warp() { return __shfl_sync(~0u, threadIdx.x >> 5, 0); }  // known to be the same in all of it
+  // shfl: so that the compiler knows it for uniform.
+  static __device__ __forceinline__ int warp() { return __shfl_sync(~0u, threadIdx.x >> 5, 0); }
   static __device__ __forceinline__ int count() { return gridDim.x; }  // of such teams
   static __device__ __forceinline__ int index() { return blockIdx.x; }
   static __device__ __forceinline__ void sync() { __syncthreads(); }
@@ -115,7 +116,8 @@ struct Stretch {
 template <class Team>
 __device__ __forceinline__ Stretch find_stretch(const AttentionDecodeArgs& a, int* scratch) {
   const int warp = Team::thread() >> 5, lane = Team::thread() & 31, heads = a.kv_heads * a.parts;
-  const int each = (a.sequences + Team::kWarps * 32 - 1) / (Team::kWarps * 32), from = Team::thread() * each, to = min(from + each, a.sequences);
+  const int each = (a.sequences + Team::kWarps * 32 - 1) / (Team::kWarps * 32), from = Team::thread() * each,
+            to = min(from + each, a.sequences);
   int mine = 0;
   bool padded = false;
   for (int s = from; s < to; s++) {

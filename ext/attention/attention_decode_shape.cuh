@@ -4,7 +4,7 @@
 
 namespace gptq {
 
-// Hopper and the large Blackwell have 228 KiB of shared memory per multiprocessor, others 100 to 164.
+// Hopper and the large Blackwell have 228 KiB of shared memory per SM, others 100 to 164.
 inline bool has_small_shared_memory(int capability) { return capability < 90 || capability >= 120; }
 #if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ < 900 || __CUDA_ARCH__ >= 1200)
 constexpr bool kSmallShared = true;
@@ -19,7 +19,7 @@ struct AttentionShape {
   static constexpr int kRow = D * kElement;       // bytes of a token's key
   static constexpr int kPieces = kRow / 16;       // 16-byte pieces of it
   static constexpr int kEntry = kTileTokens * kRow;     // a tile of keys, or of values
-  // Entries of a warp's ring: keys, values, keys, ... No more, so that a block fits beside a product's.
+  // Entries of a warp's ring: keys, values, keys, ... No more, so that a block fits beside one of the GEMV.
   static constexpr int kDepth = !SMALL ? (kEntry >= 8192 ? 2 : 4) : kEntry >= 4096 ? 16384 / kEntry : 6;
   static constexpr int kTiles = D / 16;           // m-tiles of the output: rows are dimensions, columns heads
   static constexpr int kRing = kAttentionWarps * kDepth * kEntry;

@@ -1,5 +1,5 @@
-// What every kernel that writes keys does with eight elements: rotation, and rounding into the KV cache. In one place, with explicit rounding and no
-// contraction left to the compiler, so that all of them write the same bits.
+// What every kernel that writes keys does with eight elements: rotation, and rounding into the KV cache. In one place, with explicit
+// rounding and no contraction left to the compiler, so that all of them write the same bits.
 #pragma once
 #include <cuda_fp8.h>
 
@@ -13,7 +13,8 @@ __device__ __forceinline__ uint2 pack8_e4m3(const float (&from)[8]) {
   uint32_t words[2] = {0, 0};
 #pragma unroll
   for (int i = 0; i < 4; i++)
-    words[i / 2] |= static_cast<uint32_t>(__nv_cvt_float2_to_fp8x2(make_float2(from[2 * i], from[2 * i + 1]), __NV_SATFINITE, __NV_E4M3)) << (i % 2 * 16);
+    words[i / 2] |= static_cast<uint32_t>(__nv_cvt_float2_to_fp8x2(make_float2(from[2 * i], from[2 * i + 1]), __NV_SATFINITE, __NV_E4M3))
+                    << (i % 2 * 16);
   return make_uint2(words[0], words[1]);
 }
 

@@ -25,8 +25,8 @@ __device__ __forceinline__ uint32_t cluster_size() {
 __device__ __forceinline__ void cluster_sync() {
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
-// In two halves, and publishing nothing: after both, every block of the cluster has started. mbar_init_fence() is enough for its mbarriers to be
-// seen, and a release would wait for everything else that the block has under way.
+// In two halves, and publishing nothing: after both, every block of the cluster has started. mbar_init_fence() is enough for its mbarriers
+// to be seen, and a release would wait for everything else that the block has under way.
 __device__ __forceinline__ void cluster_arrive_relaxed() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
 __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 

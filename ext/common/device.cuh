@@ -20,8 +20,9 @@ inline cudaError_t current_device(Device& out) {
   long long packed = id < kMax ? known[id].load(std::memory_order_relaxed) : 0;
   if (!packed) {
     int sms, smem, major, minor;
-    for (const auto& [value, attribute] : {std::pair{&sms, cudaDevAttrMultiProcessorCount}, std::pair{&smem, cudaDevAttrMaxSharedMemoryPerBlockOptin},
-                                           std::pair{&major, cudaDevAttrComputeCapabilityMajor}, std::pair{&minor, cudaDevAttrComputeCapabilityMinor}})
+    for (const auto& [value, attribute] :
+         {std::pair{&sms, cudaDevAttrMultiProcessorCount}, std::pair{&smem, cudaDevAttrMaxSharedMemoryPerBlockOptin},
+          std::pair{&major, cudaDevAttrComputeCapabilityMajor}, std::pair{&minor, cudaDevAttrComputeCapabilityMinor}})
       if (const cudaError_t status = cudaDeviceGetAttribute(value, attribute, id); status != cudaSuccess) return status;
     packed = sms | static_cast<long long>(smem) << 16 | static_cast<long long>(10 * major + minor) << 40;
     if (id < kMax) known[id].store(packed, std::memory_order_relaxed);

@@ -6,8 +6,8 @@
 
 namespace gptq {
 
-// Lets a kernel have `smem` bytes per block, at its first launch on a device. `done`: the kernel's, a bit per device. All ask for the largest part of a
-// multiprocessor's memory as shared: kernels that divide it differently wait for each other to drain, which undoes their overlap.
+// Lets a kernel have `smem` bytes per block, at its first launch on a device. `done`: the kernel's, a bit per device. All ask for the
+// largest part of an SM's memory as shared: kernels that divide it differently wait for each other to drain, which undoes their overlap.
 inline cudaError_t set_limits(const void* kernel, std::atomic<uint64_t>& done, int smem, const Device& device) {
   if (device.id < 64 && (done.load(std::memory_order_acquire) >> device.id & 1)) return cudaSuccess;
   cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem);

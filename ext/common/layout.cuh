@@ -124,8 +124,8 @@ __device__ __forceinline__ void expand(uint32_t q, uint32_t (&a)[4]) {
 
 template <bool BF, bool ZP>
 struct Offset {
-  // A operand that makes mma compute the correction: -(8) sum x with a known zero point, else -sum x, in the scale of expand(); kG8: what row g+8
-  // has over row g.
+  // A operand that makes mma compute the correction: -(8) sum x with a known zero point, else -sum x, in the scale of expand(); kG8: what
+  // row g+8 has over row g.
   static constexpr uint32_t kRowG = BF ? (ZP ? 0xbf80bf80u : 0xc308c308u) : (ZP ? 0x80018001u : 0x80088008u);
   static constexpr uint32_t kRowG8 = BF ? (ZP ? 0xbf80bf80u : 0xc308c308u) : (ZP ? 0x80108010u : 0x80808080u);
   static constexpr float kG8 = BF ? 1.f : 16.f;

@@ -30,12 +30,14 @@ __global__ void __launch_bounds__(kDequantWarps * 32) dequant_kernel(const Dequa
     for (int j = 0; j < 4; j++) {
       const int k = b * 64 + j * 16, group = k * G / kChunkK;
       const float2 scale = scale_pair(*reinterpret_cast<const uint32_t*>(chunk + C::kScaleOffset + group * 32 + g * 4));
-      const float z0 = ZP ? chunk[C::kZeroOffset + group * 16 + g * 2] : 8.f, z1 = ZP ? chunk[C::kZeroOffset + group * 16 + g * 2 + 1] : 8.f;
+      const float z0 = ZP ? chunk[C::kZeroOffset + group * 16 + g * 2] : 8.f,
+                  z1 = ZP ? chunk[C::kZeroOffset + group * 16 + g * 2 + 1] : 8.f;
 #pragma unroll
       for (int p = 0; p < 4; p++) {
         const float s = p & 1 ? scale.y : scale.x, z = p & 1 ? z1 : z0;
         const uint32_t low = (q[j] >> (4 * p)) & 15u, high = (q[j] >> (4 * p + 16)) & 15u;
-        const uint32_t both = to_16bit<BF>((static_cast<float>(low) - z) * s) | static_cast<uint32_t>(to_16bit<BF>((static_cast<float>(high) - z) * s)) << 16;
+        const uint32_t both =
+            to_16bit<BF>((static_cast<float>(low) - z) * s) | static_cast<uint32_t>(to_16bit<BF>((static_cast<float>(high) - z) * s)) << 16;
         *reinterpret_cast<uint32_t*>(&tile[warp][g + 8 * (p & 1)][k + 2 * t + 8 * (p >> 1)]) = both;
       }
     }
@@ -46,7 +48,8 @@ __global__ void __launch_bounds__(kDequantWarps * 32) dequant_kernel(const Dequa
     const int r = i / (kChunkK / 8), k = i % (kChunkK / 8) * 8;
     if (c * kChunkK + k >= a.K) continue;
     const int row = a.paired ? strip * 8 + (r & 7) + (r >> 3) * (a.N / 2) : strip * kStripRows + r;
-    *reinterpret_cast<uint4*>(a.out + static_cast<size_t>(row - a.strip_first * kStripRows) * a.ldo + c * kChunkK + k) = *reinterpret_cast<const uint4*>(&tile[warp][r][k]);
+    *reinterpret_cast<uint4*>(a.out + static_cast<size_t>(row - a.strip_first * kStripRows) * a.ldo + c * kChunkK + k) =
+        *reinterpret_cast<const uint4*>(&tile[warp][r][k]);
   }
 }
 
@@ -123,7 +126,7 @@ cudaError_t launch_gather(const GatherArgs& a, cudaStream_t stream) {
     const dim3 grid((a.K / 8 + kGatherThreads - 1) / kGatherThreads, std::min(a.M, 1024));
     return launch_kernel(reinterpret_cast<const void*>(gather_unstaged_kernel), {grid, kGatherThreads, 0, stream}, device, a);
   }
-  // More rows share one reading of perm, while every multiprocessor has a block; few rows are cut into slices of columns.
+  // More rows share one reading of perm, while every SM has a block; few rows are cut into slices of columns.
   const int rows = std::max(1, std::min({kGatherRows, device.smem / 2 / row_bytes, a.M / device.sms}));
   const int blocks = (a.M + rows - 1) / rows, row_units = a.K / 8;
   const int slices = std::max(1, std::min(device.sms / blocks, (row_units + kGatherThreads - 1) / kGatherThreads));

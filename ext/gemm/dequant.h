@@ -1,4 +1,4 @@
-// Packed weight -> 16-bit matrix, for products that another library does better.
+// Packed weight -> 16-bit matrix, for GEMMs that another library does better.
 #pragma once
 #include <cuda_runtime.h>
 

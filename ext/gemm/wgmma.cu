@@ -1,15 +1,15 @@
-// 4-bit GEMM for M >= 9 on sm_90a: how the kernel of gemm/wgmma_kernel.cuh works, and which of its shapes serves what.
+// 4-bit GEMM for M >= 9 on sm_90a: how the kernel of wgmma_kernel.cuh works, and which of its shapes serves what.
 //
-// A block owns tiles of 128 or 192 output rows x 16 to 256 tokens. Its first warpgroups own 64 rows each: a warp reads the int4 fragments of its
-// strip from shared memory, dequantises them in registers while the tensor cores work on the step before, and issues wgmma with them as A; the
-// tokens are B, read from shared memory. Scales go to the sums of a group, in fp32, where registers allow a second set of accumulators, and
-// into the operand for wide tiles. One more warp feeds a ring of slots (128 k each): one tensor-map load for the weights, two for the tokens,
-// halved and multicast where two blocks of a cluster work on neighbouring rows and the same tokens.
+// A block owns tiles of 128 or 192 output rows x 16 to 256 tokens. Its first warpgroups own 64 rows each: a warp reads the int4 fragments
+// of its strip from shared memory, dequantises them in registers while the tensor cores work on the step before, and issues wgmma with them
+// as A; the tokens are B, read from shared memory. Scales go to the sums of a group, in fp32, where registers allow a second set of
+// accumulators, and into the operand for wide tiles. One more warp feeds a ring of slots (128 k each): one tensor-map load for the weights,
+// two for the tokens, halved and multicast where two blocks of a cluster work on neighbouring rows and the same tokens.
 //
-// Tiles that do not fill whole waves of blocks are cut along k ("stream-k") into equal ranges of chunks, unless idle blocks cost less than adding
-// up. The block that holds a tile's first chunk owns the tile; the others leave fp32 partial sums in the workspace, and the owner adds
-// them in order of k, so results are the same bits every time. An owner waits only for blocks with lower indices, which start first: two
-// such kernels sharing a GPU cannot wait for each other in a circle.
+// Tiles that do not fill whole waves of blocks are cut along k ("stream-k") into equal ranges of chunks, unless idle blocks cost less than
+// adding up. The block that holds a tile's first chunk owns the tile; the others leave fp32 partial sums in the workspace, and the owner
+// adds them in order of k, so results are the same bits every time. An owner waits only for blocks with lower indices, which start first:
+// two such kernels sharing a GPU cannot wait for each other in a circle.
 #include "gemm/wgmma.h"
 
 #include <cuda.h>
@@ -24,7 +24,7 @@
 namespace gptq {
 namespace {
 
-constexpr int kMaxBlocks = 264;  // of one launch: two for each of 132 multiprocessors
+constexpr int kMaxBlocks = 264;  // of one launch: two for each of 132 SMs
 constexpr size_t kFlagBytes = 8192;
 constexpr size_t kPartialBytes = size_t{kMaxBlocks} * 128 * 128 * sizeof(float);  // or half as many blocks with tiles twice that size
 
@@ -47,20 +47,23 @@ bool map_weight(CUtensorMap& map, const WgmmaGemm& call, const WgmmaParams& p, i
   const Encode encode = tensor_map_encoder();
   if (encode == nullptr) return false;
   const cuuint64_t chunk = static_cast<cuuint64_t>(p.chunk_bytes);
-  const cuuint64_t size[3] = {chunk / 8, static_cast<cuuint64_t>(p.chunks), static_cast<cuuint64_t>(p.strips)}, stride[2] = {chunk, chunk * p.chunks};
+  const cuuint64_t size[3] = {chunk / 8, static_cast<cuuint64_t>(p.chunks), static_cast<cuuint64_t>(p.strips)},
+                   stride[2] = {chunk, chunk * p.chunks};
   const cuuint32_t box[3] = {static_cast<cuuint32_t>(chunk / 8), 1, static_cast<cuuint32_t>(strips)}, step[3] = {1, 1, 1};
-  return encode(&map, CU_TENSOR_MAP_DATA_TYPE_FLOAT64, 3, const_cast<void*>(call.weight), size, stride, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                CU_TENSOR_MAP_SWIZZLE_NONE, CU_TENSOR_MAP_L2_PROMOTION_NONE, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+  return encode(&map, CU_TENSOR_MAP_DATA_TYPE_FLOAT64, 3, const_cast<void*>(call.weight), size, stride, box, step,
+                CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_NONE, CU_TENSOR_MAP_L2_PROMOTION_NONE,
+                CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 
 // x [m, k]; a box is 64 k of `tokens` tokens, zeros beyond m and k.
 bool map_tokens(CUtensorMap& map, const WgmmaGemm& call, int tokens) {
   const Encode encode = tensor_map_encoder();
   if (encode == nullptr) return false;
-  const cuuint64_t size[2] = {static_cast<cuuint64_t>(call.k), static_cast<cuuint64_t>(call.m)}, stride[1] = {static_cast<cuuint64_t>(call.ldx) * 2};
+  const cuuint64_t size[2] = {static_cast<cuuint64_t>(call.k), static_cast<cuuint64_t>(call.m)},
+                   stride[1] = {static_cast<cuuint64_t>(call.ldx) * 2};
   const cuuint32_t box[2] = {64, static_cast<cuuint32_t>(tokens)}, step[2] = {1, 1};
-  return encode(&map, call.bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2, const_cast<void*>(call.x), size, stride, box,
-                step, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+  return encode(&map, call.bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2, const_cast<void*>(call.x), size,
+                stride, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
                 CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 
@@ -69,31 +72,39 @@ struct Choice {
   WgmmaSharing sharing;
 };
 
-// A tile for more than 32 tokens. `percent`: its time per chunk over what the tensor cores need, measured on an H200 on LLaMA 7B and 13B linears.
+// A tile for more than 32 tokens. `percent`: its time per chunk over what the tensor cores need, measured on an H200 on LLaMA 7B and 13B
+// linears.
 struct TileTime {
   WgmmaTile tile;
   int rows, tokens, cluster, percent;
   bool scaled;
 };
 constexpr TileTime kTileTimes[] = {
-    {WgmmaTile::k128x64, 128, 64, 1, 150, false},   {WgmmaTile::k192x64, 192, 64, 1, 140, false},   {WgmmaTile::k192x96, 192, 96, 1, 109, false},
-    {WgmmaTile::k128x128, 128, 128, 1, 116, false}, {WgmmaTile::k192x128, 192, 128, 1, 103, true},  {WgmmaTile::k128x192, 128, 192, 2, 96, true},
+    {WgmmaTile::k128x64, 128, 64, 1, 150, false},  {WgmmaTile::k192x64, 192, 64, 1, 140, false},
+    {WgmmaTile::k192x96, 192, 96, 1, 109, false},  {WgmmaTile::k128x128, 128, 128, 1, 116, false},
+    {WgmmaTile::k192x128, 192, 128, 1, 103, true}, {WgmmaTile::k128x192, 128, 192, 2, 96, true},
     {WgmmaTile::k128x256, 128, 256, 2, 97, true},
 };
-constexpr int kCutCost = 8;                 // cutting tiles along k takes as long as so many chunks: partial sums are written, awaited and read
+constexpr int kCutCost = 8;  // cutting tiles along k takes as long as so many chunks: partial sums are written, awaited and read
 constexpr int64_t kSmallWeight = 16000;         // chunks of all strips
 constexpr int kNarrowWeight = 5600;             // output rows
-constexpr int64_t kFewWeights = 1 << 20;  // an operand's rounding errors average out over many scales only; below, the exact tiles cost nothing
+// Weights of a matrix from which operands may be rounded: their errors average out over many scales only, and for fewer the exact tiles
+// cost nothing.
+constexpr int64_t kFewWeights = 1 << 20;
 
 // In chunks per block. `clusters` work at a time.
 int64_t whole_time(int64_t tiles, int clusters, int chunks) { return (tiles + clusters - 1) / clusters * chunks; }
-int64_t cut_time(int64_t tiles, int clusters, int chunks) { return (tiles * chunks + clusters - 1) / clusters + (tiles % clusters != 0 ? kCutCost : 0); }
+int64_t cut_time(int64_t tiles, int clusters, int chunks) {
+  return (tiles * chunks + clusters - 1) / clusters + (tiles % clusters != 0 ? kCutCost : 0);
+}
 
-// Up to 32 tokens memory and issue slots are the limit, and two blocks on a multiprocessor hide most; small weights have no work for so many.
+// Up to 32 tokens memory and issue slots are the limit, and two blocks per SM hide most; small weights have no work for so many.
 // Above, the tile that is done first: fewer padded tokens, fuller waves, less to add up.
 Choice choose_tile(int m, int n, int chunks, int sms) {
   const int64_t units = static_cast<int64_t>(n / kStripRows) * chunks;
-  if (m <= 32) return {m <= 16 ? WgmmaTile::k128x16 : WgmmaTile::k128x32, units > kSmallWeight || n > kNarrowWeight ? WgmmaSharing::kTwo : WgmmaSharing::kOne};
+  if (m <= 32)
+    return {m <= 16 ? WgmmaTile::k128x16 : WgmmaTile::k128x32,
+            units > kSmallWeight || n > kNarrowWeight ? WgmmaSharing::kTwo : WgmmaSharing::kOne};
   Choice best = {};
   int64_t least = INT64_MAX;
   for (const TileTime& c : kTileTimes) {
@@ -112,10 +123,13 @@ size_t wgmma_workspace_bytes() { return kFlagBytes + kPartialBytes; }
 
 cudaError_t launch_wgmma(const WgmmaGemm& call, cudaStream_t stream) {
   const auto aligned = [](const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; };
-  if (call.m <= 0 || call.n <= 0 || call.k <= 0 || call.n % 16 || call.k % 8 || call.ldx % 8 || call.ldy % 8 || call.ldr % 8) return cudaErrorInvalidValue;
-  if (!aligned(call.weight) || !aligned(call.x) || !aligned(call.y) || !aligned(call.residual) || !aligned(call.workspace)) return cudaErrorInvalidValue;
-  if ((call.groups != 0 && call.groups != 1 && call.groups != 2 && call.groups != 4) || call.paired < 0 || call.paired > 2 || (call.paired == 2 && call.residual != nullptr) ||
-      call.tile < 0 || call.tile > static_cast<int>(WgmmaTile::kLast) || call.sharing < 0 || call.sharing > static_cast<int>(WgmmaSharing::kTwo) || call.split < 0 ||
+  if (call.m <= 0 || call.n <= 0 || call.k <= 0 || call.n % 16 || call.k % 8 || call.ldx % 8 || call.ldy % 8 || call.ldr % 8)
+    return cudaErrorInvalidValue;
+  if (!aligned(call.weight) || !aligned(call.x) || !aligned(call.y) || !aligned(call.residual) || !aligned(call.workspace))
+    return cudaErrorInvalidValue;
+  if ((call.groups != 0 && call.groups != 1 && call.groups != 2 && call.groups != 4) || call.paired < 0 || call.paired > 2 ||
+      (call.paired == 2 && call.residual != nullptr) || call.tile < 0 || call.tile > static_cast<int>(WgmmaTile::kLast) ||
+      call.sharing < 0 || call.sharing > static_cast<int>(WgmmaSharing::kTwo) || call.split < 0 ||
       call.split > static_cast<int>(WgmmaSplit::kWhole))
     return cudaErrorInvalidValue;
   Device device;
@@ -124,7 +138,8 @@ cudaError_t launch_wgmma(const WgmmaGemm& call, cudaStream_t stream) {
 
   const int chunks = (call.k + kChunkK - 1) / kChunkK;
   Choice choice = choose_tile(call.m, call.n, chunks, device.sms);
-  if (call.tile != 0) choice = {static_cast<WgmmaTile>(call.tile), call.sharing == 0 ? WgmmaSharing::kOne : static_cast<WgmmaSharing>(call.sharing)};
+  if (call.tile != 0)
+    choice = {static_cast<WgmmaTile>(call.tile), call.sharing == 0 ? WgmmaSharing::kOne : static_cast<WgmmaSharing>(call.sharing)};
   const WgmmaKernel kernel = (call.bf16 ? wgmma_bf16 : wgmma_fp16)(choice.tile, call.groups <= 1);
 
   WgmmaParams p = {};
@@ -148,8 +163,8 @@ cudaError_t launch_wgmma(const WgmmaGemm& call, cudaStream_t stream) {
   p.n_tiles = (p.strips + kernel.strips * kernel.cluster - 1) / (kernel.strips * kernel.cluster);
   p.tiles = p.m_tiles * p.n_tiles;
 
-  // Whole tiles where that is sooner. Otherwise tiles that fill whole waves of clusters stay whole; the rest, and one wave with it, is cut into
-  // equal parts along k.
+  // Whole tiles where that is sooner. Otherwise tiles that fill whole waves of clusters stay whole; the rest, and one wave with it, is cut
+  // into equal parts along k.
   const size_t partial = sizeof(float) * kernel.strips * kStripRows * kernel.tokens;
   const int wanted = device.sms * (choice.sharing == WgmmaSharing::kTwo ? 2 : 1);
   const int blocks = std::min({wanted, kMaxBlocks, static_cast<int>(kPartialBytes / partial)});
@@ -165,13 +180,15 @@ cudaError_t launch_wgmma(const WgmmaGemm& call, cudaStream_t stream) {
   if (p.stages < 2) return cudaErrorInvalidConfiguration;
 
   CUtensorMap weights, tokens;
-  if (!map_weight(weights, call, p, kernel.strips) || !map_tokens(tokens, call, kernel.tokens / kernel.cluster)) return cudaErrorInvalidValue;
+  if (!map_weight(weights, call, p, kernel.strips) || !map_tokens(tokens, call, kernel.tokens / kernel.cluster))
+    return cudaErrorInvalidValue;
 
   static std::atomic<uint64_t> done[2][2][static_cast<int>(WgmmaTile::kLast) + 1];
   std::atomic<uint64_t>& mine = done[call.bf16][call.groups <= 1][static_cast<int>(choice.tile)];
   if (const cudaError_t status = set_limits(kernel.function, mine, device.smem, device); status != cudaSuccess) return status;
   const int smem = kernel.turn_bytes + p.stages * (slot + barriers);
-  return launch_kernel(kernel.function, {dim3(p.clusters * kernel.cluster), kernel.threads, smem, stream, kernel.cluster}, device, weights, tokens, p);
+  return launch_kernel(kernel.function, {dim3(p.clusters * kernel.cluster), kernel.threads, smem, stream, kernel.cluster}, device, weights,
+                       tokens, p);
 }
 
 }  // namespace gptq

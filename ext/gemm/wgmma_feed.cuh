@@ -13,7 +13,8 @@ template <class S>
 struct WgmmaRing {
   uint32_t tokens, weights, turn, full, empty;
   int slot_w_bytes;
-  __device__ __forceinline__ WgmmaRing(const void* smem, const WgmmaParams& p) : tokens(smem_addr(smem)), slot_w_bytes(wgmma_weight_bytes(S::kStrips, p.chunk_bytes)) {
+  __device__ __forceinline__ WgmmaRing(const void* smem, const WgmmaParams& p)
+      : tokens(smem_addr(smem)), slot_w_bytes(wgmma_weight_bytes(S::kStrips, p.chunk_bytes)) {
     weights = tokens + p.stages * S::kTokenBytes;
     turn = weights + p.stages * slot_w_bytes;
     full = turn + S::NWG * S::kPassBytes;
@@ -22,8 +23,8 @@ struct WgmmaRing {
 };
 
 template <class S>
-__device__ __forceinline__ void feed_ring(const CUtensorMap* weight_map, const CUtensorMap* token_map, const WgmmaParams& p, const WgmmaRing<S>& ring,
-                                          int cluster, int rank) {
+__device__ __forceinline__ void feed_ring(const CUtensorMap* weight_map, const CUtensorMap* token_map, const WgmmaParams& p,
+                                          const WgmmaRing<S>& ring, int cluster, int rank) {
   constexpr int TN = S::TN, CL = S::CL;
   tensor_prefetch(weight_map);
   tensor_prefetch(token_map);

@@ -1,4 +1,5 @@
-// What a consumer warpgroup does with the sums of a segment: it leaves them for the tile's owner, or owns the tile, adds the others' and writes y.
+// What a consumer warpgroup does with the sums of a segment: it leaves them for the tile's owner, or owns the tile, adds the others' and
+// writes y.
 #pragma once
 #include "common/vector.cuh"
 #include "gemm/wgmma_ptx.cuh"
@@ -72,7 +73,8 @@ __device__ __forceinline__ bool complete(const WgmmaParams& p, const Segment& s,
 
 // Turns the tile token by token through shared memory, so that rows leave in whole lines.
 template <class S>
-__device__ __forceinline__ void store_tile(const WgmmaParams& p, const Segment& s, const Place& place, uint32_t turn, const float (&d)[S::FR][S::TN / 2]) {
+__device__ __forceinline__ void store_tile(const WgmmaParams& p, const Segment& s, const Place& place, uint32_t turn,
+                                           const float (&d)[S::FR][S::TN / 2]) {
   constexpr int TN = S::TN, FR = S::FR, CL = S::CL, NWG = S::NWG;
   const int rank = place.rank, group = place.group, thread = place.thread, lane = thread & 31, quarter = thread >> 5, g = lane >> 2;
   int m_tile, n_tile;

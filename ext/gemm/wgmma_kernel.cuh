@@ -1,4 +1,4 @@
-// The kernel of gemm/wgmma.cu, compiled in gemm/wgmma_fp16.cu and gemm/wgmma_bf16.cu so that two cores work side by side.
+// The kernel of wgmma.cu, compiled in wgmma_fp16.cu and wgmma_bf16.cu so that two cores work side by side.
 #pragma once
 #include "gemm/wgmma_feed.cuh"
 #include "gemm/wgmma_finish.cuh"
@@ -167,8 +167,8 @@ __device__ __forceinline__ void consume(const WgmmaParams& p, const WgmmaRing<S>
 }
 
 template <class S>
-__global__ void __launch_bounds__(S::kThreads, S::kMinBlocks) wgmma_kernel(const __grid_constant__ CUtensorMap weight_map,
-                                                                              const __grid_constant__ CUtensorMap token_map, const WgmmaParams p) {
+__global__ void __launch_bounds__(S::kThreads, S::kMinBlocks)
+    wgmma_kernel(const __grid_constant__ CUtensorMap weight_map, const __grid_constant__ CUtensorMap token_map, const WgmmaParams p) {
 #ifdef __CUDA_ARCH__
   constexpr int CL = S::CL, NWG = S::NWG;
   extern __shared__ __align__(1024) uint8_t smem[];

@@ -56,7 +56,8 @@ struct Packed {
       const int group = GROUPS == 1 ? 0 : (i * groups) >> 2;
       scale[i] = *reinterpret_cast<const uint32_t*>(chunk + kWeightBytes + 32 * group + (lane & 28));
       zero[i] = 0x0808;
-      if (zeros) zero[i] = *reinterpret_cast<const uint16_t*>(chunk + kWeightBytes + 32 * (GROUPS == 1 ? 1 : groups) + 16 * group + (lane & 28) / 2);
+      if (zeros)
+        zero[i] = *reinterpret_cast<const uint16_t*>(chunk + kWeightBytes + 32 * (GROUPS == 1 ? 1 : groups) + 16 * group + (lane & 28) / 2);
     }
   }
 };

@@ -1,5 +1,5 @@
-// Warpgroup matrix multiply with A in registers, tensor-map loads with multicast, cluster barriers, transposing stores to shared memory:
-// the sm_90a instructions of gemm/wgmma.cu. Only translation units built for sm_90a may include this.
+// Warpgroup matrix multiply with A in registers, tensor-map loads with multicast, transposing stores to shared memory, flags:
+// the sm_90a instructions of the GEMM. Only translation units built for sm_90a may include this.
 #pragma once
 #include <cuda.h>
 
@@ -31,23 +31,23 @@ __device__ __forceinline__ uint64_t wgmma_desc(uint32_t start) {
 template <bool BF, int N>
 struct Wgmma;
 
-#define GPTQ_S0 "%0, %1, %2, %3, %4, %5, %6, %7"
-#define GPTQ_S1 "%8, %9, %10, %11, %12, %13, %14, %15"
-#define GPTQ_S2 "%16, %17, %18, %19, %20, %21, %22, %23"
-#define GPTQ_S3 "%24, %25, %26, %27, %28, %29, %30, %31"
-#define GPTQ_S4 "%32, %33, %34, %35, %36, %37, %38, %39"
-#define GPTQ_S5 "%40, %41, %42, %43, %44, %45, %46, %47"
-#define GPTQ_S6 "%48, %49, %50, %51, %52, %53, %54, %55"
-#define GPTQ_S7 "%56, %57, %58, %59, %60, %61, %62, %63"
-#define GPTQ_S8 "%64, %65, %66, %67, %68, %69, %70, %71"
-#define GPTQ_S9 "%72, %73, %74, %75, %76, %77, %78, %79"
-#define GPTQ_S10 "%80, %81, %82, %83, %84, %85, %86, %87"
-#define GPTQ_S11 "%88, %89, %90, %91, %92, %93, %94, %95"
-#define GPTQ_S12 "%96, %97, %98, %99, %100, %101, %102, %103"
-#define GPTQ_S13 "%104, %105, %106, %107, %108, %109, %110, %111"
-#define GPTQ_S14 "%112, %113, %114, %115, %116, %117, %118, %119"
-#define GPTQ_S15 "%120, %121, %122, %123, %124, %125, %126, %127"
-#define GPTQ_D8(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
+// The accumulators of N columns, N/2 registers, as asm text (GPTQ_R) and as operands (GPTQ_D).
+#define GPTQ_R8 "%0, %1, %2, %3, %4, %5, %6, %7"
+#define GPTQ_R16 GPTQ_R8 ", %8, %9, %10, %11, %12, %13, %14, %15"
+#define GPTQ_R32 GPTQ_R16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define GPTQ_R48 GPTQ_R32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
+#define GPTQ_R64 GPTQ_R48 ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define GPTQ_R96 \
+  GPTQ_R64 ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79" \
+  ", %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
+#define GPTQ_R128 \
+  GPTQ_R96 ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111" \
+  ", %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
+#define GPTQ_D4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+#define GPTQ_D8(i) GPTQ_D4(i), GPTQ_D4(i + 4)
+#define GPTQ_D16(i) GPTQ_D8(i), GPTQ_D8(i + 8)
+#define GPTQ_D32(i) GPTQ_D16(i), GPTQ_D16(i + 16)
+#define GPTQ_D64(i) GPTQ_D32(i), GPTQ_D32(i + 32)
 #define GPTQ_WGMMA(BF, TYPE, N, REGS, A, DESC, ACC, ...)                                                                            \
   template <>                                                                                                                   \
   struct Wgmma<BF, N> {                                                                                                         \
@@ -59,58 +59,55 @@ struct Wgmma;
     }                                                                                                                           \
   };
 #define GPTQ_WGMMA_BOTH(...) GPTQ_WGMMA(false, "f16", __VA_ARGS__) GPTQ_WGMMA(true, "bf16", __VA_ARGS__)
-GPTQ_WGMMA_BOTH(16, GPTQ_S0, "%8, %9, %10, %11", "%12", "%13", GPTQ_D8(0))
-GPTQ_WGMMA_BOTH(32, GPTQ_S0 ", " GPTQ_S1, "%16, %17, %18, %19", "%20", "%21", GPTQ_D8(0), GPTQ_D8(8))
-GPTQ_WGMMA_BOTH(64, GPTQ_S0 ", " GPTQ_S1 ", " GPTQ_S2 ", " GPTQ_S3, "%32, %33, %34, %35", "%36", "%37", GPTQ_D8(0), GPTQ_D8(8), GPTQ_D8(16), GPTQ_D8(24))
-GPTQ_WGMMA_BOTH(96, GPTQ_S0 ", " GPTQ_S1 ", " GPTQ_S2 ", " GPTQ_S3 ", " GPTQ_S4 ", " GPTQ_S5, "%48, %49, %50, %51", "%52", "%53", GPTQ_D8(0), GPTQ_D8(8), GPTQ_D8(16), GPTQ_D8(24), GPTQ_D8(32), GPTQ_D8(40))
-GPTQ_WGMMA_BOTH(128, GPTQ_S0 ", " GPTQ_S1 ", " GPTQ_S2 ", " GPTQ_S3 ", " GPTQ_S4 ", " GPTQ_S5 ", " GPTQ_S6 ", " GPTQ_S7, "%64, %65, %66, %67", "%68", "%69", GPTQ_D8(0), GPTQ_D8(8), GPTQ_D8(16), GPTQ_D8(24), GPTQ_D8(32), GPTQ_D8(40), GPTQ_D8(48), GPTQ_D8(56))
-GPTQ_WGMMA_BOTH(192, GPTQ_S0 ", " GPTQ_S1 ", " GPTQ_S2 ", " GPTQ_S3 ", " GPTQ_S4 ", " GPTQ_S5 ", " GPTQ_S6 ", " GPTQ_S7 ", " GPTQ_S8 ", " GPTQ_S9 ", " GPTQ_S10 ", " GPTQ_S11, "%96, %97, %98, %99", "%100", "%101", GPTQ_D8(0), GPTQ_D8(8), GPTQ_D8(16), GPTQ_D8(24), GPTQ_D8(32), GPTQ_D8(40), GPTQ_D8(48), GPTQ_D8(56), GPTQ_D8(64), GPTQ_D8(72), GPTQ_D8(80), GPTQ_D8(88))
-GPTQ_WGMMA_BOTH(256, GPTQ_S0 ", " GPTQ_S1 ", " GPTQ_S2 ", " GPTQ_S3 ", " GPTQ_S4 ", " GPTQ_S5 ", " GPTQ_S6 ", " GPTQ_S7 ", " GPTQ_S8 ", " GPTQ_S9 ", " GPTQ_S10 ", " GPTQ_S11 ", " GPTQ_S12 ", " GPTQ_S13 ", " GPTQ_S14 ", " GPTQ_S15, "%128, %129, %130, %131", "%132", "%133", GPTQ_D8(0), GPTQ_D8(8), GPTQ_D8(16), GPTQ_D8(24), GPTQ_D8(32), GPTQ_D8(40), GPTQ_D8(48), GPTQ_D8(56), GPTQ_D8(64), GPTQ_D8(72), GPTQ_D8(80), GPTQ_D8(88), GPTQ_D8(96), GPTQ_D8(104), GPTQ_D8(112), GPTQ_D8(120))
+GPTQ_WGMMA_BOTH(16, GPTQ_R8, "%8, %9, %10, %11", "%12", "%13", GPTQ_D8(0))
+GPTQ_WGMMA_BOTH(32, GPTQ_R16, "%16, %17, %18, %19", "%20", "%21", GPTQ_D16(0))
+GPTQ_WGMMA_BOTH(64, GPTQ_R32, "%32, %33, %34, %35", "%36", "%37", GPTQ_D32(0))
+GPTQ_WGMMA_BOTH(96, GPTQ_R48, "%48, %49, %50, %51", "%52", "%53", GPTQ_D32(0), GPTQ_D16(32))
+GPTQ_WGMMA_BOTH(128, GPTQ_R64, "%64, %65, %66, %67", "%68", "%69", GPTQ_D64(0))
+GPTQ_WGMMA_BOTH(192, GPTQ_R96, "%96, %97, %98, %99", "%100", "%101", GPTQ_D64(0), GPTQ_D32(64))
+GPTQ_WGMMA_BOTH(256, GPTQ_R128, "%128, %129, %130, %131", "%132", "%133", GPTQ_D64(0), GPTQ_D64(64))
 #undef GPTQ_WGMMA_BOTH
 #undef GPTQ_WGMMA
+#undef GPTQ_D64
+#undef GPTQ_D32
+#undef GPTQ_D16
 #undef GPTQ_D8
-#undef GPTQ_S0
-#undef GPTQ_S1
-#undef GPTQ_S2
-#undef GPTQ_S3
-#undef GPTQ_S4
-#undef GPTQ_S5
-#undef GPTQ_S6
-#undef GPTQ_S7
-#undef GPTQ_S8
-#undef GPTQ_S9
-#undef GPTQ_S10
-#undef GPTQ_S11
-#undef GPTQ_S12
-#undef GPTQ_S13
-#undef GPTQ_S14
-#undef GPTQ_S15
+#undef GPTQ_D4
+#undef GPTQ_R128
+#undef GPTQ_R96
+#undef GPTQ_R64
+#undef GPTQ_R48
+#undef GPTQ_R32
+#undef GPTQ_R16
+#undef GPTQ_R8
 
 // ---- tensor-map loads: the map fixes the size of the box --------------------------------------------------------
 __device__ __forceinline__ void tensor_prefetch(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 __device__ __forceinline__ void tensor_load(uint32_t dst, const CUtensorMap* map, int k, int m, uint32_t bar) {
-  asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(dst), "l"(map), "r"(k),
-               "r"(m), "r"(bar)
+  asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(dst),
+               "l"(map), "r"(k), "r"(m), "r"(bar)
                : "memory");
 }
 __device__ __forceinline__ void tensor_load_3d(uint32_t dst, const CUtensorMap* map, int c0, int c1, int c2, uint32_t bar) {
-  asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], [%5];" ::"r"(dst), "l"(map),
-               "r"(c0), "r"(c1), "r"(c2), "r"(bar)
+  asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], [%5];" ::"r"(dst),
+               "l"(map), "r"(c0), "r"(c1), "r"(c2), "r"(bar)
                : "memory");
 }
 // The same box lands at the same offset of every block in `mask`, and counts at each one's barrier.
 __device__ __forceinline__ void tensor_load_multicast(uint32_t dst, const CUtensorMap* map, int k, int m, uint32_t bar, uint16_t mask) {
   asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(dst),
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%2, %3}], [%4], %5;" ::
+          "r"(dst),
       "l"(map), "r"(k), "r"(m), "r"(bar), "h"(mask)
       : "memory");
 }
 
-// ---- transposing stores: 8x8 blocks held as matrix fragments (row g, columns 2t, 2t+1) land as rows of 8 columns' values -----------------
+// ---- transposing stores: 8x8 blocks held as matrix fragments (row g, columns 2t, 2t+1) land as rows of 8 columns' values ---------------
 __device__ __forceinline__ void stmatrix_x4_trans(uint32_t addr, uint32_t r0, uint32_t r1, uint32_t r2, uint32_t r3) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(addr), "r"(r0), "r"(r1), "r"(r2), "r"(r3) : "memory");
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(addr), "r"(r0), "r"(r1), "r"(r2), "r"(r3)
+               : "memory");
 }
 __device__ __forceinline__ void stmatrix_x2_trans(uint32_t addr, uint32_t r0, uint32_t r1) {
   asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(addr), "r"(r0), "r"(r1) : "memory");

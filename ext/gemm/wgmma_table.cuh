@@ -14,7 +14,7 @@ struct WgmmaParams {
   int* flags;
   int m, n, strips, chunks, chunk_bytes;
   int64_t ldy, ldr;
-  int m_tiles, n_tiles;    // n_tiles: in units of a cluster
+  int m_tiles, n_tiles;    // n_tiles: rows of tiles, as many at a time as a cluster has blocks
   int tiles, split_tiles;  // the first split_tiles are cut along k over all clusters
   int clusters, stages, groups;
   int paired;
@@ -25,7 +25,7 @@ struct WgmmaParams {
 // Output rows x tokens of a block's tile.
 enum class WgmmaTile : int { k128x16 = 1, k128x32, k128x64, k192x64, k192x96, k128x128, k192x128, k128x192, k128x256, kLast = k128x256 };
 
-// Blocks on a multiprocessor.
+// Blocks per SM.
 enum class WgmmaSharing : int { kOne = 1, kTwo };
 enum class WgmmaSplit : int { kAlongK = 1, kWhole };
 

@@ -12,7 +12,7 @@ namespace {
 
 constexpr int kReserved = 1024;  // shared memory the driver keeps per block
 constexpr int kDevices = 64;
-constexpr int kGoodDepth = 4;    // slots; with less, memory waits for the multiprocessors
+constexpr int kGoodDepth = 4;    // slots; with less, memory waits for the SMs
 constexpr int kNormBytes = 20 << 10;       // shared memory of a block of RMSNorm in act-order, with what the driver keeps
 constexpr int kAttentionBytes = 72 << 10;  // shared memory of a block of the decode attention, with what the driver keeps
 constexpr int kShareMinM = 2;    // tokens from which blocks bring x in together
@@ -22,18 +22,18 @@ struct GemvShape {
   GemvPlan plan;
 };
 
-// How many segments of k are added up by themselves: by K, format and device alone, so that the order of a row's sum is the same for every M. One for
-// each block of the cluster that eight tokens need beside a ring.
+// How many segments of k are added up by themselves: by K, format and device alone, so that the order of a row's sum is the same for every
+// M. One for each block of the cluster that eight tokens need beside a ring.
 int split_for(int K, int groups, bool zeros, const Device& device) {
   int split = 1;
   while (split < kMaxCluster && plan_gemv(8, K, 1, split, split, kGoodDepth, 1, groups, zeros).total > device.smem) split *= 2;
   return split;
 }
 
-// One block for all of k where x fits beside a ring: where sums cross blocks, a kernel ends half a microsecond later. Room is left for a block of the
-// attention, or else of a norm, which then begins beside the product before it, if that costs no ring worth having. With `in_a_row` two generations of products share a
-// multiprocessor, and the next one's ring fills while this one drains; among other kernels that has blocks of a product meet on some multiprocessors while
-// others have none: a 7B layer takes 49 us instead of 39.
+// One block for all of k where x fits beside a ring: where sums cross blocks, a kernel ends half a microsecond later. Room is left for a
+// block of the attention, or else of a norm, which then begins beside the GEMV before it, if that costs no ring worth having. With
+// `in_a_row` two launches of the GEMV share an SM, and the next one's ring fills while this one drains; among other kernels that has blocks
+// of a launch meet on some SMs while others have none: a 7B layer takes 49 us instead of 39.
 bool choose_shape(GemvShape& shape, const Device& device, int M, int K, int column_tiles, int groups, bool zeros, bool in_a_row) {
   const int split = split_for(K, groups, zeros, device), chunks = (K + kChunkK - 1) / kChunkK;
   const auto fits = [&](int cluster, int budget, int depth, int least) {
@@ -59,7 +59,8 @@ cudaError_t prepare(const void* kernel, int index, const Device& device) {
   return set_limits(kernel, done[index], device.smem, device);
 }
 
-// How many clusters run at once: fewer than SMs / size where the SMs of a GPC are no multiple of it, and one too many would take a second turn.
+// How many clusters run at once: fewer than SMs / size where the SMs of a GPC are no multiple of it, and one too many would take a second
+// turn.
 cudaError_t resident_clusters(int& count, int cluster, const Device& device) {
   static std::atomic<int> known[kDevices][4];
   const int slot = cluster == 1 ? 0 : cluster == 2 ? 1 : cluster == 4 ? 2 : 3;
@@ -94,8 +95,8 @@ cudaError_t launch_rows(GemvArgs args, int groups, bool zeros, bool bf16, bool i
   }
   GemvShape shape;
   if (!choose_shape(shape, device, args.M, args.K, tiles, groups, zeros, in_a_row)) return cudaErrorInvalidConfiguration;
-  // x of 8 tokens is as much as the weights of a small linear; read once for two blocks, it takes the L2 half the time. But never so that M decides
-  // which block has which strips.
+  // x of 8 tokens is as much as the weights of a small linear; read once for two blocks, it takes the L2 half the time. But never so that M
+  // decides which block has which strips.
   bool share_x = device.capability == 90 && shape.cluster == 1 && args.M >= kShareMinM && strips >= device.sms;
   int clusters;
   if (share_x) {
@@ -120,7 +121,8 @@ cudaError_t launch_gemv(GemvArgs args, int groups, bool zeros, bool bf16, bool i
   if (const cudaError_t status = current_device(device); status != cudaSuccess) return status;
   // As many rows at a time as x fits in shared memory.
   GemvShape shape;
-  const bool sixteen = takes_portable_kernel(device.capability) || choose_shape(shape, device, std::min(args.M, 16), args.K, 2, groups, zeros, false);
+  const bool sixteen =
+      takes_portable_kernel(device.capability) || choose_shape(shape, device, std::min(args.M, 16), args.K, 2, groups, zeros, false);
   const int step = sixteen ? 16 : 8;
   for (int row = 0; row < args.M; row += step) {
     GemvArgs part = args;

@@ -1,4 +1,4 @@
-// y[M,N] = x[M,K] W^T for M = 1..16 (32 in two launches): one persistent kernel, bound by the bytes of W. See gemv/gemv_kernel.cuh.
+// y[M,N] = x[M,K] W^T for M = 1..16 (32 in two launches): one persistent kernel, bound by the bytes of W. See gemv_kernel.cuh.
 #pragma once
 #include <cuda_runtime.h>
 
@@ -33,7 +33,7 @@ struct GemvArgs {
 
 constexpr int kGemvMaxM = 32;  // beyond 16 in two launches
 
-// `groups` per chunk: 1, 2, 4. `in_a_row`: with one token, half of every multiprocessor is left to the product launched next.
+// `groups` per chunk: 1, 2, 4. `in_a_row`: with one token, half of every SM is left to the GEMV launched next.
 cudaError_t launch_gemv(GemvArgs args, int groups, bool zeros, bool bf16, bool in_a_row, cudaStream_t stream);
 
 }  // namespace gptq

@@ -5,7 +5,8 @@ namespace gptq {
 namespace {
 template <int NT, int G>
 const void* pick(bool zeros) {
-  return zeros ? reinterpret_cast<const void*>(gemv_kernel<NT, G, true, true>) : reinterpret_cast<const void*>(gemv_kernel<NT, G, false, true>);
+  return zeros ? reinterpret_cast<const void*>(gemv_kernel<NT, G, true, true>)
+               : reinterpret_cast<const void*>(gemv_kernel<NT, G, false, true>);
 }
 }  // namespace
 

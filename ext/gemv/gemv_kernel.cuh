@@ -1,21 +1,21 @@
-// The decode kernel. Weights are the A operand of mma.m16n8k16 (16 rows of a strip), tokens its 8 columns, so one instruction stream
+// The GEMV kernel. Weights are the A operand of mma.m16n8k16 (16 rows of a strip), tokens its 8 columns, so one instruction stream
 // serves 1..8 tokens, and a second tile of columns 9..16.
 //
 // A block owns consecutive strips, two at a time. One warp brings them in with bulk copies, a chunk of both strips for each of 8 warps to a
-// slot of a ring: chunk c of a strip is warp c % 8's. A warp that is through with a segment of k (all of it, unless k is long) leaves its sums in
-// an exchange area; one more warp adds the 8 (always in the same order) and the segments, applies bias, SiLU and residual and stores, while the
-// others go on. No block-wide barrier, no atomics, no workspace. Which warp adds what depends on K and the format alone, so a row's bits do not
-// depend on who else is in the batch.
+// slot of a ring: chunk c of a strip is warp c % 8's. A warp that is through with a segment of k (all of it, unless k is long) leaves its
+// sums in an exchange area; one more warp adds the 8 (always in the same order) and the segments, applies bias, SiLU and residual and
+// stores, while the others go on. No block-wide barrier, no atomics, no workspace. Which warp adds what depends on K and the format alone,
+// so a row's bits do not depend on who else is in the batch.
 //
-// Where k is so long that x of these tokens does not fit beside a ring, a cluster of blocks splits it: each takes one segment, and their sums meet
-// through distributed shared memory. Otherwise, where tokens are several, blocks bring x in together, each a part of it for both.
+// Where k is so long that x of these tokens does not fit beside a ring, a cluster of blocks splits it: each takes one segment, and their
+// sums meet through distributed shared memory. Otherwise, where tokens are several, blocks bring x in together, each a part of it for both.
 //
-// Programmatic dependent launch: weights are asked for before grid_wait(), the next kernel is let in at once, and up to 8 tokens take no more
-// than half of a multiprocessor's registers, so that it finds room (of shared memory, see gemv/gemv.cu). What a block does before its first copy
-// costs as much as a small linear's weights: no division, no loop over barriers.
+// Programmatic dependent launch: weights are asked for before grid_wait(), the next kernel is let in at once, and up to 8 tokens take no
+// more than half of an SM's registers, so that it finds room (of shared memory, see gemv.cu). What a block does before its first copy costs
+// as much as a small linear's weights: no division, no loop over barriers.
 //
-// The sums of x that take out the zero points depend on x alone: at the first pair a warp computes those of its chunks by mma beside its products, and
-// leaves them for itself.
+// The sums of x that take out the zero points depend on x alone: at the first pair a warp computes those of its chunks by mma beside the
+// weights', and leaves them for itself.
 #pragma once
 #include <type_traits>
 
@@ -33,7 +33,8 @@ __global__ void __launch_bounds__(kGemvThreads, NT == 1 ? kBlocksAtOnce : 1) gem
 #elif defined(__CUDA_ARCH__)
   constexpr int kChunkBytes = Chunk<G, ZP>::kBytes, kHalfBytes = kMathWarps * kChunkBytes, kSlotBytes = kPair * kHalfBytes;
   const int warp = __shfl_sync(~0u, threadIdx.x >> 5, 0), lane = threadIdx.x & 31;  // shfl: so that the compiler knows it for uniform
-  const int cluster = a.plan.share_x ? 1 : cluster_size(), rank = cluster > 1 ? cluster_rank() : 0, depth = a.plan.depth, buffers = a.plan.buffers;
+  const int cluster = a.plan.share_x ? 1 : cluster_size(), rank = cluster > 1 ? cluster_rank() : 0, depth = a.plan.depth,
+            buffers = a.plan.buffers;
   const int nch = (a.K + kChunkK - 1) / kChunkK;
   const GemvPlan& at = a.plan;
   const uint32_t base = smem_addr(smem);
@@ -152,7 +153,8 @@ __global__ void __launch_bounds__(kGemvThreads, NT == 1 ? kBlocksAtOnce : 1) gem
       for (int segment = 1; segment <= at.segments; segment++) {
         const int end = min(segment * at.share, chunks);
         using Find = std::integral_constant<Sums, Sums::kFind>;  // of the same chunks, which this warp has left
-        if (2 * pair + 1 < count) pair == 0 ? multiply(end, Two{}, std::integral_constant<Sums, Sums::kLeave>{}) : multiply(end, Two{}, Find{});
+        if (2 * pair + 1 < count)
+          pair == 0 ? multiply(end, Two{}, std::integral_constant<Sums, Sums::kLeave>{}) : multiply(end, Two{}, Find{});
         else pair == 0 ? multiply(end, One{}, std::integral_constant<Sums, Sums::kCompute>{}) : multiply(end, One{}, Find{});
         // Leave the sums with the warp that adds them.
         mbar_wait(read + 8 * buffer, round);
@@ -160,7 +162,8 @@ __global__ void __launch_bounds__(kGemvThreads, NT == 1 ? kBlocksAtOnce : 1) gem
 #pragma unroll
         for (int i = 0; i < kPair * NT; i++)
           if (has_token) sts128(dst + i * at.red_lanes * 16, acc[i / NT][i % NT]);
-        if (has_token) mbar_arrive(sent + 8 * buffer);  // each for itself: one for all would order the others' stores by nothing that tools can see
+        if (has_token)
+          mbar_arrive(sent + 8 * buffer);  // each for itself: one for all would order the others' stores by nothing that tools can see
         __syncwarp();
 #pragma unroll
         for (int i = 0; i < kPair * NT * 4; i++) acc[i / 4 / NT][i / 4 % NT][i % 4] = 0.f;
@@ -191,7 +194,9 @@ __global__ void __launch_bounds__(kGemvThreads, NT == 1 ? kBlocksAtOnce : 1) gem
     else if (lane % cluster_size() == cluster_rank()) bulk_load_everywhere(dst, row, bytes, x_bar + 8 * part, (1 << cluster_size()) - 1);
   }
   constexpr int kPasses = kPair * NT;  // task lane + 32 i in pass i
-  const auto exists = [&](int i, int pair) { return lane + 32 * i < tasks && 2 * pair + (NT > 1 ? i / NT : lane + 32 * i >= at.red_lanes) < count; };
+  const auto exists = [&](int i, int pair) {
+    return lane + 32 * i < tasks && 2 * pair + (NT > 1 ? i / NT : lane + 32 * i >= at.red_lanes) < count;
+  };
   const auto load = [&](Outputs<BF>(&out)[kPasses], int pair) {
 #pragma unroll
     for (int i = 0; i < kPasses; i++)
@@ -226,7 +231,8 @@ __global__ void __launch_bounds__(kGemvThreads, NT == 1 ? kBlocksAtOnce : 1) gem
     float v[kPasses][4] = {};
     add_sum(v, base + at.got + due_turn * cluster * set, cluster);
     __syncwarp();
-    if (due + kTurns * cluster < pairs && lane < cluster && lane != rank) mbar_arrive_cluster(cluster_address(credit + 8 * (rank * kTurns + due_turn), lane));
+    if (due + kTurns * cluster < pairs && lane < cluster && lane != rank)
+      mbar_arrive_cluster(cluster_address(credit + 8 * (rank * kTurns + due_turn), lane));
 #pragma unroll
     for (int i = 0; i < kPasses; i++)
       if (exists(i, due)) out[i].store(a, v[i]);

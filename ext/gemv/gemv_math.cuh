@@ -10,10 +10,11 @@ namespace gptq {
 // Whether chunk_mma computes the sums of x, or computes and leaves them, or finds them.
 enum class Sums { kCompute, kLeave, kFind };
 
-// One chunk of S strips, `apart` bytes from each other in shared memory, against NT column tiles: acc += scale * (sum v x - z sum x), group by group.
-// load_x(n, u, b): the B fragments of tokens 8n.. for the two k16 steps from k = 32u of the chunk. `sums`: [group][8 NT] float.
+// One chunk of S strips, `apart` bytes from each other in shared memory, against NT column tiles: acc += scale * (sum v x - z sum x), group
+// by group. load_x(n, u, b): the B fragments of tokens 8n.. for the two k16 steps from k = 32u of the chunk. `sums`: [group][8 NT] float.
 template <int S, int NT, int G, bool ZP, bool BF, Sums kSumsOfX, typename LoadX>
-__device__ __forceinline__ void chunk_mma(float (&acc)[kPair][NT][4], uint32_t chunk, int apart, uint32_t sums, int lane, const LoadX& load_x) {
+__device__ __forceinline__ void chunk_mma(float (&acc)[kPair][NT][4], uint32_t chunk, int apart, uint32_t sums, int lane,
+                                          const LoadX& load_x) {
   using C = Chunk<G, ZP>;
   using O = Offset<BF, ZP>;
   constexpr bool kFind = kSumsOfX == Sums::kFind;
@@ -79,8 +80,8 @@ __device__ __forceinline__ void chunk_mma(float (&acc)[kPair][NT][4], uint32_t c
   }
 }
 
-// Where one lane's four sums of a strip go: rows r0, r1 of tokens token, token + 1. What is added to them can be loaded before they exist; it stays in
-// 16 bits meanwhile, two to a register.
+// Where one lane's four sums of a strip go: rows r0, r1 of tokens token, token + 1. What is added to them can be loaded before they exist;
+// it stays in 16 bits meanwhile, two to a register.
 template <bool BF>
 struct Outputs {
   int r0, token;

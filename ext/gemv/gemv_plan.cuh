@@ -1,4 +1,4 @@
-// What the decode kernels are made of: the plan of shared memory, clusters, the product of one chunk, and the end of a row.
+// Sizes of the GEMV kernel: its warps, ring, barriers, and the plan of its shared memory.
 #pragma once
 #include <algorithm>
 
@@ -11,12 +11,12 @@ constexpr int kMathWarps = 8;
 constexpr int kPair = 2;        // strips a warp works on at a time: they share x, and what a loop costs
 constexpr int kMaxDepth = 8;    // slots of the ring
 constexpr int kMaxBuffers = 2;  // of the exchange area
-constexpr int kTurns = 2;       // sums of other blocks that one block can hold at a time
+constexpr int kTurns = 2;       // areas for the other blocks' sums: those of so many pairs can arrive before the first is added up
 constexpr int kMaxCluster = 8;  // no more than kMathWarps, whose sums and those of other blocks are added by the same lines
 constexpr int kMaxParts = 16;   // of x, which arrives kMathWarps chunks at a time
 constexpr int kGemvThreads = (kMathWarps + 2) * 32;
-constexpr int kInFlight = 2;     // slots of a ring that is filled for the first time
-constexpr int kBlocksAtOnce = 2;  // this kernel's, and the next one's
+constexpr int kInFlight = 2;    // slots asked for before the first has landed: more would delay x of the block beside this one
+constexpr int kBlocksAtOnce = 2;  // per SM: one of this launch and one of the next
 
 // Before sm_90 there are no bulk copies; the consumer GPUs since have them, but not the shared memory for this kernel's ring beside x.
 inline bool takes_portable_kernel(int capability) { return capability < 90 || capability >= 120; }
@@ -29,7 +29,8 @@ constexpr int kSent = kFull + kMaxDepth, kRead = kSent + kMaxBuffers;  // of the
 constexpr int kGot = kRead + kMaxBuffers, kCredit = kGot + kTurns;     // of other blocks' sums; kCredit[owner][turn]
 constexpr int kX = kCredit + kTurns * kMaxCluster, kBarriers = kX + kMaxParts;
 
-// Where things are in shared memory, in bytes from its start. k is added up in `split` segments, each by a block of a cluster of so many, or all by one.
+// Where things are in shared memory, in bytes from its start. k is added up in `split` segments, each by a block of a cluster of so many,
+// or all by one.
 inline GemvPlan plan_gemv(int M, int K, int nt, int split, int cluster, int depth, int buffers, int groups, bool zeros) {
   const int nch = (K + kChunkK - 1) / kChunkK, chunk = chunk_bytes(groups, zeros);
   GemvPlan p = {};

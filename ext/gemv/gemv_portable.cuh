@@ -1,4 +1,4 @@
-// The decode kernel for devices without bulk copies, or without the shared memory for the other one's ring.
+// The GEMV kernel for devices without bulk copies, or without the shared memory for the other one's ring.
 #pragma once
 #include "gemv/gemv_math.cuh"
 
@@ -45,12 +45,14 @@ __device__ __forceinline__ void gemv_portable(const GemvArgs& a, uint8_t* smem) 
           b[i] = k < a.K ? *reinterpret_cast<const uint32_t*>(x + k) : 0u;
         }
       };
-      chunk_mma<1, NT, G, ZP, BF, Sums::kCompute>(acc, smem_addr(ring) + (c / kPortableWarps % kPortableDepth) * C::kBytes, 0, 0, lane, load_x);
+      chunk_mma<1, NT, G, ZP, BF, Sums::kCompute>(acc, smem_addr(ring) + (c / kPortableWarps % kPortableDepth) * C::kBytes, 0, 0, lane,
+                                                  load_x);
       __syncwarp();
     }
     __syncthreads();  // the sums of the strip before have been read
 #pragma unroll
-    for (int n = 0; n < NT; n++) red[(warp * NT + n) * 32 + t * 8 + g] = make_float4(acc[0][n][0], acc[0][n][1], acc[0][n][2], acc[0][n][3]);
+    for (int n = 0; n < NT; n++)
+      red[(warp * NT + n) * 32 + t * 8 + g] = make_float4(acc[0][n][0], acc[0][n][1], acc[0][n][2], acc[0][n][3]);
     __syncthreads();
     if (threadIdx.x < NT * 32) {
       float v[4] = {0.f, 0.f, 0.f, 0.f};

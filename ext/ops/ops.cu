@@ -42,8 +42,9 @@ __device__ __forceinline__ float sum_of_squares(const float (&v)[8]) {
   return sum;
 }
 
-// A block takes rows blockIdx.x, + gridDim.x, ...; N vectors of a row per thread. What does not depend on an earlier kernel (weights, and the
-// places to gather from) is in registers before the wait; one barrier per row, since consecutive rows use the two halves of shared memory.
+// A block takes rows blockIdx.x, + gridDim.x, ...; N vectors of a row per thread. What does not depend on an earlier kernel (weights, and
+// the places to gather from) is in registers before the wait; one barrier per row, since consecutive rows use the two halves of shared
+// memory.
 template <bool BF, bool PERM, int N>
 __global__ void __launch_bounds__(512) rms_norm_kernel(const RmsNormArgs a) {
   extern __shared__ __align__(16) uint16_t rows[];  // PERM: two rows of x
@@ -118,8 +119,8 @@ __device__ __forceinline__ uint4 select(bool first, const uint4& a, const uint4&
 }
 
 // ---- rotary embedding, and keys and values into their slots ---------------------------------------------------------------------------
-// A head is L lanes, each with eight elements of its first half and the eight they pair with. A thread serves HEADS heads: one where rows are
-// few, several where cosines and sines are worth keeping.
+// A head is L lanes, each with eight elements of its first half and the eight they pair with. A thread serves HEADS heads: one where rows
+// are few, several where cosines and sines are worth keeping.
 template <bool BF, bool FP8, int L, int HEADS>
 __global__ void __launch_bounds__(256) rope_kernel(const RopeArgs a) {
   constexpr int kPerBlock = 256 / L;

@@ -1,4 +1,4 @@
-// What a layer does between its products: embedding, RMSNorm, rotary embedding with the write into the KV cache.
+// What a layer does between its GEMMs: embedding, RMSNorm, rotary embedding with the write into the KV cache.
 #pragma once
 #include <cuda_runtime.h>
 

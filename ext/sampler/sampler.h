@@ -42,7 +42,8 @@ constexpr int kMaxTopLogprobs = 20;
 cudaError_t launch_sample(const SamplerRows& rows, const SamplerHistory& history, int* tokens, cudaStream_t stream);
 
 // entries: S + 1 starts, then (token, float bits) pairs; null: none. out may be the logits themselves.
-cudaError_t launch_sample_adjust(const SamplerRows& rows, const SamplerHistory& history, const int* entries, float* out, long long ldo, cudaStream_t stream);
+cudaError_t launch_sample_adjust(const SamplerRows& rows, const SamplerHistory& history, const int* entries, float* out, long long ldo,
+                                 cudaStream_t stream);
 
 // out [S, 2, 1 + kMaxTopLogprobs]: ids, then float bits.
 cudaError_t launch_sample_logprobs(const SamplerRows& rows, const int* tokens, int* out, cudaStream_t stream);

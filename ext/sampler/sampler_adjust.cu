@@ -7,7 +7,8 @@ namespace {
 constexpr int kAdjustThreads = 256, kSlice = 4096;
 constexpr uint32_t kSeen = 1u << 30, kForbidden = 1u << 31, kCount = kSeen - 1;
 
-__global__ void __launch_bounds__(kAdjustThreads) adjust_kernel(const SamplerRows a, const SamplerHistory history, const int* entries, float* out, long long ldo) {
+__global__ void __launch_bounds__(kAdjustThreads)
+    adjust_kernel(const SamplerRows a, const SamplerHistory history, const int* entries, float* out, long long ldo) {
   __shared__ uint32_t state[kSlice];  // occurrences in the output, and flags
   __shared__ float bias[kSlice];
   grid_launch_dependents();
@@ -15,7 +16,8 @@ __global__ void __launch_bounds__(kAdjustThreads) adjust_kernel(const SamplerRow
   const int r = blockIdx.y, first = blockIdx.x * kSlice, size = min(kSlice, a.V - first), slot = field(a, r, kSlot);
   const float* x = a.logits + r * a.ldl + first;
   float* y = out + r * ldo + first;
-  const float repetition = float_field(a, r, kRepetitionPenalty), presence = float_field(a, r, kPresencePenalty), frequency = float_field(a, r, kFrequencyPenalty);
+  const float repetition = float_field(a, r, kRepetitionPenalty), presence = float_field(a, r, kPresencePenalty),
+              frequency = float_field(a, r, kFrequencyPenalty);
   const int entry = entries ? entries[r] : 0, entry_end = entries ? entries[r + 1] : 0;
   const bool penalised = repetition != 1.f || presence != 0.f || frequency != 0.f;
   if (slot < 0 || (!penalised && entry == entry_end)) {
@@ -57,8 +59,10 @@ __global__ void __launch_bounds__(kAdjustThreads) adjust_kernel(const SamplerRow
 
 }  // namespace
 
-cudaError_t launch_sample_adjust(const SamplerRows& rows, const SamplerHistory& history, const int* entries, float* out, long long ldo, cudaStream_t stream) {
-  return launch_overlapped(adjust_kernel, dim3((rows.V + kSlice - 1) / kSlice, rows.S), kAdjustThreads, 1, stream, rows, history, entries, out, ldo);
+cudaError_t launch_sample_adjust(const SamplerRows& rows, const SamplerHistory& history, const int* entries, float* out, long long ldo,
+                                 cudaStream_t stream) {
+  return launch_overlapped(adjust_kernel, dim3((rows.V + kSlice - 1) / kSlice, rows.S), kAdjustThreads, 1, stream, rows, history, entries,
+                           out, ldo);
 }
 
 }  // namespace gptq

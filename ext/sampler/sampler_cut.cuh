@@ -19,7 +19,8 @@ struct Weights {
     float e = exp2_approx(t * 1.44269504f);
     if (e < min_p) e = 0.f;
     // 17 bits above and 23 below the point of e * 2^17, each as the mantissa of a float: several times faster than a conversion to 64 bits.
-    const float high = __fmaf_rz(e, 0x1p17f, 0x1p23f), rest = __fmaf_rn(e, 0x1p17f, 0x1p23f - high), low = __fmaf_rz(rest, 0x1p23f, 0x1p23f);
+    const float high = __fmaf_rz(e, 0x1p17f, 0x1p23f), rest = __fmaf_rn(e, 0x1p17f, 0x1p23f - high),
+                low = __fmaf_rz(rest, 0x1p23f, 0x1p23f);
     return (static_cast<u64>(__float_as_uint(high) & 0x7fffffu) << 23) + (__float_as_uint(low) & 0x7fffffu);
   }
   static __device__ __forceinline__ int bin(float t) { return static_cast<int>(fminf(t * kBinScale, static_cast<float>(kBins - 1))); }
@@ -142,7 +143,8 @@ __device__ void bisect(const Row& row, const Weights& weights, u64 need, Bracket
 
 // Lists the elements for which `inside` holds and widens `b` by their keys; b.num is how many there are, which the list may not hold.
 template <int C, typename F>
-__device__ __forceinline__ void list_candidates(const Row& row, const Weights& weights, Bracket& b, RowTeam<C>& team, CutShared<C>& sh, F&& inside) {
+__device__ __forceinline__ void list_candidates(const Row& row, const Weights& weights, Bracket& b, RowTeam<C>& team, CutShared<C>& sh,
+                                                F&& inside) {
   Candidates& own = sh.candidates[0];
   team.sync();  // another block may still read the list before this one
   if (threadIdx.x == 0) sh.num_candidates = 0;

@@ -36,7 +36,11 @@ struct Row {
   bool aligned;          // x is 16-byte aligned
 
   __device__ __forceinline__ Row(const SamplerRows& a, int row)
-      : x(a.logits + row * a.ldl), first(0), last((a.V + kRowChunk - 1) / kRowChunk), end(a.V), aligned((reinterpret_cast<uintptr_t>(x) & 15) == 0) {}
+      : x(a.logits + row * a.ldl),
+        first(0),
+        last((a.V + kRowChunk - 1) / kRowChunk),
+        end(a.V),
+        aligned((reinterpret_cast<uintptr_t>(x) & 15) == 0) {}
 
   // The `index`-th of so many equal parts.
   __device__ __forceinline__ Row part(int index, int parts) const {
@@ -124,7 +128,8 @@ __device__ __forceinline__ u64 block_scan(u64 v, u64& total, u64* scratch) {
 
 // In clusters of so many blocks.
 template <typename... P>
-cudaError_t launch_overlapped(void (*kernel)(P...), dim3 grid, int threads, int cluster, cudaStream_t stream, const std::decay_t<P>&... args) {
+cudaError_t launch_overlapped(void (*kernel)(P...), dim3 grid, int threads, int cluster, cudaStream_t stream,
+                              const std::decay_t<P>&... args) {
   Device device;
   if (const cudaError_t status = current_device(device); status != cudaSuccess) return status;
   return launch_kernel(reinterpret_cast<const void*>(kernel), {grid, threads, 0, stream, cluster}, device, args...);
