@@ -195,7 +195,10 @@ __global__ void __launch_bounds__(S::kThreads, S::kMinBlocks)
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(S::kConsumerRegisters));
     consume<S>(p, ring, smem, Place{cluster, rank, warp >> 2, static_cast<int>(threadIdx.x & 127)});
   }
-  if constexpr (CL > 1) cluster_sync();  // a neighbour may still signal this block's barriers
+  if constexpr (CL > 1) {
+    __syncwarp();    // of the feeding warp one thread comes from a branch of its own, and .aligned wants all in one instruction
+    cluster_sync();  // a neighbour may still signal this block's barriers
+  }
 #endif
 }
 
