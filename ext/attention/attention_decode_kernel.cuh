@@ -29,7 +29,7 @@ class AttentionBlock {
   static constexpr int kPasses = (kPartHeads * kLanes + Team::kWarps * 32 - 1) / (Team::kWarps * 32);  // over the query heads
 
   const AttentionDecodeArgs& a;
-  const int warp, lane;  // warp: of the team
+  const int warp, lane;               // warp: of the team
   const uint32_t ring, sums, maxima;  // shared: copies; results of warps for each other, or queries; [warp][head] (maximum, sum)
   int* const scratch;
   uint32_t q[D / 16][2];

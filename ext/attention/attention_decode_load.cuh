@@ -16,7 +16,7 @@ class TileLoader {
   const AttentionDecodeArgs& a;
   const uint32_t ring;
   const int lane;
-  const uint32_t plane;  // bytes of the keys of one head in one block
+  const uint32_t plane;        // bytes of the keys of one head in one block
   const uint32_t first_piece;  // where a lane's piece of a group's first row goes, in the group
   Cursor c;
   int left, tile, block_id = -1;

@@ -13,8 +13,8 @@ constexpr int kAttentionWarps = 4;
 constexpr int kAttentionThreads = kAttentionWarps * 32;
 constexpr int kTileTokens = 32;  // tokens of a warp in a step
 constexpr int kStepTokens = kTileTokens * kAttentionWarps;
-constexpr int kMaxChunks = 32;                // of an item: what a lane each can look up
-constexpr int kPartHeads = 8;                 // query heads served together: the columns of an mma
+constexpr int kMaxChunks = 32;  // of an item: what a lane each can look up
+constexpr int kPartHeads = 8;   // query heads served together: the columns of an mma
 constexpr int kScratchInts = kAttentionWarps + 4;
 
 // Who attends together to a step: the warps of a block, a tile of its tokens each.
@@ -81,8 +81,8 @@ struct Cuts {
 struct Cursor {
   Span span;
   int sequence, kv_head, part;  // part: of the query heads that share the key head
-  int step;            // of the item
-  int origin;          // where the item begins in the line
+  int step;                     // of the item
+  int origin;                   // where the item begins in the line
 
   __device__ __forceinline__ int first_token(int warp) const { return (span.first + step) * kStepTokens + warp * kTileTokens; }
   __device__ __forceinline__ bool sees(int warp) const {

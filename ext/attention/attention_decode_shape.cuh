@@ -16,12 +16,12 @@ constexpr bool kSmallShared = false;
 template <int D, bool FP8, bool SMALL = kSmallShared>
 struct AttentionShape {
   static constexpr int kElement = FP8 ? 1 : 2;
-  static constexpr int kRow = D * kElement;       // bytes of a token's key
-  static constexpr int kPieces = kRow / 16;       // 16-byte pieces of it
-  static constexpr int kEntry = kTileTokens * kRow;     // a tile of keys, or of values
+  static constexpr int kRow = D * kElement;          // bytes of a token's key
+  static constexpr int kPieces = kRow / 16;          // 16-byte pieces of it
+  static constexpr int kEntry = kTileTokens * kRow;  // a tile of keys, or of values
   // Entries of a warp's ring: keys, values, keys, ... No more, so that a block fits beside one of the GEMV.
   static constexpr int kDepth = !SMALL ? (kEntry >= 8192 ? 2 : 4) : kEntry >= 4096 ? 16384 / kEntry : 6;
-  static constexpr int kTiles = D / 16;           // m-tiles of the output: rows are dimensions, columns heads
+  static constexpr int kTiles = D / 16;  // m-tiles of the output: rows are dimensions, columns heads
   static constexpr int kRing = kAttentionWarps * kDepth * kEntry;
   static constexpr int kQueryStride = D * 2 + 16;  // bytes; so that no bank is met twice
 };

@@ -24,7 +24,7 @@ namespace gptq {
 
 constexpr int kStripRows = 16;
 constexpr int kChunkK = 128;
-constexpr int kBlockBytes = 512;                // 64 k of one strip
+constexpr int kBlockBytes = 512;               // 64 k of one strip
 constexpr int kWeightBytes = 2 * kBlockBytes;  // 128 k of one strip
 
 template <int G, bool ZP>

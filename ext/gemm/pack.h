@@ -14,7 +14,7 @@ struct PackArgs {
   const int* columns;       // [N]: row i of the strips is output columns[i]; null: in order
   uint8_t* out;             // strip stream
   int N, K;
-  int group_size;   // inputs per row of `scales`, after sorting; at least K rounded up to a chunk where there is one group
+  int group_size;  // inputs per row of `scales`, after sorting; at least K rounded up to a chunk where there is one group
   int group_count;
 };
 

@@ -85,9 +85,9 @@ constexpr TileTime kTileTimes[] = {
     {WgmmaTile::k192x128, 192, 128, 1, 103, true}, {WgmmaTile::k128x192, 128, 192, 2, 96, true},
     {WgmmaTile::k128x256, 128, 256, 2, 97, true},
 };
-constexpr int kCutCost = 8;  // cutting tiles along k takes as long as so many chunks: partial sums are written, awaited and read
-constexpr int64_t kSmallWeight = 16000;         // chunks of all strips
-constexpr int kNarrowWeight = 5600;             // output rows
+constexpr int kCutCost = 8;              // chunks that cutting tiles along k takes as long as: partial sums are written, awaited and read
+constexpr int64_t kSmallWeight = 16000;  // chunks of all strips
+constexpr int kNarrowWeight = 5600;      // output rows
 // Weights of a matrix from which operands may be rounded: their errors average out over many scales only, and for fewer the exact tiles
 // cost nothing.
 constexpr int64_t kFewWeights = 1 << 20;

@@ -79,9 +79,9 @@ __device__ __forceinline__ void consume(const WgmmaParams& p, const WgmmaRing<S>
   int slot = 0;
   uint32_t parity = 0;
   const uint8_t* const my_chunk = smem + p.stages * S::kTokenBytes + (place.group * FR * 4 + (place.thread >> 5)) * p.chunk_bytes;
-  const uint8_t* chunk = my_chunk;             // of this warp in the current slot
+  const uint8_t* chunk = my_chunk;  // of this warp in the current slot
   const uint32_t tokens0 = ring.tokens >> 4;
-  uint32_t tokens = tokens0;                   // of the current slot, as in a descriptor
+  uint32_t tokens = tokens0;  // of the current slot, as in a descriptor
   auto fetch = [&] {
     mbar_wait(ring.full + 8 * slot, parity);
 #pragma unroll

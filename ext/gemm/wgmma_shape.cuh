@@ -15,10 +15,10 @@ struct WgmmaShape {
   static constexpr bool BF = BF_, ONE = ONE_, SCALED = SCALED_;
   static constexpr int TN = TN_, FR = FR_, CL = CL_, NWG = NWG_;
   static constexpr int kStrips = 4 * FR * NWG, kRows = 16 * kStrips, kThreads = 128 * (NWG + 1);
-  static constexpr int kTokenBytes = TN * kChunkK * 2;                    // of one slot
-  static constexpr int kGroups = ONE ? 1 : 4;                             // scales per chunk: with 2 groups each comes twice
+  static constexpr int kTokenBytes = TN * kChunkK * 2;                      // of one slot
+  static constexpr int kGroups = ONE ? 1 : 4;                               // scales per chunk: with 2 groups each comes twice
   static constexpr int kPass = TN == 256 && !ONE ? 16 : TN < 32 ? TN : 32;  // tokens the epilogue turns at a time
-  static constexpr int kPassBytes = kPass * 128;                          // per warpgroup
+  static constexpr int kPassBytes = kPass * 128;                            // per warpgroup
   static constexpr int kMinBlocks = TN * FR <= 32 && NWG == 2 ? 2 : 1;
   // Registers per thread, of the 64,512 (2 groups), 30,720 (2 groups, twice per SM) or 65,536 (3) at the start.
   static constexpr int kProducerRegisters = NWG == 2 && kMinBlocks == 1 ? 40 : 32;

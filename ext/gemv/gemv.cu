@@ -12,10 +12,10 @@ namespace {
 
 constexpr int kReserved = 1024;  // shared memory the driver keeps per block
 constexpr int kDevices = 64;
-constexpr int kGoodDepth = 4;    // slots; with less, memory waits for the SMs
+constexpr int kGoodDepth = 4;              // slots; with less, memory waits for the SMs
 constexpr int kNormBytes = 20 << 10;       // shared memory of a block of RMSNorm in act-order, with what the driver keeps
 constexpr int kAttentionBytes = 72 << 10;  // shared memory of a block of the decode attention, with what the driver keeps
-constexpr int kShareMinM = 2;    // tokens from which blocks bring x in together
+constexpr int kShareMinM = 2;              // tokens from which blocks bring x in together
 
 struct GemvShape {
   int cluster;  // blocks that share k

@@ -8,15 +8,15 @@ namespace gptq {
 
 // What a block would else have to divide for before it can ask for its first weights.
 struct GemvPlan {
-  int depth, buffers;  // ring slots, exchange areas
-  int flight;          // slots asked for at once before the block begins
-  bool share_x;        // the blocks of a cluster have strips of their own and all of k, and bring x in together
-  int share;           // chunks of a strip that are added up by themselves, a multiple of kMathWarps
-  int segments;        // of so many chunks that a block takes: all of a strip, or, in a cluster that splits k, one
-  int strips, spare;   // of a cluster; that many clusters have one strip more
+  int depth, buffers;                  // ring slots, exchange areas
+  int flight;                          // slots asked for at once before the block begins
+  bool share_x;                        // the blocks of a cluster have strips of their own and all of k, and bring x in together
+  int share;                           // chunks of a strip that are added up by themselves, a multiple of kMathWarps
+  int segments;                        // of so many chunks that a block takes: all of a strip, or, in a cluster that splits k, one
+  int strips, spare;                   // of a cluster; that many clusters have one strip more
   int ring, x, sums, red, got, total;  // of shared memory
-  int x_stride;              // elements between tokens
-  int red_lanes;             // float4 slots per column tile and warp: lanes whose columns hold no token leave nothing
+  int x_stride;                        // elements between tokens
+  int red_lanes;                       // float4 slots per column tile and warp: lanes whose columns hold no token leave nothing
 };
 
 struct GemvArgs {
@@ -27,7 +27,7 @@ struct GemvArgs {
   const uint16_t* residual;  // like y, row stride ldr, or null; may be y itself
   int M, N, K;               // N % 16 == 0, K % 8 == 0
   int ldx, ldy, ldr;
-  int paired;  // 1: rows g, g+8 of a strip are outputs i and N/2+i. 2: the same, and y = silu(row i) * row (N/2+i)
+  int paired;     // 1: rows g, g+8 of a strip are outputs i and N/2+i. 2: the same, and y = silu(row i) * row (N/2+i)
   GemvPlan plan;  // by launch_gemv
 };
 

@@ -15,7 +15,7 @@ constexpr int kTurns = 2;       // areas for the other blocks' sums: those of so
 constexpr int kMaxCluster = 8;  // no more than kMathWarps, whose sums and those of other blocks are added by the same lines
 constexpr int kMaxParts = 16;   // of x, which arrives kMathWarps chunks at a time
 constexpr int kGemvThreads = (kMathWarps + 2) * 32;
-constexpr int kInFlight = 2;    // slots asked for before the first has landed: more would delay x of the block beside this one
+constexpr int kInFlight = 2;      // slots asked for before the first has landed: more would delay x of the block beside this one
 constexpr int kBlocksAtOnce = 2;  // per SM: one of this launch and one of the next
 
 // Before sm_90 there are no bulk copies; the consumer GPUs since have them, but not the shared memory for this kernel's ring beside x.
@@ -24,7 +24,7 @@ inline bool takes_portable_kernel(int capability) { return capability < 90 || ca
 // Named barriers: of a slot, that all warps that multiply are through with it. Unlike an mbarrier's, its arrival is that of a whole warp.
 constexpr int kSlotFree = 1, kSlotThreads = (kMathWarps + 1) * 32;
 // Mbarriers, at the start of shared memory.
-constexpr int kFull = 0;                                              // of the ring
+constexpr int kFull = 0;                                               // of the ring
 constexpr int kSent = kFull + kMaxDepth, kRead = kSent + kMaxBuffers;  // of the warps' sums
 constexpr int kGot = kRead + kMaxBuffers, kCredit = kGot + kTurns;     // of other blocks' sums; kCredit[owner][turn]
 constexpr int kX = kCredit + kTurns * kMaxCluster, kBarriers = kX + kMaxParts;

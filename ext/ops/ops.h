@@ -7,9 +7,9 @@
 namespace gptq {
 
 struct EmbedArgs {
-  const int* history;    // [slots, ldh]: the tokens of every running sequence
-  const int* row_slot;   // [T]
-  const int* positions;  // [T], -1: zeros
+  const int* history;     // [slots, ldh]: the tokens of every running sequence
+  const int* row_slot;    // [T]
+  const int* positions;   // [T], -1: zeros
   const uint16_t* table;  // [V, H]
   uint16_t* out;          // [T, H]
   int T, V, H, ldh;
