@@ -15,10 +15,60 @@ EXT = Path(__file__).parent.parent / "ext"
 NVCC = shutil.which("nvcc")
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="needs nvcc")
 CUOBJDUMP = shutil.which("cuobjdump")
-DECODE_THREADS = 10 * 32
-TWO_DECODE_BLOCKS = 65536 // (2 * DECODE_THREADS) // 8 * 8
-"""registers of a thread with which two blocks, this kernel's and the next one's, share a multiprocessor"""
-ONE_DECODE_BLOCK = 65536 // DECODE_THREADS // 8 * 8
+GEMV_THREADS = 10 * 32
+TWO_GEMV_BLOCKS = 65536 // (2 * GEMV_THREADS) // 8 * 8
+"""registers of a thread with which two blocks, this kernel's and the next one's, share an SM"""
+ONE_GEMV_BLOCK = 65536 // GEMV_THREADS // 8 * 8
+
+
+FOLDERS = {"common", "gemv", "gemm", "attention", "ops", "sampler"}
+MAX_COLUMNS = 140
+
+
+def sources() -> dict[str, str]:
+    """path in ext/ -> text."""
+    return {str(path.relative_to(EXT)): path.read_text() for path in sorted(EXT.rglob("*")) if path.is_file()}
+
+
+def test_every_file_stands_in_a_folder_of_its_family() -> None:
+    top = {name for name in sources() if "/" not in name}
+    assert top == {"CMakeLists.txt", "README.md", "bindings.cpp"}
+    assert {name.split("/")[0] for name in sources() if "/" in name} == FOLDERS
+    assert all(re.fullmatch(r"\w+/\w+\.(cu|cuh|h)", name) for name in sources().keys() - top)
+
+
+def test_no_line_is_longer_than_a_screen() -> None:
+    long = [
+        f"{name}:{number}"
+        for name, text in sources().items()
+        for number, line in enumerate(text.splitlines(), 1)
+        if len(line) > MAX_COLUMNS
+    ]
+    assert not long
+
+
+def test_includes_begin_at_ext_and_a_host_header_is_one_that_the_bindings_include() -> None:
+    files = sources()
+    included = {name: set(re.findall(r'#include "([^"]+)"', text)) for name, text in files.items()}
+    assert set().union(*included.values()) <= files.keys()
+    headers = {name for name in files if name.endswith((".h", ".cuh"))}
+    assert headers == set().union(*included.values())
+    assert included["bindings.cpp"] == {name for name in headers if name.endswith(".h")}
+
+
+def test_the_bindings_name_their_arguments_in_the_order_of_the_functions() -> None:
+    """Python may call with keywords, so a name that stood beside another's place would pass a wrong address."""
+    text = sources()["bindings.cpp"]
+    parameters = {
+        name: re.findall(r"(\w+)(?:,|$)", listed)
+        for name, listed in re.findall(r"^void (\w+)\(([^)]*)\) \{", text, re.MULTILINE)
+    }
+    named = {
+        function: re.findall(r'"(\w+)"_a', names)
+        for function, names in re.findall(r"m\.def\(\"\w+\", &(\w+), free_gil(, [^)]*)\);", text)
+    }
+    assert len(named) >= 12
+    assert named == {name: parameters[name] for name in named}
 
 
 def configure(tmp_path: Path, cuda: str, compiler: str) -> subprocess.CompletedProcess[str]:
@@ -108,13 +158,13 @@ def instructions(cubin: Path) -> dict[str, tuple[str, list[str]]]:
 
 
 @needs_nvcc
-def test_decode_keeps_its_registers_and_instructions(tmp_path: Path) -> None:
+def test_the_gemv_keeps_its_registers_and_instructions(tmp_path: Path) -> None:
     cubin, log = compile_for("90", "gemv/gemv_fp16.cu", tmp_path)
     kernels = usage(log)
     assert len(kernels) == 12
     for name, (registers, spills) in kernels.items():
         narrow = "ILi1E" in name
-        assert registers <= (TWO_DECODE_BLOCKS if narrow else ONE_DECODE_BLOCK), name
+        assert registers <= (TWO_GEMV_BLOCKS if narrow else ONE_GEMV_BLOCK), name
         assert spills == 0, name
     if CUOBJDUMP is None:
         return
@@ -137,12 +187,12 @@ def test_other_architectures_compile_without_spills(arch: str, tmp_path: Path) -
 
 
 @needs_nvcc
-def test_decode_attention_leaves_room_for_the_next_product(tmp_path: Path) -> None:
-    """A block of four warps beside one of the decode product's; nothing spilled at the sizes that have to be fast, but
+def test_decode_attention_leaves_room_for_the_next_gemv(tmp_path: Path) -> None:
+    """A block of four warps beside one of the GEMV; nothing spilled at the sizes that have to be fast, but
     a few words of warps that are alone."""
     _, log = compile_for("90", "attention/attention_decode_bf16.cu", tmp_path)
     kernels = usage(log)
     assert len(kernels) == 8
     for name, (registers, spills) in kernels.items():
-        assert -(-registers // 8) * 8 * 4 * 32 + TWO_DECODE_BLOCKS * DECODE_THREADS <= 65536, name
+        assert -(-registers // 8) * 8 * 4 * 32 + TWO_GEMV_BLOCKS * GEMV_THREADS <= 65536, name
         assert spills <= (20 if "OneWarp" in name else 0), name
