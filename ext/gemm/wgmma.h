@@ -24,7 +24,7 @@ struct WgmmaGemm {
   int groups;            // scale groups per 128 k: 1 (group 128 and above), 2, 4; or 0: one group for all of k
   bool zeros;            // the stream carries zero points
   bool bf16;             // type of x, y, bias, residual; otherwise fp16
-  int paired;            // 1: rows g, g+8 of a strip are outputs i, n/2 + i (i = 8 strip + g). 2: the same, and y = silu(row i) * row (n/2 + i)
+  int paired;            // 1: rows g, g+8 of a strip are outputs i, n/2 + i; i = 8 strip + g. 2: also, y = silu(row i) * (row n/2 + i)
   int tile, sharing, split;  // for tests and tuning: a WgmmaTile, WgmmaSharing, WgmmaSplit; 0 lets the function choose
 };
 
