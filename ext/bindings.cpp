@@ -70,10 +70,10 @@ void pack(std::uintptr_t qweight, std::uintptr_t scales, std::uintptr_t zeros, s
   raise_on(gptq::launch_pack(args, groups, as_stream(stream)), shape("pack", 0, N, K));
 }
 
-void embed(std::uintptr_t history, std::uintptr_t row_slot, std::uintptr_t positions, std::uintptr_t table, std::uintptr_t out, int T,
+void embed(std::uintptr_t history, std::uintptr_t row_seat, std::uintptr_t positions, std::uintptr_t table, std::uintptr_t out, int T,
            int V, int H, int ldh, std::uintptr_t stream) {
   const gptq::EmbedArgs args{
-      pointer<const int>(history), pointer<const int>(row_slot), pointer<const int>(positions), pointer<const std::uint16_t>(table),
+      pointer<const int>(history), pointer<const int>(row_seat), pointer<const int>(positions), pointer<const std::uint16_t>(table),
       pointer<std::uint16_t>(out), T, V, H, ldh};
   raise_on(gptq::launch_embed(args, as_stream(stream)), "embed T=" + std::to_string(T) + " H=" + std::to_string(H));
 }
@@ -168,7 +168,7 @@ int device_count() {
 }  // namespace
 
 PYBIND11_MODULE(_cuda, m, py::mod_gil_not_used()) {
-  m.doc() = "CUDA kernels for 4-bit GPTQ weights; use gptq_api.kernels.gptq";
+  m.doc() = "CUDA kernels for 4-bit GPTQ weights; use gptq_api.kernels.gemm";
   const auto free_gil = py::call_guard<py::gil_scoped_release>();
   m.def("device_count", &device_count, free_gil);
   m.def("decode", &gemv, free_gil, "w"_a, "x"_a, "y"_a, "bias"_a, "residual"_a, "M"_a, "N"_a, "K"_a, "ldx"_a, "ldy"_a, "ldr"_a, "paired"_a,
@@ -178,7 +178,7 @@ PYBIND11_MODULE(_cuda, m, py::mod_gil_not_used()) {
   m.def("gather", &gather, free_gil, "x"_a, "perm"_a, "out"_a, "M"_a, "K"_a, "ldx"_a, "ldo"_a, "stream"_a);
   m.def("pack", &pack, free_gil, "qweight"_a, "scales"_a, "zeros"_a, "perm"_a, "columns"_a, "out"_a, "N"_a, "K"_a, "groups"_a,
         "group_size"_a, "group_count"_a, "stream"_a);
-  m.def("embed", &embed, free_gil, "history"_a, "row_slot"_a, "positions"_a, "table"_a, "out"_a, "T"_a, "V"_a, "H"_a, "ldh"_a, "stream"_a);
+  m.def("embed", &embed, free_gil, "history"_a, "row_seat"_a, "positions"_a, "table"_a, "out"_a, "T"_a, "V"_a, "H"_a, "ldh"_a, "stream"_a);
   m.def("rms_norm", &rms_norm, free_gil, "x"_a, "weight"_a, "perm"_a, "out"_a, "T"_a, "H"_a, "ldx"_a, "ldo"_a, "eps"_a, "bf16"_a,
         "stream"_a);
   m.def("rope_and_write", &rope_and_write, free_gil, "qkv"_a, "positions"_a, "slot_mapping"_a, "cos_sin"_a, "cache"_a, "q_norm"_a,

@@ -38,7 +38,7 @@ struct Chunk {
 
 __host__ __device__ constexpr int chunk_bytes(int groups, bool zeros) { return kWeightBytes + 32 * groups + (zeros ? 16 * groups : 0); }
 
-// ---- dequantisation: exact, one logic operation and one subtraction (or fma) for two weights ------------------------------------
+// ---- dequantization: exact, one logic operation and one subtraction (or fma) for two weights ------------------------------------
 // An fp16 with exponent bits 0x6400 and v in its low nibble is 1024+v, with v in the next nibble 1024+16v; a bf16 with 0x4300 is 128+v.
 
 __device__ __forceinline__ uint32_t and_or(uint32_t q, uint32_t mask, uint32_t bits) {
@@ -101,7 +101,7 @@ __device__ __forceinline__ void dequant(uint32_t q, uint32_t (&a)[4], ZeroPair z
   }
 }
 
-// ---- dequantisation for mma with the zero point taken out afterwards: one logic operation for two weights --------------------------
+// ---- dequantization for mma with the zero point taken out afterwards: one logic operation for two weights --------------------------
 // sum_k (v - z) x = sum_k v x - z sum_k x, and the second sum costs one more mma per k16 step, shared by all strips of a warp.
 // fp16: v in the low bits of a half is the subnormal v * 2^-24 (next nibble: v * 2^-20), which tensor cores multiply exactly and at full
 // rate; the powers of two leave with the last reduction. bf16 has no such room below, so there it is 128 + v.

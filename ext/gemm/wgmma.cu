@@ -1,7 +1,7 @@
 // 4-bit GEMM for M >= 9 on sm_90a: how the kernel of wgmma_kernel.cuh works, and which of its shapes serves what.
 //
 // A block owns tiles of 128 or 192 output rows x 16 to 256 tokens. Its first warpgroups own 64 rows each: a warp reads the int4 fragments
-// of its strip from shared memory, dequantises them in registers while the tensor cores work on the step before, and issues wgmma with them
+// of its strip from shared memory, dequantizes them in registers while the tensor cores work on the step before, and issues wgmma with them
 // as A; the tokens are B, read from shared memory. Scales go to the sums of a group, in fp32, where registers allow a second set of
 // accumulators, and into the operand for wide tiles. One more warp feeds a ring of slots (128 k each): one tensor-map load for the weights,
 // two for the tokens, halved and multicast where two blocks of a cluster work on neighbouring rows and the same tokens.

@@ -26,8 +26,8 @@ __device__ __forceinline__ void load_floats(float (&to)[8], const float* from) {
 __global__ void __launch_bounds__(512) embed_kernel(const EmbedArgs a) {
   grid_launch_dependents();
   grid_wait();
-  const int row = blockIdx.x, position = a.positions[row], slot = a.row_slot[row];
-  const int token = position < 0 || slot < 0 ? -1 : a.history[static_cast<size_t>(slot) * a.ldh + position];
+  const int row = blockIdx.x, position = a.positions[row], seat = a.row_seat[row];
+  const int token = position < 0 || seat < 0 ? -1 : a.history[static_cast<size_t>(seat) * a.ldh + position];
   const bool known = token >= 0 && token < a.V;
   const uint16_t* from = a.table + static_cast<size_t>(known ? token : 0) * a.H;
   uint16_t* to = a.out + static_cast<size_t>(row) * a.H;

@@ -7,8 +7,8 @@
 namespace gptq {
 
 struct EmbedArgs {
-  const int* history;     // [slots, ldh]: the tokens of every running sequence
-  const int* row_slot;    // [T]
+  const int* history;     // [seats, ldh]: the tokens of every running sequence
+  const int* row_seat;    // [T]
   const int* positions;   // [T], -1: zeros
   const uint16_t* table;  // [V, H]
   uint16_t* out;          // [T, H]

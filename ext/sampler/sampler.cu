@@ -9,9 +9,9 @@ __device__ __forceinline__ void sample_row(const SamplerRows& a, const SamplerHi
   __shared__ u64 mail[2][C];
   grid_launch_dependents();
   grid_wait();
-  const int r = blockIdx.x / C, slot = field(a, r, kSlot), warp = threadIdx.x >> 5;
+  const int r = blockIdx.x / C, seat = field(a, r, kSeat), warp = threadIdx.x >> 5;
   const bool first_thread = blockIdx.x % C == 0 && threadIdx.x == 0;
-  if (slot < 0) {
+  if (seat < 0) {
     if (first_thread) tokens[r] = -1;
     return;
   }
@@ -19,7 +19,7 @@ __device__ __forceinline__ void sample_row(const SamplerRows& a, const SamplerHi
   const auto finish = [&](int token) {
     tokens[r] = token;
     const int length = field(a, r, kLength);
-    if (length < history.capacity) history.tokens[slot * history.ld + length] = max(token, 0);  // -1 is no input id
+    if (length < history.capacity) history.tokens[seat * history.ld + length] = max(token, 0);  // -1 is no input id
   };
   const Row row = Row(a, r).part(team.rank * kRowWarps + warp, C * kRowWarps);
   const float inverse_temperature = float_field(a, r, kInverseTemperature);

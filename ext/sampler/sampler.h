@@ -1,4 +1,4 @@
-// From logits to tokens. The order of steps and the arithmetic are those of gptq_api/layers/sampler.py.
+// From logits to tokens. The order of steps and the arithmetic are those of gptq_api/runner/cpu/sampler.py.
 #pragma once
 #include <cuda_runtime.h>
 
@@ -16,7 +16,7 @@ struct SamplerRows {
 
 // The words of a row, in the order of gptq_api/kernels/sampling.py; from kInverseTemperature on they are floats.
 enum SamplerField : int {
-  kSlot,  // -1: padding
+  kSeat,  // -1: padding
   kLength,
   kNumPromptTokens,
   kSeedLow,
@@ -32,7 +32,7 @@ enum SamplerField : int {
 };
 
 struct SamplerHistory {
-  int* tokens;  // [slots, capacity], row stride ld
+  int* tokens;  // [seats, capacity], row stride ld
   long long ld;
   int capacity;
 };

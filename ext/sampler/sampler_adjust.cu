@@ -13,14 +13,14 @@ __global__ void __launch_bounds__(kAdjustThreads)
   __shared__ float bias[kSlice];
   grid_launch_dependents();
   grid_wait();
-  const int r = blockIdx.y, first = blockIdx.x * kSlice, size = min(kSlice, a.V - first), slot = field(a, r, kSlot);
+  const int r = blockIdx.y, first = blockIdx.x * kSlice, size = min(kSlice, a.V - first), seat = field(a, r, kSeat);
   const float* x = a.logits + r * a.ldl + first;
   float* y = out + r * ldo + first;
   const float repetition = float_field(a, r, kRepetitionPenalty), presence = float_field(a, r, kPresencePenalty),
               frequency = float_field(a, r, kFrequencyPenalty);
   const int entry = entries ? entries[r] : 0, entry_end = entries ? entries[r + 1] : 0;
   const bool penalised = repetition != 1.f || presence != 0.f || frequency != 0.f;
-  if (slot < 0 || (!penalised && entry == entry_end)) {
+  if (seat < 0 || (!penalised && entry == entry_end)) {
     if (x != y)
       for (int i = threadIdx.x; i < size; i += kAdjustThreads) y[i] = x[i];
     return;
@@ -30,7 +30,7 @@ __global__ void __launch_bounds__(kAdjustThreads)
   const int prompt = field(a, r, kNumPromptTokens), length = min(field(a, r, kLength), history.capacity);
   if (penalised)
     for (int p = threadIdx.x; p < length; p += kAdjustThreads) {
-      const int i = history.tokens[slot * history.ld + p] - first;
+      const int i = history.tokens[seat * history.ld + p] - first;
       if (i < 0 || i >= size) continue;
       atomicOr(&state[i], kSeen);
       if (p >= prompt) atomicAdd(&state[i], 1u);

@@ -20,7 +20,7 @@ __global__ void __launch_bounds__(kRowThreads, 1) logprobs_kernel(const SamplerR
   grid_launch_dependents();
   grid_wait();
   const int r = blockIdx.x, num = field(a, r, kTopLogprobs), warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
-  if (num < 0 || field(a, r, kSlot) < 0) return;
+  if (num < 0 || field(a, r, kSeat) < 0) return;
   int* ids = out + r * 2 * (1 + kMaxTopLogprobs);
   float* values = reinterpret_cast<float*>(ids + 1 + kMaxTopLogprobs);
   const int token = tokens[r];
