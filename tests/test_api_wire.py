@@ -281,6 +281,13 @@ def test_tokenize_round_trip(server: Server) -> None:
     assert server.http.get("/tokenizer_info").json()["eos_token"]
 
 
+def test_text_parts_are_one_text_with_a_line_for_each(server: Server) -> None:
+    def tokens(content: Any) -> Any:
+        return server.post("/tokenize", {"messages": [{"role": "user", "content": content}]}).json()["tokens"]
+
+    assert tokens([{"type": "text", "text": text} for text in ("One.", "", "Two.")]) == tokens("One.\n\nTwo.")
+
+
 def test_continue_final_message(server: Server) -> None:
     messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
     fields = {"messages": messages, "max_tokens": 4, **LONG}

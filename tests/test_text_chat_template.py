@@ -312,8 +312,10 @@ def test_look_alikes_that_a_normalizer_turns_into_control_tokens(tmp_path: Path)
 
 def test_text_parts_are_joined_and_tool_arguments_become_objects(tmp_path: Path) -> None:
     _, template = load(set_template(byte_level(tmp_path, LLAMA_3_SPECIAL), LLAMA_3_1))
-    parts: Messages = [{"role": "user", "content": [{"type": "text", "text": "He"}, {"type": "text", "text": "llo!"}]}]
-    assert template.render(parts) == template.render(TURNS[:1])
+    content = [{"type": "text", "text": "One."}, {"type": "image_url"}, {"type": "text", "text": "Two."}]
+    assert template.render([{"role": "user", "content": content}]) == template.render(
+        [{"role": "user", "content": "One.\nTwo."}]
+    )
     text = template.render_text(
         [
             TURNS[0],

@@ -29,6 +29,7 @@ from gptq_api.api.schema_fields import (
     TopK,
     check_text,
 )
+from gptq_api.text.chat_template import joined_parts
 
 MAX_PARTS = 1024
 
@@ -97,7 +98,7 @@ class SamplingFields(Body):
 
 
 def _content(value: Any) -> str | None:
-    """A string, or text parts, joined by newlines as the templates of that time expect one text."""
+    """A string, or text parts, which become one."""
     if value is None or isinstance(value, str):
         if value is not None and len(value) > MAX_TEXT:
             raise ValueError(f"it may have at most {MAX_TEXT} characters")
@@ -106,14 +107,13 @@ def _content(value: Any) -> str | None:
         raise ValueError("it must be a string or an array of text parts")
     if len(value) > MAX_PARTS:
         raise ValueError(f"it may hold at most {MAX_PARTS} parts")
-    texts = []
     for part in value:
         if not isinstance(part, dict) or part.get("type") != "text":
             raise ValueError('only parts of type "text" are supported by this model')
         if not isinstance(part.get("text"), str):
             raise ValueError('a text part needs a string "text"')
-        texts.append(check_text(part["text"]))
-    return "\n".join(texts)
+        check_text(part["text"])
+    return joined_parts(value)
 
 
 _PART = {

@@ -196,7 +196,7 @@ def _normalised(message: dict[str, Any], marks: _Marks) -> dict[str, Any]:
     result["role"] = "system" if role == "developer" else role
     content = message.get("content")
     if isinstance(content, list):
-        content = "".join(part.get("text") or "" for part in content if isinstance(part, dict))
+        content = joined_parts(content)
     result["content"] = marks.hide(content) if isinstance(content, str) else content
     for call in result.get("tool_calls") or []:
         function = call.get("function") if isinstance(call, dict) else None
@@ -206,6 +206,12 @@ def _normalised(message: dict[str, Any], marks: _Marks) -> dict[str, Any]:
             except ValueError:
                 continue  # the template prints what the client sent
     return result
+
+
+def joined_parts(parts: Sequence[Any]) -> str:
+    """The texts of OpenAI's content parts as one text with a line for each, since templates expect one; whatever is no
+    text part is left out."""
+    return "\n".join(part["text"] for part in parts if isinstance(part, dict) and isinstance(part.get("text"), str))
 
 
 def _hidden(value: Any, marks: _Marks) -> Any:
