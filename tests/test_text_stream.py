@@ -50,6 +50,24 @@ def test_pushes_together_are_the_one_shot_text(kind: str, skip_special: bool, da
 @pytest.mark.parametrize("kind", KINDS)
 @settings(max_examples=200, deadline=None)
 @given(data=st.data())
+def test_where_each_tokens_text_stands(kind: str, data: st.DataObject) -> None:
+    """It begins behind the whole characters of the tokens before it, and ends with its last one, torn or not."""
+    tokenizer = make(kind)
+    ids = tokenizer.encode(data.draw(st.text(alphabet="ab# é你👋", max_size=30)))
+    stream, plain = TextStream(tokenizer, stop=["#a"]), TextStream(tokenizer, stop=["#a"])
+    for i, token in enumerate(ids):
+        whole = tokenizer.decode(ids[:i]).rstrip("\ufffd")
+        shown, start, end = stream.push_token(token)
+        assert shown == plain.push([token])
+        assert (start, end) == (len(whole), len(tokenizer.decode(ids[: i + 1])))
+        if stream.stopped:
+            break
+    assert (stream.num_tokens, stream.stopped) == (plain.num_tokens, plain.stopped)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=200, deadline=None)
+@given(data=st.data())
 def test_stop_strings_cut_exactly_where_the_text_says(kind: str, data: st.DataObject) -> None:
     tokenizer = make(kind)
     text = data.draw(st.text(alphabet="ab# é你👋", max_size=30))

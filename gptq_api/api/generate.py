@@ -14,7 +14,7 @@ from gptq_api.api.service import Service
 from gptq_api.engine.client import Delta, EngineDead, EngineFull, EngineStalled, Generation, Prompt
 from gptq_api.text.stream import TextStream
 from gptq_api.text.tokenizer import Tokenizer
-from gptq_api.types import FinishReason, SamplingParams
+from gptq_api.types import FinishReason, SamplingParams, TokenLogprobs
 
 
 @dataclass(slots=True, frozen=True)
@@ -61,9 +61,7 @@ class Choice:
             skip_special=options.skip_special,
             continues=options.continues,
         )
-        self._ledger: Ledger | None = None
-        if params.top_logprobs is not None:
-            self._ledger = Ledger(tokenizer, skip_special=options.skip_special, continues=options.continues)
+        self._ledger = None if params.top_logprobs is None else Ledger()
 
     @property
     def mean_logprob(self) -> float:
@@ -80,13 +78,9 @@ class Choice:
         if delta.finish_reason == "stop" and self._hide_stop_token:
             tokens = tokens[:-1]  # the stop token, whose text is not part of the answer
         num_before = self._text.num_tokens
-        text = self._text.push(tokens)
-        num_taken = self._text.num_tokens - num_before
-        if self._ledger is not None:
-            for token, logprobs in zip(tokens[:num_taken], delta.logprobs, strict=False):
-                self._ledger.add(token, logprobs)
+        text = self._text.push(tokens) if self._ledger is None else self._push(self._ledger, tokens, delta.logprobs)
         if self._text.stopped:
-            self.num_tokens += num_taken
+            self.num_tokens += self._text.num_tokens - num_before
             return [self._last(text, "stop")]
         self.num_tokens += len(delta.tokens)
         pieces = [Piece(self, text, self._shown(text))] if text else []
@@ -95,6 +89,17 @@ class Choice:
         elif delta.finish_reason is not None:
             pieces.append(self._last(self._text.finish(), delta.finish_reason))
         return pieces
+
+    def _push(self, ledger: Ledger, tokens: list[int], logprobs: list[TokenLogprobs]) -> str:
+        """New text, with an entry in the ledger for each token up to one that completes a stop string."""
+        text = ""
+        for token, told in zip(tokens, logprobs, strict=False):
+            shown, start, end = self._text.push_token(token)
+            ledger.add(token, start, end, told)
+            text += shown
+            if self._text.stopped:
+                break
+        return text
 
     def _last(self, text: str, reason: FinishReason) -> Piece:
         self.finish_reason = reason

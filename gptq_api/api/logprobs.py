@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 from collections import deque
 from dataclasses import dataclass
 from typing import Any
@@ -71,28 +70,17 @@ def _finite(logprob: float) -> float:
 
 
 class Ledger:
-    """Which tokens' log-probabilities may be told: those whose text is shown. Counts characters as TextStream does."""
+    """Which tokens' log-probabilities may be told: those whose text is shown."""
 
-    def __init__(self, tokenizer: Tokenizer, *, skip_special: bool, continues: bool) -> None:
-        self._tokenizer = tokenizer
-        self._skip_special = skip_special
-        self._drop_space = tokenizer.strips_leading_space and not continues
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._num_chars = 0
+    def __init__(self) -> None:
         self._num_shown = 0
         self._waiting: deque[tuple[int, TokenEntry]] = deque()
         self._sum = 0.0
         self._num = 0
 
-    def add(self, token_id: int, logprobs: TokenLogprobs) -> None:
-        entry = TokenEntry(token_id, self._num_chars, logprobs)
-        data = self._tokenizer.piece(token_id, skip_special=self._skip_special)
-        if self._drop_space and data:
-            self._drop_space = False
-            data = data.removeprefix(b" ")
-        self._num_chars += len(self._decoder.decode(data))
-        torn = bool(self._decoder.getstate()[0])  # then the token's last character is still to come
-        self._waiting.append((self._num_chars + torn, entry))
+    def add(self, token_id: int, start: int, end: int, logprobs: TokenLogprobs) -> None:
+        """`start`, `end`: where its text stands, as TextStream says."""
+        self._waiting.append((end, TokenEntry(token_id, start, logprobs)))
         self._sum += max(logprobs.logprob, -1e30)
         self._num += 1
 

@@ -37,6 +37,7 @@ class TextStream:
         self._drop_space = tokenizer.strips_leading_space and not continues
         self._stops = [_Matcher(string) for string in stop if string]
         self._held = ""
+        self._num_chars = 0  # of all tokens taken in
         self.stopped = False
         """a stop string was met; push returns "" from then on"""
         self.stop_string: str | None = None
@@ -50,26 +51,42 @@ class TextStream:
         for token_id in token_ids:
             if self.stopped:
                 break
-            self.num_tokens += 1
-            data = self._tokenizer.piece(token_id, skip_special=self._skip_special)
-            if self._drop_space and data:
-                self._drop_space = False
-                data = data.removeprefix(b" ")
-            shown += self._scan(self._decoder.decode(data))
+            shown += self._take(token_id)
         return shown
+
+    def push_token(self, token_id: int) -> tuple[str, int, int]:
+        """`push`, and where the token's own text begins and ends, in characters of the whole text, what is held back
+        included. A character that the token leaves torn counts as its last one and as the next token's first.
+
+        Not after a stop string.
+        """
+        start = self._num_chars
+        shown = self._take(token_id)
+        torn = bool(self._decoder.getstate()[0])
+        return shown, start, self._num_chars + torn
+
+    def _take(self, token_id: int) -> str:
+        self.num_tokens += 1
+        data = self._tokenizer.piece(token_id, skip_special=self._skip_special)
+        if self._drop_space and data:
+            self._drop_space = False
+            data = data.removeprefix(b" ")
+        text = self._decoder.decode(data)
+        self._num_chars += len(text)
+        return self._scan(text) if self._stops else text
 
     def finish(self) -> str:
         """What was still held back, a torn character as U+FFFD; "" after a stop string."""
         if self.stopped:
             return ""
-        text = self._scan(self._decoder.decode(b"", True))
-        text += self._held
+        text = self._decoder.decode(b"", True)
+        if self._stops:
+            text = self._scan(text) + self._held
         self._held = ""
         return text
 
     def _scan(self, text: str) -> str:
-        if not self._stops:
-            return text
+        """What may be shown of what was held back and `text`, which follows it."""
         start = len(self._held)
         text = self._held + text
         for end, char in enumerate(text[start:], start + 1):
