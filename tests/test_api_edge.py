@@ -353,13 +353,15 @@ def test_the_api_process_never_imports_torch() -> None:
         "assert not bad - {'pickle'}, bad\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
-    sources = Path(__file__).parents[1].joinpath("gptq_api", "api").rglob("*.py")
+    package = Path(__file__).parents[1] / "gptq_api"
+    sources = [*package.joinpath("api").rglob("*.py"), *package.joinpath("edge").rglob("*.py")]
     assert not [
         path for path in sources if re.search(r"^\s*(import|from) (pickle|torch|transformers)", path.read_text(), re.M)
     ]
 
 
 def test_no_middleware_that_hides_disconnects() -> None:
-    sources = Path(__file__).parents[1].joinpath("gptq_api", "api").rglob("*.py")
+    package = Path(__file__).parents[1] / "gptq_api"
+    sources = [*package.joinpath("api").rglob("*.py"), *package.joinpath("edge").rglob("*.py")]
     for path in sources:
         assert not re.search(r"import .*BaseHTTPMiddleware|\.middleware\(", path.read_text()), path

@@ -11,7 +11,7 @@ import h11
 import uvicorn
 from uvicorn.server import ServerState
 
-from gptq_api.api.protocol import MAX_HEADER_BYTES, edge_protocol
+from gptq_api.edge.connection import MAX_HEADER_BYTES, edge_protocol
 
 POST = b"POST /%d HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
 TINY = b"1\r\nx\r\n" * (200 * 1024 // 6)
@@ -71,7 +71,7 @@ class Connection:
             h11_max_incomplete_event_size=MAX_HEADER_BYTES,
         )
         config.load()
-        self.protocol: Any = edge_protocol(5, 5)(config, ServerState(), {})  # type: ignore[call-arg]
+        self.protocol: Any = edge_protocol(5, 5, lambda status, message: message.encode())(config, ServerState(), {})  # type: ignore[call-arg]
         self.wire = Wire()
         self.protocol.connection_made(self.wire)
         receive = self.protocol.conn.receive_data

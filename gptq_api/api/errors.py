@@ -49,7 +49,12 @@ def _text(text: str) -> str:
     return text[:MAX_MESSAGE].encode(errors="replace").decode()
 
 
-def error_body(error: Mapping[str, Any]) -> bytes:
+def error_body(status: int, message: str) -> bytes:
+    """For errors that the edge finds, such as a header that never ends."""
+    return _body(error_object(status, message))
+
+
+def _body(error: Mapping[str, Any]) -> bytes:
     return msgspec.json.encode({"error": error})
 
 
@@ -60,6 +65,11 @@ def bad_request(message: str, param: str | None, code: str | None = "invalid_val
 def not_supported(param: str, what: str = "is not supported by this server") -> ApiError:
     """A field we know and do not honour: refused by name, never ignored."""
     return ApiError(400, f"'{param}' {what}; leave it out.", param=param, code="unsupported_parameter")
+
+
+def wrong_key() -> ApiError:
+    message = "Incorrect API key provided: send one of this server's keys as 'Authorization: Bearer KEY'."
+    return ApiError(401, message, code="invalid_api_key", headers={"www-authenticate": "Bearer"})
 
 
 def too_many(retry_after_s: float, message: str) -> ApiError:
@@ -86,7 +96,7 @@ def context_exceeded(
 
 
 def error_response(status: int, error: Mapping[str, Any], headers: Mapping[str, str] | None = None) -> Response:
-    return Response(error_body(error), status, headers, "application/json")
+    return Response(_body(error), status, headers, "application/json")
 
 
 async def on_http_exception(request: Request, error: Exception) -> Response:

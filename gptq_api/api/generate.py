@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 from gptq_api.api.errors import ApiError, too_many, unavailable
 from gptq_api.api.logprobs import Ledger, TokenEntry
-from gptq_api.api.middleware import RequestRecord
 from gptq_api.api.service import Service
+from gptq_api.edge.request_log import RequestRecord
 from gptq_api.engine.client import Delta, EngineDead, EngineFull, EngineStalled, Generation, Prompt
 from gptq_api.text.stream import TextStream
 from gptq_api.text.tokenizer import Tokenizer
@@ -196,15 +196,18 @@ class Work:
         """Once, however it ended: metrics and the log record."""
         metrics, record = self.service.metrics, self.record
         now = time.monotonic()
-        record.num_prompt_tokens = sum(len(prompt.token_ids) for prompt in self.prompts)
-        record.num_cached_tokens = self.num_cached_tokens
-        record.num_completion_tokens = self.num_completion_tokens
+        record.notes = {
+            "tokens_in": sum(len(prompt.token_ids) for prompt in self.prompts),
+            "tokens_cached": self.num_cached_tokens,
+            "tokens_out": self.num_completion_tokens,
+        }
         record.outcome = None if self.outcome == "done" else self.outcome
-        metrics.prompt_tokens_cached.inc(record.num_cached_tokens)
+        metrics.prompt_tokens_cached.inc(self.num_cached_tokens)
         firsts = [choice.first_token_at for choice in self.choices if choice.first_token_at is not None]
         if firsts:
-            record.ttft_s = min(firsts) - record.started
-            metrics.ttft.observe(record.ttft_s)
+            ttft_s = min(firsts) - record.started
+            record.notes["ttft_ms"] = round(ttft_s * 1000, 1)
+            metrics.ttft.observe(ttft_s)
         for choice in self.choices:
             metrics.generation_tokens.inc(choice.num_tokens)
             metrics.request_generation_tokens.observe(choice.num_tokens)

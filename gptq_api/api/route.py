@@ -13,7 +13,7 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 from fastapi.routing import APIRoute
 
-from gptq_api.api.errors import ApiError
+from gptq_api.api.errors import ApiError, wrong_key
 from gptq_api.api.service import get_record, get_service
 
 
@@ -29,7 +29,10 @@ class GuardedRoute(APIRoute):
 
         async def guarded(request: Request) -> Response:
             service = get_service(request)
-            get_record(request).key_id = service.auth.check(request.headers)
+            key_id = service.auth.check(request.headers)
+            if key_id is None:
+                raise wrong_key()
+            get_record(request).key_id = key_id
             if request.method == "POST":
                 request = _JsonRequest(request.scope, request.receive)
                 await request.load(service.settings.max_body_bytes)

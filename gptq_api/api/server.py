@@ -22,11 +22,12 @@ from starlette.types import ASGIApp
 
 from gptq_api import __version__
 from gptq_api.api.app import build_app
-from gptq_api.api.listen import bind, in_use
-from gptq_api.api.middleware import RequestMiddleware
-from gptq_api.api.protocol import MAX_HEADER_BYTES, edge_protocol
+from gptq_api.api.errors import error_body
 from gptq_api.api.service import Service
 from gptq_api.config import Settings
+from gptq_api.edge.connection import MAX_HEADER_BYTES, edge_protocol
+from gptq_api.edge.listen import bind, in_use
+from gptq_api.edge.request_log import RequestMiddleware
 from gptq_api.engine.client import EngineClient
 from gptq_api.errors import UserError
 from gptq_api.logs import configure
@@ -118,7 +119,7 @@ async def _load(settings: Settings, engine: EngineClient) -> Service:
 
 
 async def _serve(service: Service, sockets: list[socket.socket], signals: _Signals, load_time: str) -> int:
-    requests = RequestMiddleware(build_app(service))
+    requests = RequestMiddleware(build_app(service), error_body)
     server = Server(requests, service.settings)
     await server.open(sockets)
     host, port = service.settings.host, sockets[0].getsockname()[1]
@@ -205,7 +206,7 @@ class Server(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 app,
-                http=edge_protocol(settings.header_timeout_s, settings.body_timeout_s),
+                http=edge_protocol(settings.header_timeout_s, settings.body_timeout_s, error_body),
                 ws="none",
                 loop="asyncio",
                 lifespan="off",

@@ -14,11 +14,11 @@ from typing import Annotated, TypeVar
 from fastapi import Depends, Request
 
 from gptq_api import __version__
-from gptq_api.api.auth import Authenticator
 from gptq_api.api.errors import ApiError, too_many, unavailable
 from gptq_api.api.metrics import Metrics
-from gptq_api.api.middleware import RequestRecord
 from gptq_api.config import Settings
+from gptq_api.edge.auth import Authenticator
+from gptq_api.edge.request_log import RequestRecord
 from gptq_api.engine.client import EngineClient
 from gptq_api.text.chat_template import ChatTemplate
 from gptq_api.text.tokenizer import Tokenizer

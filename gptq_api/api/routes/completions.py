@@ -10,7 +10,6 @@ from typing import Any
 
 from fastapi import Request, Response
 
-from gptq_api.api.disconnect import until_disconnect
 from gptq_api.api.generate import TextOptions, Work, admitted
 from gptq_api.api.logprobs import TokenEntry, completion_logprobs
 from gptq_api.api.prepare import completion_prompts
@@ -20,6 +19,7 @@ from gptq_api.api.schema_fields import unknown_header
 from gptq_api.api.service import RecordDep, Service, ServiceDep
 from gptq_api.api.shapes import CompletionChunks, Head, Logprobs, json_bytes
 from gptq_api.api.sse import StreamResponse, events
+from gptq_api.edge.disconnect import until_disconnect
 
 router = guarded_router()
 

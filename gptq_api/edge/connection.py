@@ -18,8 +18,8 @@ from uvicorn.protocols.http.flow_control import CLOSE_HEADER
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.server import ServerState
 
-from gptq_api.api.errors import error_body, error_object
-from gptq_api.api.transport import EdgeTransport
+from gptq_api.edge.errors import ErrorBody
+from gptq_api.edge.transport import EdgeTransport
 
 MAX_HEADER_BYTES = 32 * 1024
 SEND_BUFFER = 128 * 1024
@@ -27,12 +27,13 @@ SEND_BUFFER = 128 * 1024
 USER_TIMEOUT_MS = 30_000
 
 
-def edge_protocol(header_timeout_s: float, body_timeout_s: float) -> type[asyncio.Protocol]:
+def edge_protocol(header_timeout_s: float, body_timeout_s: float, body_of: ErrorBody) -> type[asyncio.Protocol]:
     """The protocol class for uvicorn's `http=`, which wants a class with its own constructor arguments."""
 
     class Edge(EdgeProtocol):
         header_timeout = header_timeout_s
         body_timeout = body_timeout_s
+        error_body = staticmethod(body_of)
 
     return Edge
 
@@ -65,6 +66,7 @@ class EdgeConnection(h11.Connection):
 class EdgeProtocol(H11Protocol):
     header_timeout: float
     body_timeout: float
+    error_body: ErrorBody
     conn: EdgeConnection
     transport: EdgeTransport
 
@@ -169,7 +171,7 @@ class EdgeProtocol(H11Protocol):
         self.transport.close()
 
     def _refuse(self, status: int, message: str) -> None:
-        body = error_body(error_object(status, message))
+        body = self.error_body(status, message)
         headers = [
             (b"content-type", b"application/json"),
             (b"content-length", b"%d" % len(body)),

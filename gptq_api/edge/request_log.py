@@ -13,7 +13,7 @@ import structlog
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from gptq_api.api.errors import error_body, error_object
+from gptq_api.edge.errors import ErrorBody
 
 log = structlog.get_logger()
 
@@ -27,12 +27,12 @@ class RequestRecord:
 
     request_id: str
     started: float = field(default_factory=time.monotonic)
+    """time.monotonic()"""
     key_id: bytes = b""
+    """whose key it came with, as Authenticator.check says"""
     status: int = 0
-    num_prompt_tokens: int | None = None
-    num_cached_tokens: int | None = None
-    num_completion_tokens: int | None = None
-    ttft_s: float | None = None
+    notes: dict[str, object] = field(default_factory=dict)
+    """what the API adds to the line: how much work it was"""
     outcome: str | None = None
     """why it did not end well: disconnect, slow_reader, engine_dead ..."""
 
@@ -40,8 +40,9 @@ class RequestRecord:
 class RequestMiddleware:
     """Outermost. Nothing a request does may raise through it."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, error_body: ErrorBody) -> None:
         self.app = app
+        self._error_body = error_body
         self.num_requests = 0
         """in flight, from the first header to the last byte of the answer"""
         self._idle = asyncio.Event()
@@ -78,12 +79,18 @@ class RequestMiddleware:
             log.exception("a request failed by a bug", request_id=record.request_id)
             record.outcome = "bug"
             if not record.status:
-                await _send_500(stamped)
+                await self._send_500(stamped)
         finally:
             self.num_requests -= 1
             if not self.num_requests:
                 self._idle.set()
             self._log(scope, record)
+
+    async def _send_500(self, send: Send) -> None:
+        body = self._error_body(500, "The server had an error while processing the request.")
+        headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
+        await send({"type": "http.response.start", "status": 500, "headers": headers})
+        await send({"type": "http.response.body", "body": body})
 
     def _log(self, scope: Scope, record: RequestRecord) -> None:
         if scope["path"] in _QUIET and record.status < 500:
@@ -93,10 +100,7 @@ class RequestMiddleware:
             # the status the client got, or nginx's number for a client that did not wait for one
             "status": 499 if record.outcome == "disconnect" else record.status,
             "ms": round((time.monotonic() - record.started) * 1000, 1),
-            "tokens_in": record.num_prompt_tokens,
-            "tokens_cached": record.num_cached_tokens,
-            "tokens_out": record.num_completion_tokens,
-            "ttft_ms": None if record.ttft_s is None else round(record.ttft_s * 1000, 1),
+            **record.notes,
             "outcome": record.outcome,
         }
         log.info(_line(scope), **{name: value for name, value in fields.items() if value is not None})
@@ -113,10 +117,3 @@ def _request_id(scope: Scope) -> str:
         if name == b"x-request-id" and _SANE_ID.fullmatch(value):
             return str(value.decode())
     return f"req_{uuid.uuid4().hex}"
-
-
-async def _send_500(send: Send) -> None:
-    body = error_body(error_object(500, "The server had an error while processing the request."))
-    headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
-    await send({"type": "http.response.start", "status": 500, "headers": headers})
-    await send({"type": "http.response.body", "body": body})

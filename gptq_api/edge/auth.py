@@ -8,8 +8,6 @@ from collections.abc import Iterable
 
 from starlette.datastructures import Headers
 
-from gptq_api.api.errors import ApiError
-
 
 class Authenticator:
     """Knows the SHA-256 of the accepted keys, never the keys."""
@@ -17,23 +15,14 @@ class Authenticator:
     def __init__(self, keys: Iterable[str]) -> None:
         self._digests = [hashlib.sha256(key.encode()).digest() for key in keys]
 
-    def check(self, headers: Headers) -> bytes:
-        """The caller's id for cache salting: 8 bytes derived from the key; empty where no key is configured.
-
-        Raises ApiError 401. All keys are compared, whatever the first comparison said.
-        """
+    def check(self, headers: Headers) -> bytes | None:
+        """The caller's id, which may be stored: 8 bytes derived from the key; empty where no key is configured. None
+        where the key is missing or wrong. All keys are compared, whatever the first comparison said."""
         if not self._digests:
             return b""
         digest = hashlib.sha256(_presented(headers).encode("utf-8", "surrogatepass")).digest()
         matches = [hmac.compare_digest(digest, known) for known in self._digests]
-        if not any(matches):
-            raise ApiError(
-                401,
-                "Incorrect API key provided: send one of this server's keys as 'Authorization: Bearer KEY'.",
-                code="invalid_api_key",
-                headers={"www-authenticate": "Bearer"},
-            )
-        return hashlib.sha256(digest).digest()[:8]
+        return hashlib.sha256(digest).digest()[:8] if any(matches) else None
 
 
 def _presented(headers: Headers) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import socket
 
-from gptq_api.api.protocol import SEND_BUFFER
+from gptq_api.edge.connection import SEND_BUFFER
 from gptq_api.errors import UserError
 
 
