@@ -1,5 +1,5 @@
-# Two commands: `make serve` sets up and serves the demo model, `make test` sets up and runs the tests. `make gpu` tests and
-# measures what needs a GPU.
+# `make serve` sets up and serves the demo model, `make test` sets up and runs the tests; `make gpu` tests and measures what
+# needs a GPU. docs/contributing.md says when to use the others.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -8,7 +8,7 @@ GPTQ_API_CUDA ?= $(shell nvidia-smi >/dev/null 2>&1 && echo auto || echo off)
 export GPTQ_API_CUDA
 ARGS ?=
 
-.PHONY: serve chat test lint gpu demo-model-test clean
+.PHONY: serve chat test fast lint format compare gpu demo-model-test clean
 
 serve: $(VENV)/.installed
 	$(VENV)/bin/gptq-api serve $(ARGS)
@@ -19,10 +19,22 @@ chat: $(VENV)/.installed
 test: $(VENV)/.installed-dev
 	$(VENV)/bin/python -m pytest $(ARGS)
 
+# What needs no process, no compiler, no clock and no patience: between two edits.
+fast: $(VENV)/.installed-dev
+	$(VENV)/bin/python -m pytest -q -m 'not server and not timing and not slow and not gpu' $(ARGS)
+
 lint: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+
+format: $(VENV)/.installed-dev
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+# Two result files of one benchmark: `make compare OLD=before.json NEW=after.json`.
+compare: $(VENV)/bin/python
+	$(VENV)/bin/python benchmarks/compare.py $(OLD) $(NEW) $(ARGS)
 
 # How the demo model was made: it is finished, so that nothing else waits for these checks.
 demo-model-test: $(VENV)/.installed-dev

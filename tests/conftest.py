@@ -1,11 +1,17 @@
-"""Servers that several test files share: starting one takes seconds."""
+"""Servers that several test files share (starting one takes seconds), and marks that follow from what a test does."""
 
 from __future__ import annotations
 
+import subprocess
+import time
 from collections.abc import Iterator
+from types import CodeType, FunctionType
+from typing import Any
 
 import pytest
 from server import Server
+
+CLOCKS = {"monotonic", "perf_counter", "process_time"}
 
 
 @pytest.fixture(scope="session")
@@ -25,3 +31,32 @@ def strict_server() -> Iterator[Server]:
     ) as running:
         running.http.headers["authorization"] = "Bearer first-key"
         yield running
+
+
+def names_in(code: CodeType) -> set[str]:
+    """Globals and attributes that a function and the functions within it name."""
+    return set(code.co_names).union(*(names_in(const) for const in code.co_consts if isinstance(const, CodeType)))
+
+
+def marks_of(function: Any, seen: set[Any]) -> set[str]:
+    """`server` and `timing` for a test or fixture, by its own names and those of the functions of its file it calls."""
+    function = getattr(function, "__wrapped__", function)
+    if not isinstance(function, FunctionType) or function in seen:
+        return set()
+    seen.add(function)
+    names = names_in(function.__code__)
+    values = [function.__globals__[name] for name in names if name in function.__globals__]
+    marks = {"server"} if Server in values or subprocess in values else set()
+    if time in values and names & CLOCKS:
+        marks.add("timing")
+    near = (value for value in values if getattr(value, "__module__", None) == function.__module__)
+    return marks.union(*(marks_of(value, seen) for value in near))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if isinstance(item, pytest.Function):
+            fixtures = [found[-1].func for found in item._fixtureinfo.name2fixturedefs.values()]
+            seen: set[Any] = set()
+            for mark in set().union(*(marks_of(function, seen) for function in (item.function, *fixtures))):
+                item.add_marker(mark)

@@ -19,6 +19,8 @@ from gptq_api.config import BenchSettings
 from gptq_api.text.samples import encode_documents, read_documents, windows
 from gptq_api.text.tokenizer import load_tokenizer
 
+pytestmark = pytest.mark.slow
+
 RECIPE = Recipe(vocab_size=vocab_size(), max_position_embeddings=128)
 
 

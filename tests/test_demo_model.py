@@ -22,6 +22,8 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from gptq_api.demo import DEMO_PATH
 
+pytestmark = pytest.mark.slow
+
 TESTS = Path(__file__).parent
 QUESTIONS: list[dict[str, Any]] = json.loads((TESTS / "demo_questions.json").read_text())
 CHATS: list[list[dict[str, str]]] = json.loads((TESTS / "demo_chats.json").read_text())

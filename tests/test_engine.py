@@ -115,6 +115,7 @@ class World:
     out_of_memory=st.sampled_from([0.0, 0.0, 0.1, 0.5]),
     num_drafted=st.sampled_from([0, 0, 1, 3]),
 )
+@pytest.mark.slow
 def test_random_workloads(
     seed: int,
     lookahead: int,

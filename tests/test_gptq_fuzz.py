@@ -28,6 +28,8 @@ from gptq_api.checkpoint.checkpoint import CheckpointError, open_checkpoint
 from gptq_api.checkpoint.quant_config import parse_quant_config
 from gptq_api.checkpoint.summary import summarise
 
+pytestmark = pytest.mark.slow
+
 LAYOUT_NAMES = (
     "GPTQModel v1, asymmetric",
     "GPTQ-for-LLaMa before 2023-03-20, 4 bits",

@@ -37,6 +37,8 @@ from gptq_api.quantize.work import ModuleReport, WorkFolder
 from gptq_api.text.samples import hold_out, spread, windows
 from gptq_api.text.tokenizer import load_tokenizer
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 
 

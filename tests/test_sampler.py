@@ -140,6 +140,7 @@ def test_random_bits() -> None:
     assert random_bits(-1, 3) == random_bits(2**64 - 1, 3) != random_bits(2**32 - 1, 3)
 
 
+@pytest.mark.slow
 def test_random_words() -> None:
     def word(bits: int, token: int) -> int:
         mask = 0xFFFFFFFF
@@ -192,6 +193,7 @@ PEAKED = torch.randn(16_000, generator=torch.Generator().manual_seed(5)) * 3
 
 @pytest.mark.parametrize("row", [FLAT, PEAKED], ids=["flat", "peaked"])
 @pytest.mark.parametrize("params", [{}, {"temperature": 0.8}, {"top_p": 0.9}, {"top_k": 50}, {"min_p": 0.05}])
+@pytest.mark.slow
 def test_noise_of_rounding_size_changes_hardly_any_draw(row: torch.Tensor, params: dict[str, Any]) -> None:
     """Company changes the order of sums and so the last bits of every logit. The first two of a race are closer than
     d with probability below d, so noise of 1e-3 changes about one draw in a thousand. (Of flat logits top-k keeps other

@@ -109,6 +109,7 @@ class World:
     num_sequences=st.integers(1, 25),
     caching=st.booleans(),
 )
+@pytest.mark.slow
 def test_random_workloads(
     seed: int, num_blocks: int, block_size: int, max_num_seqs: int, budget: int, num_sequences: int, caching: bool
 ) -> None:

@@ -68,6 +68,7 @@ def test_where_each_tokens_text_stands(kind: str, data: st.DataObject) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @settings(max_examples=200, deadline=None)
 @given(data=st.data())
+@pytest.mark.slow
 def test_stop_strings_cut_exactly_where_the_text_says(kind: str, data: st.DataObject) -> None:
     tokenizer = make(kind)
     text = data.draw(st.text(alphabet="ab# é你👋", max_size=30))
