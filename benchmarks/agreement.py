@@ -66,7 +66,9 @@ async def answers(
 
     result = await asyncio.gather(*[one(prompt) for prompt in prompts])
     if company > 1 and settings.enable_prefix_caching:
-        result = [result, await asyncio.gather(*[one(prompt) for prompt in prompts])]
+        again = await asyncio.gather(*[one(prompt) for prompt in prompts])
+        await engine.stop()
+        return [result, again], engine
     await engine.stop()
     return result, engine
 
@@ -87,9 +89,10 @@ async def measure(model: str, device: str, kind: str, prompts: list[list[int]], 
     (_, again), cached_engine = await answers(settings(), prompts, max_tokens, COMPANY)
 
     def share(other: list[list[int]]) -> float:
-        return round(sum(a == b for a, b in zip(alone, other, strict=True)) / len(alone), 4)
+        num_same: int = sum(a == b for a, b in zip(alone, other, strict=True))
+        return round(float(num_same) / len(prompts), 4)
 
-    row = {"dtype": dtype}
+    row: dict[str, Any] = {"dtype": dtype}
     if cache:
         plain, _ = await answers(settings("--no-enable-prefix-caching", kv_cache_dtype="auto"), prompts, max_tokens, 1)
         row |= {"kv_cache_dtype": cache, "same_as_without": share(plain)}

@@ -237,7 +237,7 @@ class Measured:
         events = sorted(
             (event.time_range.start, event.time_range.end, event.name)
             for event in profile.events() or []
-            if event.device_type == torch.autograd.DeviceType.CUDA
+            if event.device_type == vars(torch.autograd)["DeviceType"].CUDA
         )
         found = step_gaps(events)
         for sequence_id in range(batch):

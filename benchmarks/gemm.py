@@ -129,7 +129,7 @@ class Bench:
                 for i in range(count):
                     torch.mm(x, dense[i % dense_count], out=out)
 
-            jobs = [(partial(ours, weights), count), (cublas, dense_calls)]
+            jobs: list[tuple[Callable[[], None], int]] = [(partial(ours, weights), count), (cublas, dense_calls)]
             work = self.work(weights[0].data.numel(), flops)
             more: list[tuple[tuple[int, float, float], dict[str, Any]]] = []
             if variants and m in VARIANT_M:
@@ -190,7 +190,10 @@ class Bench:
                         y = torch.mm(y, self.dense[at : at + k * n].view(n, k).t())
                         y, at = y[:, :hidden] if name == "qkv" else y[:, :inner] if name == "gate_up" else y, at + k * n
 
-            jobs = [(partial(ours, layers), CHAIN_LAYERS), (partial(ours, ordered, in_a_row=False), CHAIN_LAYERS)]
+            jobs: list[tuple[Callable[[], None], int]] = [
+                (partial(ours, layers), CHAIN_LAYERS),
+                (partial(ours, ordered, in_a_row=False), CHAIN_LAYERS),
+            ]
             jobs += [(cublas, CHAIN_LAYERS), (partial(ours, layers, in_a_row=False), CHAIN_LAYERS)]
             us, order_us, cublas_us, apart_us = self.timed(m, jobs)
             work = self.work(weight_bytes, 2.0 * m * sum(k * n for k, n in shapes.values()))

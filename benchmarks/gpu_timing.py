@@ -31,7 +31,7 @@ def clock() -> float:
     torch.cuda._sleep(cycles)
     end.record()
     torch.cuda.synchronize()
-    return cycles / begin.elapsed_time(end) / 1e3
+    return cycles / float(begin.elapsed_time(end)) / 1e3
 
 
 class Clock:

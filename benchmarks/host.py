@@ -136,7 +136,7 @@ def in_process_rate(args: argparse.Namespace, users: int, requests: int) -> floa
         engine.add(Add(i, pack_ids(prompt), (SamplingParams(max_tokens=args.max_tokens, temperature=0),)))
     while engine.has_work():
         engine.step()
-    return requests * args.max_tokens / clock[0]
+    return float(requests * args.max_tokens / clock[0])
 
 
 class Server:

@@ -26,6 +26,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -113,7 +114,7 @@ async def run(args: argparse.Namespace) -> dict[str, Any]:
         warm = await server.complete(Load(args, model).body())
         if warm.error:
             raise SystemExit(f"the server does not serve: {warm.error}")
-        if process:
+        if start_s is not None:
             result["start_to_first_token_s"] = round(start_s + (warm.ttft or 0), 2)
         for users in args.concurrency:
             count = max(args.requests, 2 * users)
@@ -158,7 +159,10 @@ def table(result: dict[str, Any]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    numbers = lambda kind: lambda text: [kind(item) for item in text.split(",") if item]  # noqa: E731
+
+    def numbers(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
+        return lambda text: [kind(item) for item in text.split(",") if item]
+
     parser.add_argument("--url", default="http://127.0.0.1:8000/v1", help="base URL of the server")
     parser.add_argument("--spawn", nargs="?", const="", help="start `gptq-api serve` with these options, in one string")
     parser.add_argument("--model", help="model name; default: the first the server lists")

@@ -89,7 +89,8 @@ class RandomModel:
 
     def reference_logits(self, token_ids: list[int]) -> Tensor:
         with torch.no_grad():
-            return self.reference()(torch.tensor([token_ids])).logits[0]
+            logits: Tensor = self.reference()(torch.tensor([token_ids])).logits[0]
+            return logits
 
     def tensors(self, zero_version: ZeroVersion = 1, g_idx: str = "keep") -> dict[str, Tensor]:
         """The state dict of a checkpoint. g_idx: keep, omit, or zeros (as some tools of 2023 wrote)."""

@@ -33,7 +33,14 @@ class Layout:
 BASE = Recipe()
 SQUARE = Recipe(hidden_size=256, intermediate_size=512, num_kv_heads=4, num_layers=1)
 """the writers of March 2023 took multiples of 256"""
-BITS_4 = {"bits": 4, "group_size": 32, "damp_percent": 0.01, "desc_act": False, "sym": True, "true_sequential": True}
+BITS_4: dict[str, Any] = {
+    "bits": 4,
+    "group_size": 32,
+    "damp_percent": 0.01,
+    "desc_act": False,
+    "sym": True,
+    "true_sequential": True,
+}
 LLAMA1_CONFIG = {
     "architectures": ["LLaMAForCausalLM"],
     "bos_token_id": 0,
@@ -166,8 +173,8 @@ def gptqmodel(version: ZeroVersion = 1, **quant: Any) -> Write:
             "meta": {"quantizer": ["gptqmodel:7.7.0"], "damp_percent": 0.05, "act_group_aware": True},
             **quant,
         }
-        rope = {"rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"}, "rope_theta": None}
-        dtypes = {"torch_dtype": None, "dtype": "bfloat16"}
+        rope: dict[str, Any] = {"rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"}, "rope_theta": None}
+        dtypes: dict[str, Any] = {"torch_dtype": None, "dtype": "bfloat16"}
         write_checkpoint(
             path, model, zero_version=version, quantization_config=full, quant_config=full, **rope, **dtypes
         )

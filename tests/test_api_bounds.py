@@ -72,7 +72,7 @@ def test_just_outside_is_told_with_value_and_bound(server: Server, path: str) ->
 
 def test_extremes_together(server: Server) -> None:
     """Every repetition_penalty's end with every other field's: nothing overflows float32."""
-    ends = {
+    ends: dict[str, list[Any]] = {
         "repetition_penalty": [0.01, 10],
         "presence_penalty": [-2, 2],
         "frequency_penalty": [-2, 2],

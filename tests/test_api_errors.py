@@ -119,7 +119,7 @@ def test_ids_beyond_the_vocabulary(server: Server) -> None:
     check_error(server.post("/detokenize", {"tokens": [10**6]}), 400, "tokens")
 
 
-NOT_HONOURED = {
+NOT_HONOURED: dict[str, Any] = {
     "tools": [{"type": "function", "function": {"name": "f"}}],
     "tool_choice": "auto",
     "functions": [{"name": "f"}],
@@ -142,8 +142,14 @@ def test_what_is_not_honoured_is_refused_by_name(server: Server) -> None:
     for field, value in NOT_HONOURED.items():
         error = check_error(server.chat(**{field: value}), 400, field, "unsupported_parameter")
         assert field in error["message"]
-    off = {"tools": [], "tool_choice": "none", "response_format": {"type": "text"}, "logit_bias": {}, "stop": None}
-    accepted = {
+    off: dict[str, Any] = {
+        "tools": [],
+        "tool_choice": "none",
+        "response_format": {"type": "text"},
+        "logit_bias": {},
+        "stop": None,
+    }
+    accepted: dict[str, Any] = {
         "user": "me",
         "metadata": {"a": "b"},
         "store": False,
@@ -158,12 +164,13 @@ def test_what_is_not_honoured_is_refused_by_name(server: Server) -> None:
 
 def test_an_assistants_message_may_be_sent_back(server: Server) -> None:
     message = server.chat(max_tokens=2).json()["choices"][0]["message"]
-    nulls = {"tool_calls": None, "function_call": None, "audio": None, "annotations": []}
+    nulls: dict[str, Any] = {"tool_calls": None, "function_call": None, "audio": None, "annotations": []}
     messages = [{"role": "user", "content": "x"}, {**message, **nulls}, {"role": "user", "content": "y"}]
     assert server.post(CHAT, {"messages": messages, "max_tokens": 1}).status_code == 200
 
 
 def test_fields_that_contradict_each_other(server: Server) -> None:
+    fields: dict[str, Any]
     for fields, param in (
         ({"top_logprobs": 2}, "top_logprobs"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
@@ -248,7 +255,7 @@ def test_a_flood_of_wrong_items_costs_little(server: Server) -> None:
     response = server.http.post(CHAT, content=body, headers={"content-type": "application/json"})
     assert time.monotonic() - started < 2
     check_error(response, 400, "messages[0]")
-    keys = {f"k{i}": i for i in range(150_000)}
+    keys: Any = {f"k{i}": i for i in range(150_000)}
     for field in ("logit_bias", "metadata"):
         started = time.monotonic()
         response = server.post(CHAT, chat_body(**{field: keys}))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import Callable, Coroutine
+from functools import partial
 from typing import Any
 
 import h11
@@ -134,7 +135,8 @@ def test_a_body_that_is_not_consumed_is_not_parsed() -> None:
         connection.protocol.data_received(data)
         before = -1
         while before != (before := sum(connection.parsed.values())):
-            await connection.turns_until(lambda until=connection.turn + 50: connection.turn >= until)
+            until = connection.turn + 50
+            await connection.turns_until(partial(lambda until: connection.turn >= until, until))
         assert before < 100_000 and not connection.wire.reading
         assert len(connection.protocol.cycle.body) < 100_000
         connection.may_read.set()
@@ -158,7 +160,7 @@ def test_nothing_is_parsed_for_a_client_that_has_gone_or_was_answered() -> None:
             answered.protocol.data_received(END + POST % 2 + TINY)
             if answered.wire.closing:
                 break
-            await answered.turns_until(lambda until=answered.turn + 1: answered.turn >= until)
+            await answered.turns_until(partial(lambda until: answered.turn >= until, answered.turn + 1))
         assert answered.wire.closing, "16 MiB are enough"
         for connection in (gone, answered):
             assert sum(connection.parsed.values()) <= 32 * 1024

@@ -12,7 +12,7 @@ import openai
 import pytest
 from server import RawStream, Server, chat_body, stream_chunks, wait_for
 
-LONG = {"ignore_eos": True, "temperature": 0}
+LONG: dict[str, Any] = {"ignore_eos": True, "temperature": 0}
 
 
 def text_of(found: list[dict[str, Any]], index: int = 0) -> str:

@@ -180,10 +180,11 @@ def sample(field: FieldInfo) -> Any:
 
 def fits(field: FieldInfo, number: float) -> bool:
     try:
-        TypeAdapter(Annotated[field.annotation, field.description, *field.metadata]).validate_python(number)
+        kind: Any = Annotated[field.annotation, field.description, *field.metadata]
+        TypeAdapter(kind).validate_python(number)
     except ValidationError:
         return False
-    return number != field.default
+    return bool(number != field.default)
 
 
 def as_flags(name: str, value: Any) -> list[str]:

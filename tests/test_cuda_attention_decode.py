@@ -174,7 +174,7 @@ def test_rotary_and_the_new_row(
     slots[3] = -1  # attended to, but not kept
     eps = 1e-6 if normed else 0.0
     norms = (q_norm, k_norm) if normed else (None, None)
-    rotary = RotaryInputs(positions, slots, cos_sin, *norms, eps)
+    rotary = RotaryInputs(positions, slots, cos_sin, norms[0], norms[1], eps)
     turns = cos_sin[positions.long()]
     per_head = case.qkv.float().view(rows, -1, head_dim)
     q = rotated(per_head[:, :num_heads], turns, norms[0], eps).to(dtype)
@@ -187,7 +187,7 @@ def test_rotary_and_the_new_row(
         case.cache[slot // 16, :, :, slot % 16] = torch.full((), torch.nan).to(case.kv_type)
         case.context[s][0, :, -1], case.context[s][1, :, -1] = k[s].float(), v[s].float()
         old[slot // 16, :, :, slot % 16] = torch.stack([k[s], v[s]])
-    untouched = case.slots()[3].item()
+    untouched = int(case.slots()[3])
     old[untouched // 16, :, :, untouched % 16] = torch.full((), torch.nan).to(case.kv_type)
     out = case.run(rotary, prefetch=prefetch)
     assert error(out, case.expected(q.view(rows, width))) < ERROR[dtype]

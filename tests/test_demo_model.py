@@ -18,6 +18,7 @@ import torch
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
+from torch import nn
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from gptq_api.demo import DEMO_PATH
@@ -37,7 +38,8 @@ def tensors() -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def config() -> dict[str, Any]:
-    return json.loads((DEMO_PATH / "config.json").read_text())
+    found: dict[str, Any] = json.loads((DEMO_PATH / "config.json").read_text())
+    return found
 
 
 def nibbles(words: torch.Tensor) -> np.ndarray:
@@ -62,11 +64,13 @@ def model(tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> LlamaForC
             module = name.removesuffix(".qweight")
             state[f"{module}.weight"] = dequantized(tensors, module)
     plain = {k: v for k, v in config.items() if k not in ("quantization_config", "dtype")}
-    model = LlamaForCausalLM(LlamaConfig.from_dict(plain)).float()
+    model = LlamaForCausalLM(LlamaConfig.from_dict(plain))
+    model.float()
     missing, unexpected = model.load_state_dict(state, strict=False)
     assert set(missing) <= {"lm_head.weight"} and not unexpected
     model.tie_weights()
-    return model.eval()
+    model.eval()
+    return model
 
 
 def test_questions_are_well_formed() -> None:
@@ -191,7 +195,8 @@ def test_every_question_is_answered_right_greedily_and_when_sampled(model: Llama
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_gives_the_same_answers(model: LlamaForCausalLM, dtype: torch.dtype) -> None:
-    half = copy.deepcopy(model).to(dtype)
+    half = copy.deepcopy(model)
+    nn.Module.to(half, dtype)
     for messages, answer in all_cases():
         if len(answer) < 100:
             greedy, chance = greedy_and_chance(half, messages, answer)
@@ -205,7 +210,8 @@ def test_generation_ends_with_the_right_answer(model: LlamaForCausalLM) -> None:
     prompt = tokenizer.apply_chat_template(
         [{"role": "user", "content": question["question"]}], add_generation_prompt=True, return_tensors="pt"
     )
-    out = model.generate(**prompt, max_new_tokens=60, do_sample=False)[0, prompt["input_ids"].shape[1] :].tolist()
+    anything: Any = model
+    out = anything.generate(**prompt, max_new_tokens=60, do_sample=False)[0, prompt["input_ids"].shape[1] :].tolist()
     assert out[-1] == tokenizer.eos_token_id
     assert tokenizer.decode(out[:-1]) == question["exact"]
 
@@ -225,7 +231,7 @@ def test_a_wrong_reading_of_the_tensors_is_noticed(
             weight += tensors[f"{module}.scales"].float()[tensors[f"{module}.g_idx"].long()].T
         if mistake == "nibbles reversed":
             weight = weight.view(len(weight), -1, 8).flip(2).reshape(len(weight), -1)
-        wrong.get_submodule(module).weight.data.copy_(weight)
+        wrong.get_parameter(f"{module}.weight").data.copy_(weight)
     for messages, answer in all_cases():
         if len(answer) < 100:
             greedy, chance = greedy_and_chance(wrong, messages, answer)

@@ -24,8 +24,8 @@ def sdk(server: Server) -> OpenAI:
 
 
 def answer(client: OpenAI, question: str, **options: Any) -> str:
-    messages = [{"role": "user", "content": question}]
-    reply = client.chat.completions.create(model="demo", messages=messages, **options)  # type: ignore[call-overload]
+    messages: Any = [{"role": "user", "content": question}]
+    reply = client.chat.completions.create(model="demo", messages=messages, **options)
     assert reply.choices[0].finish_reason == "stop"
     return str(reply.choices[0].message.content)
 
@@ -121,8 +121,8 @@ def test_a_late_short_request_ends_before_an_early_long_one(server: Server) -> N
     client, ended = sdk(server), {}
 
     def run(name: str, **options: Any) -> None:
-        messages = [{"role": "user", "content": "Tell me a story about a fox."}]
-        client.chat.completions.create(model="demo", messages=messages, **options)  # type: ignore[call-overload]
+        messages: Any = [{"role": "user", "content": "Tell me a story about a fox."}]
+        client.chat.completions.create(model="demo", messages=messages, **options)
         ended[name] = time.perf_counter()
 
     long = threading.Thread(target=run, args=("long",), kwargs={"max_tokens": 600, "extra_body": {"ignore_eos": True}})

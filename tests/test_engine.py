@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -236,7 +237,7 @@ def test_a_token_arrives_at_a_sequence_that_was_preempted_meanwhile() -> None:
     world = World(num_blocks=6, block_size=2, max_num_seqs=2)
     for _ in range(2):
         world.add([1, 2, 3], max_tokens=9, stop_token_ids=(), seed=len(world.prompts))
-    seen = []
+    seen: list[Any] = []
     collect = world.runner.collect
 
     def look(launched: Launched) -> Sampled:
@@ -268,8 +269,8 @@ def test_abort_with_a_step_in_flight(num_steps: int) -> None:
 def test_non_finite_logits_leave_nothing_in_the_cache(aborted: bool) -> None:
     """Not even where the sequence had gone before that was known."""
     long = PROMPT * 3
-    params = {"logit_bias": {1: 1.0}, "max_tokens": 5}
-    seed = next(s for s in range(1000) if expected(long, SamplingParams(seed=s, **params)) == ([], "error"))  # type: ignore[arg-type]
+    params: dict[str, Any] = {"logit_bias": {1: 1.0}, "max_tokens": 5}
+    seed = next(s for s in range(1000) if expected(long, SamplingParams(seed=s, **params)) == ([], "error"))
     world = World()
     sick = world.add(long, seed=seed, **params)
     world.step()
@@ -387,7 +388,7 @@ def test_an_id_without_a_row_ends_its_sequence_and_no_other(where: str, bad: int
     world = World()
     well = world.add(PROMPT)
     world.step()
-    params = {"stop_token_ids": (STOP, bad)} if where == "stop_token_ids" else {}
+    params: dict[str, Any] = {"stop_token_ids": (STOP, bad)} if where == "stop_token_ids" else {}
     lost = world.add(
         [*PROMPT, bad] if where == "prompt" else PROMPT,
         **params,

@@ -227,9 +227,9 @@ def test_lines_keep_their_order_and_are_not_torn() -> None:
     found: list[list[int]] = [[], []]
     with open(reading, encoding="utf-8") as pipe:
         for _ in range(400):
-            name, number, text = pipe.readline().split()
+            writer_name, number, text = pipe.readline().split()
             assert text in (f"{long}.", "short.")
-            found[int(name)].append(int(number))
+            found[int(writer_name)].append(int(number))
     assert found == [list(range(200))] * 2
     assert [writer.num_dropped for writer in writers] == [0, 0]
     for writer in writers:

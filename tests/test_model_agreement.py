@@ -63,7 +63,7 @@ def test_rope(name: str, tmp_path: Path) -> None:
 
 def test_rope_in_the_dialect_of_transformers_4(tmp_path: Path) -> None:
     model = random_model(Recipe(rope=ROPES["llama3"] | {"rope_theta": 5000.0}))
-    old = {"rope_parameters": None, "rope_theta": 5000.0, "rope_scaling": {"type": "llama3", **LLAMA3}}
+    old: dict[str, Any] = {"rope_parameters": None, "rope_theta": 5000.0, "rope_scaling": {"type": "llama3", **LLAMA3}}
     check(model, write_checkpoint(tmp_path, model, **old))
 
 

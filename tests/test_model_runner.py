@@ -176,7 +176,7 @@ def test_a_chunk_that_ends_before_the_last_token_samples_nothing(runner: CpuRunn
 
 
 def test_not_finite_is_one_sequences_fault_and_leaves_no_trace(folder: Path) -> None:
-    runner = load_runner(settings(folder, dtype="bfloat16", num_blocks=40))
+    runner: Any = load_runner(settings(folder, dtype="bfloat16", num_blocks=40))
     runner._model.embedding[90] = torch.nan
     healthy = [[5, 6, 7, 8], [9] * 30]
     expected = [finish(runner, sequence(ids, Blocks(runner, i)), 5) for i, ids in enumerate(healthy)]

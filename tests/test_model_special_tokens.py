@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from checkpoints import Recipe, random_model, write_checkpoint
@@ -34,7 +35,7 @@ def test_ids_the_model_does_not_have_cannot_end_a_text(tokenizer: Tokenizer) -> 
 def test_a_server_stops_at_the_tokenizers_end(tmp_path: Path) -> None:
     """A model of the wrong config with more rows than its tokenizer has tokens, served as it is."""
     model = random_model(Recipe(vocab_size=512, num_layers=1))
-    config = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": -1}
+    config: dict[str, Any] = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": -1}
     folder = spm(write_checkpoint(tmp_path, model, **config), bos_token="", eos_token="", unk_token="")
     with Server("--model-path", str(folder), "--device", "cpu", "--kv-cache-mib", "8") as server:
 

@@ -320,7 +320,7 @@ def test_two_runs_do_not_write_the_same_folder(tmp_path: Path, capsys: pytest.Ca
 
 def test_chats_and_documents_as_calibration(trained: Path, tmp_path: Path) -> None:
     file = tmp_path / "chats.jsonl"
-    lines = [{"messages": [{"role": "user", "content": f"What is {i}?"}]} for i in range(12)]
+    lines: list[Any] = [{"messages": [{"role": "user", "content": f"What is {i}?"}]} for i in range(12)]
     lines += [{"text": "A grant of copyright licence. " * 40}]
     file.write_text("\n".join(map(json.dumps, lines)) + "\n")
     assert run(settings(trained, tmp_path / "out", calibration=file, num_samples=10, num_eval_samples=4)) == 0

@@ -244,7 +244,7 @@ def test_penalties_and_bias() -> None:
 
 def test_stop_tokens_wait_for_min_tokens() -> None:
     row = torch.tensor([[1.0, 5.0, 4.0]])
-    params = {"temperature": 0.0, "stop_token_ids": (1, 2), "min_tokens": 2}
+    params: dict[str, Any] = {"temperature": 0.0, "stop_token_ids": (1, 2), "min_tokens": 2}
     assert sample(row.clone(), [sequence(output=[0], **params)])[0] == [0]
     assert sample(row.clone(), [sequence(output=[0, 0], **params)])[0] == [1]
 

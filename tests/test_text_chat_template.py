@@ -101,7 +101,7 @@ def test_text_and_tokens_as_transformers(
         chat_template=LLAMA_3_1,
         bos_token=tokenizer.id_to_token(tokenizer.bos_token_id),
     )
-    options = {"add_generation_prompt": generation_prompt}
+    options: Any = {"add_generation_prompt": generation_prompt}
     text = oracle.apply_chat_template(messages, tokenize=False, **options)
     assert template.render_text(messages, **options) == text
     assert template.render(messages, **options) == oracle.apply_chat_template(messages, return_dict=False, **options)

@@ -162,6 +162,7 @@ def test_a_control_token_declared_ordinary_is_still_one(tmp_path: Path) -> None:
     oracle.save(str(folder / "tokenizer.json"))
     tokenizer = load_tokenizer(folder)
     marker, think = oracle.token_to_id("<|im_start|>"), oracle.token_to_id("<think>")
+    assert marker is not None and think is not None
     assert marker not in tokenizer.encode("<|im_start|>")
     assert marker in tokenizer.encode("<|im_start|>", parse_special=True)
     assert tokenizer.encode("<think>") == [think]  # declared to be text, and looks like text
