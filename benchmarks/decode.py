@@ -314,7 +314,10 @@ def main() -> int:
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--synthetic", choices=sorted(SHAPES))
     which.add_argument("--model-path", type=Path, help="a GPTQ checkpoint; its FP16 row is itself, dequantized")
-    items = lambda kind: lambda text: [kind(item) for item in text.split(",") if item]  # noqa: E731
+
+    def items(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
+        return lambda text: [kind(item) for item in text.split(",") if item]
+
     parser.add_argument("--variants", type=items(str), help=f"of {', '.join(VARIANTS)}; default: all that there are")
     parser.add_argument("--parts", type=items(str), help=f"of {', '.join(PARTS)}; default: what suits the variant")
     parser.add_argument("--batches", type=items(int), default=[1, 8, 32, 64, 128, 256])

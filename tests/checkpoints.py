@@ -177,8 +177,8 @@ def round_to_nearest(
         scales[g] = ((high - low) / top).clamp(min=1e-5)
         zeros[g] = 2 ** (bits - 1) if sym else (-low / scales[g]).round().clamp(0, top)
     scales = scales.half()
-    g = g_idx.long()
-    q = (weight.t() / scales.float()[g] + zeros[g]).round().clamp(0, top)
+    group = g_idx.long()
+    q = (weight.t() / scales.float()[group] + zeros[group]).round().clamp(0, top)
     return QuantizedModule(q.to(torch.uint8), zeros.to(torch.uint8), scales, g_idx, bits)
 
 

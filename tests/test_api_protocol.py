@@ -72,7 +72,8 @@ class Connection:
             h11_max_incomplete_event_size=MAX_HEADER_BYTES,
         )
         config.load()
-        self.protocol: Any = edge_protocol(5, 5, lambda status, message: message.encode())(config, ServerState(), {})  # type: ignore[call-arg]
+        make: Any = edge_protocol(5, 5, lambda status, message: message.encode())
+        self.protocol = make(config, ServerState(), {})
         self.wire = Wire()
         self.protocol.connection_made(self.wire)
         receive = self.protocol.conn.receive_data

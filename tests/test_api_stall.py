@@ -183,7 +183,12 @@ async def test_a_lively_engine_costs_no_timer_per_step(monkeypatch: pytest.Monke
     client = HandFedEngine(0.2)
     looks: list[float] = []
     look = client._look
-    monkeypatch.setattr(client, "_look", lambda due: (looks.append(due), look(due)))
+
+    def noted(due: float) -> None:
+        looks.append(due)
+        look(due)
+
+    monkeypatch.setattr(client, "_look", noted)
     with client.submit([Prompt([1], [SamplingParams(max_tokens=5)])]):
         for _ in range(100):
             client.step(num_running=1)

@@ -92,7 +92,7 @@ def test_answers_last_until_the_last_prompt_is_through(script: ModuleType) -> No
         engine: Engine[Any] = Engine(runner, Scheduler(BlockManager(200, runner.block_size), 4, 16, False))
         for i in range(4):
             engine.add(Add(i, pack_ids([5 + i] * 60), (SamplingParams(max_tokens=new, temperature=0),)))
-        steps = []
+        steps: list[Any] = []
         while engine.has_work():
             out = engine.step()
             if out is not None:

@@ -48,7 +48,7 @@ def test_as_text(folder: Path) -> None:
 def test_as_json_and_the_plan_is_what_loading_does(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(InspectSettings(model_path=str(folder), device="cpu", json_output=True, kv_cache_mib=1)) == 0
     facts = json.loads(capsys.readouterr().out)
-    runner = load_runner(LoadOptions(model_path=str(folder), device="cpu", kv_cache_mib=1, num_threads=1))
+    runner: Any = load_runner(LoadOptions(model_path=str(folder), device="cpu", kv_cache_mib=1, num_threads=1))
     assert facts["kv_cache_tokens"] == runner.num_blocks * runner.block_size
     assert facts["quantization"]["bits"] == {"4": 12, "8": 2}
     # Merging q, k and v keeps one permutation instead of three; nothing else differs.

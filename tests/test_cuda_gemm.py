@@ -10,7 +10,7 @@ from cuda_weights import GPTQTensors, random_weight
 from torch import Tensor
 from torch.nn import functional
 
-from gptq_api.kernels import gemm, probes
+from gptq_api.kernels import extension, gemm, probes
 from gptq_api.kernels.layout import PackedLinear
 
 pytestmark = [
@@ -231,4 +231,4 @@ def test_a_failed_launch_names_the_shape() -> None:
     x = random_x(1, 128, torch.float16)
     address = (weight.data.data_ptr(), x.data_ptr(), x.data_ptr(), 0, 0)
     with pytest.raises(RuntimeError, match="decode M=33 N=16 K=128"):
-        gemm._cuda.decode(*address, 33, 16, 128, 128, 16, 0, 0, 1, False, False, False, 0)
+        extension.cuda.decode(*address, 33, 16, 128, 128, 16, 0, 0, 1, False, False, False, 0)

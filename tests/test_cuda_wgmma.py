@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gptq_api.kernels import gemm
+from gptq_api.kernels import extension, gemm
 from gptq_api.kernels.layout import PackedLinear
 
 EXT = Path(__file__).parent.parent / "ext"
@@ -58,7 +58,7 @@ def weight(
 def wgmma(x: Tensor, w: PackedLinear, y: Tensor, tile: int, sharing: int = ONE, split: int = 0) -> None:
     """One tile of the table, whatever M is."""
     stream = gemm._stream(x)
-    gemm._cuda.wgmma(
+    extension.cuda.wgmma(
         w.data.data_ptr(), x.data_ptr(), y.data_ptr(), 0, 0, gemm._workspace(x.device.index, stream).data_ptr(),
         x.shape[0], w.out_features, x.shape[1], x.stride(0), y.stride(0), 0, int(w.paired),
         0 if gemm._one_group(w) else w.groups_per_chunk, w.has_zeros, x.dtype == torch.bfloat16,

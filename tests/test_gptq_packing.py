@@ -7,7 +7,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gptq_api.checkpoint.packing import pack_qweight, pack_qzeros, unpack_qweight, unpack_qzeros, values_per_unit
+from gptq_api.checkpoint.packing import (
+    ZeroVersion,
+    pack_qweight,
+    pack_qzeros,
+    unpack_qweight,
+    unpack_qzeros,
+    values_per_unit,
+)
 
 shapes = st.tuples(st.sampled_from([2, 3, 4, 8]), st.integers(1, 4), st.integers(1, 9), st.integers(0, 2**31))
 

@@ -218,7 +218,7 @@ def test_no_weight_is_further_off_than_its_neighbours_allow() -> None:
 def test_packs_and_comes_back() -> None:
     weight, inputs = layer()
     for bits in (2, 3, 4, 8):
-        settings = QuantizeOptions(bits, 64, sym=False, desc_act=True)  # type: ignore[arg-type]
+        settings = QuantizeOptions(bits, 64, sym=False, desc_act=True)
         result = quantize(weight.float(), factorize(hessian_of(inputs).float(), settings), settings)
         assert torch.equal(unpack_qweight(pack_qweight(result.q, bits), bits), result.q)
         assert torch.equal(unpack_qzeros(pack_qzeros(result.zeros, bits), bits), result.zeros)

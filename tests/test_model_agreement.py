@@ -21,7 +21,9 @@ IDS = torch.randint(3, 96, (70,), generator=torch.Generator().manual_seed(5)).to
 
 def load(folder: Path, **settings: Any) -> CpuRunner:
     defaults = {"device": "cpu", "dtype": "float32", "kv_cache_mib": 16, "num_threads": 1}
-    return load_runner(LoadOptions(model_path=str(folder), **{**defaults, **settings}))
+    loaded = load_runner(LoadOptions(model_path=str(folder), **{**defaults, **settings}))
+    assert isinstance(loaded, CpuRunner)
+    return loaded
 
 
 def all_logits(runner: CpuRunner, ids: list[int]) -> torch.Tensor:

@@ -44,7 +44,8 @@ def test_names_and_sizes_are_those_of_transformers(family: str) -> None:
 
     config = AutoConfig.for_model(family, **SIZES, **FAMILIES[family][1])
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        make: Any = AutoModelForCausalLM.from_config
+        model = make(config)
     theirs = {
         name.removesuffix(".weight"): tuple(p.shape)
         for name, p in model.named_parameters()

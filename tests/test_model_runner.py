@@ -35,7 +35,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module", params=["float32", "bfloat16"])
 def runner(request: pytest.FixtureRequest, folder: Path) -> Iterator[CpuRunner]:
-    yield load_runner(settings(folder, dtype=request.param))
+    loaded: Any = load_runner(settings(folder, dtype=request.param))
+    yield loaded
 
 
 class Blocks:
@@ -143,7 +144,7 @@ def test_blocks_of_a_shared_prefix_may_be_written_in_the_very_step_that_reads_th
 
 
 def test_seeded_sampling_does_not_depend_on_neighbours(runner: CpuRunner) -> None:
-    params = {"temperature": 0.8, "top_p": 0.9, "seed": 11, "presence_penalty": 0.5}
+    params: dict[str, Any] = {"temperature": 0.8, "top_p": 0.9, "seed": 11, "presence_penalty": 0.5}
     ids = prompts(1, seed=8)[0]
     alone = finish(runner, sequence(ids, Blocks(runner), **params), 12)
     blocks = Blocks(runner, 9)
@@ -195,7 +196,7 @@ def test_block_size_is_free(folder: Path) -> None:
     ids = list(range(5, 75))
     texts = []
     for size in (1, 7, 16, 64):
-        runner = load_runner(settings(folder, dtype="float32", block_size=size))
+        runner: Any = load_runner(settings(folder, dtype="float32", block_size=size))
         params = SamplingParams(max_tokens=9, temperature=0.0)
         s = Solo(list(ids), params, block_table=list(reversed(range(100 // size + 1))))
         texts.append(finish(runner, s, 9))
