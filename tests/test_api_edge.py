@@ -20,7 +20,7 @@ import pytest
 from server import Server, chat_body, chunks, raw_request
 
 from gptq_api.api.app import ROUTERS
-from gptq_api.api.route import GuardedRoute, PublicRoute
+from gptq_api.api.routes.guard import GuardedRoute, PublicRoute
 
 
 def connect(server: Server) -> socket.socket:

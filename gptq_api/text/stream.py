@@ -33,7 +33,8 @@ class TextStream:
         self._tokenizer = tokenizer
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._skip_special = skip_special
-        self._include_stop = include_stop
+        self.include_stop = include_stop
+        """whether what ended the text belongs to it"""
         self._drop_space = tokenizer.strips_leading_space and not continues
         self._stops = [_Matcher(string) for string in stop if string]
         self._held = ""
@@ -95,7 +96,7 @@ class TextStream:
                 self.stopped = True
                 self.stop_string = max(met, key=len)
                 self._held = ""
-                return text[: end if self._include_stop else end - len(self.stop_string)]
+                return text[: end if self.include_stop else end - len(self.stop_string)]
         keep = len(text) - max(matcher.matched for matcher in self._stops)
         self._held = text[keep:]
         return text[:keep]

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import time
-import uuid
 from contextlib import ExitStack
 from functools import partial
-from typing import Any
 
 from fastapi import Request, Response
 
-from gptq_api.api.generate import TextOptions, Work, admitted
-from gptq_api.api.logprobs import TokenEntry, completion_logprobs
-from gptq_api.api.prepare import completion_prompts
-from gptq_api.api.route import guarded_router
-from gptq_api.api.schema import CompletionRequest, StreamOptions
-from gptq_api.api.schema_fields import unknown_header
+from gptq_api.api.answers.formats import CompletionFormat, Head, UsageEvents
+from gptq_api.api.answers.logprobs import completion_logprobs
+from gptq_api.api.answers.respond import respond
+from gptq_api.api.answers.work import Work, admitted
+from gptq_api.api.requests.completions import CompletionRequest
+from gptq_api.api.requests.fields import unknown_header
+from gptq_api.api.requests.prompts import completion_prompts
+from gptq_api.api.routes.guard import guarded_router
 from gptq_api.api.service import RecordDep, Service, ServiceDep
-from gptq_api.api.shapes import CompletionChunks, Head, Logprobs, json_bytes
-from gptq_api.api.sse import StreamResponse, events
-from gptq_api.edge.disconnect import until_disconnect
 
 router = guarded_router()
 
@@ -28,36 +24,20 @@ router = guarded_router()
 async def completions(body: CompletionRequest, request: Request, service: ServiceDep, record: RecordDep) -> Response:
     """What follows each prompt. Choice `i` belongs to prompt `i // n`."""
     service.check_model(body.model)
-    unknown = body.unknown(strict=service.settings.strict_params)
+    headers = unknown_header(body.unknown(strict=service.settings.strict_params))
     body.check()
-    head = Head(f"cmpl-{uuid.uuid4().hex}", int(time.time()), service.model_name, service.fingerprint)
-    options = TextOptions(
-        stop=body.stop,
-        include_stop=bool(body.include_stop_str_in_output),
-        skip_special=body.skip_special_tokens is not False,
-        continues=True,
-    )
-    logprobs: Logprobs | None = None
+    logprobs = None
     if body.logprobs is not None:
         logprobs = partial(completion_logprobs, service.tokenizer, num_top=body.logprobs)
+    usage = UsageEvents(body.usage_at_end, body.usage_in_chunks)
+    new_text = body.text_streams(service.tokenizer, continues=True)
     with ExitStack() as owned:
         with service.preparing():
             prompts = await completion_prompts(service, body)
-            work = owned.enter_context(admitted(service, record, prompts, options, body.cache_salt))
+            work = owned.enter_context(admitted(service, record, prompts, new_text, body.cache_salt))
         echoes = await _echoes(service, body, work)
-        if body.stream:
-            stream_options = body.stream_options or StreamOptions()
-            chunks = CompletionChunks(head, stream_options.include_usage, logprobs)
-            return StreamResponse(
-                events(work, chunks, stream_options, echoes),
-                owned=owned.pop_all(),
-                work=work,
-                headers=unknown_header(unknown),
-                ping_s=service.settings.sse_ping_s,
-                send_timeout_s=service.settings.send_timeout_s,
-            )
-        answer = await until_disconnect(request, _answer(work, head, logprobs, echoes, body.num_choices))
-        return Response(json_bytes(answer), headers=unknown_header(unknown), media_type="application/json")
+        shape = CompletionFormat(Head.new("cmpl", service), body.num_choices, usage, logprobs, echoes)
+        return await respond(request, work, shape, owned, stream=bool(body.stream), headers=headers)
 
 
 async def _echoes(service: Service, body: CompletionRequest, work: Work) -> list[str]:
@@ -69,42 +49,3 @@ async def _echoes(service: Service, body: CompletionRequest, work: Work) -> list
         lambda: [item if isinstance(item, str) else decode(item, skip_special=False) for item in body.prompt]
     )
     return [text for text, prompt in zip(texts, work.prompts, strict=True) for _ in prompt.params]
-
-
-async def _answer(
-    work: Work, head: Head, logprobs: Logprobs | None, echoes: list[str], num_choices: int
-) -> dict[str, Any]:
-    texts = list(echoes)
-    entries: list[list[TokenEntry]] = [[] for _ in work.choices]
-    reasons = [""] * len(work.choices)
-    async for pieces in work.pieces():
-        for piece in pieces:
-            index = piece.choice.index
-            texts[index] += piece.text
-            entries[index] += piece.entries
-            reasons[index] = piece.finish_reason or ""
-    chosen = [index for start in _starts(work) for index in _best(work, start, num_choices)]
-    choices = [
-        {
-            "index": i,
-            "text": texts[index],
-            "logprobs": None if logprobs is None else logprobs(entries[index]),
-            "finish_reason": reasons[index],
-        }
-        for i, index in enumerate(chosen)
-    ]
-    return {**head.fields("text_completion"), "choices": choices, "usage": work.usage()}
-
-
-def _starts(work: Work) -> list[int]:
-    """The index of each prompt's first sample."""
-    return [choice.index for choice in work.choices if choice.sample == 0]
-
-
-def _best(work: Work, start: int, num_choices: int) -> list[int]:
-    """best_of: the samples of one prompt that the model itself finds likeliest per token, best first."""
-    num_samples = len(work.prompts[0].params)
-    samples = range(start, start + num_samples)
-    if num_samples == num_choices:
-        return list(samples)
-    return sorted(samples, key=lambda index: -work.choices[index].mean_logprob)[:num_choices]

@@ -6,9 +6,9 @@ from typing import Annotated, Any
 
 from fastapi import Path, Response
 
-from gptq_api.api.route import guarded_router
+from gptq_api.api.answers.encoding import json_response
+from gptq_api.api.routes.guard import guarded_router
 from gptq_api.api.service import Service, ServiceDep
-from gptq_api.api.shapes import json_bytes
 
 router = guarded_router()
 
@@ -26,11 +26,11 @@ def _card(service: Service) -> dict[str, Any]:
 @router.get("/v1/models")
 async def list_models(service: ServiceDep) -> Response:
     """The one model that is served."""
-    return Response(json_bytes({"object": "list", "data": [_card(service)]}), media_type="application/json")
+    return json_response({"object": "list", "data": [_card(service)]})
 
 
 @router.get("/v1/models/{model:path}")
 async def retrieve_model(model: Annotated[str, Path(max_length=512)], service: ServiceDep) -> Response:
     """What is known about it."""
     service.check_model(model)
-    return Response(json_bytes(_card(service)), media_type="application/json")
+    return json_response(_card(service))

@@ -5,17 +5,17 @@ from __future__ import annotations
 from fastapi import Request, Response
 
 from gptq_api import __version__
+from gptq_api.api.answers.encoding import json_response
 from gptq_api.api.metrics import CONTENT_TYPE
-from gptq_api.api.route import guarded_router, public_router
+from gptq_api.api.routes.guard import guarded_router, public_router
 from gptq_api.api.service import ServiceDep
-from gptq_api.api.shapes import json_bytes
 
 public = public_router()
 router = guarded_router()
 
 
 def _probe(status: str, code: int) -> Response:
-    return Response(json_bytes({"status": status}), code, media_type="application/json")
+    return json_response({"status": status}, status=code)
 
 
 @public.get("/health")
@@ -48,10 +48,10 @@ async def metrics(service: ServiceDep) -> Response:
 @router.get("/version")
 async def version() -> Response:
     """This package's version."""
-    return Response(json_bytes({"version": __version__}), media_type="application/json")
+    return json_response({"version": __version__})
 
 
 @router.get("/openapi.json", include_in_schema=False)
 async def openapi(request: Request) -> Response:
     """What this server takes, as OpenAPI 3.1."""
-    return Response(json_bytes(request.app.openapi()), media_type="application/json")
+    return json_response(request.app.openapi())

@@ -6,14 +6,15 @@ from typing import Any
 
 from fastapi import Response
 
+from gptq_api.api.answers.encoding import json_response
+from gptq_api.api.answers.logprobs import token_text
 from gptq_api.api.errors import bad_request
-from gptq_api.api.logprobs import token_text
-from gptq_api.api.prepare import check_fits, render
-from gptq_api.api.route import guarded_router
-from gptq_api.api.schema import DetokenizeRequest, TokenizeRequest, check_messages
-from gptq_api.api.schema_fields import unknown_header
+from gptq_api.api.requests.chat import check_messages
+from gptq_api.api.requests.fields import unknown_header
+from gptq_api.api.requests.prompts import check_fits, render
+from gptq_api.api.requests.tokens import DetokenizeRequest, TokenizeRequest
+from gptq_api.api.routes.guard import guarded_router
 from gptq_api.api.service import ServiceDep
-from gptq_api.api.shapes import json_bytes
 
 router = guarded_router()
 
@@ -40,7 +41,7 @@ async def tokenize(body: TokenizeRequest, service: ServiceDep) -> Response:
     answer: dict[str, Any] = {"count": len(ids), "max_model_len": service.max_tokens, "tokens": ids}
     if body.return_token_strs:
         answer["token_strs"] = [token_text(service.tokenizer, token_id) for token_id in ids]
-    return Response(json_bytes(answer), headers=unknown_header(unknown), media_type="application/json")
+    return json_response(answer, unknown_header(unknown))
 
 
 @router.post("/detokenize")
@@ -52,7 +53,7 @@ async def detokenize(body: DetokenizeRequest, service: ServiceDep) -> Response:
     if body.tokens and (worst := max(body.tokens)) >= limit:
         raise bad_request(f"Invalid value for 'tokens': token id {worst} is not below {limit}.", "tokens")
     text = await service.in_text_thread(lambda: service.tokenizer.decode(body.tokens, skip_special=False))
-    return Response(json_bytes({"prompt": text}), headers=unknown_header(unknown), media_type="application/json")
+    return json_response({"prompt": text}, unknown_header(unknown))
 
 
 @router.get("/tokenizer_info")
@@ -73,4 +74,4 @@ async def tokenizer_info(service: ServiceDep) -> Response:
         "add_bos_token": tokenizer.adds_bos,
         "chat_template_source": service.template.source,
     }
-    return Response(json_bytes(answer), media_type="application/json")
+    return json_response(answer)

@@ -3,28 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import islice
 
+from gptq_api.api.answers.logprobs import Ledger, TokenEntry
 from gptq_api.api.errors import ApiError, too_many, unavailable
-from gptq_api.api.logprobs import Ledger, TokenEntry
 from gptq_api.api.service import Service
 from gptq_api.edge.request_log import RequestRecord
 from gptq_api.engine.client import Delta, EngineDead, EngineFull, EngineStalled, Generation, Prompt
 from gptq_api.text.stream import TextStream
-from gptq_api.text.tokenizer import Tokenizer
 from gptq_api.types import FinishReason, SamplingParams, TokenLogprobs
-
-
-@dataclass(slots=True, frozen=True)
-class TextOptions:
-    """How tokens become text."""
-
-    stop: list[str]
-    include_stop: bool
-    skip_special: bool
-    continues: bool
 
 
 @dataclass(slots=True)
@@ -41,9 +31,7 @@ class Piece:
 class Choice:
     """One sample of one prompt: its text, and when its tokens came."""
 
-    def __init__(
-        self, index: int, sample: int, params: SamplingParams, options: TextOptions, tokenizer: Tokenizer
-    ) -> None:
+    def __init__(self, index: int, sample: int, params: SamplingParams, text: TextStream) -> None:
         self.index = index
         self.sample = sample
         """0 for the first of a prompt's samples"""
@@ -53,14 +41,7 @@ class Choice:
         self.last_token_at: float | None = None
         self.gaps: list[float] = []
         """seconds between tokens; as many as tokens after the first"""
-        self._hide_stop_token = not options.include_stop
-        self._text = TextStream(
-            tokenizer,
-            stop=options.stop,
-            include_stop=options.include_stop,
-            skip_special=options.skip_special,
-            continues=options.continues,
-        )
+        self._text = text
         self._ledger = None if params.top_logprobs is None else Ledger()
 
     @property
@@ -75,12 +56,11 @@ class Choice:
         tokens = delta.tokens
         if tokens:
             self._clock(len(tokens))
-        if delta.finish_reason == "stop" and self._hide_stop_token:
+        if delta.finish_reason == "stop" and not self._text.include_stop:
             tokens = tokens[:-1]  # the stop token, whose text is not part of the answer
-        num_before = self._text.num_tokens
         text = self._text.push(tokens) if self._ledger is None else self._push(self._ledger, tokens, delta.logprobs)
         if self._text.stopped:
-            self.num_tokens += self._text.num_tokens - num_before
+            self.num_tokens = self._text.num_tokens  # those behind it are nobody's
             return [self._last(text, "stop")]
         self.num_tokens += len(delta.tokens)
         pieces = [Piece(self, text, self._shown(text))] if text else []
@@ -110,12 +90,13 @@ class Choice:
 
     def _clock(self, num_tokens: int) -> None:
         now = time.monotonic()
-        if self.first_token_at is None:
+        if self.last_token_at is None:
             self.first_token_at = self.last_token_at = now
             num_tokens -= 1
-        assert self.last_token_at is not None
-        for _ in range(num_tokens):  # tokens that a slow reader gets together: the time is shared among them
-            self.gaps.append((now - self.last_token_at) / num_tokens)
+        if num_tokens == 1:
+            self.gaps.append(now - self.last_token_at)
+        elif num_tokens:  # tokens that a slow reader gets together: the time is shared among them
+            self.gaps += [(now - self.last_token_at) / num_tokens] * num_tokens
         self.last_token_at = now
 
 
@@ -129,8 +110,13 @@ class Work:
     """None where max_tokens is 0 and there is nothing to run"""
     service: Service
     record: RequestRecord
+    num_open: int = field(init=False)
+    """choices whose last piece is still to come"""
     outcome: str = "disconnect"
     """how it ended, seen from the engine; a client that leaves says nothing"""
+
+    def __post_init__(self) -> None:
+        self.num_open = len(self.choices)
 
     @property
     def num_completion_tokens(self) -> int:
@@ -151,6 +137,18 @@ class Work:
             "total_tokens": num_prompt + self.num_completion_tokens,
             "prompt_tokens_details": {"cached_tokens": self.num_cached_tokens},
         }
+
+    def best(self, num_choices: int) -> list[Choice]:
+        """So many samples of each prompt: all of them, or those that the model itself finds likeliest per token, the
+        best first."""
+        if num_choices == len(self.prompts[0].params):
+            return self.choices
+        best: list[Choice] = []
+        rest = iter(self.choices)
+        for prompt in self.prompts:
+            samples = list(islice(rest, len(prompt.params)))
+            best += sorted(samples, key=lambda choice: -choice.mean_logprob)[:num_choices]
+        return best
 
     async def pieces(self) -> AsyncIterator[list[Piece]]:
         """Pieces of all choices as they come, those of one moment together, at least one. Raises ApiError where the
@@ -185,6 +183,7 @@ class Work:
             choice = self.choices[delta.choice]
             pieces += choice.take(delta)
             if (reason := choice.finish_reason) is not None:
+                self.num_open -= 1
                 self.service.metrics.success[reason].inc()
                 if self.generation is not None:
                     self.generation.close(choice.index)
@@ -223,9 +222,16 @@ class Work:
 
 @contextmanager
 def admitted(
-    service: Service, record: RequestRecord, prompts: list[Prompt], options: TextOptions, cache_salt: str | None
+    service: Service,
+    record: RequestRecord,
+    prompts: list[Prompt],
+    new_text: Callable[[], TextStream],
+    cache_salt: str | None,
 ) -> Iterator[Work]:
-    """All sequences of a request admitted, or none of them. Raises ApiError 429, 503. Leaving the block ends them."""
+    """All sequences of a request admitted, or none of them. Raises ApiError 429, 503. Leaving the block ends them.
+
+    `new_text`: makes the text of each choice.
+    """
     salt = record.key_id + (b"" if cache_salt is None else b"/" + cache_salt.encode())
     with ExitStack() as stack:
         generation = None
@@ -240,9 +246,7 @@ def admitted(
                 assert refusal is not None
                 raise refusal from None
         samples = [(sample, params) for prompt in prompts for sample, params in enumerate(prompt.params)]
-        choices = [
-            Choice(index, sample, params, options, service.tokenizer) for index, (sample, params) in enumerate(samples)
-        ]
+        choices = [Choice(index, *sample, new_text()) for index, sample in enumerate(samples)]
         work = Work(choices, prompts, generation, service, record)
         _count(service, prompts)
         try:

@@ -1,25 +1,29 @@
-"""The bounds of request fields, once. Every field that exists has a smallest and a largest value: a test walks the
-OpenAPI document and fails on one that has not.
+"""The fields of request bodies: their bounds, once, and those that both generation endpoints share.
+
+Every field that exists has a smallest and a largest value: a test walks the OpenAPI document and fails on one that has
+not.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import islice
 from typing import Annotated, Any
 
 from annotated_types import Ge, Le, Len
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, WithJsonSchema
 
-from gptq_api.api.errors import bad_request, not_supported
+from gptq_api.api.errors import bad_request
+from gptq_api.api.requests.refused import REFUSED, refuse
+from gptq_api.text.stream import TextStream
+from gptq_api.text.tokenizer import Tokenizer
 
 MAX_TEXT = 8 * 2**20
 """characters of one text; the body limit is what usually bounds it"""
 MAX_STOP = 16
 MAX_STOP_TEXT = 512
-MAX_IDS = 2**18
 MAX_BIAS = 1024
-MAX_PROMPTS = 1024
 MAX_TOKEN = 2**31 - 1
 
 
@@ -75,9 +79,6 @@ def _stop(value: Any) -> list[str]:
     return [check_text(text) for text in texts]
 
 
-_TEXT_SCHEMA = {"type": "string", "maxLength": MAX_TEXT}
-_ID_SCHEMA = {"type": "integer", "minimum": 0, "maximum": MAX_TOKEN}
-_IDS_SCHEMA = {"type": "array", "items": _ID_SCHEMA, "minItems": 1, "maxItems": MAX_IDS}
 _STOP_SCHEMA = {"type": "string", "minLength": 1, "maxLength": MAX_STOP_TEXT}
 Stop = Annotated[
     list[str],
@@ -88,98 +89,8 @@ Stop = Annotated[
 ]
 
 
-def _ids(value: list[Any]) -> list[int]:
-    if len(value) > MAX_IDS:
-        raise ValueError(f"it may hold at most {MAX_IDS} token ids")
-    if not all(type(item) is int and 0 <= item <= MAX_TOKEN for item in value):  # bool is an int to isinstance
-        raise ValueError("token ids must be integers of 0 or more")
-    return value
-
-
-def _prompt(value: Any) -> list[str | list[int]]:
-    """A text, texts, ids or lists of ids -> a list of prompts."""
-    if isinstance(value, str):
-        value = [value]
-    if not isinstance(value, list):
-        raise ValueError("it must be a string, an array of strings, an array of token ids or an array of those")
-    if not value:
-        raise ValueError("it must not be empty")
-    if type(value[0]) is int:
-        return [_ids(value)]
-    if len(value) > MAX_PROMPTS:
-        raise ValueError(f"it may hold at most {MAX_PROMPTS} prompts")
-    prompts: list[str | list[int]] = []
-    for item in value:
-        if isinstance(item, str):
-            if len(item) > MAX_TEXT:
-                raise ValueError(f"a text may have at most {MAX_TEXT} characters")
-            prompts.append(check_text(item))
-        elif isinstance(item, list) and item:
-            prompts.append(_ids(item))
-        else:
-            raise ValueError("each prompt must be a string or a non-empty array of token ids")
-    return prompts
-
-
-Prompts = Annotated[
-    list[str | list[int]],
-    PlainValidator(_prompt),
-    WithJsonSchema(
-        {
-            "anyOf": [
-                _TEXT_SCHEMA,
-                {"type": "array", "items": _TEXT_SCHEMA, "minItems": 1, "maxItems": MAX_PROMPTS},
-                _IDS_SCHEMA,
-                {"type": "array", "items": _IDS_SCHEMA, "minItems": 1, "maxItems": MAX_PROMPTS},
-            ]
-        }
-    ),
-]
-
-_NOTHING: tuple[Any, ...] = (None, False, [], {})
-_REFUSED: dict[str, tuple[Any, ...]] = {
-    "tools": _NOTHING,
-    "tool_choice": (None, "none"),
-    "functions": _NOTHING,
-    "function_call": (None, "none"),
-    "response_format": (None, {"type": "text"}),
-    "structured_outputs": _NOTHING,
-    "guided_json": _NOTHING,
-    "guided_regex": _NOTHING,
-    "guided_choice": _NOTHING,
-    "guided_grammar": _NOTHING,
-    "grammar": (None, ""),
-    "json_schema": _NOTHING,
-    "modalities": (None, ["text"]),
-    "audio": _NOTHING,
-    "prediction": _NOTHING,
-    "web_search_options": _NOTHING,
-    "reasoning_effort": (None, "none"),
-    "chat_template": _NOTHING,
-    "chat_template_kwargs": _NOTHING,
-    "documents": _NOTHING,
-    "priority": (None, 0),
-    "timeout": _NOTHING,
-    "truncate_prompt_tokens": _NOTHING,
-    "return_token_ids": _NOTHING,
-    "return_tokens_as_token_ids": _NOTHING,
-    "prompt_logprobs": _NOTHING,
-    "use_beam_search": _NOTHING,
-    "length_penalty": (None, 1, 1.0),
-    "suffix": (None, ""),
-    "echo": _NOTHING,
-    "best_of": (None, 1),
-    "bad_words": _NOTHING,
-    "allowed_token_ids": _NOTHING,
-    "repeat_penalty": (None, 1, 1.0),
-    "typical_p": (None, 1, 1.0),
-    "mirostat": (None, 0),
-}
-"""Fields of OpenAI and its peers that are known and not honoured, with the values that mean "off"."""
-
-
 class Body(BaseModel):
-    """A request body: strict types, finite numbers, unknown fields kept for `check_extra`."""
+    """A request body: strict types, finite numbers, unknown fields kept for `unknown`."""
 
     model_config = ConfigDict(
         strict=True, allow_inf_nan=False, extra="allow", use_attribute_docstrings=True, protected_namespaces=()
@@ -189,14 +100,97 @@ class Body(BaseModel):
         """Names of fields nobody here knows. Raises ApiError 400 for one that is known and not honoured, or, with
         `strict`, for any."""
         extra: Mapping[str, Any] = self.model_extra or {}
-        for name in sorted(_REFUSED.keys() & extra.keys()):
-            # `True == 1`, so types are compared too
-            if not any(type(extra[name]) is type(off) and extra[name] == off for off in _REFUSED[name]):
-                raise not_supported(name)
-        unknown = [_printable(name) for name in islice((name for name in extra if name not in _REFUSED), 16)]
+        refuse(extra)
+        unknown = [_printable(name) for name in islice((name for name in extra if name not in REFUSED), 16)]
         if strict and unknown:
             raise bad_request(f"Unrecognized request argument: {unknown[0]}.", unknown[0], "unknown_parameter")
         return unknown
+
+
+class StreamOptions(Body):
+    include_usage: bool = False
+    """A last chunk with the token counts."""
+    continuous_usage_stats: bool = False
+    """Token counts so far in every chunk."""
+    include_obfuscation: bool = False
+    """Accepted; chunks are never padded."""
+
+
+class SamplingFields(Body):
+    """What both generation endpoints share."""
+
+    model: Name | None = None
+    """A name from /v1/models. Default: the model that is served."""
+    temperature: Temperature | None = None
+    """0 is greedy. Default 1."""
+    top_p: Share | None = None
+    top_k: TopK | None = None
+    """0 or -1: off."""
+    min_p: Share | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    repetition_penalty: Repetition | None = None
+    seed: Seed | None = None
+    """The same seed gives the same text, whoever else is being served (on a GPU: but for ties within rounding)."""
+    n: Choices | None = None
+    max_tokens: CountOrZero | None = None
+    """Default: what the context leaves."""
+    min_tokens: CountOrZero | None = None
+    stop: Stop = Field(default_factory=list)
+    stop_token_ids: StopTokenIds | None = None
+    ignore_eos: bool | None = None
+    include_stop_str_in_output: bool | None = None
+    skip_special_tokens: bool | None = None
+    logit_bias: LogitBias | None = None
+    """Token id -> what is added to its logit; -100 bans it."""
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    cache_salt: Name | None = None
+    """Prompts share cached prefixes only with equal salts (and, always, equal API keys)."""
+    user: Name | None = None
+    """Accepted, without effect; so are the five below."""
+    metadata: Metadata | None = None
+    store: bool | None = None
+    service_tier: Name | None = None
+    safety_identifier: Name | None = None
+    prompt_cache_key: Name | None = None
+    prompt_cache_retention: Name | None = None
+
+    def unknown(self, *, strict: bool) -> list[str]:
+        nested = [] if self.stream_options is None else self.stream_options.unknown(strict=strict)
+        return [*super().unknown(strict=strict), *(f"stream_options.{name}" for name in nested)]
+
+    @property
+    def num_choices(self) -> int:
+        return self.n or 1
+
+    @property
+    def usage_at_end(self) -> bool:
+        """Whether a stream ends with the token counts."""
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    @property
+    def usage_in_chunks(self) -> bool:
+        """Whether every chunk of a stream has the token counts so far."""
+        return self.stream_options is not None and self.stream_options.continuous_usage_stats
+
+    def text_streams(
+        self, tokenizer: Tokenizer, *, more_stop: Sequence[str] = (), continues: bool
+    ) -> Callable[[], TextStream]:
+        """What makes the text of each choice. `more_stop`: stop strings besides the request's own."""
+        return partial(
+            TextStream,
+            tokenizer,
+            stop=[*self.stop, *more_stop],
+            include_stop=bool(self.include_stop_str_in_output),
+            skip_special=self.skip_special_tokens is not False,
+            continues=continues,
+        )
+
+    @property
+    def answer_limit(self) -> tuple[int | None, str]:
+        """The most tokens of one answer, and the field that said so."""
+        return self.max_tokens, "max_tokens"
 
 
 def _printable(name: str) -> str:

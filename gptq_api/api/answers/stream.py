@@ -1,8 +1,8 @@
-"""A stream on the wire: which chunks in which order, and the response that owns the engine's work."""
+"""A stream on the wire: which events in which order, and the response that owns the engine's work."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from contextlib import ExitStack
 
 import anyio.lowlevel
@@ -11,51 +11,42 @@ from sse_starlette import EventSourceResponse, ServerSentEvent
 from sse_starlette.sse import SendTimeoutError
 from starlette.types import Message, Receive, Scope, Send
 
+from gptq_api.api.answers.encoding import json_bytes
+from gptq_api.api.answers.formats import Format
+from gptq_api.api.answers.work import Work
 from gptq_api.api.errors import ApiError
-from gptq_api.api.generate import Work
-from gptq_api.api.schema import StreamOptions
-from gptq_api.api.shapes import DONE, ChatChunks, CompletionChunks, error_event
 
 log = structlog.get_logger()
 
+DONE = b"data: [DONE]\n\n"
 
-async def events(
-    work: Work, chunks: ChatChunks | CompletionChunks, options: StreamOptions, prefixes: Sequence[str]
-) -> AsyncIterator[bytes]:
-    """`data:` events: first chunks, text, finish chunks, usage, [DONE]; after an error [DONE] too. What comes at the
-    same moment is one item.
 
-    `prefixes`: the text each choice begins with (an echoed prompt), or "".
-    """
-    running = options.continuous_usage_stats
-    num_open = len(work.choices)
+async def events(work: Work, shape: Format) -> AsyncIterator[bytes]:
+    """`data:` events up to [DONE], which comes after an error too. What comes at the same moment is one item."""
     end = b""
     try:
-        firsts = [chunks.first(choice.index, prefix) for choice, prefix in zip(work.choices, prefixes, strict=True)]
-        if begin := b"".join([chunks.chunk(first, work.usage() if running else None) for first in firsts if first]):
+        if begin := shape.begin(work):
             yield begin
         async for pieces in work.pieces():
-            usage = work.usage() if running else None
             item = b""
             for piece in pieces:
-                if piece.text:
-                    item += chunks.chunk(chunks.text(piece), usage)
-                if piece.finish_reason is not None:
-                    item += chunks.chunk(chunks.last(piece), usage)
-                    num_open -= 1
-            if num_open:
+                item += shape.piece(work, piece)
+            if work.num_open:
                 yield item
             else:
                 end = item
-        if options.include_usage:
-            end += chunks.chunk(b"", work.usage())
+        end += shape.end(work)
     except ApiError as error:
-        end += error_event(error.error)
+        end += _error_event(error)
     except Exception:
         log.exception("a stream failed by a bug", request_id=work.record.request_id)
         work.outcome = "bug"
-        end += error_event(ApiError(500, "The server had an error while processing the request.").error)
+        end += _error_event(ApiError(500, "The server had an error while processing the request."))
     yield end + DONE
+
+
+def _error_event(error: ApiError) -> bytes:
+    return b"data: " + json_bytes({"error": error.error}) + b"\n\n"
 
 
 class StreamResponse(EventSourceResponse):
@@ -64,23 +55,15 @@ class StreamResponse(EventSourceResponse):
     (A generator that was never started never runs its `finally`, so the work may not belong to one.)
     """
 
-    def __init__(
-        self,
-        content: AsyncIterator[bytes],
-        *,
-        owned: ExitStack,
-        work: Work,
-        headers: dict[str, str],
-        ping_s: float,
-        send_timeout_s: float,
-    ) -> None:
+    def __init__(self, work: Work, shape: Format, *, owned: ExitStack, headers: dict[str, str]) -> None:
+        settings = work.service.settings
         super().__init__(
-            content,
+            events(work, shape),
             headers=headers,
-            ping=ping_s,
+            ping=settings.sse_ping_s,
             sep="\n",  # with CRLF some readers never find the end of an event
             ping_message_factory=lambda: ServerSentEvent(comment="ping", sep="\n"),
-            send_timeout=send_timeout_s,
+            send_timeout=settings.send_timeout_s,
         )
         self._owned = owned
         self._work = work

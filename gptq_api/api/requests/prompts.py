@@ -8,7 +8,9 @@ import secrets
 import msgspec
 
 from gptq_api.api.errors import bad_request, context_exceeded
-from gptq_api.api.schema import ChatCompletionRequest, ChatMessage, CompletionRequest, SamplingFields
+from gptq_api.api.requests.chat import ChatCompletionRequest, ChatMessage
+from gptq_api.api.requests.completions import CompletionRequest
+from gptq_api.api.requests.fields import SamplingFields
 from gptq_api.api.service import Service
 from gptq_api.engine.client import Prompt
 from gptq_api.text.chat_template import ChatTemplateError

@@ -1,0 +1,197 @@
+"""How each endpoint spells its answers: a whole one, or the events of a stream.
+
+A chunk is a per-request template around one JSON string, so that nothing is built per token but that string.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from gptq_api.api.answers.encoding import json_bytes
+from gptq_api.api.answers.logprobs import TokenEntry
+from gptq_api.api.answers.work import Piece, Work
+from gptq_api.api.service import Service
+
+Logprobs = Callable[[list[TokenEntry]], dict[str, Any]]
+
+
+@dataclass(slots=True, frozen=True)
+class Head:
+    """What is the same in every chunk of a stream."""
+
+    id: str
+    created: int
+    """Unix time, seconds"""
+    model: str
+    system_fingerprint: str
+
+    @classmethod
+    def new(cls, prefix: str, service: Service) -> Head:
+        """`prefix`: what the id begins with."""
+        return cls(f"{prefix}-{uuid.uuid4().hex}", int(time.time()), service.model_name, service.fingerprint)
+
+    def fields(self, kind: str) -> dict[str, Any]:
+        return {
+            "id": self.id,
+            "object": kind,
+            "created": self.created,
+            "model": self.model,
+            "system_fingerprint": self.system_fingerprint,
+        }
+
+
+class UsageEvents(NamedTuple):
+    """Where a stream tells the token counts."""
+
+    at_end: bool
+    """in a last chunk, which has no choice"""
+    in_chunks: bool
+    """those so far in every chunk"""
+
+
+@dataclass(slots=True)
+class Told:
+    """All that was told of one choice."""
+
+    text: str = ""
+    entries: list[TokenEntry] = field(default_factory=list)
+    finish_reason: str = ""
+
+    def add(self, piece: Piece) -> None:
+        self.text += piece.text
+        self.entries += piece.entries
+        self.finish_reason = piece.finish_reason or ""
+
+
+class Format(ABC):
+    """A stream is `begin`, `piece` for each piece and `end`, each of them whole events or nothing; any other answer is
+    `whole`. What an endpoint says of one choice is up to it; the frame around that is OpenAI's for all."""
+
+    kind: str
+    chunk_kind: str
+
+    def __init__(self, head: Head, num_choices: int, usage: UsageEvents, logprobs: Logprobs | None) -> None:
+        """`num_choices`: how many samples of each prompt are shown; `logprobs`: spells them, None if nobody asked."""
+        self._head = head
+        self._num_choices = num_choices
+        self._usage_at_end, self._usage_in_chunks = usage
+        self._logprobs = logprobs
+        self._start = b"data: " + json_bytes(head.fields(self.chunk_kind))[:-1] + b',"choices":['
+        self._end = b'],"usage":null}\n\n' if usage.at_end else b"]}\n\n"
+
+    def begin(self, work: Work) -> bytes:
+        end = self._with_usage(work) if self._usage_in_chunks else self._end
+        firsts = [self.first(choice.index) for choice in work.choices]
+        return b"".join([self._start + first + end for first in firsts if first])
+
+    def piece(self, work: Work, piece: Piece) -> bytes:
+        end = self._with_usage(work) if self._usage_in_chunks else self._end
+        event = self._start + self.text(piece) + end if piece.text else b""
+        if piece.finish_reason is not None:
+            event += self._start + self.last(piece) + end
+        return event
+
+    def end(self, work: Work) -> bytes:
+        return self._start + self._with_usage(work) if self._usage_at_end else b""
+
+    def whole(self, work: Work, told: Sequence[Told]) -> dict[str, Any]:
+        """`told`: by choice."""
+        choices = []
+        for index, choice in enumerate(work.best(self._num_choices)):
+            part = told[choice.index]
+            logprobs = None if self._logprobs is None else self._logprobs(part.entries)
+            said = {"logprobs": logprobs, "finish_reason": part.finish_reason}
+            choices.append({"index": index, **self.said(choice.index, part.text), **said})
+        return {**self._head.fields(self.kind), "choices": choices, "usage": work.usage()}
+
+    @abstractmethod
+    def first(self, index: int) -> bytes:
+        """JSON of what opens a choice; b"" where nothing does."""
+
+    @abstractmethod
+    def text(self, piece: Piece) -> bytes:
+        """JSON of a choice's new text."""
+
+    @abstractmethod
+    def last(self, piece: Piece) -> bytes:
+        """JSON of why a choice ended. Holds log-probabilities only where tokens without text were left to tell."""
+
+    @abstractmethod
+    def said(self, index: int, text: str) -> dict[str, Any]:
+        """The field of a whole answer's choice that holds its text."""
+
+    def told(self, entries: list[TokenEntry]) -> bytes:
+        """JSON of log-probabilities."""
+        return b"null" if self._logprobs is None or not entries else json_bytes(self._logprobs(entries))
+
+    def _with_usage(self, work: Work) -> bytes:
+        return b'],"usage":' + json_bytes(work.usage()) + b"}\n\n"
+
+
+class ChatFormat(Format):
+    """A message of the assistant."""
+
+    kind = "chat.completion"
+    chunk_kind = "chat.completion.chunk"
+
+    def first(self, index: int) -> bytes:
+        """The role, once; no text, so that the first text marks the first token."""
+        return b'{"index":%d,"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}' % index
+
+    def text(self, piece: Piece) -> bytes:
+        return b'{"index":%d,"delta":{"content":%b},"logprobs":%b,"finish_reason":null}' % (
+            piece.choice.index,
+            json_bytes(piece.text),
+            self.told(piece.entries) if piece.entries else b"null",
+        )
+
+    def last(self, piece: Piece) -> bytes:
+        return b'{"index":%d,"delta":{},"logprobs":%b,"finish_reason":"%b"}' % (
+            piece.choice.index,
+            self.told([] if piece.text else piece.entries),
+            (piece.finish_reason or "").encode(),
+        )
+
+    def said(self, index: int, text: str) -> dict[str, Any]:
+        return {"message": {"role": "assistant", "content": text, "refusal": None}}
+
+
+class CompletionFormat(Format):
+    """A text that goes on where the prompt ends, or (`echo`) begins with it."""
+
+    kind = chunk_kind = "text_completion"
+
+    def __init__(
+        self, head: Head, num_choices: int, usage: UsageEvents, logprobs: Logprobs | None, echoes: Sequence[str]
+    ) -> None:
+        """`echoes`: the text each choice begins with, or ""."""
+        super().__init__(head, num_choices, usage, logprobs)
+        self._echoes = echoes
+
+    def first(self, index: int) -> bytes:
+        if not self._echoes[index]:
+            return b""
+        echo = json_bytes(self._echoes[index])
+        return b'{"index":%d,"text":%b,"logprobs":null,"finish_reason":null}' % (index, echo)
+
+    def text(self, piece: Piece) -> bytes:
+        return b'{"index":%d,"text":%b,"logprobs":%b,"finish_reason":null}' % (
+            piece.choice.index,
+            json_bytes(piece.text),
+            self.told(piece.entries) if piece.entries else b"null",
+        )
+
+    def last(self, piece: Piece) -> bytes:
+        return b'{"index":%d,"text":"","logprobs":%b,"finish_reason":"%b"}' % (
+            piece.choice.index,
+            self.told([] if piece.text else piece.entries),
+            (piece.finish_reason or "").encode(),
+        )
+
+    def said(self, index: int, text: str) -> dict[str, Any]:
+        return {"text": self._echoes[index] + text}

@@ -1,0 +1,129 @@
+"""The body of POST /v1/chat/completions."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, PlainValidator, WithJsonSchema, model_validator
+
+from gptq_api.api.errors import bad_request, not_supported
+from gptq_api.api.requests.fields import MAX_TEXT, Body, Count, Name, SamplingFields, check_text
+from gptq_api.api.requests.refused import REFUSED_IN_MESSAGES
+from gptq_api.text.chat_template import joined_parts
+
+MAX_PARTS = 1024
+
+
+def _content(value: Any) -> str | None:
+    """A string, or text parts, which become one."""
+    if value is None or isinstance(value, str):
+        if value is not None and len(value) > MAX_TEXT:
+            raise ValueError(f"it may have at most {MAX_TEXT} characters")
+        return value if value is None else check_text(value)
+    if not isinstance(value, list):
+        raise ValueError("it must be a string or an array of text parts")
+    if len(value) > MAX_PARTS:
+        raise ValueError(f"it may hold at most {MAX_PARTS} parts")
+    for part in value:
+        if not isinstance(part, dict) or part.get("type") != "text":
+            raise ValueError('only parts of type "text" are supported by this model')
+        if not isinstance(part.get("text"), str):
+            raise ValueError('a text part needs a string "text"')
+        check_text(part["text"])
+    return joined_parts(value)
+
+
+_PART = {
+    "type": "object",
+    "required": ["type", "text"],
+    "properties": {"type": {"type": "string", "enum": ["text"]}, "text": {"type": "string", "maxLength": MAX_TEXT}},
+}
+Content = Annotated[
+    str | None,
+    PlainValidator(_content),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "string", "maxLength": MAX_TEXT},
+                {"type": "array", "items": _PART, "maxItems": MAX_PARTS},
+                {"type": "null"},
+            ]
+        }
+    ),
+]
+
+
+class ChatMessage(Body):
+    role: Literal["system", "developer", "user", "assistant"]
+    """`developer` is the newer name of `system`."""
+    content: Content = None
+    name: Name | None = None
+    """Handed to the chat template."""
+
+    @model_validator(mode="after")
+    def _has_content(self) -> Self:
+        if self.content is None:
+            raise ValueError("a message needs content")
+        return self
+
+    def rendered(self) -> dict[str, str]:
+        """What the chat template sees."""
+        message = {"role": "system" if self.role == "developer" else self.role, "content": self.content or ""}
+        return message if self.name is None else {**message, "name": self.name}
+
+
+def check_messages(messages: list[ChatMessage], *, strict: bool) -> list[str]:
+    """Fields of messages nobody here knows. Raises ApiError 400 for those that would be ignored knowingly.
+
+    SDK users send an assistant's message back as they got it: nulls and empty lists are fine.
+    """
+    unknown = []
+    for index, message in enumerate(messages):
+        for name, value in (message.model_extra or {}).items():
+            if value in (None, [], ""):
+                continue
+            if name in REFUSED_IN_MESSAGES:
+                raise not_supported(f"messages[{index}].{name}")
+            unknown.append(name)
+    if strict and unknown:
+        raise bad_request("Unrecognized field of a message.", "messages", "unknown_parameter")
+    return ["messages"] if unknown else []
+
+
+class ChatCompletionRequest(SamplingFields):
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=4096, fail_fast=True)]
+    max_completion_tokens: Count | None = None
+    """The newer name of max_tokens; wins."""
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    add_generation_prompt: bool | None = None
+    """Begin an answer after the last message. Default true."""
+    continue_final_message: bool | None = None
+    """Go on with the last message, which is the assistant's."""
+    parallel_tool_calls: bool | None = None
+    """Accepted, without effect: there are no tools."""
+
+    def unknown(self, *, strict: bool) -> list[str]:
+        return [*super().unknown(strict=strict), *check_messages(self.messages, strict=strict)]
+
+    @property
+    def answer_limit(self) -> tuple[int | None, str]:
+        if self.max_completion_tokens is not None:
+            return self.max_completion_tokens, "max_completion_tokens"
+        return self.max_tokens, "max_tokens"
+
+    def check(self) -> None:
+        """What one field cannot say alone. Raises ApiError 400."""
+        if self.answer_limit[0] == 0:
+            raise bad_request("Invalid value for 'max_tokens': it must be 1 or more, got 0.", "max_tokens")
+        if self.top_logprobs is not None and not self.logprobs:
+            raise bad_request("'top_logprobs' needs 'logprobs': true.", "top_logprobs")
+        if self.continue_final_message:
+            if self.add_generation_prompt:
+                raise bad_request(
+                    "'continue_final_message' and 'add_generation_prompt' exclude each other.", "continue_final_message"
+                )
+            if self.messages[-1].role != "assistant":
+                raise bad_request(
+                    "'continue_final_message' needs a last message of the assistant.", "continue_final_message"
+                )

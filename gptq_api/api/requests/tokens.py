@@ -1,0 +1,30 @@
+"""The bodies of POST /tokenize and /detokenize."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import ConfigDict, Field
+
+from gptq_api.api.requests.chat import ChatMessage
+from gptq_api.api.requests.fields import Body, Name, Text, TokenId
+
+
+class TokenizeRequest(Body):
+    """A `prompt`, or `messages` to be rendered first."""
+
+    model_config = ConfigDict(json_schema_extra={"anyOf": [{"required": ["prompt"]}, {"required": ["messages"]}]})
+
+    model: Name | None = None
+    prompt: Text | None = None
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=4096, fail_fast=True)] | None = None
+    add_special_tokens: bool | None = None
+    """Begin with the BOS token. Default true for a prompt; a chat template writes its own."""
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    return_token_strs: bool | None = None
+
+
+class DetokenizeRequest(Body):
+    model: Name | None = None
+    tokens: Annotated[list[TokenId], Field(max_length=2**18, fail_fast=True)]
