@@ -27,6 +27,17 @@ MAY_IMPORT = {
     "demo": set(),
     "hub": set(),
 }
+IN_API_MAY_IMPORT = {
+    "server": {"app", "service", "errors"},
+    "app": {"routes", "service", "errors"},
+    "routes": {"answers", "requests", "service", "metrics", "errors"},
+    "answers": {"service", "errors"},
+    "requests": {"service", "errors"},
+    "service": {"metrics", "errors"},
+    "metrics": set(),
+    "errors": set(),
+}
+"""a module of api/, or a folder in it"""
 WITHOUT_TORCH = ("api", "edge", "text", "scheduler")
 FILES = sorted(ROOT.rglob("*.py"))
 assert FILES
@@ -44,26 +55,53 @@ def imported(path: Path) -> set[str]:
     return names
 
 
+def part_of(path: Path, folder: Path) -> str:
+    """The package or module of `folder` that a file belongs to."""
+    return path.relative_to(folder).parts[0].removesuffix(".py")
+
+
 def package_of(path: Path) -> str:
-    parts = path.relative_to(ROOT).parts
-    return parts[0] if len(parts) > 1 else parts[0].removesuffix(".py")
+    return part_of(path, ROOT)
+
+
+def arrows_from(path: Path) -> set[str]:
+    """Packages of ours that a file imports, without its own and the floor."""
+    names = {name.split(".")[1] for name in imported(path) if name.startswith("gptq_api.")}
+    return {name for name in names - FLOOR - {package_of(path)} if not name.startswith("__")}
+
+
+def arrows_in_api_from(path: Path) -> set[str]:
+    names = {name.split(".")[2] for name in imported(path) if name.startswith("gptq_api.api.")}
+    return names - {part_of(path, ROOT / "api")}
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_imports_follow_the_arrows(path: Path) -> None:
     package = package_of(path)
-    for name in imported(path):
-        if name == "gptq_api" or not name.startswith("gptq_api."):
-            continue
-        target = name.split(".")[1]
-        if target == package or target in FLOOR or target.startswith("__"):
-            continue
-        if package in FLOOR:
-            raise AssertionError(f"{path.name} is floor and imports {name}")
-        if package in ("__init__", "__main__"):
-            assert target == "cli", f"{path.name} imports {name}"
-            continue
-        assert target in MAY_IMPORT[package], f"{package} imports {name}: that arrow does not exist"
+    if package in FLOOR:
+        assert not arrows_from(path), f"{path.name} is floor"
+    elif package in ("__init__", "__main__"):
+        assert arrows_from(path) <= {"cli"}
+    else:
+        assert arrows_from(path) <= MAY_IMPORT[package], "that arrow does not exist"
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.joinpath("api").rglob("*.py")), ids=lambda path: path.name)
+def test_imports_inside_api_follow_the_arrows(path: Path) -> None:
+    part = part_of(path, ROOT / "api")
+    assert arrows_in_api_from(path) <= IN_API_MAY_IMPORT.get(part, set()), "that arrow does not exist"
+
+
+def test_no_arrow_is_listed_that_nobody_needs() -> None:
+    packages: dict[str, set[str]] = {package: set() for package in MAY_IMPORT}
+    parts: dict[str, set[str]] = {part: set() for part in IN_API_MAY_IMPORT}
+    for path in FILES:
+        if package_of(path) in packages:
+            packages[package_of(path)] |= arrows_from(path)
+        if package_of(path) == "api" and part_of(path, ROOT / "api") in parts:
+            parts[part_of(path, ROOT / "api")] |= arrows_in_api_from(path)
+    assert packages == MAY_IMPORT
+    assert parts == IN_API_MAY_IMPORT
 
 
 ROOMS = {
