@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from typing import Any
 
 from fastapi import Request, Response
 
@@ -16,16 +17,17 @@ from gptq_api.edge.disconnect import until_disconnect
 async def respond(
     request: Request, work: Work, shape: Format, owned: ExitStack, *, stream: bool, headers: dict[str, str]
 ) -> Response:
-    """A stream takes over what is `owned`, which ends the work, and ends it when it has ended itself.
+    """`owned` ends the work when it is closed: a stream takes it over and closes it at its own end.
 
     Raises ApiError where the engine fails before a whole answer is there, ClientDisconnect when nobody waits for it.
     """
     if stream:
         return StreamResponse(work, shape, owned=owned.pop_all(), headers=headers)
-    return json_response(await until_disconnect(request, _whole(work, shape)), headers)
+    return json_response(await until_disconnect(request, whole(work, shape)), headers)
 
 
-async def _whole(work: Work, shape: Format) -> dict[str, object]:
+async def whole(work: Work, shape: Format) -> dict[str, Any]:
+    """All pieces of all choices, put together. Raises ApiError where the engine failed."""
     told = [Told() for _ in work.choices]
     async for pieces in work.pieces():
         for piece in pieces:
