@@ -5,11 +5,15 @@ Only what is true here is there. Gauges and the engine's totals are read when th
 
 from __future__ import annotations
 
+import math
+from bisect import bisect_left
 from collections.abc import Iterator
+from itertools import accumulate
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
 
 from gptq_api.engine.client import EngineClient
 from gptq_api.logs import num_dropped
@@ -58,7 +62,10 @@ class Metrics:
         self.request_n = histogram("request_params_n", "The n of requests.", (1, 2, 5, 10, 20, 50, 128))
         self.request_max_tokens = histogram("request_params_max_tokens", "The max_tokens of requests.", _TOKENS)
         self.ttft = histogram("time_to_first_token_seconds", "Request received to first token.", _SECONDS)
-        self.inter_token = histogram("inter_token_latency_seconds", "Between two tokens of a sequence.", _SECONDS)
+        self.inter_token = ManyValues(
+            "vllm:inter_token_latency_seconds", "Between two tokens of a sequence.", model_name, _SECONDS
+        )
+        self.registry.register(self.inter_token)
         self.per_token = histogram(
             "request_time_per_output_token_seconds", "Mean time per token after the first, per sequence.", _SECONDS
         )
@@ -70,6 +77,27 @@ class Metrics:
 
     def render(self) -> bytes:
         return generate_latest(self.registry)
+
+
+class ManyValues(Collector):
+    """A histogram that takes a list at a time: one value of each token, for which the library's own takes 0.6 us."""
+
+    def __init__(self, name: str, help_text: str, model_name: str, buckets: tuple[float, ...]) -> None:
+        self._name, self._help_text, self._model_name = name, help_text, model_name
+        self._bounds = (*buckets, math.inf)
+        self._counts = [0] * len(self._bounds)
+        self._sum = 0.0
+
+    def observe_all(self, values: list[float]) -> None:
+        for value in values:
+            self._counts[bisect_left(self._bounds, value)] += 1
+        self._sum += sum(values)
+
+    def collect(self) -> Iterator[Metric]:
+        family = HistogramMetricFamily(self._name, self._help_text, labels=["model_name"])
+        up_to = zip(map(floatToGoString, self._bounds), accumulate(self._counts), strict=True)
+        family.add_metric([self._model_name], [(bound, float(count)) for bound, count in up_to], self._sum)
+        yield family
 
 
 class _EngineCollector(Collector):
