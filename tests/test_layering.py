@@ -149,17 +149,6 @@ def test_the_server_asks_nothing_of_the_probes() -> None:
         assert path.name == "probes.py" or not any("kernels.probes" in name for name in imported(path)), path
 
 
-def test_every_arrow_exists() -> None:
-    """The table lists nothing that nobody draws."""
-    drawn: dict[str, set[str]] = {package: set() for package in MAY_IMPORT}
-    for path in FILES:
-        package = package_of(path)
-        if package in drawn:
-            drawn[package] |= {name.split(".")[1] for name in imported(path) if name.startswith("gptq_api.")}
-    for package, targets in MAY_IMPORT.items():
-        assert targets <= drawn[package], f"{package} imports none of {targets - drawn[package]}"
-
-
 def test_sequences_stay_in_the_scheduler() -> None:
     """Everybody else has values: a Step, what was sampled, ids."""
     for path in FILES:
