@@ -1,4 +1,4 @@
-"""The sampler on the GPU against the one on the CPU, which tests/test_sampler.py checks against the distributions."""
+"""The sampler on the GPU against the one on the CPU, which test_sampler.py checks against the distributions."""
 
 from __future__ import annotations
 
@@ -201,7 +201,7 @@ def test_a_row_does_not_depend_on_the_others_and_graphs_replay() -> None:
 @pytest.mark.parametrize("scale", [0.1, 3.0], ids=["flat", "peaked"])
 @pytest.mark.parametrize("params", [{}, {"temperature": 0.8}, {"top_p": 0.9}, {"top_k": 50}, {"min_p": 0.05}])
 def test_noise_of_rounding_size_changes_hardly_any_draw(scale: float, params: dict[str, Any]) -> None:
-    """As on the CPU (tests/test_sampler.py)."""
+    """As on the CPU (test_sampler.py)."""
     logits, noise = rows(1, 32000, scale=scale).repeat(200, 1), rows(200, 32000, 6, 1e-3)
     batch = sequences(200, 32000, [params])
     for i, s in enumerate(batch):
