@@ -1,4 +1,4 @@
-"""The ASGI application: routes, error handlers and one middleware."""
+"""The ASGI application: routes and error handlers."""
 
 from __future__ import annotations
 

@@ -112,6 +112,7 @@ class Generation:
         self._client._leave([self.first_id + choice])
 
     def put(self, sequence_id: int, token: int, logprobs: TokenLogprobs | None) -> None:
+        """The next token of a sequence."""
         choice = sequence_id - self.first_id
         delta = self._news.get(choice)
         if delta is None:  # as for every token of a quick reader
@@ -123,6 +124,7 @@ class Generation:
             delta.logprobs.append(logprobs)
 
     def finish(self, sequence_id: int, reason: FinishReason) -> None:
+        """A sequence has ended; what it got before is still to be read."""
         choice = sequence_id - self.first_id
         self._running.discard(choice)
         self._news.setdefault(choice, Delta(choice)).finish_reason = reason
