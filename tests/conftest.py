@@ -9,7 +9,8 @@ from types import CodeType, FunctionType
 from typing import Any
 
 import pytest
-from server import Server
+
+from tests.support.server import Server
 
 CLOCKS = {"monotonic", "perf_counter", "process_time"}
 

@@ -10,11 +10,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from float_models import train
 
 from gptq_api.cli import bench, inspect, quantize
 from gptq_api.config import BenchSettings, InspectSettings, QuantizeSettings
 from gptq_api.errors import UserError, writing
+from tests.support.float_models import train
 
 TEXT = Path(__file__).parents[1] / "README.md"
 

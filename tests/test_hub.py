@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoints import Recipe, random_model, write_checkpoint
-from float_models import add_tokenizer, vocab_size
-from server import Server, wait_for
 
 from gptq_api.hub import HubError, choose_files, is_hub_name, local_model
+from tests.support.checkpoints import Recipe, random_model, write_checkpoint
+from tests.support.float_models import add_tokenizer, vocab_size
+from tests.support.server import Server, wait_for
 
 NAME = "someone/tiny-GPTQ"
 NOBODY = "http://127.0.0.1:9"

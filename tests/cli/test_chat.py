@@ -1,0 +1,364 @@
+"""`gptq-api chat` as people use it: a child process with piped lines, and one on a pseudo-terminal."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import pty
+import re
+import select
+import signal
+import struct
+import subprocess
+import sys
+import termios
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.checkpoints import Recipe, random_model, write_checkpoint
+from tests.support.text_tokenizers import byte_level
+
+CHAT = [sys.executable, "-m", "gptq_api", "chat"]
+
+
+class Peer(ThreadingHTTPServer):
+    """Somebody else's OpenAI server, as small as it gets: it answers what the last message asks it to do."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.bodies: list[dict[str, Any]] = []
+        self.keys: list[str | None] = []
+        self.left = threading.Event()
+        """a client went away in the middle of an answer"""
+        self.url = f"http://127.0.0.1:{self.server_address[1]}/v1"
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: Peer
+    protocol_version = "HTTP/1.0"
+
+    def log_message(self, *_: object) -> None: ...
+
+    def do_GET(self) -> None:
+        self.server.keys.append(self.headers["authorization"])
+        self._json(200, {"object": "list", "data": [{"id": "peer-model"}]} if self.path == "/v1/models" else {})
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        self.server.bodies.append(body)
+        question = body["messages"][-1]["content"]
+        if len(body["messages"]) > 5:
+            error = {"message": "too long", "code": "context_length_exceeded", "type": "x", "param": "messages"}
+            return self._json(400, {"error": error})
+        if question == "refuse":
+            return self._json(401, {"error": {"message": "no such key", "code": "invalid_api_key"}})
+        self.send_response(200)
+        self.send_header("content-type", "text/event-stream")
+        self.end_headers()
+        self._event({"choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}]})
+        if question == "break":
+            self._event({"error": {"message": "out of luck", "type": "server_error", "param": None, "code": None}})
+            return None
+        if question == "endless":
+            try:
+                while True:
+                    self._text("more ")
+                    time.sleep(0.02)
+            except OSError:
+                self.server.left.set()
+            return None
+        for piece in (f"You said {question}", " \x1b[31m\x07\u2028", "in é👋."):
+            self._text(piece)
+        if question == "cut":
+            return None
+        self._event({"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}], "usage": None})
+        self._event({"choices": [], "usage": {"completion_tokens": 42}})
+        self.wfile.write(b": a comment\r\ndata: [DONE]\r\n\r\n")
+        return None
+
+    def _text(self, text: str) -> None:
+        self._event({"choices": [{"index": 0, "delta": {"content": text}, "finish_reason": None}]})
+
+    def _event(self, value: object) -> None:
+        self.wfile.write(b"data: " + json.dumps(value, ensure_ascii=False).encode() + b"\n\n")
+
+    def _json(self, status: int, value: object) -> None:
+        data = json.dumps(value).encode()
+        self.send_response(status)
+        self.send_header("content-type", "application/json")
+        self.end_headers()
+        self.wfile.write(data)
+
+
+@pytest.fixture
+def peer() -> Iterator[Peer]:
+    server = Peer()
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def chat(lines: str, *args: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*CHAT, *args], input=lines, capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_piped_lines_are_a_conversation(peer: Peer) -> None:
+    done = chat("Hello\n\nagain\n", "--url", peer.url, "--temperature", "0", "--seed", "7", "--api-key", "k1")
+    assert done.returncode == 0
+    # escape codes are kept from the terminal, the rest of the text is as it was sent
+    assert done.stdout == "You said Hello [31m\u2028in é👋.\nYou said again [31m\u2028in é👋.\n"
+    assert "42 tokens" in done.stderr
+    assert "first after" in done.stderr
+    assert "peer-model" in done.stderr
+    assert peer.keys == ["Bearer k1"]
+    first, second = peer.bodies
+    assert first["messages"] == [{"role": "user", "content": "Hello"}]
+    assert [message["role"] for message in second["messages"]] == ["user", "assistant", "user"]
+    assert first["model"] == "peer-model"
+    assert (first["temperature"], first["seed"], first["stream"]) == (0, 7, True)
+    assert "max_tokens" not in first
+
+
+def test_commands(peer: Peer) -> None:
+    lines = "/help\n/system Be brief.\na\n/reset\nb\n/system\nc\n/nonsense\n/exit\nnever\n"
+    done = chat(lines, "--url", peer.url, "--system", "first")
+    assert done.returncode == 0
+    contents = [[message["content"] for message in body["messages"]] for body in peer.bodies]
+    assert contents[0] == ["Be brief.", "a"]
+    assert contents[1] == ["Be brief.", "b"]
+    assert contents[2][0] == "b"
+    assert len(contents) == 3
+    for words in ("/reset", "system prompt: Be brief.", "/nonsense is not a command"):
+        assert words in done.stderr
+
+
+def test_a_full_context_forgets_the_oldest_turns(peer: Peer) -> None:
+    done = chat("a\nb\nc\nd\n", "--url", peer.url)
+    assert done.returncode == 0
+    assert "oldest 2 messages are forgotten" in done.stderr
+    assert [message["content"] for message in peer.bodies[-1]["messages"] if message["role"] == "user"] == [
+        "b",
+        "c",
+        "d",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("question", "words"),
+    [
+        ("refuse", "401: no such key"),
+        ("break", "out of luck"),
+        ("cut", "closed the connection"),
+    ],
+)
+def test_errors_of_the_server_are_one_sentence(question: str, words: str, peer: Peer) -> None:
+    done = chat(f"{question}\nnever asked\n", "--url", peer.url)
+    assert done.returncode == 1
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(peer.bodies) == 1
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:1/v1", "nonsense", "ftp://x/v1", "http://[", "http://127.0.0.1:1"])
+def test_an_address_that_does_not_answer_is_one_sentence(url: str) -> None:
+    done = chat("hi\n", "--url", url)
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr.count("\n") == 1
+    assert url in done.stderr
+
+
+def test_a_missing_checkpoint_is_one_sentence() -> None:
+    done = chat("hi\n", "/no/such/folder")
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert "/no/such/folder" in done.stderr
+
+
+def test_a_reader_that_goes_away_is_no_traceback(peer: Peer) -> None:
+    process = subprocess.Popen(
+        [*CHAT, "--url", peer.url], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdin and process.stdout and process.stderr
+    process.stdin.write(b"endless\n")
+    process.stdin.flush()
+    assert process.stdout.read(4) == b"more"
+    process.stdout.close()
+    assert process.wait(20) == 1
+    assert b"Traceback" not in process.stderr.read()
+    assert peer.left.wait(10)
+    process.stdin.close()
+    process.stderr.close()
+
+
+def test_interrupt_ends_a_piped_chat_that_waits_for_input(peer: Peer) -> None:
+    process = subprocess.Popen(
+        [*CHAT, "--url", peer.url], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdin and process.stdout and process.stderr
+    process.stdin.write(b"Hello\n")
+    process.stdin.flush()
+    assert process.stdout.readline().startswith(b"You said")
+    time.sleep(0.3)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(20) == 130
+    assert b"Traceback" not in process.stderr.read()
+    for pipe in (process.stdin, process.stdout, process.stderr):
+        pipe.close()
+
+
+class Terminal:
+    """The program on a pseudo-terminal, typed at and read from."""
+
+    def __init__(self, *args: str) -> None:
+        self._master, slave = pty.openpty()
+        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+        env = os.environ | {"TERM": "xterm-256color", "PROMPT_TOOLKIT_NO_CPR": "1"}
+        self.process = subprocess.Popen(
+            [*CHAT, *args],
+            stdin=slave,
+            stdout=slave,
+            stderr=slave,
+            env=env,
+            start_new_session=True,
+            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        )
+        os.close(slave)
+        self.screen = ""
+
+    def type(self, keys: str) -> None:
+        os.write(self._master, keys.encode())
+
+    def wait_for(self, words: str, seconds: float = 30) -> None:
+        """Reads on until `words` appear after what was waited for before."""
+        deadline = time.monotonic() + seconds
+        while words not in self.screen:
+            assert time.monotonic() < deadline, f"{words!r} did not come; on the screen: {self.screen!r}"
+            if select.select([self._master], [], [], 0.1)[0]:
+                data = os.read(self._master, 65536).decode(errors="replace")
+                self.screen += re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", data)
+        self.screen = self.screen.partition(words)[2]
+
+    def close(self) -> int:
+        try:
+            while os.read(self._master, 65536):
+                pass
+        except OSError:  # EIO: the other side is closed
+            pass
+        status = self.process.wait(20)
+        os.close(self._master)
+        return status
+
+
+def test_on_a_terminal(peer: Peer) -> None:
+    terminal = Terminal("--url", peer.url)
+    terminal.wait_for(">")
+    terminal.type("first\r")
+    terminal.wait_for("You said first")
+    terminal.wait_for("42 tokens")
+    terminal.wait_for(">")
+    terminal.type("\x1b[A")  # arrow up: the history
+    terminal.wait_for("first")
+    terminal.type(" edited\r")
+    terminal.wait_for("You said first edited")
+    terminal.wait_for(">")
+    terminal.type("endless\r")
+    terminal.wait_for("more more")
+    terminal.type("\x03")  # ^C stops the answer
+    terminal.wait_for("stopped")
+    assert peer.left.wait(10)
+    terminal.wait_for(">")
+    terminal.type("still here\r")
+    terminal.wait_for("You said still here")
+    terminal.wait_for(">")
+    assert peer.bodies[-1]["messages"][-2]["content"].startswith("more more")
+    terminal.type("half a line\x03")  # ^C clears the line
+    terminal.wait_for(">")
+    terminal.type("\x03")
+    terminal.wait_for("again")
+    terminal.wait_for(">")
+    terminal.type("\x03")
+    assert terminal.close() == 0
+
+
+def test_control_d_leaves(peer: Peer) -> None:
+    terminal = Terminal("--url", peer.url)
+    terminal.wait_for(">")
+    terminal.type("refuse\r")
+    terminal.wait_for("no such key")  # an error of one answer does not end the conversation
+    terminal.wait_for(">")
+    terminal.type("\x04")
+    assert terminal.close() == 0
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random weights: what it says is noise, but the same noise every time."""
+    folder = byte_level(tmp_path_factory.mktemp("vicuna-tiny"))
+    return write_checkpoint(folder, random_model(Recipe(vocab_size=512, max_position_embeddings=512)))
+
+
+SMALL = ("--kv-cache-mib", "16", "--num-threads", "1", "--device", "cpu")
+
+
+def test_in_process(checkpoint: Path) -> None:
+    """Two answers of one conversation; the same seed says the same again in another process."""
+    flags = (*SMALL, "--max-tokens", "8", "--seed", "3")
+    runs = [chat("Hello\nagain\n", str(checkpoint), *flags) for _ in range(2)]
+    for done in runs:
+        assert done.returncode == 0, done.stderr
+        assert "4-bit GPTQ" in done.stderr
+        assert "built-in vicuna_v1.1" in done.stderr
+        assert done.stderr.count(" tokens, ") == 2
+    assert runs[0].stdout == runs[1].stdout
+
+
+def test_in_process_forgets_the_oldest_turns_when_the_context_is_full(checkpoint: Path) -> None:
+    lines = ["word " * 20] * 4 + ["word " * 2000, "never"]
+    done = chat("\n".join(lines), str(checkpoint), *SMALL, "--max-tokens", "40", "--seed", "3")
+    assert "messages are forgotten" in done.stderr
+    assert done.stderr.count("first after") == 4
+    assert done.returncode == 1
+    assert "the model's context holds 512" in done.stderr
+
+
+def test_the_engine_dies(checkpoint: Path) -> None:
+    process = subprocess.Popen(
+        [*CHAT, str(checkpoint), *SMALL, "--max-tokens", "4"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdin and process.stdout and process.stderr
+    process.stdin.write("Hello\n")
+    process.stdin.flush()
+    for line in process.stderr:
+        if " tokens" in line and "first after" in line:
+            break
+    tasks = Path(f"/proc/{process.pid}/task").glob("*/children")
+    (engine,) = " ".join(task.read_text() for task in tasks).split()
+    os.kill(int(engine), signal.SIGKILL)
+    output, errors = process.communicate("again\nnever\n", timeout=30)
+    assert process.returncode == 1
+    assert errors.startswith("gptq-api chat: the engine process ")
+    assert errors.count("\n") == 1
+    assert "Traceback" not in errors + output
+
+
+def test_a_checkpoint_without_weights_is_one_sentence(tmp_path: Path) -> None:
+    done = chat("hi\n", str(byte_level(tmp_path)), *SMALL)
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert str(tmp_path) in done.stderr

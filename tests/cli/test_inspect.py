@@ -1,0 +1,90 @@
+"""`gptq-api inspect`: the facts of a checkpoint, as text and as JSON."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gptq_api.cli.inspect import inspect, run
+from gptq_api.config import InspectSettings
+from gptq_api.runner.load import load_runner
+from gptq_api.runner.options import LoadOptions
+from tests.support.checkpoints import Recipe, random_model, write_checkpoint
+from tests.support.layouts import LAYOUTS
+
+RECIPE = Recipe(act_order=True, sym=False, mixed_bits={"down_proj": 8}, hidden_size=128, intermediate_size=256)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("inspect") / "tiny", random_model(RECIPE), container="sharded")
+
+
+def test_as_text(folder: Path) -> None:
+    command = [sys.executable, "-m", "gptq_api", "inspect", str(folder), "--device", "cpu"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and done.stderr == ""
+    lines = {line[:14].strip(): line[14:] for line in done.stdout.splitlines()}
+    assert lines["layout"].startswith("3 shards with an index")
+    assert lines["bits"] == "4 (12 modules), 8 (2 modules)"
+    assert (lines["group size"], lines["act-order"], lines["symmetric"], lines["zero points"]) == (
+        "32",
+        "yes",
+        "no",
+        "v1",
+    )
+    assert lines["4 bits"].startswith(("7 (", "8 (")) and "others" in lines["4 bits"]
+    assert lines["self-check"].startswith("scales finite in 14 of 14 modules")
+    assert lines["q_proj"] == "int4"
+    assert lines["down_proj"] == "reference: 8 bits (the int4 operator takes 4)"
+    assert lines["KV cache"] == f"{2 * 2 * 2 * 32 * 2} bytes per token"
+
+
+def test_as_json_and_the_plan_is_what_loading_does(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(InspectSettings(model_path=str(folder), device="cpu", json_output=True, kv_cache_mib=1)) == 0
+    facts = json.loads(capsys.readouterr().out)
+    runner: Any = load_runner(LoadOptions(model_path=str(folder), device="cpu", kv_cache_mib=1, num_threads=1))
+    assert facts["kv_cache_tokens"] == runner.num_blocks * runner.block_size
+    assert facts["quantization"]["bits"] == {"4": 12, "8": 2}
+    # Merging q, k and v keeps one permutation instead of three; nothing else differs.
+    assert abs(facts["weight_bytes"] - runner._model.num_bytes) / runner._model.num_bytes < 0.05
+
+
+def test_windows_and_families_and_old_zeros_are_told(tmp_path: Path) -> None:
+    layout = LAYOUTS["GPTQ-for-LLaMa before 2023-03-20, 4 bits"]
+    layout.write(tmp_path / "old", random_model(layout.recipe))
+    facts = inspect(InspectSettings(model_path=str(tmp_path / "old"), device="cpu"))
+    assert facts["quantization"]["zero_version"] == {"float": 7} and facts["architecture"]["name"] == "LLaMA"
+    windowed = {"use_sliding_window": True, "sliding_window": 24, "max_window_layers": 1}
+    qwen = random_model(Recipe(family="qwen3", head_dim=32, more_config=windowed))
+    settings = InspectSettings(model_path=str(write_checkpoint(tmp_path / "qwen", qwen)), device="cpu")
+    facts = inspect(settings)
+    assert facts["architecture"]["name"] == "Qwen3" and facts["architecture"]["eos_token_ids"] == (2,)
+    assert facts["architecture"]["sliding_window"] == [{"window": None, "layers": 1}, {"window": 24, "layers": 1}]
+    assert run(settings) == 0
+
+
+def test_a_broken_checkpoint_is_one_sentence_and_status_1(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(InspectSettings(model_path=str(folder), device="cpu", gptq_groupsize=128)) == 1
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and "--gptq-groupsize 128 contradicts" in err
+
+
+def test_the_weights_are_not_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from gptq_api.checkpoint.tensors import TensorStore
+
+    read = TensorStore.read
+    names: list[str] = []
+
+    def noted(self: TensorStore, name: str) -> Any:
+        names.append(name)
+        return read(self, name)
+
+    monkeypatch.setattr(TensorStore, "read", noted)
+    inspect(InspectSettings(model_path=str(folder), device="cpu"))
+    assert names and all(name.endswith((".qzeros", ".scales", ".g_idx")) for name in names)

@@ -1,0 +1,403 @@
+"""The engine one step ahead of what it knows: the same tokens as one that waits, for any workload."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from gptq_api.engine.core import Engine
+from gptq_api.scheduler.blocks import BlockManager, block_hash
+from gptq_api.scheduler.scheduler import Scheduler
+from gptq_api.step import Sampled
+from gptq_api.types import Add, SamplingParams, StepOutput, pack_ids, unpack_ids
+from tests.support.toy_runner import NUM_TOKENS, STOP, Launched, ToyRunner, expected
+
+
+class World:
+    """An engine on a toy runner, and what each sequence got from it."""
+
+    def __init__(
+        self,
+        lookahead: int = 1,
+        num_blocks: int = 64,
+        block_size: int = 4,
+        max_num_seqs: int = 8,
+        budget: int = 64,
+        caching: bool = True,
+        out_of_memory: float = 0.0,
+        max_tokens: int = 10**9,
+        num_drafted: int = 0,
+    ) -> None:
+        self.runner = ToyRunner(lookahead, max_num_seqs, block_size, out_of_memory, max_tokens)
+        self.blocks = BlockManager(num_blocks, block_size)
+        self.scheduler = Scheduler(self.blocks, max_num_seqs, budget, caching, num_drafted=num_drafted)
+        self.engine: Engine[Launched] = Engine(self.runner, self.scheduler)
+        self.prompts: dict[int, tuple[list[int], SamplingParams]] = {}
+        self.tokens: dict[int, list[int]] = {}
+        self.finished: dict[int, str] = {}
+        self.aborted: set[int] = set()
+        self.outputs: list[StepOutput] = []
+
+    def add(self, prompt: list[int], salt: bytes = b"", **params: object) -> int:
+        return self.add_samples(prompt, [params], salt)[0]
+
+    def add_samples(self, prompt: list[int], samples: list[dict[str, object]], salt: bytes = b"") -> list[int]:
+        """One submission."""
+        first = len(self.prompts) + 1
+        made = tuple(
+            SamplingParams(**{"max_tokens": 10, "stop_token_ids": (STOP,), **params})  # type: ignore[arg-type]
+            for params in samples
+        )
+        self.prompts |= {first + i: (prompt, params) for i, params in enumerate(made)}
+        self.tokens |= {first + i: [] for i in range(len(made))}
+        self.engine.add(Add(first, pack_ids(prompt), made, salt))
+        return list(range(first, first + len(made)))
+
+    def abort(self, sequence_id: int) -> None:
+        self.aborted.add(sequence_id)
+        self.engine.abort(sequence_id)
+
+    def step(self) -> StepOutput | None:
+        output = self.engine.step()
+        seats = [seq.seat for seq in self.scheduler.running]
+        assert len(set(seats)) == len(seats) and min(seats, default=0) >= 0
+        assert all(seq.seat == -1 and not seq.block_table for seq in self.scheduler.waiting)
+        if output is not None:
+            self.outputs.append(output)
+            told: set[int] = set()  # whose first token this is
+            for sequence_id, token in zip(unpack_ids(output.sequence_ids), unpack_ids(output.tokens), strict=True):
+                assert sequence_id not in self.finished and sequence_id not in self.aborted, "news of the dead"
+                assert token >= 0
+                if not self.tokens[sequence_id]:
+                    assert sequence_id in output.cached_tokens
+                    told.add(sequence_id)
+                self.tokens[sequence_id].append(token)
+            assert set(output.cached_tokens) == told
+            for sequence_id, reason in output.finished.items():
+                assert sequence_id not in self.finished and sequence_id not in self.aborted
+                self.finished[sequence_id] = reason
+        return output
+
+    def drain(self, most: int = 20_000) -> None:
+        while self.engine.has_work():
+            self.step()
+            most -= 1
+            assert most, "no end"
+
+    def check(self) -> None:
+        """After the end: everybody got what a lone sequence gets, and all memory is free."""
+        for sequence_id, (prompt, params) in self.prompts.items():
+            tokens, reason = expected(prompt, params)
+            if sequence_id in self.aborted:
+                assert self.tokens[sequence_id] == tokens[: len(self.tokens[sequence_id])]
+            else:
+                assert (self.tokens[sequence_id], self.finished[sequence_id]) == (tokens, reason)
+        assert self.blocks.num_free == self.blocks.num_blocks
+        assert sorted(self.scheduler._free_seats) == list(range(self.scheduler.max_num_seqs))
+        assert not self.scheduler._live
+
+
+@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    seed=st.integers(0, 2**32),
+    lookahead=st.sampled_from([0, 1, 1, 1]),
+    num_blocks=st.integers(2, 40),
+    block_size=st.sampled_from([1, 2, 4, 16]),
+    max_num_seqs=st.integers(1, 8),
+    budget=st.integers(1, 40),
+    num_sequences=st.integers(1, 25),
+    caching=st.booleans(),
+    out_of_memory=st.sampled_from([0.0, 0.0, 0.1, 0.5]),
+    num_drafted=st.sampled_from([0, 0, 1, 3]),
+)
+@pytest.mark.slow
+def test_random_workloads(
+    seed: int,
+    lookahead: int,
+    num_blocks: int,
+    block_size: int,
+    max_num_seqs: int,
+    budget: int,
+    num_sequences: int,
+    caching: bool,
+    out_of_memory: float,
+    num_drafted: int,
+) -> None:
+    rng = random.Random(seed)
+    world = World(
+        lookahead, num_blocks, block_size, max_num_seqs, budget, caching, out_of_memory, num_drafted=num_drafted
+    )
+    capacity = num_blocks * block_size
+    stems = [[rng.randrange(1, NUM_TOKENS) for _ in range(capacity)] for _ in range(2)]  # shared beginnings
+    left = num_sequences
+    for _ in range(50_000):
+        if not left and not world.engine.has_work():
+            break
+        while left and rng.random() < 0.3:
+            length = rng.randint(1, max(1, capacity // 2))
+            split = rng.randint(0, length)
+            prompt = rng.choice(stems)[:split] + [rng.randrange(1, NUM_TOKENS) for _ in range(length - split)]
+            most = rng.choice([1, 2, capacity - length, rng.randint(1, max(1, capacity - length))])
+            samples: list[dict[str, object]] = [
+                {
+                    "max_tokens": max(1, min(most, capacity - length)),
+                    "min_tokens": rng.choice([0, 0, 5]),
+                    "stop_token_ids": rng.choice([(), (STOP,), (STOP, 1, 2)]),
+                    "seed": i + rng.randrange(2),
+                    "logit_bias": {1: 1.0} if rng.random() < 0.2 else {},
+                }
+                for i in range(rng.choice([1, 1, 3]))
+            ]
+            if rng.random() < 0.5:
+                world.add_samples(prompt, samples, rng.choice([b"", b"", b"key"]))
+            else:
+                for sample in samples:
+                    world.add_samples(prompt, [sample], rng.choice([b"", b"", b"key"]))
+            left -= 1
+        if world.tokens and rng.random() < 0.05:
+            gone = rng.choice(sorted(world.tokens))
+            if gone not in world.finished:
+                world.abort(gone)
+        if world.engine.has_work():
+            world.step()
+    assert not left and not world.engine.has_work()
+    world.check()
+
+
+def first_seed(wanted: Callable[[list[int], str], bool], **params: object) -> int:
+    """A seed with which the prompt of the tests below is answered as wanted."""
+    made = {"max_tokens": 10, "stop_token_ids": (STOP,), **params}
+    return next(s for s in range(10_000) if wanted(*expected(PROMPT, SamplingParams(seed=s, **made))))  # type: ignore[arg-type]
+
+
+PROMPT = [1, 2, 3, 4, 5]
+
+
+def test_a_step_is_launched_before_the_one_before_it_is_collected() -> None:
+    world = World()
+    world.add(PROMPT, max_tokens=6, stop_token_ids=())
+    assert world.step() is None
+    for i in range(6):
+        world.step()
+        assert len(world.tokens[1]) == i + 1, "one token a step, from the second on"
+    assert world.runner.most_in_flight == 2
+    assert not world.engine.has_work()
+    assert world.runner.num_rows == len(PROMPT) + 5, "nothing in surplus where max_tokens is the end"
+    world.check()
+
+
+def test_a_stop_token_costs_one_row_that_nobody_sees() -> None:
+    seed = first_seed(lambda tokens, reason: reason == "stop" and len(tokens) == 4)
+    world = World()
+    world.add(PROMPT, seed=seed)
+    world.drain()
+    assert world.runner.num_rows == len(PROMPT) + 4
+    assert not unpack_ids(world.outputs[-1].tokens) and world.outputs[-1].stats.num_running == 0
+    world.check()
+
+
+def test_one_token_is_reported_without_a_second_step() -> None:
+    world = World()
+    world.add(PROMPT, max_tokens=1)
+    assert world.step() is None
+    assert world.step() is not None and len(world.tokens[1]) == 1
+    assert not world.engine.has_work() and world.runner.num_rows == len(PROMPT)
+    world.check()
+
+
+def test_whoever_arrives_while_a_step_is_in_flight_is_in_the_next_one() -> None:
+    world = World()
+    world.add(PROMPT, max_tokens=8, stop_token_ids=())
+    world.step()
+    world.step()
+    late = world.add([7, 7, 7], max_tokens=1)
+    world.step()  # launches it
+    world.step()  # brings its token
+    assert late in world.finished
+
+
+def test_a_block_that_ends_in_an_unknown_token_is_found_when_it_is_known() -> None:
+    world = World(block_size=4, num_blocks=32)
+    world.add(PROMPT, max_tokens=8, stop_token_ids=())
+    world.drain()
+    answer = world.tokens[1]
+    second = world.add([*PROMPT, *answer], max_tokens=1)
+    world.drain()
+    assert {k: v for o in world.outputs for k, v in o.cached_tokens.items()}[second] == 12  # of 13, the last uncomputed
+    world.check()
+
+
+def test_a_token_arrives_at_a_sequence_that_was_preempted_meanwhile() -> None:
+    world = World(num_blocks=6, block_size=2, max_num_seqs=2)
+    for _ in range(2):
+        world.add([1, 2, 3], max_tokens=9, stop_token_ids=(), seed=len(world.prompts))
+    seen: list[Any] = []
+    collect = world.runner.collect
+
+    def look(launched: Launched) -> Sampled:
+        seen.extend(seq for seq in world.scheduler.waiting if seq.num_tokens_in_flight)
+        return collect(launched)
+
+    world.runner.collect = look  # type: ignore[method-assign]
+    world.drain()
+    assert seen and world.scheduler.counters.preemptions > 0
+    world.check()
+
+
+@pytest.mark.parametrize("num_steps", range(1, 8))
+def test_abort_with_a_step_in_flight(num_steps: int) -> None:
+    world = World()
+    gone = world.add(PROMPT, max_tokens=20, stop_token_ids=())
+    stays = world.add(PROMPT, max_tokens=20, stop_token_ids=(), seed=1)
+    for _ in range(num_steps):
+        world.step()
+    world.abort(gone)
+    assert [seq.sequence_id for seq in world.scheduler.running] == [stays]
+    world.add([6, 6], max_tokens=3)  # takes its seat, and its blocks
+    world.drain()
+    assert len(world.tokens[gone]) == num_steps - 1
+    world.check()
+
+
+@pytest.mark.parametrize("aborted", [False, True])
+def test_non_finite_logits_leave_nothing_in_the_cache(aborted: bool) -> None:
+    """Not even where the sequence had gone before that was known."""
+    long = PROMPT * 3
+    params: dict[str, Any] = {"logit_bias": {1: 1.0}, "max_tokens": 5}
+    seed = next(s for s in range(1000) if expected(long, SamplingParams(seed=s, **params)) == ([], "error"))
+    world = World()
+    sick = world.add(long, seed=seed, **params)
+    world.step()
+    if aborted:
+        world.abort(sick)
+    world.drain()
+    again = world.add(long, max_tokens=1)
+    world.drain()
+    assert world.outputs[-1].cached_tokens[again] == 0
+    world.check()
+
+
+def test_what_the_device_has_no_memory_for_is_done_in_smaller_steps() -> None:
+    world = World(budget=64, max_tokens=10)
+    for i in range(6):
+        world.add([1 + i, *PROMPT * 3], max_tokens=6, seed=i)
+    world.drain()
+    assert max(output.stats.num_batched_tokens for output in world.outputs) <= 10
+    world.check()
+
+
+def test_what_the_device_has_no_memory_for_at_all_ends_with_an_error_and_the_engine_lives() -> None:
+    world = World(max_tokens=0)
+    lost = [world.add(PROMPT), world.add(PROMPT)]
+    world.drain()
+    assert [world.finished[i] for i in lost] == ["error", "error"]
+    world.runner.max_tokens = 10**9
+    well = world.add(PROMPT)
+    world.drain()
+    assert (world.tokens[well], world.finished[well]) == expected(*world.prompts[well])
+
+
+def test_what_can_never_fit_ends_with_an_error() -> None:
+    world = World(num_blocks=2)
+    lost = world.add(PROMPT, max_tokens=4)
+    assert world.engine.has_work()
+    assert world.step() is not None and world.finished == {lost: "error"}
+    assert not world.engine.has_work()
+
+
+@pytest.mark.parametrize("lookahead", [0, 1])
+def test_drafted_tokens_bring_the_same_text_in_fewer_steps(lookahead: int) -> None:
+    """A sequence gets one to four tokens from a step, in the order of its text; surplus ones are nobody's."""
+    plain, drafting = World(lookahead), World(lookahead, num_drafted=3)
+    for world in (plain, drafting):
+        for seed in range(6):
+            world.add(PROMPT, max_tokens=20, seed=seed)
+        world.drain()
+        world.check()
+    assert plain.runner.num_confirmed == 0 < drafting.runner.num_confirmed
+    most = max(
+        Counter(unpack_ids(output.sequence_ids)).most_common(1)[0][1]
+        for output in drafting.outputs
+        if output.sequence_ids
+    )
+    assert most == 4
+    if not lookahead:
+        assert len(drafting.outputs) < 0.7 * len(plain.outputs)
+
+
+def test_guesses_take_nobodys_memory() -> None:
+    """Where the cache has no room for drafted tokens, a step goes without, and nobody is preempted for them."""
+    world = World(0, num_blocks=4, block_size=2, max_num_seqs=1, num_drafted=3)
+    world.add([1, 2, 3], max_tokens=5, stop_token_ids=())
+    world.drain()
+    assert world.scheduler.counters.preemptions == 0
+    world.check()
+
+
+def test_samples_of_one_submission_share_their_prompt_until_they_grow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eight samples hold one list of ids, and each block of the prompt is hashed once."""
+    hashed: list[list[int]] = []
+
+    def count(parent: bytes, token_ids: list[int]) -> bytes:
+        hashed.append(list(token_ids))
+        return block_hash(parent, token_ids)
+
+    monkeypatch.setattr("gptq_api.scheduler.scheduler.block_hash", count)
+    world = World(block_size=4, max_num_seqs=3)
+    prompt = PROMPT * 5
+    ids = world.add_samples(prompt, [{"seed": seed, "max_tokens": 3, "stop_token_ids": ()} for seed in range(8)])
+    assert len({id(seq.token_ids) for seq in world.scheduler.waiting}) == 1
+    world.drain()
+    assert hashed == [prompt[i : i + 4] for i in range(0, 24, 4)]
+    cached = {k: v for output in world.outputs for k, v in output.cached_tokens.items()}
+    assert [cached[i] for i in ids] == [0] + [24] * 7
+    assert len({tuple(world.tokens[i]) for i in ids}) > 1
+    world.check()
+
+
+def test_samples_of_one_submission_may_be_aborted_one_by_one() -> None:
+    world = World(max_num_seqs=2)
+    ids = world.add_samples(PROMPT, [{"seed": seed, "max_tokens": 20, "stop_token_ids": ()} for seed in range(4)])
+    for i in range(3):
+        world.step()
+        world.abort(ids[i])
+    world.drain()
+    assert list(world.finished) == [ids[3]]
+    world.check()
+
+
+@pytest.mark.parametrize("samples", [[{}, {"stop_token_ids": (NUM_TOKENS,)}], [{}, {"max_tokens": 10**6}]])
+def test_a_submission_is_refused_as_a_whole(samples: list[dict[str, object]]) -> None:
+    world = World()
+    lost = world.add_samples(PROMPT, samples)
+    world.step()
+    assert world.finished == dict.fromkeys(lost, "error")
+    assert not world.engine.has_work() and not world.scheduler._live and world.runner.num_rows == 0
+
+
+@pytest.mark.parametrize("bad", [NUM_TOKENS, 2**31 - 1, -1])
+@pytest.mark.parametrize("where", ["prompt", "stop_token_ids", "logit_bias"])
+def test_an_id_without_a_row_ends_its_sequence_and_no_other(where: str, bad: int) -> None:
+    """The API process refuses it; should it come through, no step may see it."""
+    world = World()
+    well = world.add(PROMPT)
+    world.step()
+    params: dict[str, Any] = {"stop_token_ids": (STOP, bad)} if where == "stop_token_ids" else {}
+    lost = world.add(
+        [*PROMPT, bad] if where == "prompt" else PROMPT,
+        **params,
+        logit_bias={2: 0.0, bad: 1.0} if where == "logit_bias" else {},
+    )
+    num_rows = world.runner.num_rows
+    world.step()
+    assert world.finished[lost] == "error" and not world.tokens[lost]
+    assert world.runner.num_rows <= num_rows + 1
+    world.drain()
+    assert (world.tokens[well], world.finished[well]) == expected(*world.prompts[well])
+    assert world.blocks.num_free == world.blocks.num_blocks and not world.scheduler._live

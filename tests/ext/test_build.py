@@ -1,0 +1,198 @@
+"""The extension's build: with nvcc within its budgets of registers, spills and instructions; without nvcc, or switched
+off, an install that succeeds and says why the kernels are missing."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXT = Path(__file__).parents[2] / "ext"
+NVCC = shutil.which("nvcc")
+needs_nvcc = pytest.mark.skipif(NVCC is None, reason="needs nvcc")
+CUOBJDUMP = shutil.which("cuobjdump")
+GEMV_THREADS = 10 * 32
+TWO_GEMV_BLOCKS = 65536 // (2 * GEMV_THREADS) // 8 * 8
+"""registers of a thread with which two blocks, this kernel's and the next one's, share an SM"""
+ONE_GEMV_BLOCK = 65536 // GEMV_THREADS // 8 * 8
+
+
+FOLDERS = {"common", "gemv", "gemm", "attention", "ops", "sampler"}
+MAX_COLUMNS = 140
+
+
+def sources() -> dict[str, str]:
+    """path in ext/ -> text."""
+    return {str(path.relative_to(EXT)): path.read_text() for path in sorted(EXT.rglob("*")) if path.is_file()}
+
+
+def test_every_file_stands_in_a_folder_of_its_family() -> None:
+    top = {name for name in sources() if "/" not in name}
+    assert top == {"CMakeLists.txt", "README.md", "bindings.cpp"}
+    assert {name.split("/")[0] for name in sources() if "/" in name} == FOLDERS
+    assert all(re.fullmatch(r"\w+/\w+\.(cu|cuh|h)", name) for name in sources().keys() - top)
+
+
+def test_no_line_is_longer_than_a_screen() -> None:
+    long = [
+        f"{name}:{number}"
+        for name, text in sources().items()
+        for number, line in enumerate(text.splitlines(), 1)
+        if len(line) > MAX_COLUMNS
+    ]
+    assert not long
+
+
+def test_includes_begin_at_ext_and_a_host_header_is_one_that_the_bindings_include() -> None:
+    files = sources()
+    included = {name: set(re.findall(r'#include "([^"]+)"', text)) for name, text in files.items()}
+    assert set().union(*included.values()) <= files.keys()
+    headers = {name for name in files if name.endswith((".h", ".cuh"))}
+    assert headers == set().union(*included.values())
+    assert included["bindings.cpp"] == {name for name in headers if name.endswith(".h")}
+
+
+def test_the_bindings_name_their_arguments_in_the_order_of_the_functions() -> None:
+    """Python may call with keywords, so a name that stood beside another's place would pass a wrong address."""
+    text = sources()["bindings.cpp"]
+    parameters = {
+        name: re.findall(r"(\w+)(?:,|$)", listed)
+        for name, listed in re.findall(r"^void (\w+)\(([^)]*)\) \{", text, re.MULTILINE)
+    }
+    named = {
+        function: re.findall(r'"(\w+)"_a', names)
+        for function, names in re.findall(r"m\.def\(\"\w+\", &(\w+), free_gil(, [^)]*)\);", text)
+    }
+    assert len(named) >= 12
+    assert named == {name: parameters[name] for name in named}
+
+
+def configure(tmp_path: Path, cuda: str, compiler: str) -> subprocess.CompletedProcess[str]:
+    """Configure only, with `compiler` as the only nvcc that CMake may find."""
+    if shutil.which("cmake") is None:
+        pytest.skip("needs cmake")
+    command = ["cmake", "-S", str(EXT), "-B", str(tmp_path), f"-DCMAKE_CUDA_COMPILER={compiler}"]
+    environment = {"PATH": "/usr/bin:/bin", "GPTQ_API_CUDA": cuda}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+
+
+def test_without_a_compiler_the_install_succeeds_and_says_what_to_do(tmp_path: Path) -> None:
+    done = configure(tmp_path, "auto", "")
+    assert done.returncode == 0, done.stderr
+    said = re.sub(r"\s+", " ", done.stderr)
+    assert "WITHOUT the CUDA kernels" in said and "put nvcc on PATH" in said
+
+
+def test_on_without_a_compiler_fails_with_the_same_words(tmp_path: Path) -> None:
+    done = configure(tmp_path, "on", "")
+    assert done.returncode != 0
+    assert "no nvcc was found" in done.stderr
+
+
+def test_off_asks_for_nothing(tmp_path: Path) -> None:
+    done = configure(tmp_path, "off", "")
+    assert done.returncode == 0, done.stderr
+    assert "GPTQ_API_CUDA=off" in done.stdout
+
+
+def test_an_unknown_value_is_refused(tmp_path: Path) -> None:
+    done = configure(tmp_path, "maybe", "")
+    assert done.returncode != 0 and "one of auto, on, off" in done.stderr
+
+
+def test_the_wrappers_import_without_a_device_or_an_extension() -> None:
+    """In an interpreter of its own, with the extension hidden."""
+    program = (
+        "import sys; sys.modules['gptq_api._cuda'] = None\n"
+        "from gptq_api.kernels import gemm\n"
+        "assert not gemm.is_available()\n"
+        "assert 'nvcc on PATH' in gemm.unavailable_reason()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
+def compile_for(arch: str, source: str, tmp_path: Path) -> tuple[Path, str]:
+    assert NVCC is not None
+    out = tmp_path / f"{Path(source).stem}.{arch}.cubin"
+    flags = ["-O3", "-std=c++17", "--expt-relaxed-constexpr", f"-gencode=arch=compute_{arch},code=sm_{arch}"]
+    command = [NVCC, *flags, f"-I{EXT}", "-Xptxas", "-v", "-cubin", "-o", str(out), str(EXT / source)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=110)
+    assert done.returncode == 0, done.stderr
+    return out, done.stderr
+
+
+def usage(log: str) -> dict[str, tuple[int, int]]:
+    """kernel -> (registers, bytes of spill stores), from ptxas -v."""
+    found = re.findall(r"entry function '(\w+)'.*?(\d+) bytes spill stores.*?Used (\d+) registers", log, re.DOTALL)
+    return {name: (int(registers), int(spills)) for name, spills, registers in found}
+
+
+def loops(sass: str) -> dict[int, int]:
+    """Products in the body of a loop -> the most instructions of a body with so many. A pair of strips whose sums of x
+    are known takes 16, as does a single strip that computes them, in fewer instructions. Unconditional jumps back are
+    waits repeated out of line, no loops."""
+    lines = re.findall(r"/\*([0-9a-f]{4,5})\*/\s+(@!?U?P\d+\s+)?([A-Z0-9_.]+)([^;]*);", sass)
+    found: dict[int, int] = {}
+    for end, (address, condition, opcode, operands) in enumerate(lines):
+        target = re.search(r"0x([0-9a-f]+)", operands)
+        if not condition or opcode != "BRA" or target is None or int(target[1], 16) >= int(address, 16):
+            continue
+        body = [line for line in lines[: end + 1] if int(line[0], 16) >= int(target[1], 16)]
+        products = sum(line[2].startswith("HMMA") for line in body)
+        found[products] = max(len(body), found.get(products, 0))
+    return found
+
+
+def instructions(cubin: Path) -> dict[str, tuple[str, list[str]]]:
+    """kernel -> (its machine code, the operations of it)."""
+    assert CUOBJDUMP is not None
+    sass = subprocess.run([CUOBJDUMP, "-sass", str(cubin)], capture_output=True, text=True, timeout=60).stdout
+    operation = re.compile(r"/\*[0-9a-f]{4,5}\*/\s+(?:@!?U?P\d+\s+)?([A-Z0-9_.]+)")
+    functions = re.split(r"\n\s*Function : ", sass)[1:]
+    return {function.split("\n", 1)[0]: (function, operation.findall(function)) for function in functions}
+
+
+@needs_nvcc
+def test_the_gemv_keeps_its_registers_and_instructions(tmp_path: Path) -> None:
+    cubin, log = compile_for("90", "gemv/gemv_fp16.cu", tmp_path)
+    kernels = usage(log)
+    assert len(kernels) == 12
+    for name, (registers, spills) in kernels.items():
+        narrow = "ILi1E" in name
+        assert registers <= (TWO_GEMV_BLOCKS if narrow else ONE_GEMV_BLOCK), name
+        assert spills == 0, name
+    if CUOBJDUMP is None:
+        return
+    for name, (function, opcodes) in instructions(cubin).items():
+        assert any(op.startswith("HMMA.16816.F32") for op in opcodes), name
+        assert any(op.startswith("UBLKCP") for op in opcodes), name
+        assert not any(op.startswith("MEMBAR.ALL.GPU") for op in opcodes), (
+            f"{name}: a fence waits for every load in flight"
+        )
+        if "ILi1ELi1ELb0E" in name:
+            assert 16 in loops(function), name
+            assert loops(function)[16] <= 160, name  # for a chunk of a pair: time follows it
+
+
+@needs_nvcc
+@pytest.mark.parametrize("arch", ["80", "120"])
+def test_other_architectures_compile_without_spills(arch: str, tmp_path: Path) -> None:
+    _, log = compile_for(arch, "gemv/gemv_bf16.cu", tmp_path)
+    assert all(spills == 0 for _, spills in usage(log).values())
+
+
+@needs_nvcc
+def test_decode_attention_leaves_room_for_the_next_gemv(tmp_path: Path) -> None:
+    """A block of four warps beside one of the GEMV; nothing spilled at the sizes that have to be fast, but
+    a few words of warps that are alone."""
+    _, log = compile_for("90", "attention/attention_decode_bf16.cu", tmp_path)
+    kernels = usage(log)
+    assert len(kernels) == 8
+    for name, (registers, spills) in kernels.items():
+        assert -(-registers // 8) * 8 * 4 * 32 + TWO_GEMV_BLOCKS * GEMV_THREADS <= 65536, name
+        assert spills <= (20 if "OneWarp" in name else 0), name

@@ -1,0 +1,179 @@
+"""What the host does for a step on CUDA, with stand-ins for the kernels: any workload gets the texts of the CPU."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from gptq_api.checkpoint.checkpoint import open_checkpoint
+from gptq_api.engine.core import Engine
+from gptq_api.model.config import read_config
+from gptq_api.model.loader import load_llama
+from gptq_api.runner.cpu.backend import CpuBackend
+from gptq_api.runner.cuda.cache import CudaKVCache
+from gptq_api.runner.cuda.forward import CudaLlama
+from gptq_api.runner.cuda.graphs import Buckets
+from gptq_api.runner.cuda.runner import CudaRunner
+from gptq_api.runner.inputs import SequenceTable, StepInputs, StepShape, num_words
+from gptq_api.runner.load import load_runner
+from gptq_api.runner.loaded import LoadedRunner
+from gptq_api.runner.options import LoadOptions
+from gptq_api.runner.solo import Solo, step_of
+from gptq_api.scheduler.blocks import BlockManager
+from gptq_api.scheduler.scheduler import Scheduler
+from gptq_api.types import Add, SamplingParams, pack_ids, unpack_ids
+from tests.support import cuda_stand_ins
+from tests.support.checkpoints import Recipe, random_model, write_checkpoint
+
+BASE = Recipe(max_position_embeddings=128)
+RECIPES = {
+    "llama": replace(BASE, act_order=True),
+    "qwen3": replace(BASE, family="qwen3", tie=True, head_dim=32),
+    "qwen2": replace(BASE, family="qwen2", attention_bias=True),
+    "mistral": replace(BASE, family="mistral", more_config={"sliding_window": 20}, dense=("q_proj", "down_proj")),
+}
+BUDGET, NUM_SEQS, BLOCK = 40, 5, 8
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda_stand_ins.install(monkeypatch)
+
+
+def runners(folder: Path, num_blocks: int, num_seqs: int = NUM_SEQS) -> tuple[LoadedRunner, CudaRunner]:
+    """(the CPU's own, the one for CUDA), float32."""
+    settings = LoadOptions(
+        model_path=str(folder),
+        device="cpu",
+        dtype="float32",
+        num_threads=1,
+        max_num_seqs=num_seqs,
+        num_blocks=num_blocks,
+        block_size=BLOCK,
+    )
+    reference = load_runner(settings)
+    length, config = reference.max_model_len, read_config(folder)
+    model, _ = load_llama(open_checkpoint(folder), config, length, CpuBackend(CPU, torch.float32))
+    cache = CudaKVCache(config, reference.num_blocks, BLOCK, torch.float32, CPU)
+    forward = CudaLlama(model, BUDGET, num_seqs, length, torch.float32)
+    return reference, CudaRunner(forward, cache, num_seqs, BUDGET, length, 0)
+
+
+def workload(runner: LoadedRunner) -> tuple[dict[int, list[int]], dict[int, str], Engine[Any]]:
+    """Prompts that come bit by bit, half of them beginning alike."""
+    engine: Engine[Any] = Engine(runner, Scheduler(BlockManager(runner.num_blocks, BLOCK), NUM_SEQS, BUDGET))
+    rng = random.Random(1)
+    common = [rng.randrange(3, 90) for _ in range(24)]
+    texts: dict[int, list[int]] = {}
+    finished: dict[int, str] = {}
+
+    def step() -> None:
+        output = engine.step()
+        if output is not None:
+            for i, token in zip(unpack_ids(output.sequence_ids), unpack_ids(output.tokens), strict=True):
+                texts[i].append(token)
+            finished.update(output.finished)
+
+    for i in range(12):
+        texts[i] = []
+        prompt = (common if i % 2 else []) + [rng.randrange(3, 90) for _ in range(rng.choice([1, 2, 9, 17, 60]))]
+        engine.add(Add(i, pack_ids(prompt), (SamplingParams(max_tokens=20 + i % 5, temperature=0),)))
+        if i % 3 == 0:
+            step()
+    while engine.has_work():
+        step()
+    return texts, finished, engine
+
+
+@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("num_blocks", [64, 18], ids=["roomy", "crowded"])
+def test_texts_are_those_of_the_cpu(name: str, num_blocks: int, tmp_path: Path) -> None:
+    reference, runner = runners(write_checkpoint(tmp_path, random_model(RECIPES[name])), num_blocks)
+    expected, *_ = workload(reference)
+    texts, finished, engine = workload(runner)
+    assert texts == expected and set(finished.values()) == {"length"}
+    assert engine.scheduler.counters.prefix_hits > 0
+    assert (engine.scheduler.counters.preemptions > 0) == (num_blocks == 18)
+
+
+def test_a_device_without_memory_costs_no_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reference, runner = runners(write_checkpoint(tmp_path, random_model(BASE)), 64)
+    expected, *_ = workload(reference)
+    run, calls = runner._graphs.run, iter(range(10**6))
+
+    def fails_often(shape: StepShape, capture: bool = True) -> torch.Tensor:
+        if next(calls) % 7 == 3 and shape.num_rows > 1:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nand so on")
+        return run(shape, capture)
+
+    monkeypatch.setattr(runner._graphs, "run", fails_often)
+    texts, finished, _ = workload(runner)
+    assert texts == expected and set(finished.values()) == {"length"}
+
+
+def test_not_finite_is_one_sequences_fault(tmp_path: Path) -> None:
+    _, runner = runners(write_checkpoint(tmp_path, random_model(BASE)), 64)
+    runner._model._embedding[90] = torch.nan
+    params = SamplingParams(max_tokens=1, temperature=0)
+    sick = Solo([5, 90, 7] * 4, params, block_table=[3, 9], seat=2)
+    well = Solo([5, 6, 7], params, block_table=[4], seat=0)
+    sampled = runner.collect(runner.launch(step_of([sick, well], [12, 3])))
+    assert sampled.tokens[0] == -1 and sampled.tokens[1] >= 0
+    assert all(bool(layer.isfinite().all()) for layer in runner._cache.layers)
+    assert all(bool(layer[3].any() and layer[4].any()) for layer in runner._cache.layers)
+
+
+def test_more_places_for_sequences_than_for_rows(tmp_path: Path) -> None:
+    """Both are padded, and not alike."""
+    reference, runner = runners(write_checkpoint(tmp_path, random_model(BASE)), 64, num_seqs=30)
+    params = SamplingParams(max_tokens=1, temperature=0)
+    step = step_of([Solo([5 + i], params, block_table=[i], seat=i) for i in range(10)], [1] * 10)
+    assert runner.collect(runner.launch(step)).tokens == reference.collect(reference.launch(step)).tokens
+
+
+def test_a_step_is_padded_with_what_kernels_skip() -> None:
+    table = SequenceTable(4, 6, 4)
+    params = SamplingParams(max_tokens=1)
+    first = Solo(list(range(9)), params, block_table=[7, 8, 9], seat=3)
+    second = Solo([1, 2], params, block_table=[5], seat=1, num_computed_tokens=1)
+    columns = table.take_in(step_of([first, second], [9, 1]))
+    shape = StepShape(12, 3, 5, 4)
+    arrays = StepInputs.over(np.full(num_words(shape), 99, np.int32), shape)
+    table.write(columns, 4, arrays)
+    assert arrays.row_seat.tolist() == [3] * 9 + [1, 0, 0]
+    assert arrays.positions.tolist() == [*range(9), 1, -1, -1]
+    assert arrays.slot_mapping.tolist() == [28, 29, 30, 31, 32, 33, 34, 35, 36, 21, -1, -1]
+    assert arrays.query_start.tolist() == [0, 9, 10, 10]
+    assert arrays.context_lens.tolist() == [9, 2, 0]
+    assert arrays.last_rows.tolist() == [8, 9, 0]
+    assert arrays.tiles.tolist() == [[0, 0], [0, 4], [0, 8], [-1, -1]]
+    assert arrays.block_tables.tolist() == [[7, 8, 9, 0, 0], [5, 0, 0, 0, 0], [0] * 5]
+
+
+@pytest.mark.parametrize(("num_seqs", "budget", "max_blocks"), [(256, 2048, 128), (3, 16, 7), (700, 8192, 2048)])
+def test_every_step_fits_its_bucket(num_seqs: int, budget: int, max_blocks: int) -> None:
+    buckets = Buckets(num_seqs, budget, max_blocks, 128)
+    for num in range(1, num_seqs + 1):
+        shape = buckets.decode_shape(num, max_blocks)
+        assert num <= shape.num_rows == shape.num_sequences <= num_seqs and shape.num_tiles == 0
+        assert shape.num_rows <= max(8, num * 2)
+    for rows in range(1, budget + 1, 7):
+        # Pairs of rows beside one long prompt.
+        for pairs in {0, min(rows // 2, num_seqs - 1), min(rows // 4, num_seqs - 1)}:
+            rest = rows - 2 * pairs
+            tiles = max(1, pairs + (-(-rest // 128) if rest > 1 else 0))
+            step = (rows, pairs + (rest > 0), tiles, max_blocks)
+            mixed = buckets.mixed_shape(*step)
+            assert (mixed is None) == (rows > 512)
+            assert mixed is None or all(have >= need for have, need in zip(mixed, step_shape(*step), strict=True))
+
+
+def step_shape(rows: int, sequences: int, tiles: int, blocks: int) -> StepShape:
+    return StepShape(rows, sequences, blocks, tiles)

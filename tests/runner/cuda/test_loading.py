@@ -1,0 +1,229 @@
+"""How a checkpoint becomes packed weights: the orders of act-order end up in what comes before a product, and nothing
+gathers. On the CPU the kernels are replaced by what `emulate` reads from the packed bytes."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from gptq_api.checkpoint.checkpoint import Checkpoint, CheckpointError, open_checkpoint
+from gptq_api.checkpoint.device_reader import DeviceReader
+from gptq_api.kernels import gemm
+from gptq_api.kernels.layout import PackedLinear
+from gptq_api.kernels.order import of_kernel, of_producer
+from gptq_api.kernels.probes import emulate
+from gptq_api.model import loader, plan
+from gptq_api.model.config import read_config
+from gptq_api.model.layers.linear import Linear, SplitLinear
+from gptq_api.model.progress import LoadProgress
+from gptq_api.model.weights import LayerWeights
+from gptq_api.runner.cpu.backend import CpuBackend
+from gptq_api.runner.cuda.backend import CudaBackend
+from gptq_api.runner.cuda.linear import PackedGPTQLinear
+from tests.support.checkpoints import RandomModel, Recipe, random_model, write_checkpoint
+from tests.support.cuda_weights import random_weight
+
+CPU = torch.device("cpu")
+# Every size a multiple of the strips, K of down with a part of a chunk.
+RECIPE = Recipe(hidden_size=128, intermediate_size=208, num_heads=4, num_kv_heads=2, act_order=True, sym=False)
+
+
+def emulated_gemm(
+    x: Tensor,
+    weight: PackedLinear,
+    out: Tensor | None = None,
+    *,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    silu_mul: bool = False,
+) -> Tensor:
+    assert weight.paired or not silu_mul
+    y = x.double() @ emulate(weight)
+    if bias is not None:
+        y += bias
+    if silu_mul:
+        gate, up = y.chunk(2, 1)
+        y = functional.silu(gate) * up
+    if residual is not None:
+        y += residual
+    return y if out is None else out.copy_(y)
+
+
+class OnCpu(CudaBackend):
+    """Packs on the CPU what CUDA would take."""
+
+    def __init__(self) -> None:
+        super().__init__(CPU, torch.float32)
+
+    def reading(self, checkpoint: Checkpoint) -> AbstractContextManager[Checkpoint]:
+        return nullcontext(checkpoint)
+
+
+@pytest.fixture
+def packed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gemm, "unavailable_reason", lambda: None)
+    monkeypatch.setattr(gemm, "gemm", emulated_gemm)
+
+
+def first_layer(folder: Path, model: RandomModel) -> LayerWeights:
+    checkpoint = open_checkpoint(write_checkpoint(folder, model))
+    weights, _ = loader.load_llama(checkpoint, read_config(folder), 64, OnCpu())
+    return weights.layers[0]
+
+
+def weight(model: RandomModel, *parts: str) -> Tensor:
+    """float64 [K, N]"""
+    return torch.cat([model.modules[f"model.layers.0.{p}_proj"].dequantized().t() for p in parts], 1).double()
+
+
+def in_order(x: Tensor, linear: Linear) -> Tensor:
+    index = of_producer(linear.order)
+    return x if index is None else x[:, index.long()]
+
+
+def test_orders_are_folded_into_what_comes_before(packed: None, tmp_path: Path) -> None:
+    model = random_model(replace(RECIPE, attention_bias=True, mlp_bias=True))
+    layer = first_layer(tmp_path, model)
+    for linear, parts, folds in (
+        (layer.qkv, ("self_attn.q", "self_attn.k", "self_attn.v"), True),
+        (layer.o, ("self_attn.o",), False),
+    ):
+        assert isinstance(linear, PackedGPTQLinear)
+        assert (of_producer(linear.order) is not None) is folds and (of_kernel(linear.order) is None) is folds
+        w = weight(model, *parts)
+        x = torch.randn(3, w.shape[0], dtype=torch.float64)
+        bias = torch.cat([model.dense[f"model.layers.0.{p}_proj.bias"] for p in parts])
+        assert torch.allclose(linear.forward(in_order(x, linear)), x @ w + bias)
+
+    gate_up, down = layer.gate_up, layer.down
+    assert isinstance(gate_up, PackedGPTQLinear) and of_producer(gate_up.order) is not None
+    assert isinstance(down, PackedGPTQLinear) and down.order is None
+    x = torch.randn(3, 128, dtype=torch.float64)
+    biases = {p: model.dense[f"model.layers.0.mlp.{p}_proj.bias"].double() for p in ("gate", "up", "down")}
+    inner = functional.silu(x @ weight(model, "mlp.gate") + biases["gate"])
+    inner *= x @ weight(model, "mlp.up") + biases["up"]
+    expected = inner @ weight(model, "mlp.down") + biases["down"] + x
+    found = down.forward(gate_up.forward(in_order(x, gate_up), silu_mul=True), residual=x)
+    assert torch.allclose(found, expected)
+
+
+def test_gates_and_ups_that_cannot_be_merged_leave_the_gather_to_down(packed: None, tmp_path: Path) -> None:
+    model = random_model(replace(RECIPE, own_order=("up_proj", "k_proj")))
+    layer = first_layer(tmp_path, model)
+    assert isinstance(layer.gate_up, SplitLinear) and layer.gate_up.order is None
+    assert isinstance(layer.qkv, SplitLinear) and layer.qkv.order is None
+    assert isinstance(layer.down, PackedGPTQLinear) and of_kernel(layer.down.order) is not None
+    x = torch.randn(3, 128, dtype=torch.float64)
+    inner = functional.silu(x @ weight(model, "mlp.gate")) * (x @ weight(model, "mlp.up"))
+    found = layer.down.forward(layer.gate_up.forward(x, silu_mul=True))
+    assert torch.allclose(found, inner @ weight(model, "mlp.down"))
+
+
+def test_another_width_stays_with_the_reference_beside_packed_neighbours(packed: None, tmp_path: Path) -> None:
+    model = random_model(replace(RECIPE, mixed_bits={"down_proj": 8}))
+    layer = first_layer(tmp_path, model)
+    assert layer.down.order is None and "8 bits" in layer.down.kernel
+    x = torch.randn(3, 128)
+    inner = functional.silu(x.double() @ weight(model, "mlp.gate")) * (x.double() @ weight(model, "mlp.up"))
+    found = layer.down.forward(layer.gate_up.forward(in_order(x, layer.gate_up), silu_mul=True).float())
+    assert torch.allclose(found.double(), inner @ weight(model, "mlp.down"), atol=1e-4)
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+def test_the_plan_foresees_the_memory_of_packed_weights(packed: None, act_order: bool, tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(write_checkpoint(tmp_path, random_model(replace(RECIPE, act_order=act_order))))
+    config = read_config(tmp_path)
+    llama, _ = loader.load_llama(checkpoint, config, 64, OnCpu())
+    planned = plan.plan_serving(checkpoint, config, OnCpu())
+    assert planned.kernels["q_proj"] == planned.kernels["down_proj"] == "cuda int4"
+    assert planned.weight_bytes == pytest.approx(llama.num_bytes, rel=0.05)
+
+
+@pytest.mark.parametrize("paired", [False, True])
+def test_outputs_are_packed_in_any_order(paired: bool) -> None:
+    w = random_weight(136, 48, 32, asym=True, act_order=True)
+    order = torch.randperm(48)
+    packed = gemm.pack(w.qweight, w.scales, w.zeros, w.g_idx, 32, "cpu", paired=paired, out_order=order)
+    assert torch.equal(emulate(packed), w.dense[:, order])
+
+
+def test_the_kernel_of_a_module_on_cuda_is_told_with_its_reason() -> None:
+    cuda = torch.device("cuda")
+    assert CpuBackend(cuda, torch.float32).kernel(4, 4096, 4096, 128).kind == "reference (exact)"
+    backend = CudaBackend(cuda, torch.float16)
+    assert "3 bits" in str(backend.kernel(3, 4096, 4096, 128))
+    choice = backend.kernel(4, 4096, 4096, 128)
+    assert str(choice) == "cuda int4" if gemm.is_available() else choice.reason == gemm.unavailable_reason()
+    assert backend.kernel(4, 4096, 4096, -1).num_bytes <= choice.num_bytes
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not gemm.is_available(), reason=gemm.unavailable_reason() or "")
+@pytest.mark.parametrize("group_size", [32, 64, 128, 256, -1])
+@pytest.mark.parametrize("asym", [False, True], ids=["sym", "asym"])
+@pytest.mark.parametrize("act_order", [False, True], ids=["plain", "act-order"])
+@pytest.mark.parametrize(("k", "n"), [(256, 48), (328, 32), (1024, 4096)])
+@pytest.mark.parametrize("paired", [False, True], ids=["", "paired"])
+def test_the_device_packs_the_same_bytes(
+    k: int, n: int, group_size: int, asym: bool, act_order: bool, paired: bool
+) -> None:
+    w = random_weight(k, n, group_size, asym=asym, act_order=act_order)
+    for order in (None, torch.randperm(n)):
+        on_cpu, on_device = (
+            gemm.pack(w.qweight, w.scales, w.zeros, w.g_idx, group_size, device, paired=paired, out_order=order)
+            for device in ("cpu", "cuda")
+        )
+        assert torch.equal(on_cpu.data, on_device.data.cpu())
+        assert (on_cpu.perm is None) == (on_device.perm is None)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not gemm.is_available(), reason=gemm.unavailable_reason() or "")
+@pytest.mark.parametrize("container", ["safetensors", "sharded", "pt"])
+def test_tensors_read_to_the_device_are_those_of_the_file(container: str, tmp_path: Path) -> None:
+    model = random_model(replace(RECIPE, attention_bias=True, dense=("o_proj",)))
+    checkpoint = open_checkpoint(write_checkpoint(tmp_path, model, container=container))
+    with DeviceReader(torch.device("cuda")) as reader:
+        there = checkpoint.on(reader)
+        there.store.prefetch(checkpoint.store.names)
+        for module in checkpoint.modules:
+            here, found = checkpoint.gptq(module), there.gptq(module)
+            for part in ("qweight", "zeros", "scales", "g_idx"):
+                tensor = getattr(found, part)
+                assert tensor.is_cuda and torch.equal(tensor.cpu(), getattr(here, part))
+            assert (here.act_order, here.group_size, here.sym) == (found.act_order, found.group_size, found.sym)
+        name = "model.layers.0.self_attn.o_proj.weight"
+        assert torch.equal(there.tensor(name, (128, 128)).cpu(), checkpoint.tensor(name, (128, 128)))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not gemm.is_available(), reason=gemm.unavailable_reason() or "")
+def test_a_file_that_shrinks_under_the_device_reader_is_an_error(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path, random_model(RECIPE))
+    checkpoint = open_checkpoint(folder)
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-4096])
+    with DeviceReader(torch.device("cuda")) as reader, pytest.raises(CheckpointError, match="become shorter"):
+        for module in checkpoint.modules:
+            checkpoint.on(reader).gptq(module)
+
+
+def test_progress_is_silent_when_quick_and_a_line_now_and_then_when_not(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with LoadProgress("loading layers", 3) as progress:
+        for _ in range(3):
+            progress.advance()
+    assert capsys.readouterr().err == ""
+    clock = iter([0.0, 1.0, 6.0, 6.0, 7.0, 30.0, 30.0])
+    monkeypatch.setattr("gptq_api.model.progress.time.monotonic", lambda: next(clock))
+    with LoadProgress("loading layers", 5) as progress:
+        for _ in range(4):
+            progress.advance()
+    assert capsys.readouterr().err == "loading layers: 2 of 5\nloading layers: 4 of 5\n"

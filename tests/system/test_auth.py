@@ -1,0 +1,92 @@
+"""Keys, strict parameters, body limits and log lines: the server with small limits."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from tests.support.server import Server, chat_body, check_error
+
+CHAT = "/v1/chat/completions"
+
+
+def test_keys(strict_server: Server) -> None:
+    server = strict_server
+    for headers in (
+        {"authorization": ""},
+        {"authorization": "Bearer wrong"},
+        {"authorization": "Bearer first-ke"},
+        {"authorization": "Basic first-key"},
+        {"authorization": "first-key"},
+        {"authorization": "Bearer first-key,second-key"},
+        {"authorization": "Bearer first-key", "x-api-key": "second-key"},
+    ):
+        for path in (
+            "/v1/models",
+            "/metrics",
+            "/version",
+            "/openapi.json",
+            "/tokenizer_info",
+            "//v1/models",
+            "/v1/%6dodels",
+        ):
+            response = server.http.get(path, headers=headers)
+            assert response.status_code in (401, 404), (headers, path)
+        # refused before the body is looked at
+        check_error(server.http.post(CHAT, content=b"{", headers=headers), 401, None, "invalid_api_key")
+    doubled = [("authorization", "Bearer wrong"), ("authorization", "Bearer first-key")]
+    with server.http.stream("GET", f"http://127.0.0.1:{server.port}/v1/models", headers=doubled) as response:
+        assert response.status_code == 401
+    for headers in ({"authorization": "Bearer second-key"}, {"authorization": "bearer first-key"}):
+        assert server.http.get("/v1/models", headers=headers).status_code == 200
+    anonymous = {"authorization": ""}
+    assert server.http.get("/health", headers=anonymous).status_code == 200
+    assert server.http.get("/ready", headers=anonymous).status_code == 200
+    del server.http.headers["authorization"]
+    try:
+        assert server.http.get("/v1/models", headers={"x-api-key": "second-key"}).status_code == 200
+    finally:
+        server.http.headers["authorization"] = "Bearer first-key"
+    assert "first-key" not in server.log() and "second-key" not in server.log()
+
+
+def test_keys_do_not_share_cached_prefixes(strict_server: Server) -> None:
+    prompt = " ".join(f"item{i}" for i in range(60))
+    body = chat_body(prompt, max_tokens=1)
+    strict_server.post(CHAT, body)
+    cached = []
+    for key in ("first-key", "second-key"):
+        usage = strict_server.post(CHAT, body, authorization=f"Bearer {key}").json()["usage"]
+        cached.append(usage["prompt_tokens_details"]["cached_tokens"])
+    assert cached[0] > 0 and cached[1] == 0
+
+
+def test_strict_params(strict_server: Server) -> None:
+    check_error(strict_server.chat(frobnicate=1), 400, "frobnicate", "unknown_parameter")
+    message = {"role": "user", "content": "x", "mood": "good"}
+    check_error(strict_server.post(CHAT, {"messages": [message]}), 400, "messages", "unknown_parameter")
+
+
+def test_bodies_that_are_too_large(strict_server: Server) -> None:
+    def endless() -> Any:
+        for _ in range(200):
+            yield b" " * 10_000
+
+    for content in (b" " * 100_001, endless()):
+        headers = {"content-type": "application/json"}
+        try:
+            response = strict_server.http.post(CHAT, content=content, headers=headers)
+        except Exception as error:  # the server may close before everything is sent
+            assert type(error).__name__ in ("WriteError", "ReadError", "RemoteProtocolError")
+        else:
+            check_error(response, 413, None, "request_too_large")
+    assert strict_server.chat(max_tokens=1).status_code == 200
+
+
+def test_log_lines_are_json(strict_server: Server) -> None:
+    evil = "\x1b[31mred\r\nGET /fake HTTP/1.1"
+    strict_server.post(CHAT, chat_body(evil, max_tokens=1))
+    strict_server.http.get("/v1/models/%1b%5b31m%0d%0afake")
+    for line in strict_server.log().splitlines():
+        assert json.loads(line)["event"]
+        assert "\x1b" not in line and len(line) < 1000

@@ -1,0 +1,65 @@
+"""`--trace FILE`: every step of the engine as a line, and tools/replay.py, which runs them again."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from gptq_api.engine.trace import read_trace
+from tests.support.server import Server, chat_body
+
+REPLAY = [sys.executable, str(Path(__file__).parents[2] / "tools" / "replay.py")]
+
+
+@pytest.fixture(scope="module")
+def trace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of six clients at once, one of them sampling three answers."""
+    path = tmp_path_factory.mktemp("trace") / "steps.jsonl"
+    with (
+        Server("--trace", str(path), "--max-num-seqs", "4", "--num-blocks", "200") as server,
+        ThreadPoolExecutor(6) as pool,
+    ):
+        bodies = [chat_body(f"Count to {i}.", temperature=i % 2, seed=i, n=3 if i == 5 else 1) for i in range(6)]
+        replies = list(pool.map(lambda body: server.post("/v1/chat/completions", body).json(), bodies))
+        assert all("choices" in reply for reply in replies)
+    return path
+
+
+def test_every_token_of_every_answer_is_in_it(trace: Path) -> None:
+    head, steps = read_trace(trace)
+    assert (head.model_path, head.device, head.max_num_seqs, head.num_blocks) == ("demo", "cpu", 4, 200)
+    found = list(steps)
+    assert sum(len(traced.step.admitted) for traced in found) >= 8, "eight sequences, some of them perhaps twice"
+    at = 0.0
+    for traced in found:
+        assert traced.at_s >= at and 0 < traced.launch_ms <= traced.total_ms
+        assert len(traced.sampled.tokens) == sum(traced.sampled.num_tokens) == sum(traced.step.num_sampled)
+        at = traced.at_s
+    assert {seat for traced in found for seat in traced.step.seats} == {0, 1, 2, 3}
+
+
+def test_a_replay_samples_the_same_tokens(trace: Path) -> None:
+    done = subprocess.run([*REPLAY, str(trace), "--num-threads", "1"], capture_output=True, text=True, check=True)
+    result = json.loads(done.stdout)
+    assert result["steps"] == sum(1 for _ in read_trace(trace)[1])
+    assert result["tokens"] == result["same_tokens"] > 50
+    assert result["median_ms"] > 0 and result["recorded_median_ms"] > 0
+
+
+def test_what_is_no_trace_is_a_sentence(tmp_path: Path) -> None:
+    wrong = tmp_path / "wrong.jsonl"
+    wrong.write_text("{}\n")
+    for path, words in ((wrong, "is not a trace"), (tmp_path / "none", "No such file")):
+        done = subprocess.run([*REPLAY, str(path)], capture_output=True, text=True, check=False)
+        assert done.returncode == 1 and words in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_trace_that_cannot_be_written_is_told_before_the_port_opens(tmp_path: Path) -> None:
+    with Server("--trace", str(tmp_path / "no" / "such" / "folder"), wait=False) as server:
+        assert server.wait(60) == 1
+        assert "--trace" in server.log() and "cannot be written: No such file" in server.log()
