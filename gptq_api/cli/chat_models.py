@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import httpx
 import msgspec
 
+from gptq_api.api.answers.choice import Choice
 from gptq_api.config import ChatSettings
 from gptq_api.engine.client import EngineClient, EngineDead, EngineFailed, EngineStalled, Prompt
 from gptq_api.errors import UserError
@@ -92,27 +93,24 @@ class LocalModel:
             seed=random.getrandbits(31) if settings.seed is None else settings.seed,
             stop_token_ids=ends,
         )
-        stream = TextStream(tokenizer, stop=template.stop)
+        choice = Choice(0, 0, params, TextStream(tokenizer, stop=template.stop))
         try:
             with self._client.submit([Prompt(prompt, [params])]) as generation:
                 async for (delta,) in generation:
-                    text = stream.push(delta.tokens)
-                    report.num_tokens = stream.num_tokens
-                    report.finish_reason = delta.finish_reason
-                    if text:
-                        yield text
-                    if stream.stopped:
-                        report.finish_reason = "stop"
-                        return
-                    if delta.finish_reason == "error":
+                    pieces = choice.take(delta)
+                    report.num_tokens, report.finish_reason = choice.num_tokens, choice.finish_reason
+                    for piece in pieces:
+                        if piece.text:
+                            yield piece.text
+                    if choice.finish_reason == "error":
                         damaged = "the model's output is not finite: this checkpoint or its quantization is damaged"
                         raise ChatError(damaged)
+                    if choice.finish_reason is not None:
+                        return
         except EngineStalled as error:
             raise ChatError(f"{error}; a step that takes longer needs a larger --engine-timeout-s") from None
         except EngineDead as error:
             raise ChatError(str(error), fatal=True) from None
-        if text := stream.finish():
-            yield text
 
     def _fit(self, messages: list[Message], report: Report) -> list[int]:
         """The prompt, without as many of the oldest turns as it takes to leave room for an answer."""

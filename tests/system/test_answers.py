@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 
+from gptq_api.api.answers.choice import Piece
 from gptq_api.api.answers.formats import ChatFormat, CompletionFormat, Format, Head, UsageEvents
 from gptq_api.api.answers.respond import whole
 from gptq_api.api.answers.stream import events
-from gptq_api.api.answers.work import Piece, Work, admitted
+from gptq_api.api.answers.work import Work, admitted
 from gptq_api.api.errors import ApiError
 from gptq_api.api.service import Service
 from gptq_api.edge.request_log import RequestRecord

@@ -12,9 +12,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from gptq_api.api.answers.choice import Piece
 from gptq_api.api.answers.encoding import json_bytes
 from gptq_api.api.answers.logprobs import TokenEntry
-from gptq_api.api.answers.work import Piece, Work
+from gptq_api.api.answers.work import Work
 from gptq_api.api.service import Service
 
 Logprobs = Callable[[list[TokenEntry]], dict[str, Any]]

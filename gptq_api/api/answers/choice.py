@@ -1,0 +1,94 @@
+"""One sample of one prompt: the engine's tokens become the text that may be shown. Also what `gptq-api chat` shows."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+from gptq_api.api.answers.logprobs import Ledger, TokenEntry
+from gptq_api.engine.client import Delta
+from gptq_api.text.stream import TextStream
+from gptq_api.types import FinishReason, SamplingParams, TokenLogprobs
+
+
+@dataclass(slots=True)
+class Piece:
+    """News of one choice: text that may be shown, and with the last piece why the choice ended."""
+
+    choice: Choice
+    text: str
+    entries: list[TokenEntry]
+    """log-probabilities of the tokens whose text is shown by now; empty unless asked for"""
+    finish_reason: FinishReason | None = None
+
+
+class Choice:
+    """One sample of one prompt: its text, and when its tokens came."""
+
+    def __init__(self, index: int, sample: int, params: SamplingParams, text: TextStream) -> None:
+        self.index = index
+        self.sample = sample
+        """0 for the first of a prompt's samples"""
+        self.finish_reason: FinishReason | None = None
+        self.num_tokens = 0
+        self.first_token_at: float | None = None
+        self.last_token_at: float | None = None
+        self.gaps: list[float] = []
+        """seconds between tokens; as many as tokens after the first"""
+        self._text = text
+        self._ledger = None if params.top_logprobs is None else Ledger()
+
+    @property
+    def mean_logprob(self) -> float:
+        return 0.0 if self._ledger is None else self._ledger.mean
+
+    def take(self, delta: Delta) -> list[Piece]:
+        """Text that may be shown by now; the last piece of a choice, and only that one, has a finish_reason.
+
+        There is no last piece where the engine gave the sequence up ("error"): what was held back is not shown.
+        """
+        tokens = delta.tokens
+        if tokens:
+            self._clock(len(tokens))
+        if delta.finish_reason == "stop" and not self._text.include_stop:
+            tokens = tokens[:-1]  # the stop token, whose text is not part of the answer
+        text = self._text.push(tokens) if self._ledger is None else self._push(self._ledger, tokens, delta.logprobs)
+        if self._text.stopped:
+            self.num_tokens = self._text.num_tokens  # those behind it are nobody's
+            return [self._last(text, "stop")]
+        self.num_tokens += len(delta.tokens)
+        pieces = [Piece(self, text, self._shown(text))] if text else []
+        if delta.finish_reason == "error":
+            self.finish_reason = "error"
+        elif delta.finish_reason is not None:
+            pieces.append(self._last(self._text.finish(), delta.finish_reason))
+        return pieces
+
+    def _push(self, ledger: Ledger, tokens: list[int], logprobs: list[TokenLogprobs]) -> str:
+        """New text, with an entry in the ledger for each token up to one that completes a stop string."""
+        text = ""
+        for token, told in zip(tokens, logprobs, strict=False):
+            shown, start, end = self._text.push_token(token)
+            ledger.add(token, start, end, told)
+            text += shown
+            if self._text.stopped:
+                break
+        return text
+
+    def _last(self, text: str, reason: FinishReason) -> Piece:
+        self.finish_reason = reason
+        return Piece(self, text, self._shown(text, last=True), reason)
+
+    def _shown(self, text: str, last: bool = False) -> list[TokenEntry]:
+        return [] if self._ledger is None else self._ledger.shown(len(text), last, self._text.stopped)
+
+    def _clock(self, num_tokens: int) -> None:
+        now = time.monotonic()
+        if self.last_token_at is None:
+            self.first_token_at = self.last_token_at = now
+            num_tokens -= 1
+        if num_tokens == 1:
+            self.gaps.append(now - self.last_token_at)
+        elif num_tokens:  # tokens that a slow reader gets together: the time is shared among them
+            self.gaps += [(now - self.last_token_at) / num_tokens] * num_tokens
+        self.last_token_at = now
