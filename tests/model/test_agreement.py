@@ -27,7 +27,7 @@ def load(folder: Path, **settings: Any) -> CpuRunner:
 
 
 def all_logits(runner: CpuRunner, ids: list[int]) -> torch.Tensor:
-    solo = Solo(list(ids), SamplingParams(max_tokens=1), block_table=list(range(2, 2 + len(ids) // 16 + 1)))
+    solo = Solo(list(ids), SamplingParams(max_tokens=1), block_table=list(range(2, 2 + -(-len(ids) // 16))))
     return runner.logits(step_of([solo], [len(ids)]), every_row=True)[0]
 
 

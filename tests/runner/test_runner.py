@@ -192,6 +192,22 @@ def test_not_finite_is_one_sequences_fault_and_leaves_no_trace(folder: Path) -> 
     assert finish(runner, heir, 5) == expected[1]
 
 
+def test_padding_reads_nobody_elses_blocks(folder: Path) -> None:
+    """A short context beside a long one is read as far as the long one; zero times not-a-number is not zero."""
+    runner: Any = load_runner(settings(folder, dtype="bfloat16", num_blocks=40))
+    runner._model.embedding[90] = torch.nan
+    texts = [[5, 6, 7, 8], list(range(9, 60))]
+    expected = [finish(runner, sequence(ids, Blocks(runner, i)), 2) for i, ids in enumerate(texts)]
+    blocks = Blocks(runner)
+    blocks._free.remove(0)
+    short, long = (sequence(ids, blocks) for ids in texts)
+    step(runner, [short, long], [4, 51])
+    sick = sequence([4, 90, 6], blocks)
+    sick.block_table[0] = 0  # what an empty entry of a block table says
+    sampled = runner.launch(step_of([sick, short, long], [3, 1, 1]))
+    assert sampled.tokens == [-1, *(answer[1] for answer in expected)]
+
+
 def test_block_size_is_free(folder: Path) -> None:
     ids = list(range(5, 75))
     texts = []
