@@ -299,7 +299,7 @@ def test_what_the_kernels_do_not_take_runs_in_float32(recipe: Recipe, more: dict
     folder = write_checkpoint(tmp_path, random_model(recipe))
     runner = load(folder, num_blocks=100, **more)
     assert isinstance(runner, CpuRunner) and runner.device.startswith("cuda") and runner.dtype == "float32"
-    solo = Solo(list(IDS), SamplingParams(max_tokens=1), block_table=list(range(60)))
+    solo = Solo(list(IDS), SamplingParams(max_tokens=1), block_table=list(range(-(-len(IDS) // runner.block_size))))
     got, _ = runner.logits(step_of([solo], [len(IDS)]), every_row=True)
     expected = every_logit(load_runner(LoadOptions(model_path=str(folder), device="cpu", dtype="float32")), len(IDS))
     assert (got.cpu() - expected).abs().max() < 1e-2
