@@ -1,8 +1,7 @@
-"""What a runner has to know of a step, by numpy: which row is whose, where it stands, and where its K and V go.
+"""What the device has to be told of a step: laid out on the host with numpy in one buffer, copied once.
 
-The CPU takes `Rows` as they are. For CUDA they are laid out in one buffer that is copied once, and a step has a
-`StepShape`; a captured graph is fixed to one. Real steps are padded up to it: rows with position -1, sequences without
-context, tiles of no sequence, which every kernel skips.
+A step has a `StepShape`; a captured graph is fixed to one. Real steps are padded up to it: rows with position -1,
+sequences without context, tiles of no sequence, which every kernel skips.
 """
 
 from __future__ import annotations
@@ -99,10 +98,6 @@ class Columns:
     def num_rows(self) -> int:
         return int(self.new.sum())
 
-    def in_order(self, order: NDArray[np.integer]) -> Columns:
-        """The same step with its sequences in another order, or a part of them."""
-        return Columns(self.seats[order], self.computed[order], self.new[order], self.context[order], self.decode)
-
     def num_blocks(self, block_size: int) -> int:
         """Blocks of the longest context."""
         return -(-int(self.context.max()) // block_size)
@@ -110,17 +105,6 @@ class Columns:
     def num_tiles(self, tile_rows: int) -> int:
         """Query tiles of its sequences with more than one row."""
         return int((-(-self.new // tile_rows))[self.new > 1].sum())
-
-
-class Rows(NamedTuple):
-    """A step's new tokens, sequence after sequence. int32 [T] but the last."""
-
-    seats: Ints
-    positions: Ints
-    slots: Ints
-    """where K and V of the row go"""
-    ends: Ints
-    """[S], the row behind a sequence's last"""
 
 
 class SequenceTable:
@@ -139,33 +123,21 @@ class SequenceTable:
         decode = not step.admitted and int(new.max(initial=1)) == 1
         return Columns(seats, computed, new, computed + new, decode)
 
-    def rows(self, step: Columns) -> Rows:
-        """Of all sequences, in their order."""
-        num, size = len(step.seats), self._block_size
-        if step.decode:
-            seats, positions, ends = step.seats, step.computed, np.arange(1, num + 1, dtype=np.int32)
-        else:
-            ends = np.cumsum(step.new, dtype=np.int32)
-            seats = np.repeat(step.seats, step.new)
-            positions = np.arange(ends[-1], dtype=np.int32) + np.repeat(step.context - ends, step.new)
-        block, offset = np.divmod(positions, size)
-        return Rows(seats, positions, self._blocks[seats, block] * size + offset, ends)
-
-    def blocks(self, step: Columns, width: int) -> Ints:
-        """int32 [S, width], the blocks of each context; its last block again where it has fewer."""
-        last = (step.context - 1) // self._block_size
-        return self._blocks[step.seats[:, None], np.minimum(np.arange(width), last[:, None])]
-
     def write(self, step: Columns, tile_rows: int, to: StepInputs[Ints]) -> None:
         """Fill the arrays of a shape that holds the step, padding included; all but `sampling`."""
-        num = len(step.seats)
-        row_seat, positions, slots, ends = self.rows(step)
-        rows = len(positions)
-        if not step.decode:
+        num, size = len(step.seats), self._block_size
+        if step.decode:
+            rows, row_seat, positions = num, step.seats, step.computed
+            ends = np.arange(1, num + 1, dtype=np.int32)
+        else:
+            ends = np.cumsum(step.new, dtype=np.int32)
+            rows, row_seat = int(ends[-1]), np.repeat(step.seats, step.new)
+            positions = np.arange(rows, dtype=np.int32) + np.repeat(step.context - ends, step.new)
             _write_tiles(step.new, tile_rows, to.tiles)
+        block, offset = np.divmod(positions, size)
         to.row_seat[:rows], to.row_seat[rows:] = row_seat, 0
         to.positions[:rows], to.positions[rows:] = positions, -1
-        to.slot_mapping[:rows], to.slot_mapping[rows:] = slots, -1
+        to.slot_mapping[:rows], to.slot_mapping[rows:] = self._blocks[row_seat, block] * size + offset, -1
         to.query_start[0], to.query_start[1 : num + 1], to.query_start[num + 1 :] = 0, ends, rows
         to.context_lens[:num], to.context_lens[num:] = step.context, 0
         to.last_rows[:num], to.last_rows[num:] = ends - 1, 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from gptq_api.step import Step
 from gptq_api.types import SamplingParams
@@ -15,6 +15,7 @@ class Seat:
     token_ids: list[int]
     num_prompt_tokens: int
     params: SamplingParams
+    block_table: list[int] = field(default_factory=list)
 
     @property
     def num_output_tokens(self) -> int:
@@ -28,7 +29,9 @@ class Seats:
         self._seats: dict[int, Seat] = {}
 
     def take_in(self, step: Step) -> list[Seat]:
-        """Note who was admitted; the sequences of the step, in its order."""
+        """Note who was admitted and which blocks have come; the sequences of the step, in its order."""
         for new in step.admitted:
             self._seats[new.seat] = Seat(list(new.token_ids), new.num_prompt_tokens, new.params)
+        for blocks in step.new_blocks:
+            self._seats[blocks.seat].block_table[blocks.first :] = blocks.block_ids
         return [self._seats[seat] for seat in step.seats]

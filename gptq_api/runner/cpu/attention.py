@@ -17,19 +17,27 @@ import mmap
 from collections.abc import Collection
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from gptq_api.model.layers.norm import HeadNorm
 from gptq_api.model.layers.rotary import rotate
-from gptq_api.runner.inputs import Columns, SequenceTable
 
 _CONTEXT_STEP = 16
 _EXACT_CONTEXT_STEP = 512
 _ROW_STEP = 4
 _SMALLEST_BUCKET = 128
+
+
+@dataclass(frozen=True)
+class Span:
+    """One sequence's share of a step: its `num_tokens` rows follow `num_computed` tokens that are in the cache
+    already."""
+
+    num_computed: int
+    num_tokens: int
+    block_table: list[int]
 
 
 class KVCache:
@@ -99,7 +107,7 @@ class Group:
 @dataclass(frozen=True)
 class Plan:
     """What every layer of a step needs to know of the batch. Rows are in the order of `order`: `order[i]` is the
-    index of the i-th sequence in the step; the single-token ones come first, by context length."""
+    index of the i-th sequence in the spans; the single-token ones come first, by context length."""
 
     order: list[int]
     slots: Tensor
@@ -110,56 +118,61 @@ class Plan:
 
 
 def plan_attention(
-    step: Columns,
-    table: SequenceTable,
-    cache: KVCache,
-    queries_per_kv: int,
-    windows: Collection[int | None] = (None,),
+    spans: list[Span], cache: KVCache, queries_per_kv: int, windows: Collection[int | None] = (None,)
 ) -> Plan:
-    """Lay out a step for layers with these windows. It must have sequences."""
-    order = np.lexsort((step.computed, step.new > 1))
-    step = step.in_order(order)
-    rows = table.rows(step)
-    starts = rows.ends - step.new
-    groups = []
-    first = 0
-    while first < len(order):
-        last = _end_of_group(step, first)
-        members = step.in_order(np.arange(first, last))
-        groups.append(_group(int(starts[first]), members, table, cache, queries_per_kv, windows))
-        first = last
+    """Lay out a step for layers with these windows. Spans must not be empty; every context must fit its block table."""
+    order = sorted(range(len(spans)), key=lambda i: (spans[i].num_tokens > 1, spans[i].num_computed))
+    slots: list[int] = []
+    positions: list[int] = []
+    size = cache.block_size
+    for i in order:
+        span = spans[i]
+        new = range(span.num_computed, span.num_computed + span.num_tokens)
+        positions.extend(new)
+        slots.extend(span.block_table[p // size] * size + p % size for p in new)
     device = cache.by_slot[0].device
-    slots, positions = torch.from_numpy(np.stack([rows.slots, rows.positions]).astype(np.int64)).to(device)
-    return Plan(order.tolist(), slots, positions, groups)
+    groups = []
+    row = first = 0
+    while first < len(order):
+        last = _end_of_group(spans, order, first)
+        members = [spans[i] for i in order[first:last]]
+        groups.append(_group(row, members, cache, queries_per_kv, windows))
+        row += len(members) * members[0].num_tokens
+        first = last
+    as_tensor = torch.tensor([slots, positions], dtype=torch.int64).to(device)
+    return Plan(order, as_tensor[0], as_tensor[1], groups)
 
 
-def _end_of_group(step: Columns, first: int) -> int:
+def _end_of_group(spans: list[Span], order: list[int], first: int) -> int:
     """Single-token rows share a group while their contexts share a power of two, so that padding at most doubles the
     work."""
-    if step.new[first] > 1:
+    if spans[order[first]].num_tokens > 1:
         return first + 1
-    limit = max(_SMALLEST_BUCKET, 1 << int(step.computed[first]).bit_length())
-    single = int(np.count_nonzero(step.new == 1))
-    return first + int(np.searchsorted(step.computed[first:single], limit))
+    limit = max(_SMALLEST_BUCKET, 1 << spans[order[first]].num_computed.bit_length())
+    last = first + 1
+    while last < len(order) and spans[order[last]].num_tokens == 1 and spans[order[last]].num_computed < limit:
+        last += 1
+    return last
 
 
 def _group(
-    start: int,
-    members: Columns,
-    table: SequenceTable,
-    cache: KVCache,
-    queries_per_kv: int,
-    windows: Collection[int | None],
+    start: int, members: list[Span], cache: KVCache, queries_per_kv: int, windows: Collection[int | None]
 ) -> Group:
     size = cache.block_size
-    longest = int(members.context.max())
+    longest = max(span.num_computed + span.num_tokens for span in members)
     step = _context_step(longest, cache.dtype)
     num_blocks = -(-longest // math.lcm(step, size)) * math.lcm(step, size) // size
+    table: list[int] = []
+    for span in members:
+        used = -(-(span.num_computed + span.num_tokens) // size)
+        # Padding reads a sequence's own last block again: finite numbers that the mask takes out.
+        table += span.block_table[:used] + [span.block_table[used - 1]] * (num_blocks - used)
     device = cache.by_block[0].device
-    # Padding reads a sequence's own last block again: finite numbers that the mask takes out.
-    blocks = torch.from_numpy(table.blocks(members, num_blocks).astype(np.int64).reshape(-1)).to(device)
-    num, num_tokens = len(members.seats), int(members.new[0])
-    ends = torch.from_numpy(members.computed).view(-1, 1, 1) + torch.arange(1, num_tokens + 1).view(1, -1, 1)
+    blocks = torch.tensor(table, dtype=torch.int64).to(device)
+    num_tokens = members[0].num_tokens
+    ends = torch.tensor([span.num_computed for span in members]).view(-1, 1, 1) + torch.arange(1, num_tokens + 1).view(
+        1, -1, 1
+    )
     rows = queries_per_kv * num_tokens
     padded = -(-rows // _ROW_STEP) * _ROW_STEP
     position = torch.arange(num_blocks * size)
@@ -170,11 +183,11 @@ def _group(
             visible &= position >= ends - window
         mask = torch.zeros(visible.shape, dtype=cache.dtype).masked_fill_(~visible, -math.inf)
         # Query rows of one KV head: head by head, tokens inside; rows of padding see everything and are dropped.
-        full = torch.zeros(num, 1, padded, num_blocks * size, dtype=cache.dtype)
+        full = torch.zeros(len(members), 1, padded, num_blocks * size, dtype=cache.dtype)
         full[:, 0, :rows] = mask.repeat(1, queries_per_kv, 1)
         masks[window] = full.to(device)
-    context = torch.empty(len(blocks), cache.by_block[0].shape[1], dtype=cache.dtype, device=device)
-    return Group(start, num, num_tokens, blocks, context, masks)
+    context = torch.empty(len(table), cache.by_block[0].shape[1], dtype=cache.dtype, device=device)
+    return Group(start, len(members), num_tokens, blocks, context, masks)
 
 
 def _context_step(longest: int, dtype: torch.dtype) -> int:

@@ -102,7 +102,7 @@ class CpuBackend:
             cache = KVCache(*_cache_shape(config, num_blocks, size), self.dtype, self.device)
         except (RuntimeError, OSError):
             raise does_not_fit(options, self) from None
-        return CpuRunner(PlainLlama(weights), cache, options.max_num_seqs, max_model_len, self.dtype)
+        return CpuRunner(PlainLlama(weights), cache, max_model_len, self.dtype)
 
 
 def _cache_shape(config: LlamaConfig, num_blocks: int, block_size: int) -> tuple[int, int, int, int, int]:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from gptq_api.runner.cpu.attention import KVCache, plan_attention
+from gptq_api.runner.cpu.attention import KVCache, Span, plan_attention
 from gptq_api.runner.cpu.forward import PlainLlama
 from gptq_api.runner.cpu.sampler import sample
-from gptq_api.runner.inputs import Columns, SequenceTable
 from gptq_api.runner.seats import Seat, Seats
 from gptq_api.step import Sampled, Step
 
@@ -20,11 +18,8 @@ class CpuRunner:
     lookahead = 0
     row_multiple = 1
 
-    def __init__(
-        self, model: PlainLlama, cache: KVCache, max_num_seqs: int, max_model_len: int, dtype: torch.dtype
-    ) -> None:
+    def __init__(self, model: PlainLlama, cache: KVCache, max_model_len: int, dtype: torch.dtype) -> None:
         self._model, self._cache, self._seats = model, cache, Seats()
-        self._table = SequenceTable(max_num_seqs, -(-max_model_len // cache.block_size), cache.block_size)
         self.max_model_len = max_model_len
         self.vocab_size = model.config.vocab_size
         self.block_size = cache.block_size
@@ -42,18 +37,17 @@ class CpuRunner:
         K and V of all new tokens are written in each layer before attention reads, so sequences of one step may share
         blocks that are filled in it. Token ids must be below vocab_size and block tables long enough.
         """
-        seats, columns = self._seats.take_in(step), self._table.take_in(step)
+        seats = self._seats.take_in(step)
         if not any(step.num_sampled):
             if seats:
-                self._forward(step, columns, seats)
+                self._forward(step, seats)
             return Sampled([0] * len(seats), [])
-        logits, sampling = self._forward(step, columns, seats)
+        logits, sampling = self._forward(step, seats)
         tokens, logprobs = sample(logits, [seats[i] for i in sampling])
         for i, token in zip(sampling, tokens, strict=True):
             seats[i].token_ids.append(max(token, 0))
             if token < 0:
-                one = columns.in_order(np.array([i]))
-                self._cache.scrub(self._table.blocks(one, one.num_blocks(self.block_size))[0].tolist())
+                self._cache.scrub(seats[i].block_table)
         found = {place: logprob for place, logprob in enumerate(logprobs) if logprob is not None}
         return Sampled(step.num_sampled, tokens, found)
 
@@ -67,26 +61,27 @@ class CpuRunner:
 
         With `every_row`, the rows of all new tokens in the step's order; for evaluation.
         """
-        return self._forward(step, self._table.take_in(step), self._seats.take_in(step), every_row)
+        return self._forward(step, self._seats.take_in(step), every_row)
 
-    def _forward(
-        self, step: Step, columns: Columns, seats: list[Seat], every_row: bool = False
-    ) -> tuple[Tensor, list[int]]:
+    def _forward(self, step: Step, seats: list[Seat], every_row: bool = False) -> tuple[Tensor, list[int]]:
         assert max(step.num_sampled) <= 1, "drafted tokens are for runners that draft"
-        model = self._model
-        plan = plan_attention(columns, self._table, self._cache, model.queries_per_kv, model.windows)
+        spans = [
+            Span(start, n, seat.block_table)
+            for seat, start, n in zip(seats, step.num_computed, step.num_new, strict=True)
+        ]
+        plan = plan_attention(spans, self._cache, self._model.queries_per_kv, self._model.windows)
         ids: list[int] = []
         last_row: dict[int, int] = {}
         first_row: dict[int, int] = {}
         for i in plan.order:
-            start, n = step.num_computed[i], step.num_new[i]
+            start, n = spans[i].num_computed, spans[i].num_tokens
             first_row[i] = len(ids)
             ids.extend(seats[i].token_ids[start : start + n])
             if step.num_sampled[i]:
                 last_row[i] = len(ids) - 1
         sampling = sorted(last_row)
         if every_row:
-            wanted = [first_row[i] + k for i, n in enumerate(step.num_new) for k in range(n)]
+            wanted = [first_row[i] + k for i in range(len(spans)) for k in range(spans[i].num_tokens)]
         else:
             wanted = [last_row[i] for i in sampling]
         device = self._model.embedding.device
