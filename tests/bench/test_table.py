@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +16,7 @@ from gptq_api.config import BenchSettings
 from gptq_api.text.samples import encode_documents, read_documents, windows
 from gptq_api.text.tokenizer import load_tokenizer
 from tests.support.checkpoints import Recipe, random_model, write_checkpoint
-from tests.support.float_models import TEXT, add_tokenizer, vocab_size
+from tests.support.float_models import TEXT, add_tokenizer, perplexity, vocab_size
 
 pytestmark = pytest.mark.slow
 
@@ -52,13 +51,7 @@ def reference_perplexity(folder: Path, length: int, num_windows: int) -> float:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
     found = windows(encode_documents(read_documents(TEXT), TEXT, load_tokenizer(folder), None, vocab_size()), length)
     chosen = [found[i * len(found) // num_windows] for i in range(num_windows)]
-    total, num = 0.0, 0
-    with torch.no_grad():
-        for ids in chosen:
-            logits = model(torch.tensor([ids])).logits[0, :-1]
-            total += float(torch.nn.functional.cross_entropy(logits, torch.tensor(ids[1:]), reduction="sum"))
-            num += len(ids) - 1
-    return math.exp(total / num)
+    return perplexity(model, chosen)
 
 
 def test_rows_against_transformers_and_both_files(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import json
-import math
 import os
 import re
 import shutil
@@ -35,7 +34,7 @@ from gptq_api.quantize.work import ModuleReport, WorkFolder
 from gptq_api.text.samples import hold_out, spread, windows
 from gptq_api.text.tokenizer import load_tokenizer
 from tests.support.checkpoints import Recipe, random_model, write_checkpoint
-from tests.support.float_models import TEXT, add_tokenizer, random_folder, train, vocab_size
+from tests.support.float_models import TEXT, add_tokenizer, perplexity, random_folder, train, vocab_size
 
 pytestmark = pytest.mark.slow
 
@@ -76,13 +75,7 @@ def reference_perplexity(folder: Path, texts: list[list[int]], checkpoint: Any =
     }
     missing, _ = model.load_state_dict({name: tensor.float() for name, tensor in state.items()}, strict=False)
     assert missing in ([], ["lm_head.weight"])
-    total, num = 0.0, 0
-    with torch.no_grad():
-        for ids in texts:
-            logits = model(torch.tensor([ids])).logits[0, :-1]
-            total += float(torch.nn.functional.cross_entropy(logits, torch.tensor(ids[1:]), reduction="sum"))
-            num += len(ids) - 1
-    return math.exp(total / num)
+    return perplexity(model, texts)
 
 
 def texts_of(

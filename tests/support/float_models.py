@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn import functional
 
 from gptq_api.demo import DEMO_PATH
 from gptq_api.text.tokenizer import load_tokenizer
@@ -26,6 +28,17 @@ def add_tokenizer(folder: Path) -> Path:
 
 def vocab_size() -> int:
     return int(json.loads((Path(DEMO_PATH) / "config.json").read_text())["vocab_size"])
+
+
+def perplexity(model: Any, texts: list[list[int]]) -> float:
+    """Of every token but the first of each text, by a model of transformers."""
+    total, num = 0.0, 0
+    with torch.no_grad():
+        for ids in texts:
+            logits = model(torch.tensor([ids])).logits[0, :-1]
+            total += float(functional.cross_entropy(logits, torch.tensor(ids[1:]), reduction="sum"))
+            num += len(ids) - 1
+    return math.exp(total / num)
 
 
 def train(folder: Path, *, num_layers: int = 2, num_steps: int = 120) -> Path:
