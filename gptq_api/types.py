@@ -54,6 +54,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     logit_bias: dict[int, float] = {}
     top_logprobs: int | None = None
     """None: no logprobs; n >= 0: the sampled token's logprob and the n best."""
+    grammar: str = ""
+    """What the tokens have to spell, in llguidance's own JSON (`gptq_api/grammar`); "": anything. Where it may not end
+    yet, stop tokens cannot be sampled; where it has to, nothing else can."""
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
