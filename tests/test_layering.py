@@ -35,7 +35,9 @@ IN_API_MAY_IMPORT = {
     "requests": {"service", "errors"},
     "service": {"metrics", "errors"},
     "metrics": set(),
-    "errors": set(),
+    "errors": {"invalid", "unknown_url"},
+    "invalid": set(),
+    "unknown_url": set(),
 }
 """a module of api/, or a folder in it"""
 WITHOUT_TORCH = ("api", "edge", "text", "scheduler")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 
 from gptq_api import __version__
@@ -32,6 +33,8 @@ def build_app(service: Service) -> FastAPI:
         },
     )
     app.state.service = service
+    paths = [route.path for router in ROUTERS for route in router.routes if isinstance(route, APIRoute)]
+    app.state.paths = [path for path in paths if "{" not in path]
     for router in ROUTERS:
         app.include_router(router)
     return app

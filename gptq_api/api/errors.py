@@ -16,6 +16,9 @@ from fastapi import Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
+from gptq_api.api.invalid import first_invalid
+from gptq_api.api.unknown_url import unknown_url
+
 MAX_MESSAGE = 1000
 
 _TYPES = {400: "invalid_request_error", 401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
@@ -67,8 +70,9 @@ def not_supported(param: str, what: str = "is not supported by this server") -> 
     return ApiError(400, f"'{param}' {what}; leave it out.", param=param, code="unsupported_parameter")
 
 
-def wrong_key() -> ApiError:
-    message = "Incorrect API key provided: send one of this server's keys as 'Authorization: Bearer KEY'."
+def wrong_key(why: str) -> ApiError:
+    """`why`: what was sent instead of a key that is known, a sentence without its period."""
+    message = f"{why}: send one of this server's keys as 'Authorization: Bearer KEY' or 'x-api-key: KEY'."
     return ApiError(401, message, code="invalid_api_key", headers={"www-authenticate": "Bearer"})
 
 
@@ -82,10 +86,10 @@ def unavailable(message: str, code: str, retry_after_s: int = 5) -> ApiError:
 
 
 def context_exceeded(
-    max_model_len: int, num_prompt: int, num_answer: int, *, param: str, at_least: bool = False
+    max_model_len: int, num_prompt: int, num_answer: int, *, what: str, param: str, at_least: bool = False
 ) -> ApiError:
-    """OpenAI's own sentence: LangChain and LiteLLM recognise the overflow by it."""
-    what = "messages" if param == "messages" else "prompt"
+    """OpenAI's own sentence: LangChain and LiteLLM recognise the overflow by it. `what`: the field that the prompt came
+    in, `param`: the one to blame."""
     message = (
         f"This model's maximum context length is {max_model_len} tokens. However, you requested "
         f"{'at least ' if at_least else ''}{num_prompt + num_answer} tokens ({num_prompt} in the {what}, "
@@ -106,7 +110,8 @@ async def on_http_exception(request: Request, error: Exception) -> Response:
         return error_response(error.status_code, error.error, error.headers)
     path = request.scope["path"][:200]
     if error.status_code == 404:
-        body = error_object(404, f"Unknown request URL: {request.method} {path}.", code="unknown_url")
+        message, code = unknown_url(request.method, path, request.app.state.paths)
+        body = error_object(404, message, code=code)
     elif error.status_code == 405:
         allowed = (error.headers or {}).get("Allow", "")
         body = error_object(
@@ -120,51 +125,15 @@ async def on_http_exception(request: Request, error: Exception) -> Response:
 async def on_validation_error(request: Request, error: Exception) -> Response:
     """The first thing that is wrong with the body, with its name and the remedy."""
     assert isinstance(error, RequestValidationError)
-    first = error.errors()[0]
-    param = _param(first["loc"])
-    if first["type"] == "missing":
-        body = error_object(400, f"Missing required parameter: '{param}'.", param, "missing_required_parameter")
+    param, reason, code = first_invalid(error.errors(), error.body)
+    if code == "missing_required_parameter":
+        message = f"Missing required parameter: '{param}'."
     else:
         name = f"'{param}'" if param else "the request body"
-        got = _shown(first.get("input"))
-        body = error_object(400, f"Invalid value for {name}: {_reason(first)}{got}.", param, _code(first["type"]))
-    return error_response(400, body)
+        message = f"Invalid value for {name}: {reason}."
+    return error_response(400, error_object(400, message, param, code))
 
 
 async def on_exception(request: Request, error: Exception) -> Response:
     """A bug of ours. The details are in the log only."""
     return error_response(500, error_object(500, "The server had an error while processing the request."))
-
-
-def _param(loc: tuple[int | str, ...]) -> str | None:
-    parts = [part for part in loc[1:] if isinstance(part, int) or not part.startswith(("function-", "constrained-"))]
-    text = ""
-    for part in parts:
-        text += f"[{part}]" if isinstance(part, int) else f".{part[:64]}" if text else part[:64]
-    return text or None
-
-
-def _code(kind: str) -> str:
-    return "invalid_type" if kind.endswith(("_type", "_attributes_type")) else "invalid_value"
-
-
-def _reason(first: Mapping[str, Any]) -> str:
-    text = str(first["msg"]).removeprefix("Value error, ")
-    text = text.replace("Input should be", "it must be").replace(
-        "a valid dictionary or object to extract fields from", "an object"
-    )
-    return (text[0].lower() + text[1:])[:300]
-
-
-def _shown(value: object) -> str:
-    """What was sent, where that is short and plain; never a text of the user's."""
-    if isinstance(value, bool):
-        return f", got {str(value).lower()}"
-    if isinstance(value, float) or (isinstance(value, int) and abs(value) < 10**30):
-        return f", got {value}"
-    if value is None:
-        return ", got null"
-    if isinstance(value, int):
-        return ", got a number of more than 30 digits"
-    names: dict[type, str] = {str: "a string", list: "an array", dict: "an object"}
-    return f", got {names[type(value)]}" if type(value) in names else ""

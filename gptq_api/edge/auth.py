@@ -33,3 +33,15 @@ def _presented(headers: Headers) -> str:
         return plain[0]
     scheme, _, token = bearer[0].partition(" ")
     return token.strip() if scheme.lower() == "bearer" else ""
+
+
+def why_refused(headers: Headers) -> str:
+    """What is wrong with the key of a request that `check` refused, a sentence without its period."""
+    bearer, plain = headers.getlist("authorization"), headers.getlist("x-api-key")
+    if len(bearer) + len(plain) > 1:
+        return "More than one API key was sent"
+    if not any((*bearer, *plain)):
+        return "No API key was sent"
+    if bearer and not bearer[0].lower().startswith("bearer "):
+        return "The Authorization header holds no bearer token"
+    return "Incorrect API key provided"

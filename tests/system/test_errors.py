@@ -6,8 +6,11 @@ import json
 import time
 from typing import Any
 
+import httpx
 import pytest
 
+from gptq_api.api.errors import ApiError
+from gptq_api.api.requests.refused import refuse
 from tests.support.server import Server, chat_body, check_error
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
@@ -237,7 +240,7 @@ def test_content_types(server: Server) -> None:
     charset = server.http.post(CHAT, content=body, headers={"content-type": "application/json; charset=utf-8"})
     assert charset.status_code == 200
     zipped = {"content-type": "application/json", "content-encoding": "gzip"}
-    check_error(server.http.post(CHAT, content=body, headers=zipped), 415)
+    check_error(server.http.post(CHAT, content=body, headers=zipped), 415, None, "unsupported_content_encoding")
 
 
 def test_unknown_places(server: Server) -> None:
@@ -248,6 +251,46 @@ def test_unknown_places(server: Server) -> None:
     assert wrong.headers["allow"] == "POST"
     check_error(server.http.delete("/v1/models"), 405)
     check_error(server.chat(model="gpt-4"), 404, "model", "model_not_found")
+
+
+@pytest.mark.parametrize(
+    ("path", "meant"),
+    [
+        ("/chat/completions", "/v1/chat/completions"),
+        ("/v1/v1/chat/completions", "/v1/chat/completions"),
+        ("//v1/chat/completions", "/v1/chat/completions"),
+        ("/v1//chat/completions", "/v1/chat/completions"),
+        ("/v1/chat/completions/", "/v1/chat/completions"),
+        ("/api/v1/chat/completions", "/v1/chat/completions"),
+        ("/v1/chat/completion", "/v1/chat/completions"),
+        ("/completions", "/v1/completions"),
+        ("/v1/completion", "/v1/completions"),
+        ("/models", "/v1/models"),
+        ("/v1/models/", "/v1/models"),
+        ("/v1/tokenize", "/tokenize"),
+        ("/v1/health", "/health"),
+    ],
+)
+def test_the_usual_mistakes_are_told_the_right_url(server: Server, path: str, meant: str) -> None:
+    method = "GET" if meant in ("/v1/models", "/health") else "POST"
+    request = httpx.Request(method, f"http://127.0.0.1:{server.port}", json={} if method == "POST" else None)
+    request.url = request.url.copy_with(raw_path=path.encode())  # as it is written, two slashes and all
+    error = check_error(server.http.send(request), 404, None, "unknown_url")
+    assert f"{method} {path}." in error["message"] and f"Did you mean {meant}?" in error["message"], error
+
+
+def test_places_of_others_say_why_they_are_not_here(server: Server) -> None:
+    for path, why in (("/v1/embeddings", "computes no embeddings"), ("/v1/audio/speech", "text only")):
+        error = check_error(server.post(path, {"model": "demo", "input": "x"}), 404, None, "unsupported_endpoint")
+        assert why in error["message"] and "Did you mean" not in error["message"]
+
+
+def test_head_is_get_without_a_body(server: Server) -> None:
+    for path in ("/health", "/ready", "/v1/models", "/version"):
+        answer, asked = server.http.get(path), server.http.head(path)
+        assert asked.status_code == 200 and asked.content == b""
+        assert asked.headers["content-length"] == answer.headers["content-length"]
+    assert server.http.get("/health").json() == {"status": "ok"}, "the connection is still in step"
 
 
 def test_a_flood_of_wrong_items_costs_little(server: Server) -> None:
@@ -276,3 +319,33 @@ def test_other_methods(server: Server) -> None:
     """HEAD, OPTIONS and friends: an answer, never silence."""
     for method in ("HEAD", "OPTIONS", "PUT", "DELETE", "PATCH"):
         assert server.http.request(method, CHAT).status_code == 405
+
+
+def test_of_several_refused_fields_the_one_that_asks_is_named() -> None:
+    """Not the first in the alphabet: whoever sends functions is not told about function_call."""
+    with pytest.raises(ApiError) as refused:
+        refuse({"function_call": "auto", "functions": [{"name": "f"}]})
+    assert refused.value.error["param"] == "functions"
+
+
+def test_unknown_fields_of_messages_and_parts_are_named(server: Server, strict_server: Server) -> None:
+    parts = [{"type": "text", "text": "x"}, {"type": "text", "text": "y", "cache": 1, "a b": 2}]
+    messages = [{"role": "user", "content": parts}, {"role": "user", "content": "x", "mood": "good", "tone": None}]
+    for path, fields in ((CHAT, {"max_tokens": 1}), ("/tokenize", {})):
+        answer = server.post(path, {"messages": messages, **fields})
+        assert answer.status_code == 200, answer.text
+        named = "messages[0].content[1].cache, messages[0].content[1].a?b, messages[1].mood"
+        assert answer.headers["x-unsupported-params"] == named
+        for message, name in zip(messages, ("content[1].cache", "mood"), strict=True):
+            refused = strict_server.post(path, {"messages": [message]})
+            check_error(refused, 400, f"messages[0].{name}", "unknown_parameter")
+    many = [{"role": "user", "content": "x", **{f"k{i}": i for i in range(30)}}] * 30
+    answer = server.post(CHAT, {"messages": many, "max_tokens": 1})
+    assert answer.headers["x-unsupported-params"].count(",") == 15
+
+
+def test_the_context_sentence_of_chat_speaks_of_messages(server: Server) -> None:
+    error = check_error(server.chat(max_tokens=10**6), 400, "max_tokens", "context_length_exceeded")
+    assert " in the messages, " in error["message"] and "length of the messages" in error["message"]
+    asked = server.post(COMPLETIONS, {"prompt": "x", "max_tokens": 10**6})
+    assert " in the prompt, " in check_error(asked, 400, "max_tokens", "context_length_exceeded")["message"]

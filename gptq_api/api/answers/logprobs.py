@@ -62,7 +62,8 @@ def token_text(tokenizer: Tokenizer, token_id: int) -> str:
 
 def _spelled(tokenizer: Tokenizer, token_id: int, logprob: float) -> dict[str, Any]:
     data = tokenizer.token_bytes(token_id)
-    return {"token": token_text(tokenizer, token_id), "logprob": _finite(logprob), "bytes": list(data)}
+    # a control token stands for no text, which OpenAI's specification spells null
+    return {"token": token_text(tokenizer, token_id), "logprob": _finite(logprob), "bytes": list(data) or None}
 
 
 def _finite(logprob: float) -> float:

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, PlainValidator, WithJsonSchema, model_validator
+from pydantic import Field, ModelWrapValidatorHandler, PlainValidator, PrivateAttr, WithJsonSchema, model_validator
 
 from gptq_api.api.errors import bad_request, not_supported
-from gptq_api.api.requests.fields import MAX_TEXT, Body, Count, Name, SamplingFields, check_text
+from gptq_api.api.requests.fields import (
+    MAX_TEXT,
+    MAX_UNKNOWN,
+    Body,
+    Count,
+    Name,
+    SamplingFields,
+    check_text,
+    printable,
+    unrecognized,
+)
 from gptq_api.api.requests.refused import REFUSED_IN_MESSAGES
 from gptq_api.text.chat_template import joined_parts
 
@@ -31,6 +42,13 @@ def _content(value: Any) -> str | None:
             raise ValueError('a text part needs a string "text"')
         check_text(part["text"])
     return joined_parts(value)
+
+
+def unknown_in_parts(parts: list[dict[str, Any]]) -> list[str]:
+    """Paths of fields that nobody knows in the parts of a content, at most MAX_UNKNOWN."""
+    known = {"type", "text"}
+    names = ((index, name) for index, part in enumerate(parts) for name in part if name not in known)
+    return [f"content[{index}].{printable(name)}" for index, name in islice(names, MAX_UNKNOWN)]
 
 
 _PART = {
@@ -60,6 +78,22 @@ class ChatMessage(Body):
     name: Name | None = None
     """Handed to the chat template."""
 
+    _unknown_in_parts: list[str] = PrivateAttr(default_factory=list)
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _look_at_parts(cls, value: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        """The parts become one string; what nobody knows in them is kept here."""
+        message = handler(value)
+        content = value.get("content") if isinstance(value, dict) else None
+        message._unknown_in_parts = unknown_in_parts(content) if isinstance(content, list) else []
+        return message
+
+    @property
+    def unknown_in_parts(self) -> list[str]:
+        """Paths within the message, at most MAX_UNKNOWN."""
+        return self._unknown_in_parts
+
     @model_validator(mode="after")
     def _has_content(self) -> Self:
         if self.content is None:
@@ -73,21 +107,24 @@ class ChatMessage(Body):
 
 
 def check_messages(messages: list[ChatMessage], *, strict: bool) -> list[str]:
-    """Fields of messages nobody here knows. Raises ApiError 400 for those that would be ignored knowingly.
+    """Fields of messages and of their parts that nobody here knows, by their paths. Raises ApiError 400 for those that
+    would be ignored knowingly.
 
     SDK users send an assistant's message back as they got it: nulls and empty lists are fine.
     """
-    unknown = []
+    unknown: list[str] = []
     for index, message in enumerate(messages):
         for name, value in (message.model_extra or {}).items():
             if value in (None, [], ""):
                 continue
             if name in REFUSED_IN_MESSAGES:
                 raise not_supported(f"messages[{index}].{name}")
-            unknown.append(name)
+            if len(unknown) < MAX_UNKNOWN:
+                unknown.append(f"messages[{index}].{printable(name)}")
+        unknown += [f"messages[{index}].{path}" for path in message.unknown_in_parts[: MAX_UNKNOWN - len(unknown)]]
     if strict and unknown:
-        raise bad_request("Unrecognized field of a message.", "messages", "unknown_parameter")
-    return ["messages"] if unknown else []
+        raise unrecognized(unknown[0])
+    return unknown
 
 
 class ChatCompletionRequest(SamplingFields):

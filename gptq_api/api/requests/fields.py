@@ -14,7 +14,7 @@ from typing import Annotated, Any
 from annotated_types import Ge, Le, Len
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, WithJsonSchema
 
-from gptq_api.api.errors import bad_request
+from gptq_api.api.errors import ApiError, bad_request
 from gptq_api.api.requests.refused import REFUSED, refuse
 from gptq_api.text.stream import TextStream
 from gptq_api.text.tokenizer import Tokenizer
@@ -25,6 +25,8 @@ MAX_STOP = 16
 MAX_STOP_TEXT = 512
 MAX_BIAS = 1024
 MAX_TOKEN = 2**31 - 1
+MAX_UNKNOWN = 16
+"""names of unknown fields that are told, of a body and of its messages"""
 
 
 def check_text(value: str) -> str:
@@ -101,9 +103,9 @@ class Body(BaseModel):
         `strict`, for any."""
         extra: Mapping[str, Any] = self.model_extra or {}
         refuse(extra)
-        unknown = [_printable(name) for name in islice((name for name in extra if name not in REFUSED), 16)]
+        unknown = [printable(name) for name in islice((name for name in extra if name not in REFUSED), MAX_UNKNOWN)]
         if strict and unknown:
-            raise bad_request(f"Unrecognized request argument: {unknown[0]}.", unknown[0], "unknown_parameter")
+            raise unrecognized(unknown[0])
         return unknown
 
 
@@ -193,7 +195,11 @@ class SamplingFields(Body):
         return self.max_tokens, "max_tokens"
 
 
-def _printable(name: str) -> str:
+def unrecognized(name: str) -> ApiError:
+    return bad_request(f"Unrecognized request argument: {name}.", name, "unknown_parameter")
+
+
+def printable(name: str) -> str:
     """For a header and an error: 1 to 64 harmless ASCII characters, none of them a space."""
     return "".join(c if c.isascii() and (c.isalnum() or c in "_-.") else "?" for c in name[:64]) or "(empty)"
 

@@ -79,7 +79,7 @@ def check_fits(service: Service, texts: list[str], param: str, each: bool = Fals
     size = max(sizes, default=0) if each else sum(sizes)
     least = size // max(service.max_token_bytes, 1)
     if least > service.max_tokens:
-        raise context_exceeded(service.max_tokens, least, 0, param=param, at_least=True)
+        raise context_exceeded(service.max_tokens, least, 0, what=param, param=param, at_least=True)
 
 
 def _prompt(
@@ -100,9 +100,9 @@ def _prompt(
     room = service.max_tokens - len(ids)
     limit, limit_param = body.answer_limit
     if room < (0 if limit == 0 else 1):
-        raise context_exceeded(service.max_tokens, len(ids), limit or 1, param=param)
+        raise context_exceeded(service.max_tokens, len(ids), limit or 1, what=param, param=param)
     if limit is not None and limit > room:
-        raise context_exceeded(service.max_tokens, len(ids), limit, param=limit_param)
+        raise context_exceeded(service.max_tokens, len(ids), limit, what=param, param=limit_param)
     max_tokens = room if limit is None else limit
     min_tokens = body.min_tokens or 0
     if min_tokens > max_tokens:

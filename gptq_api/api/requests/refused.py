@@ -46,13 +46,14 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "typical_p": (None, 1, 1.0),
     "mirostat": (None, 0),
 }
-"""field of a body -> the values that mean "off"""
+"""field of a body -> the values that mean "off"; of several in one body the first here is named, so that what asks for
+something stands before what says how"""
 REFUSED_IN_MESSAGES = ("tool_calls", "tool_call_id", "function_call", "audio")
 
 
 def refuse(fields: Mapping[str, Any]) -> None:
     """Raises ApiError 400 where one of the fields asks for something that is not there."""
-    for name in sorted(REFUSED.keys() & fields.keys()):
+    for name in (name for name in REFUSED if name in fields):
         # `True == 1`, so types are compared too
         if not any(type(fields[name]) is type(off) and fields[name] == off for off in REFUSED[name]):
             raise not_supported(name)

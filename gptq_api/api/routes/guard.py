@@ -15,13 +15,23 @@ from fastapi.routing import APIRoute
 
 from gptq_api.api.errors import ApiError, wrong_key
 from gptq_api.api.service import get_record, get_service
+from gptq_api.edge.auth import why_refused
 
 
-class PublicRoute(APIRoute):
+class _Route(APIRoute):
+    """What can be asked with GET can be asked with HEAD: the same answer, of which the connection sends no body."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        if self.methods and "GET" in self.methods:
+            self.methods.add("HEAD")
+
+
+class PublicRoute(_Route):
     """For probes: says whether the server is alive, to anyone."""
 
 
-class GuardedRoute(APIRoute):
+class GuardedRoute(_Route):
     """For everything else."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
@@ -31,7 +41,7 @@ class GuardedRoute(APIRoute):
             service = get_service(request)
             key_id = service.auth.check(request.headers)
             if key_id is None:
-                raise wrong_key()
+                raise wrong_key(why_refused(request.headers))
             get_record(request).key_id = key_id
             if request.method == "POST":
                 request = _JsonRequest(request.scope, request.receive)
@@ -79,7 +89,8 @@ class _JsonRequest(Request):
             )
         coding = self.headers.get("content-encoding", "identity").lower()
         if coding != "identity":
-            raise ApiError(415, f"Content-Encoding {coding[:30]} is not supported; send plain JSON.")
+            message = f"Content-Encoding {coding[:30]} is not supported; send plain JSON."
+            raise ApiError(415, message, code="unsupported_content_encoding")
 
 
 def _too_large(max_bytes: int) -> ApiError:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from fastapi import Path, Response
+from fastapi import HTTPException, Path, Response
 
 from gptq_api.api.answers.encoding import json_response
 from gptq_api.api.routes.guard import guarded_router
@@ -32,5 +32,7 @@ async def list_models(service: ServiceDep) -> Response:
 @router.get("/v1/models/{model:path}")
 async def retrieve_model(model: Annotated[str, Path(max_length=512)], service: ServiceDep) -> Response:
     """What is known about it."""
+    if not model:
+        raise HTTPException(404)  # a slash too many
     service.check_model(model)
     return json_response(_card(service))
