@@ -29,9 +29,10 @@ MAY_IMPORT = {
 }
 IN_API_MAY_IMPORT = {
     "server": {"app", "service", "errors"},
-    "app": {"routes", "service", "errors"},
-    "routes": {"answers", "requests", "service", "metrics", "errors"},
+    "app": {"document", "routes", "service", "errors"},
+    "routes": {"answers", "document", "requests", "service", "metrics", "errors"},
     "answers": {"service", "errors"},
+    "document": set(),
     "requests": {"service", "errors"},
     "service": {"metrics", "errors"},
     "metrics": set(),

@@ -8,8 +8,10 @@ from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 
 from gptq_api import __version__
+from gptq_api.api.document.openapi import openapi_document
 from gptq_api.api.errors import on_exception, on_http_exception, on_validation_error
 from gptq_api.api.routes import chat, completions, models, ops, tokens
+from gptq_api.api.routes.guard import PublicRoute
 from gptq_api.api.service import Service
 
 ROUTERS = (ops.public, ops.router, models.router, chat.router, completions.router, tokens.router)
@@ -33,8 +35,15 @@ def build_app(service: Service) -> FastAPI:
         },
     )
     app.state.service = service
-    paths = [route.path for router in ROUTERS for route in router.routes if isinstance(route, APIRoute)]
-    app.state.paths = [path for path in paths if "{" not in path]
+    routes = [route for router in ROUTERS for route in router.routes if isinstance(route, APIRoute)]
+    app.state.paths = [route.path for route in routes if "{" not in route.path]
+    app.state.document = openapi_document(
+        routes,
+        {route.path for route in routes if isinstance(route, PublicRoute)},
+        title=app.title,
+        version=app.version,
+        keyed=bool(service.settings.api_key),
+    )
     for router in ROUTERS:
         app.include_router(router)
     return app

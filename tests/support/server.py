@@ -148,14 +148,15 @@ class RawStream:
     """One streamed request over a bare socket: the bytes as they are, and a reader that may stop reading."""
 
     def __init__(
-        self, server: Server, body: dict[str, Any], path: str = "/v1/chat/completions", rcvbuf: int = 0
+        self, server: Server, body: dict[str, Any], path: str = "/v1/chat/completions", rcvbuf: int = 0, key: str = ""
     ) -> None:
         self.sock = socket.socket()
         if rcvbuf:
             self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, rcvbuf)
         self.sock.settimeout(30)
         self.sock.connect(("127.0.0.1", server.port))
-        self.sock.sendall(raw_request(path, json.dumps(body).encode()))
+        extra = [f"Authorization: Bearer {key}"] if key else []
+        self.sock.sendall(raw_request(path, json.dumps(body).encode(), *extra))
         self._buffer = b""
 
     def head(self) -> tuple[int, dict[str, str]]:

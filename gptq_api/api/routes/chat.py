@@ -11,6 +11,7 @@ from gptq_api.api.answers.formats import ChatFormat, Head, UsageEvents
 from gptq_api.api.answers.logprobs import chat_logprobs
 from gptq_api.api.answers.respond import respond
 from gptq_api.api.answers.work import admitted
+from gptq_api.api.document.declare import BODY, WORK, answers
 from gptq_api.api.requests.chat import ChatCompletionRequest
 from gptq_api.api.requests.fields import unknown_header
 from gptq_api.api.requests.prompts import chat_prompt
@@ -20,7 +21,10 @@ from gptq_api.api.service import RecordDep, ServiceDep
 router = guarded_router()
 
 
-@router.post("/v1/chat/completions")
+@router.post(
+    "/v1/chat/completions",
+    **answers("ChatCompletion", stream="ChatCompletionChunk", errors=(*BODY, 404, *WORK, 500)),
+)
 async def chat_completions(
     body: ChatCompletionRequest, request: Request, service: ServiceDep, record: RecordDep
 ) -> Response:

@@ -11,6 +11,7 @@ from gptq_api.api.answers.formats import CompletionFormat, Head, UsageEvents
 from gptq_api.api.answers.logprobs import completion_logprobs
 from gptq_api.api.answers.respond import respond
 from gptq_api.api.answers.work import Work, admitted
+from gptq_api.api.document.declare import BODY, WORK, answers
 from gptq_api.api.requests.completions import CompletionRequest
 from gptq_api.api.requests.fields import unknown_header
 from gptq_api.api.requests.prompts import completion_prompts
@@ -20,7 +21,7 @@ from gptq_api.api.service import RecordDep, Service, ServiceDep
 router = guarded_router()
 
 
-@router.post("/v1/completions")
+@router.post("/v1/completions", **answers("Completion", stream="CompletionChunk", errors=(*BODY, 404, *WORK, 500)))
 async def completions(body: CompletionRequest, request: Request, service: ServiceDep, record: RecordDep) -> Response:
     """What follows each prompt. Choice `i` belongs to prompt `i // n`."""
     service.check_model(body.model)

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 from fastapi import HTTPException, Path, Response
 
 from gptq_api.api.answers.encoding import json_response
+from gptq_api.api.document.declare import answers
 from gptq_api.api.routes.guard import guarded_router
 from gptq_api.api.service import Service, ServiceDep
 
@@ -23,13 +24,13 @@ def _card(service: Service) -> dict[str, Any]:
     }
 
 
-@router.get("/v1/models")
+@router.get("/v1/models", **answers("Models"))
 async def list_models(service: ServiceDep) -> Response:
     """The one model that is served."""
     return json_response({"object": "list", "data": [_card(service)]})
 
 
-@router.get("/v1/models/{model:path}")
+@router.get("/v1/models/{model:path}", **answers("Model", errors=(400, 404)))
 async def retrieve_model(model: Annotated[str, Path(max_length=512)], service: ServiceDep) -> Response:
     """What is known about it."""
     if not model:

@@ -8,6 +8,7 @@ from fastapi import Response
 
 from gptq_api.api.answers.encoding import json_response
 from gptq_api.api.answers.logprobs import token_text
+from gptq_api.api.document.declare import BODY, WORK, answers
 from gptq_api.api.errors import bad_request
 from gptq_api.api.requests.chat import check_messages
 from gptq_api.api.requests.fields import unknown_header
@@ -19,7 +20,7 @@ from gptq_api.api.service import ServiceDep
 router = guarded_router()
 
 
-@router.post("/tokenize")
+@router.post("/tokenize", **answers("Tokens", errors=(*BODY, 404, *WORK)))
 async def tokenize(body: TokenizeRequest, service: ServiceDep) -> Response:
     """The token ids of a text, or of messages under the chat template."""
     service.check_model(body.model)
@@ -44,7 +45,7 @@ async def tokenize(body: TokenizeRequest, service: ServiceDep) -> Response:
     return json_response(answer, unknown_header(unknown))
 
 
-@router.post("/detokenize")
+@router.post("/detokenize", **answers("Text", errors=(*BODY, 404)))
 async def detokenize(body: DetokenizeRequest, service: ServiceDep) -> Response:
     """The text of token ids, control tokens written out."""
     service.check_model(body.model)
@@ -56,7 +57,7 @@ async def detokenize(body: DetokenizeRequest, service: ServiceDep) -> Response:
     return json_response({"prompt": text}, unknown_header(unknown))
 
 
-@router.get("/tokenizer_info")
+@router.get("/tokenizer_info", **answers("TokenizerInfo"))
 async def tokenizer_info(service: ServiceDep) -> Response:
     """What lm-eval asks for to choose its own tokenizer."""
     tokenizer = service.tokenizer

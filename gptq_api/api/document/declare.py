@@ -1,0 +1,90 @@
+"""What a route says about its answers: `@router.get("/version", **answers("Version"))`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from fastapi import Response
+
+from gptq_api.api.document.shapes import SHAPES, ref
+
+MEANING = {
+    400: "The request is wrong: the error names the field and the remedy.",
+    401: "No key was sent, or none that this server knows.",
+    404: "That model is not served here.",
+    408: "The body did not arrive in time.",
+    413: "The body is too large.",
+    415: "The body is compressed.",
+    429: "The server is full: try again after `retry-after` seconds.",
+    500: "The model produced numbers that are not finite.",
+    503: "The server is shutting down, or its engine is gone or silent.",
+}
+BODY = (400, 408, 413, 415)
+"""what can come of reading a body"""
+WORK = (429, 503)
+"""what can come of asking for a place"""
+_SECONDS = {"schema": {"type": "integer", "minimum": 0}}
+_HEADERS: dict[int, dict[str, Any]] = {
+    401: {"www-authenticate": {"schema": {"type": "string"}}},
+    429: {"retry-after": _SECONDS, "retry-after-ms": {"schema": {"type": "integer", "minimum": 0}}},
+    503: {"retry-after": _SECONDS},
+}
+_COMMON = {
+    "x-request-id": {"$ref": "#/components/headers/x-request-id"},
+    "openai-processing-ms": {"$ref": "#/components/headers/openai-processing-ms"},
+}
+
+
+def answers(
+    name: str,
+    *,
+    stream: str | None = None,
+    errors: Iterable[int] = (),
+    media_type: str = "application/json",
+    also: Iterable[int] = (),
+) -> dict[str, Any]:
+    """Options for a router's decorator. `name`: of the shape of the answer with status 200, and with those in `also`;
+    `stream`: of the shape of each event, where there may be a stream of them; `errors`: the statuses of errors that can
+    come, but for 401, which every guarded route has where there are keys."""
+    assert name in SHAPES and (stream is None or stream in SHAPES)
+    content: dict[str, Any] = {media_type: {"schema": ref(name)}}
+    if stream is not None:
+        data = {"type": "string", "contentMediaType": "application/json", "contentSchema": ref(stream)}
+        event = {"type": "object", "properties": {"data": data}, "required": ["data"]}
+        content["text/event-stream"] = {"itemSchema": event}
+    description = "The answer; with `stream`, as events, and `[DONE]` for the last." if stream else "The answer."
+    headers = dict(_COMMON)
+    if 400 in errors and name != "Error":
+        headers["x-unsupported-params"] = {"$ref": "#/components/headers/x-unsupported-params"}
+    responses: dict[int, Any] = {200: {"description": description, "headers": headers, "content": content}}
+    for status in also:
+        responses[status] = {"description": MEANING[status], "headers": _COMMON, "content": content}
+    responses |= {status: error_answer(status) for status in sorted(errors)}
+    return {"response_class": Response, "responses": responses}
+
+
+def error_answer(status: int) -> dict[str, Any]:
+    return {
+        "description": MEANING[status],
+        "headers": {**_COMMON, **_HEADERS.get(status, {})},
+        "content": {"application/json": {"schema": ref("Error")}},
+    }
+
+
+COMMON_HEADERS = {
+    "x-request-id": {
+        "description": "Of this request, also in the log.",
+        "required": True,
+        "schema": {"type": "string"},
+    },
+    "openai-processing-ms": {
+        "description": "From the first header to the first byte of the answer.",
+        "required": True,
+        "schema": {"type": "integer", "minimum": 0},
+    },
+    "x-unsupported-params": {
+        "description": "Fields of the request that had no effect, because nobody here knows them.",
+        "schema": {"type": "string"},
+    },
+}

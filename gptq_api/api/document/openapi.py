@@ -1,0 +1,71 @@
+"""/openapi.json: what the framework finds out about requests, and what routes declare about answers."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Collection, Sequence
+from typing import Any
+
+from fastapi.openapi.utils import get_openapi
+from fastapi.routing import APIRoute
+
+from gptq_api.api.document.declare import COMMON_HEADERS, error_answer
+from gptq_api.api.document.shapes import SHAPES
+
+_SCHEMES = {
+    "bearer": {"type": "http", "scheme": "bearer"},
+    "x-api-key": {"type": "apiKey", "in": "header", "name": "x-api-key"},
+}
+
+
+def openapi_document(
+    routes: Sequence[APIRoute], public: Collection[str], *, title: str, version: str, keyed: bool
+) -> dict[str, Any]:
+    """OpenAPI 3.1. `public`: paths that need no key; `keyed`: whether the others need one."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # GET and HEAD of one route have one name until we give them two
+        document: dict[str, Any] = _plain(get_openapi(title=title, version=version, routes=routes))
+    components = document.setdefault("components", {})
+    schemas = components.setdefault("schemas", {})
+    for name in ("HTTPValidationError", "ValidationError"):
+        schemas.pop(name, None)
+    assert not schemas.keys() & SHAPES.keys(), "a request's body and an answer have one name"
+    schemas.update(SHAPES)
+    components["headers"] = COMMON_HEADERS
+    if keyed:
+        components["securitySchemes"] = _SCHEMES
+    for path, operations in document["paths"].items():
+        for operation in operations.values():
+            _finish(operation, guarded=keyed and path not in public)
+        if "get" in operations:
+            operations["head"] = _head_of(operations["get"])
+    return document
+
+
+def _plain(value: Any) -> Any:
+    """The framework makes floats of all bounds; they become the integers that were meant."""
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and value.is_integer():
+        return min(int(value), 2**63 - 1)
+    return value
+
+
+def _finish(operation: dict[str, Any], *, guarded: bool) -> None:
+    responses = operation["responses"]
+    responses.pop("422", None)  # every wrong body is a 400 here
+    if guarded:
+        responses["401"] = error_answer(401)
+        operation["security"] = [{name: []} for name in _SCHEMES]
+    operation["responses"] = dict(sorted(responses.items()))
+
+
+def _head_of(operation: dict[str, Any]) -> dict[str, Any]:
+    head = copy.deepcopy(operation)
+    head["operationId"] = operation["operationId"].removesuffix("_get") + "_head"
+    for response in head["responses"].values():
+        response.pop("content", None)
+    return head

@@ -1,0 +1,155 @@
+"""JSON Schemas of what routes answer. They are closed: an answer with a field that stands in none of them fails a test.
+
+A route names its shape where it is declared (`declare.answers`); a new one is an entry in `SHAPES`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+Schema = dict[str, Any]
+
+TEXT: Schema = {"type": "string"}
+COUNT: Schema = {"type": "integer", "minimum": 0}
+FLAG: Schema = {"type": "boolean"}
+TIME: Schema = {"type": "integer", "minimum": 0, "description": "Unix time, seconds"}
+NULL: Schema = {"type": "null"}
+LOGPROB: Schema = {"type": "number", "maximum": 0}
+
+
+def ref(name: str) -> Schema:
+    """Another shape."""
+    return {"$ref": f"#/components/schemas/{name}"}
+
+
+def either(*schemas: Schema) -> Schema:
+    return {"anyOf": list(schemas)}
+
+
+def array(items: Schema, **bounds: int) -> Schema:
+    return {"type": "array", "items": items, **bounds}
+
+
+def const(*values: str | None) -> Schema:
+    return {"const": values[0]} if len(values) == 1 else {"enum": list(values)}
+
+
+def shape(_optional: dict[str, Schema] | None = None, /, **required: Schema) -> Schema:
+    """An object with these fields and no others."""
+    properties = {**required, **(_optional or {})}
+    return {"type": "object", "properties": properties, "required": list(required), "additionalProperties": False}
+
+
+_ERROR = shape(
+    {
+        "n_prompt_tokens": COUNT | {"description": "with context_length_exceeded"},
+        "n_ctx": COUNT | {"description": "with context_length_exceeded: the longest prompt plus answer, tokens"},
+    },
+    message=TEXT,
+    type=TEXT,
+    param=either(TEXT, NULL) | {"description": "the field of the request that is to blame"},
+    code=either(TEXT, NULL),
+)
+_USAGE = shape(
+    prompt_tokens=COUNT,
+    completion_tokens=COUNT | {"description": "all that were generated, the token that ended an answer among them"},
+    total_tokens=COUNT,
+    prompt_tokens_details=shape(cached_tokens=COUNT),
+)
+_SPELLED: dict[str, Schema] = {
+    "token": TEXT,
+    "logprob": LOGPROB,
+    "bytes": either(array({"type": "integer", "minimum": 0, "maximum": 255}), NULL)
+    | {"description": "UTF-8 of the token, which may be a part of a character; null for control tokens"},
+}
+_CHAT_LOGPROBS = shape(
+    content=array(shape(**_SPELLED, top_logprobs=array(shape(**_SPELLED), maxItems=20)))
+    | {"description": "the tokens whose text is shown: the one that ended the answer is none of them"},
+    refusal=NULL,
+)
+_COMPLETION_LOGPROBS = shape(
+    tokens=array(TEXT),
+    token_logprobs=array(either(LOGPROB, NULL)),
+    top_logprobs=either(array(either({"type": "object", "additionalProperties": LOGPROB}, NULL)), NULL),
+    text_offset=array(COUNT),
+)
+_HEAD: dict[str, Schema] = {"created": TIME, "model": TEXT, "system_fingerprint": TEXT}
+_FINISH = const("stop", "length")
+_MESSAGE = shape(role=const("assistant"), content=TEXT, refusal=NULL)
+_DELTA = shape({"role": const("assistant"), "content": TEXT})
+_USAGE_OR_NULL = either(ref("Usage"), NULL)
+_MODEL = shape(id=TEXT, object=const("model"), created=TIME, owned_by=TEXT, max_model_len=COUNT)
+
+SHAPES: dict[str, Schema] = {
+    "Error": shape(error=_ERROR),
+    "Usage": _USAGE,
+    "ChatLogprobs": _CHAT_LOGPROBS,
+    "CompletionLogprobs": _COMPLETION_LOGPROBS,
+    "ChatCompletion": shape(
+        id=TEXT,
+        object=const("chat.completion"),
+        **_HEAD,
+        choices=array(
+            shape(index=COUNT, message=_MESSAGE, logprobs=either(ref("ChatLogprobs"), NULL), finish_reason=_FINISH),
+            minItems=1,
+        ),
+        usage=ref("Usage"),
+    ),
+    "ChatCompletionChunk": shape(
+        {"usage": _USAGE_OR_NULL},
+        id=TEXT,
+        object=const("chat.completion.chunk"),
+        **_HEAD,
+        choices=array(
+            shape(
+                index=COUNT,
+                delta=_DELTA,
+                logprobs=either(ref("ChatLogprobs"), NULL),
+                finish_reason=either(_FINISH, NULL),
+            )
+        ),
+    ),
+    "Completion": shape(
+        id=TEXT,
+        object=const("text_completion"),
+        **_HEAD,
+        choices=array(
+            shape(index=COUNT, text=TEXT, logprobs=either(ref("CompletionLogprobs"), NULL), finish_reason=_FINISH),
+            minItems=1,
+        ),
+        usage=ref("Usage"),
+    ),
+    "CompletionChunk": shape(
+        {"usage": _USAGE_OR_NULL},
+        id=TEXT,
+        object=const("text_completion"),
+        **_HEAD,
+        choices=array(
+            shape(
+                index=COUNT,
+                text=TEXT,
+                logprobs=either(ref("CompletionLogprobs"), NULL),
+                finish_reason=either(_FINISH, NULL),
+            )
+        ),
+    ),
+    "Model": _MODEL,
+    "Models": shape(object=const("list"), data=array(ref("Model"), minItems=1)),
+    "Tokens": shape({"token_strs": array(TEXT)}, count=COUNT, max_model_len=COUNT, tokens=array(COUNT)),
+    "Text": shape(prompt=TEXT),
+    "TokenizerInfo": shape(
+        bos_token=either(TEXT, NULL),
+        eos_token=either(TEXT, NULL),
+        bos_token_id=either(COUNT, NULL),
+        eos_token_id=either(COUNT, NULL),
+        vocab_size=COUNT,
+        model_max_length=COUNT,
+        add_bos_token=FLAG,
+        chat_template_source=TEXT,
+    ),
+    "Probe": shape(status=const("ok", "ready", "shutting down", "engine dead", "engine stalled")),
+    "Metrics": TEXT,
+    "OpenApi": {"type": "object", "required": ["openapi", "info", "paths"]},
+    "Version": shape(version=TEXT),
+}
+"""by the name under which /openapi.json has them"""

@@ -1,0 +1,144 @@
+"""/openapi.json is true: of every route, real answers have the shapes that stand there, every status that stands there
+comes, no other comes, and schemathesis finds nothing."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.openapi import Document, check_documented
+from tests.support.server import RawStream, Server, chat_body, raw_request, wait_for
+from tests.system.test_life import FAULTS
+
+CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+BODIES: dict[str, dict[str, Any]] = {
+    CHAT: chat_body(max_tokens=8, ignore_eos=True),
+    COMPLETIONS: {"prompt": "Hello", "max_tokens": 8, "ignore_eos": True},
+    "/tokenize": {"prompt": "Hello"},
+    "/detokenize": {"tokens": [5, 6]},
+}
+"""of every route that takes one: a body that is fine"""
+NAMED = {"/v1/models/{model}": "/v1/models/{}"}
+"""places that hold the name of a model"""
+USAGE = {"stream_options": {"include_usage": True, "continuous_usage_stats": True}}
+VARIANTS: list[tuple[str, dict[str, Any]]] = [
+    *((path, {}) for path in BODIES),
+    (CHAT, {"stream": True}),
+    (CHAT, {"stream": True, "logprobs": True, "top_logprobs": 2, "n": 2, **USAGE}),
+    (CHAT, {"logprobs": True, "top_logprobs": 20, "n": 2, "temperature": 2, "skip_special_tokens": False}),
+    (CHAT, {"frobnicate": 1}),
+    (COMPLETIONS, {"stream": True, "echo": True}),
+    (COMPLETIONS, {"stream": True, "logprobs": 2, **USAGE}),
+    (COMPLETIONS, {"logprobs": 5, "best_of": 2, "prompt": ["a", "b"]}),
+    (COMPLETIONS, {"logprobs": 0, "max_tokens": 1}),
+    ("/tokenize", {"return_token_strs": True}),
+    (CHAT, {"max_tokens": 10**6}),
+    (CHAT, {"temperature": "hot"}),
+]
+
+
+def document_of(server: Server) -> Document:
+    document: Document = server.http.get("/openapi.json").json()
+    return document
+
+
+def posts(document: Document) -> set[str]:
+    return {path for path, operations in document["paths"].items() if "post" in operations}
+
+
+def test_answers_are_what_the_document_says(server: Server) -> None:
+    document = document_of(server)
+    assert posts(document) == BODIES.keys(), "a new route needs a body above"
+    for path, fields in VARIANTS:
+        check_documented(document, path, server.post(path, {**BODIES[path], **fields}))
+    for path in document["paths"].keys() - BODIES.keys():
+        for method in document["paths"][path]:
+            place = NAMED.get(path, path).format("demo")
+            check_documented(document, path, server.http.request(method.upper(), place))
+
+
+def test_every_documented_status_comes_and_no_other(tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(FAULTS)
+    env = {"PYTHONPATH": os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")]))}
+    flags = ("--api-key", "key", "--body-timeout-s", "0.5", "--max-queued-requests", "1", "--engine-timeout-s", "5")
+    with Server(*flags, env=env) as server:
+        server.http.headers["authorization"] = "Bearer key"
+        document = document_of(server)
+        came = _provoked(server, document)
+    for path, operations in document["paths"].items():
+        for method, operation in operations.items():
+            said = {int(status) for status in operation["responses"]}
+            assert came[method, path] == said, (method, path, came[method, path] ^ said)
+
+
+def _provoked(server: Server, document: Document) -> dict[tuple[str, str], set[int]]:
+    """Whatever can go wrong with every route, once each, held against the document; the statuses that came."""
+    came: dict[tuple[str, str], set[int]] = {}
+
+    def ask(path: str, method: str, place: str = "", **options: Any) -> None:
+        answer = server.http.request(method.upper(), place or NAMED.get(path, path).format("demo"), **options)
+        check_documented(document, path, answer)
+        came.setdefault((method, path), set()).add(answer.status_code)
+
+    def everywhere(headers: dict[str, str] | None = None) -> None:
+        for path, operations in document["paths"].items():
+            for method in operations:
+                ask(path, method, json=BODIES[path] if method == "post" else None, headers=headers)
+
+    everywhere()
+    everywhere(headers={"authorization": "Bearer wrong"})
+    for path, place in NAMED.items():
+        for method in document["paths"][path]:
+            ask(path, method, place=place.format("nope"))
+            ask(path, method, place=place.format("x" * 600))
+    json_type = {"content-type": "application/json"}
+    for path, body in BODIES.items():
+        ask(path, "post", content=b"{", headers=json_type)
+        ask(path, "post", json={**body, "model": "nope"})
+        ask(path, "post", content=b"{}", headers={**json_type, "content-encoding": "gzip"})
+        for length, data in ((10**9, b""), (100, b"{")):
+            came["post", path].add(_raw_status(server, path, length, data))
+        if "500" in document["paths"][path]["post"]["responses"]:
+            ask(path, "post", json={**body, "max_tokens": 20, "seed": 666})
+    held = RawStream(server, chat_body(ignore_eos=True, stream=True), key="key")
+    held.head()
+    next(held.events())
+    os.kill(server.engine_pid, signal.SIGSTOP)
+    try:
+        everywhere()  # the one place is taken
+        wait_for(lambda: server.http.get("/health").status_code == 503, 60)
+        everywhere()
+    finally:
+        os.kill(server.engine_pid, signal.SIGCONT)
+        held.close()
+    return came
+
+
+def _raw_status(server: Server, path: str, length: int, data: bytes) -> int:
+    """Of a request that announces more than it sends."""
+    head = raw_request(path, b"", "Authorization: Bearer key").replace(b"Length: 0", b"Length: %d" % length)
+    with socket.create_connection(("127.0.0.1", server.port), timeout=30) as sock:
+        sock.sendall(head + data)
+        return int(sock.recv(4096).split()[1])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_schemathesis_finds_nothing(tmp_path: Path) -> None:
+    """All checks but one: a body may keep to the schema and be wrong for this model, such as an id beyond its
+    vocabulary or a prompt longer than its context, and is answered 400 then."""
+    with Server("--max-model-len", "64") as server:
+        code = "from schemathesis.cli import schemathesis; schemathesis()"
+        command = [sys.executable, "-c", code, "run", f"http://127.0.0.1:{server.port}/openapi.json"]
+        command += ["--exclude-checks", "positive_data_acceptance", "--seed", "1", "--max-examples", "20"]
+        command += ["--generation-database", "none", "--no-color", "--request-timeout", "30", "--warnings", "off"]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
+        assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+        assert "Traceback" not in server.log()
