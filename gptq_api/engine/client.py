@@ -17,24 +17,23 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from gptq_api.config import Settings
 from gptq_api.engine import wire
+from gptq_api.engine.generation import Generation
 from gptq_api.errors import UserError
 from gptq_api.types import (
     Abort,
     Add,
     EngineStats,
     Failed,
-    FinishReason,
     FromEngine,
     Ready,
     SamplingParams,
     StepOutput,
-    TokenLogprobs,
     pack_ids,
     unpack_ids,
 )
@@ -73,90 +72,6 @@ class Prompt:
     token_ids: list[int]
     params: list[SamplingParams]
     """one per sample"""
-
-
-@dataclass(slots=True)
-class Delta:
-    """What a choice got since its last delta: one token on a quick reader, several on a slow one."""
-
-    choice: int
-    """counts the samples of the first prompt, then those of the second ..."""
-    tokens: list[int] = field(default_factory=list)
-    logprobs: list[TokenLogprobs] = field(default_factory=list)
-    """one per token where SamplingParams.top_logprobs asked for them, otherwise empty"""
-    finish_reason: FinishReason | None = None
-    """why it ended, with the last delta of the choice"""
-
-
-class Generation:
-    """The mailbox of all choices of one request. Filling it never blocks; a slow reader gets each choice's tokens
-    merged.
-
-    The choices are numbered from 0; their sequences have consecutive ids from `first_id` on.
-    """
-
-    def __init__(self, client: EngineClient, first_id: int, num_choices: int) -> None:
-        self.first_id = first_id
-        self.num_cached_tokens = [0] * num_choices
-        """by choice, prompt tokens that came from the prefix cache; known with the first token"""
-        self._client = client
-        self._news: dict[int, Delta] = {}  # by choice, in the order of arrival
-        self._running = set(range(num_choices))  # choices of which more may come
-        self._error: Exception | None = None
-        self._reader: asyncio.Future[None] | None = None  # who waits for news
-
-    def close(self, choice: int) -> None:
-        """Give the place of a choice back, while the others go on; nothing more comes of it."""
-        self._running.discard(choice)
-        self._news.pop(choice, None)
-        self._client._leave([self.first_id + choice])
-
-    def put(self, sequence_id: int, token: int, logprobs: TokenLogprobs | None) -> None:
-        """The next token of a sequence."""
-        choice = sequence_id - self.first_id
-        delta = self._news.get(choice)
-        if delta is None:  # as for every token of a quick reader
-            self._news[choice] = Delta(choice, [token], [] if logprobs is None else [logprobs])
-            self._wake()
-            return
-        delta.tokens.append(token)
-        if logprobs is not None:
-            delta.logprobs.append(logprobs)
-
-    def finish(self, sequence_id: int, reason: FinishReason) -> None:
-        """A sequence has ended; what it got before is still to be read."""
-        choice = sequence_id - self.first_id
-        self._running.discard(choice)
-        self._news.setdefault(choice, Delta(choice)).finish_reason = reason
-        self._wake()
-
-    def fail(self, error: Exception) -> None:
-        """The engine failed: told once, after all that came before."""
-        self._error = error
-        self._wake()
-
-    def _wake(self) -> None:
-        reader = self._reader
-        if reader is not None and not reader.done():
-            reader.set_result(None)
-
-    async def __aiter__(self) -> AsyncIterator[list[Delta]]:
-        """What has come, at most one delta of each choice at a time, until all choices are finished or closed.
-
-        Raises EngineDead, EngineStalled when the engine fails first.
-        """
-        while True:
-            if self._news:
-                deltas = list(self._news.values())
-                self._news.clear()
-                yield deltas
-            elif not self._running:
-                return
-            elif self._error is not None:
-                raise self._error
-            else:
-                self._reader = asyncio.get_running_loop().create_future()
-                await self._reader
 
 
 _NO_STATS = EngineStats(0, 0, 0, 0, 0, 0, 0, 0)
@@ -256,7 +171,7 @@ class EngineClient:
         num_sequences = sum(len(prompt.params) for prompt in prompts)
         if len(self._generations) + num_sequences > self.settings.max_queued_requests:
             raise EngineFull(len(self._generations), self._retry_after_s())
-        generation = Generation(self, self._next_id, num_sequences)
+        generation = Generation(self._leave, self._next_id, num_sequences)
         sequence_ids = range(self._next_id, self._next_id + num_sequences)
         self._next_id += num_sequences
         self._generations |= dict.fromkeys(sequence_ids, generation)

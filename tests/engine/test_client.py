@@ -7,7 +7,8 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from gptq_api.engine.client import Delta, EngineDead, EngineFull, EngineStalled, Generation, Prompt
+from gptq_api.engine.client import EngineDead, EngineFull, EngineStalled, Prompt
+from gptq_api.engine.generation import Delta, Generation
 from gptq_api.types import Abort, Add, SamplingParams, pack_ids
 from tests.support.hand_fed_engine import HandFedEngine
 

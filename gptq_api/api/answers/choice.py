@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass
 
 from gptq_api.api.answers.logprobs import Ledger, TokenEntry
-from gptq_api.engine.client import Delta
+from gptq_api.engine.generation import Delta
 from gptq_api.text.stream import TextStream
 from gptq_api.types import FinishReason, SamplingParams, TokenLogprobs
 

@@ -12,7 +12,8 @@ from gptq_api.api.answers.choice import Choice, Piece
 from gptq_api.api.errors import ApiError, too_many, unavailable
 from gptq_api.api.service import Service
 from gptq_api.edge.request_log import RequestRecord
-from gptq_api.engine.client import Delta, EngineDead, EngineFull, EngineStalled, Generation, Prompt
+from gptq_api.engine.client import EngineDead, EngineFull, EngineStalled, Prompt
+from gptq_api.engine.generation import Delta, Generation
 from gptq_api.text.stream import TextStream
 
 
