@@ -20,19 +20,19 @@ class Authenticator:
         where the key is missing or wrong. All keys are compared, whatever the first comparison said."""
         if not self._digests:
             return b""
-        digest = hashlib.sha256(_presented(headers).encode("utf-8", "surrogatepass")).digest()
-        matches = [hmac.compare_digest(digest, known) for known in self._digests]
-        return hashlib.sha256(digest).digest()[:8] if any(matches) else None
+        presented = {hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest() for key in _presented(headers)}
+        found = {digest for digest in presented for known in self._digests if hmac.compare_digest(digest, known)}
+        return hashlib.sha256(found.pop()).digest()[:8] if len(found) == 1 else None
 
 
-def _presented(headers: Headers) -> str:
+def _presented(headers: Headers) -> list[str]:
+    """At most one key of each header. Claude Code sends both, the second of them meant for somebody else; two that are
+    known here are nobody's, since there is no guessing which one is meant."""
     bearer, plain = headers.getlist("authorization"), headers.getlist("x-api-key")
-    if len(bearer) + len(plain) != 1:  # two keys: no guessing which one is meant
-        return ""
-    if plain:
-        return plain[0]
-    scheme, _, token = bearer[0].partition(" ")
-    return token.strip() if scheme.lower() == "bearer" else ""
+    if len(bearer) > 1 or len(plain) > 1:
+        return []
+    keys = [token.strip() for scheme, _, token in (line.partition(" ") for line in bearer) if scheme.lower() == "bearer"]
+    return keys + plain
 
 
 def why_refused(headers: Headers) -> str:

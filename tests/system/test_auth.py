@@ -48,6 +48,15 @@ def test_keys(strict_server: Server) -> None:
     del server.http.headers["authorization"]
     try:
         assert server.http.get("/v1/models", headers={"x-api-key": "second-key"}).status_code == 200
+        for bearer, plain, status in (
+            ("first-key", "first-key", 200),
+            ("first-key", "sk-of-another-service", 200),
+            ("sk-of-another-service", "first-key", 200),
+            ("wrong", "wrong", 401),
+            ("first-key", "second-key", 401),
+        ):
+            both = {"authorization": f"Bearer {bearer}", "x-api-key": plain}
+            assert server.http.get("/v1/models", headers=both).status_code == status, both
     finally:
         server.http.headers["authorization"] = "Bearer first-key"
     assert "first-key" not in server.log() and "second-key" not in server.log()

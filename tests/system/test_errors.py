@@ -202,14 +202,28 @@ def test_too_long_for_the_context(server: Server) -> None:
         assert error["n_prompt_tokens"] == count and error["n_ctx"] == limit
     fits = server.post(COMPLETIONS, {"prompt": ids * (limit - 1), "ignore_eos": True})
     assert fits.status_code == 200 and fits.json()["usage"]["total_tokens"] == limit
-    check_error(server.chat(max_tokens=limit), 400, "max_tokens", "context_length_exceeded")
-    check_error(server.chat(max_tokens=2**31 - 1), 400, "max_tokens", "context_length_exceeded")
-    check_error(
-        server.chat(max_completion_tokens=limit, max_tokens=1), 400, "max_completion_tokens", "context_length_exceeded"
-    )
     started = time.monotonic()
     check_error(server.chat("word " * 10**6), 400, "messages", "context_length_exceeded")
     assert time.monotonic() - started < 3, "refused by its length, before it is encoded"
+
+
+def test_what_max_tokens_asks_beyond_the_context_is_cut_and_said(server: Server, strict_server: Server) -> None:
+    limit = server.http.get("/v1/models").json()["data"][0]["max_model_len"]
+    for most in (limit, 32_000, 2**31 - 1):
+        for answer in (
+            server.chat(max_tokens=most),
+            server.chat(max_completion_tokens=most, max_tokens=1),
+            server.chat(max_tokens=most, stream=True),
+        ):
+            assert answer.status_code == 200
+            room = limit - server.chat(max_tokens=1).json()["usage"]["prompt_tokens"]
+            assert answer.headers["x-max-tokens"] == str(room)
+    assert "x-max-tokens" not in server.chat(max_tokens=room).headers
+    answer = server.post(COMPLETIONS, {"prompt": ["x", "x x x x"], "max_tokens": limit, "ignore_eos": True})
+    num_longest = server.post("/tokenize", {"prompt": "x x x x"}).json()["count"]
+    assert answer.headers["x-max-tokens"] == str(limit - num_longest), "the least of what is left"
+    for fields in ({"max_tokens": limit}, {"max_completion_tokens": limit, "max_tokens": 1}):
+        check_error(strict_server.chat(**fields), 400, next(iter(fields)), "context_length_exceeded")
 
 
 @pytest.mark.parametrize(
@@ -344,8 +358,8 @@ def test_unknown_fields_of_messages_and_parts_are_named(server: Server, strict_s
     assert answer.headers["x-unsupported-params"].count(",") == 15
 
 
-def test_the_context_sentence_of_chat_speaks_of_messages(server: Server) -> None:
-    error = check_error(server.chat(max_tokens=10**6), 400, "max_tokens", "context_length_exceeded")
+def test_the_context_sentence_of_chat_speaks_of_messages(strict_server: Server) -> None:
+    error = check_error(strict_server.chat(max_tokens=10**6), 400, "max_tokens", "context_length_exceeded")
     assert " in the messages, " in error["message"] and "length of the messages" in error["message"]
-    asked = server.post(COMPLETIONS, {"prompt": "x", "max_tokens": 10**6})
+    asked = strict_server.post(COMPLETIONS, {"prompt": "x", "max_tokens": 10**6})
     assert " in the prompt, " in check_error(asked, 400, "max_tokens", "context_length_exceeded")["message"]

@@ -12,13 +12,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from sse_starlette import ServerSentEvent
+
 from gptq_api.api.answers.choice import Piece
 from gptq_api.api.answers.encoding import json_bytes
 from gptq_api.api.answers.logprobs import TokenEntry
 from gptq_api.api.answers.work import Work
+from gptq_api.api.errors import ApiError
 from gptq_api.api.service import Service
 
 Logprobs = Callable[[list[TokenEntry]], dict[str, Any]]
+DONE = b"data: [DONE]\n\n"
 
 
 @dataclass(slots=True, frozen=True)
@@ -70,9 +74,10 @@ class Told:
 
 
 class Format(ABC):
-    """A stream is `begin`, `piece` for each piece and `end`, each of them whole events or nothing; any other answer is
-    `whole`. What an endpoint says of one choice is up to it; the frame around that is OpenAI's for all."""
+    """A Shape of answers in choices. What an endpoint says of one choice is up to it; the frame around that is OpenAI's
+    for all, and so is `[DONE]`, which comes after an error too."""
 
+    ping = ServerSentEvent(comment="ping", sep="\n")
     kind: str
     chunk_kind: str
 
@@ -98,7 +103,10 @@ class Format(ABC):
         return event
 
     def end(self, work: Work) -> bytes:
-        return self._start + self._with_usage(work) if self._usage_at_end else b""
+        return self._start + self._with_usage(work) + DONE if self._usage_at_end else DONE
+
+    def failed(self, work: Work, error: ApiError) -> bytes:
+        return b"data: " + json_bytes({"error": error.error}) + b"\n\n" + DONE
 
     def whole(self, work: Work, told: Sequence[Told]) -> dict[str, Any]:
         """`told`: by choice."""

@@ -8,14 +8,14 @@ from typing import Any
 from fastapi import Request, Response
 
 from gptq_api.api.answers.encoding import json_response
-from gptq_api.api.answers.formats import Format, Told
-from gptq_api.api.answers.stream import StreamResponse
+from gptq_api.api.answers.formats import Told
+from gptq_api.api.answers.stream import Shape, StreamResponse
 from gptq_api.api.answers.work import Work
 from gptq_api.edge.disconnect import until_disconnect
 
 
 async def respond(
-    request: Request, work: Work, shape: Format, owned: ExitStack, *, stream: bool, headers: dict[str, str]
+    request: Request, work: Work, shape: Shape, owned: ExitStack, *, stream: bool, headers: dict[str, str]
 ) -> Response:
     """`owned` ends the work when it is closed: a stream takes it over and closes it at its own end.
 
@@ -26,7 +26,7 @@ async def respond(
     return json_response(await until_disconnect(request, whole(work, shape)), headers)
 
 
-async def whole(work: Work, shape: Format) -> dict[str, Any]:
+async def whole(work: Work, shape: Shape) -> dict[str, Any]:
     """All pieces of all choices, put together. Raises ApiError where the engine failed."""
     told = [Told() for _ in work.choices]
     async for pieces in work.pieces():

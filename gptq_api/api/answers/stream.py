@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import ExitStack
+from typing import Any, Protocol
 
 import anyio.lowlevel
 import structlog
@@ -11,18 +12,36 @@ from sse_starlette import EventSourceResponse, ServerSentEvent
 from sse_starlette.sse import SendTimeoutError
 from starlette.types import Message, Receive, Scope, Send
 
-from gptq_api.api.answers.encoding import json_bytes
-from gptq_api.api.answers.formats import Format
+from gptq_api.api.answers.choice import Piece
+from gptq_api.api.answers.formats import Told
 from gptq_api.api.answers.work import Work
 from gptq_api.api.errors import ApiError
 
 log = structlog.get_logger()
 
-DONE = b"data: [DONE]\n\n"
+
+class Shape(Protocol):
+    """How an API spells its answers. A stream is `begin`, `piece` for each piece and at last `end` or `failed`, each of
+    them whole events or nothing; any other answer is `whole`."""
+
+    ping: ServerSentEvent
+    """what is sent now and then so that nobody takes a slow answer for a dead one"""
+
+    def begin(self, work: Work) -> bytes: ...
+
+    def piece(self, work: Work, piece: Piece) -> bytes: ...
+
+    def end(self, work: Work) -> bytes: ...
+
+    def failed(self, work: Work, error: ApiError) -> bytes:
+        """Instead of `end`, at any moment."""
+
+    def whole(self, work: Work, told: Sequence[Told]) -> dict[str, Any]:
+        """`told`: by choice."""
 
 
-async def events(work: Work, shape: Format) -> AsyncIterator[bytes]:
-    """`data:` events up to [DONE], which comes after an error too. What comes at the same moment is one item."""
+async def events(work: Work, shape: Shape) -> AsyncIterator[bytes]:
+    """The events of a stream, up to the last. What comes at the same moment is one item."""
     end = b""
     try:
         if begin := shape.begin(work):
@@ -37,16 +56,12 @@ async def events(work: Work, shape: Format) -> AsyncIterator[bytes]:
                 end = item
         end += shape.end(work)
     except ApiError as error:
-        end += _error_event(error)
+        end += shape.failed(work, error)
     except Exception:
         log.exception("a stream failed by a bug", request_id=work.record.request_id)
         work.outcome = "bug"
-        end += _error_event(ApiError(500, "The server had an error while processing the request."))
-    yield end + DONE
-
-
-def _error_event(error: ApiError) -> bytes:
-    return b"data: " + json_bytes({"error": error.error}) + b"\n\n"
+        end += shape.failed(work, ApiError(500, "The server had an error while processing the request."))
+    yield end
 
 
 class StreamResponse(EventSourceResponse):
@@ -55,14 +70,14 @@ class StreamResponse(EventSourceResponse):
     (A generator that was never started never runs its `finally`, so the work may not belong to one.)
     """
 
-    def __init__(self, work: Work, shape: Format, *, owned: ExitStack, headers: dict[str, str]) -> None:
+    def __init__(self, work: Work, shape: Shape, *, owned: ExitStack, headers: dict[str, str]) -> None:
         settings = work.service.settings
         super().__init__(
             events(work, shape),
             headers=headers,
             ping=settings.sse_ping_s,
             sep="\n",  # with CRLF some readers never find the end of an event
-            ping_message_factory=lambda: ServerSentEvent(comment="ping", sep="\n"),
+            ping_message_factory=lambda: shape.ping,
             send_timeout=settings.send_timeout_s,
         )
         self._owned = owned

@@ -101,9 +101,9 @@ def _prompt(
     limit, limit_param = body.answer_limit
     if room < (0 if limit == 0 else 1):
         raise context_exceeded(service.max_tokens, len(ids), limit or 1, what=param, param=param)
-    if limit is not None and limit > room:
+    if limit is not None and limit > room and service.settings.strict_params:
         raise context_exceeded(service.max_tokens, len(ids), limit, what=param, param=limit_param)
-    max_tokens = room if limit is None else limit
+    max_tokens = room if limit is None else min(limit, room)
     min_tokens = body.min_tokens or 0
     if min_tokens > max_tokens:
         raise bad_request(
@@ -128,6 +128,14 @@ def _prompt(
     # the first sample is what n = 1 would have given
     rest = [msgspec.structs.replace(first, seed=_derived(first.seed, i)) for i in range(1, num_samples)]
     return Prompt(ids, [first, *rest])
+
+
+def cut_header(body: SamplingFields, prompts: list[Prompt]) -> dict[str, str]:
+    """The response header that says that an answer may be shorter than was allowed, because the context leaves no more
+    room behind the (longest) prompt. Coding agents ask for 32,000 tokens whatever the context is."""
+    limit, _ = body.answer_limit
+    least = min(prompt.params[0].max_tokens for prompt in prompts)
+    return {"x-max-tokens": str(least)} if limit is not None and least < limit else {}
 
 
 def _check_ids(service: Service, ids: list[int], param: str) -> None:

@@ -14,7 +14,7 @@ from gptq_api.api.answers.work import Work, admitted
 from gptq_api.api.document.declare import BODY, WORK, answers
 from gptq_api.api.requests.completions import CompletionRequest
 from gptq_api.api.requests.fields import unknown_header
-from gptq_api.api.requests.prompts import completion_prompts
+from gptq_api.api.requests.prompts import completion_prompts, cut_header
 from gptq_api.api.routes.guard import guarded_router
 from gptq_api.api.service import RecordDep, Service, ServiceDep
 
@@ -35,6 +35,7 @@ async def completions(body: CompletionRequest, request: Request, service: Servic
     with ExitStack() as owned:
         with service.preparing():
             prompts = await completion_prompts(service, body)
+            headers |= cut_header(body, prompts)
             work = owned.enter_context(admitted(service, record, prompts, new_text, body.cache_salt))
         echoes = await _echoes(service, body, work)
         shape = CompletionFormat(Head.new("cmpl", service), body.num_choices, usage, logprobs, echoes)
