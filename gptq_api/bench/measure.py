@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import resource
 import statistics
 import sys
 import tempfile
@@ -26,7 +25,7 @@ from gptq_api.checkpoint.dense import dequantized, open_dense
 from gptq_api.checkpoint.summary import summarise
 from gptq_api.errors import UserError
 from gptq_api.model.config import read_config
-from gptq_api.runner.load import make_runner, resolve_device
+from gptq_api.runner.load import backend_of, make_runner, resolve_device
 from gptq_api.runner.loaded import LoadedRunner
 from gptq_api.runner.options import LoadOptions
 from gptq_api.runner.solo import Solo, step_of
@@ -87,7 +86,7 @@ def _measure(job: Job, source: Checkpoint, checkpoint: Checkpoint) -> Row:
     seconds = _decode(runner, job)
     perplexity, predicted = _perplexity(runner, texts) if texts else (None, 0)
     bits, sizes, act_order = _quantization(source, job.kind)
-    resident, peak = _memory(device)
+    resident, peak = backend_of(device).memory_in_use(device)
     return Row(
         name=job.name,
         kind=job.kind,
@@ -95,7 +94,7 @@ def _measure(job: Job, source: Checkpoint, checkpoint: Checkpoint) -> Row:
         bits=bits,
         group_sizes=sizes,
         act_order=act_order,
-        device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        device=backend_of(device).device_name(device),
         dtype=runner.dtype,
         threads=torch.get_num_threads(),
         weights_mib=runner.weight_bytes / 2**20,
@@ -188,14 +187,6 @@ def _quantization(source: Checkpoint, kind: str) -> tuple[list[int], list[int], 
     count, total = summary.num_act_order, summary.num_modules
     act_order = "yes" if count == total else "no" if count == 0 else f"{count} of {total}"
     return sorted(summary.bits), sorted(summary.group_sizes), act_order
-
-
-def _memory(device: torch.device) -> tuple[int, int]:
-    """(now, at most), bytes."""
-    if device.type == "cuda":
-        return torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device)
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def main() -> int:

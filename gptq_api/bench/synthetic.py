@@ -78,9 +78,12 @@ class _Spec:
 class SyntheticStore(TensorStore):
     """The tensors of a synthetic checkpoint; the same ones at every reading on the same kind of device."""
 
-    def __init__(self, weights: WeightFiles, specs: dict[str, _Spec], device: torch.device) -> None:
+    def __init__(
+        self, weights: WeightFiles, specs: dict[str, _Spec], device: torch.device, drawn_in: torch.dtype
+    ) -> None:
+        """`drawn_in`: the type in which the device draws floating-point numbers fastest."""
         self.weights, self.metadata = weights, {}
-        self._specs, self._device = specs, device
+        self._specs, self._device, self._drawn_in = specs, device, drawn_in
 
     @property
     def names(self) -> frozenset[str]:
@@ -106,7 +109,7 @@ class SyntheticStore(TensorStore):
         return str(self.dtype(name)).removeprefix("torch.")
 
     def on(self, reader: DeviceReader) -> SyntheticStore:
-        return SyntheticStore(self.weights, self._specs, reader.device)
+        return SyntheticStore(self.weights, self._specs, reader.device, torch.float16)
 
     def prefetch(self, names: Iterable[str]) -> None:
         """Nothing is read."""
@@ -129,8 +132,7 @@ class SyntheticStore(TensorStore):
             return torch.ones(spec.shape, dtype=torch.float16, device=device)
         if spec.kind == "scales":
             return torch.rand(spec.shape, generator=generator, device=device).add_(0.5).mul_(spec.scale).half()
-        dtype = torch.float16 if device.type == "cuda" else torch.float32
-        return torch.randn(spec.shape, generator=generator, device=device, dtype=dtype).mul_(spec.scale).half()
+        return torch.randn(spec.shape, generator=generator, device=device, dtype=self._drawn_in).mul_(spec.scale).half()
 
 
 def synthetic_checkpoint(
@@ -168,7 +170,7 @@ def synthetic_checkpoint(
             "g_idx", (k,), 0.0, -(-k // groups), f"{name.removesuffix(module.name)}{module.joins}" if act_order else ""
         )
     weights = WeightFiles(folder, (folder / "random",), "random weights")
-    store = SyntheticStore(weights, specs, torch.device("cpu"))
+    store = SyntheticStore(weights, specs, torch.device("cpu"), torch.float32)
     return Checkpoint(folder, store, QuantConfig(), modules, 1, ())
 
 

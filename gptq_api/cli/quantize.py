@@ -41,8 +41,6 @@ def run(settings: QuantizeSettings) -> int:
 
 
 def _run(settings: QuantizeSettings) -> None:
-    import torch
-
     from gptq_api.checkpoint.dense import open_dense
     from gptq_api.model.config import read_config
     from gptq_api.quantize import gptq as quantizer
@@ -51,7 +49,7 @@ def _run(settings: QuantizeSettings) -> None:
     from gptq_api.quantize.driver import Recipe, check_shapes, quantize_model
     from gptq_api.quantize.output import MAX_SHARD_BYTES, write_checkpoint
     from gptq_api.quantize.work import WorkFolder
-    from gptq_api.runner.load import resolve_device
+    from gptq_api.runner.load import backend_of, resolve_device, set_threads
 
     console = Console(stderr=True, highlight=False)
     folder = Path(local_model(settings.model_path, settings.revision, settings.gptq_ckpt)).expanduser()
@@ -61,8 +59,7 @@ def _run(settings: QuantizeSettings) -> None:
     check_shapes(config, settings.bits)
     tokenizer = load_tokenizer(folder)
     device = resolve_device(settings.device)
-    if device.type == "cpu" and settings.num_threads is not None:
-        torch.set_num_threads(settings.num_threads)
+    set_threads(device, settings.num_threads)
     recipe = Recipe(
         quantizer.QuantizeOptions(
             bits=settings.bits,
@@ -82,7 +79,7 @@ def _run(settings: QuantizeSettings) -> None:
             f"--sample-length {length} is beyond the model's context of {config.max_position_embeddings}"
         )
     texts = _Texts(settings, folder, tokenizer, length, config.vocab_size)
-    with WorkFolder(out, _fingerprint(source, recipe, texts, device.type)) as work:
+    with WorkFolder(out, _fingerprint(source, recipe, texts, backend_of(device).kind)) as work:
         for sentence in texts.sentences:
             console.print(sentence, soft_wrap=True)
         with _Bar(console, 7 * config.num_hidden_layers) as bar:

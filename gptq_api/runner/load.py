@@ -32,8 +32,18 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 class RunnerBackend(Backend, CacheOwner, Protocol):
     """A Backend that also runs what was loaded."""
 
+    kind: str
+    """of device; what it stands for in BACKENDS"""
     default_batched_tokens: int
     """computed in one step where nobody says how many"""
+
+    @staticmethod
+    def device_name(device: torch.device) -> str:
+        """For tables of results: "cpu", or which GPU it is."""
+
+    @staticmethod
+    def memory_in_use(device: torch.device) -> tuple[int, int]:
+        """Bytes (now, at most until now) of this process where the model is."""
 
     def runner(self, weights: LlamaWeights, options: LoadOptions, max_model_len: int) -> LoadedRunner:
         """Ready to step. ConfigError where the memory does not suffice."""
@@ -41,6 +51,17 @@ class RunnerBackend(Backend, CacheOwner, Protocol):
 
 BACKENDS: dict[str, type[CpuBackend] | type[CudaBackend]] = {"cpu": CpuBackend, "cuda": CudaBackend}
 """by the type of device; what the second does not take runs on its device by the first, in float32"""
+
+
+def backend_of(device: torch.device) -> type[CpuBackend] | type[CudaBackend]:
+    """The one that knows the device, whichever runs the model there."""
+    return BACKENDS[device.type]
+
+
+def set_threads(device: torch.device, num_threads: int | None) -> None:
+    """CPU threads of the products, where products are the CPU's; None: torch's own number."""
+    if device.type == "cpu" and num_threads is not None:
+        torch.set_num_threads(num_threads)
 
 
 def load_runner(options: LoadOptions) -> LoadedRunner:
@@ -104,7 +125,7 @@ def _default_threads(checkpoint: Checkpoint) -> int:
 
 def token_budget(options: LoadOptions, device: torch.device) -> int:
     """Tokens computed in one step."""
-    return options.max_num_batched_tokens or BACKENDS[device.type].default_batched_tokens
+    return options.max_num_batched_tokens or backend_of(device).default_batched_tokens
 
 
 def model_path(path: str) -> Path:

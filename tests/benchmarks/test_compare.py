@@ -5,6 +5,9 @@ from __future__ import annotations
 import copy
 import importlib
 import json
+import os
+import signal
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -67,3 +70,14 @@ def test_one_file_holds_several_commits(
     monkeypatch.setattr(sys, "argv", ["compare.py", f"{path}@beef", path])
     assert compare.main() == 1
     assert "has no entry of commit beef" in capsys.readouterr().err
+
+
+def test_a_reader_that_leaves_ends_it_without_a_traceback() -> None:
+    """As `| head` does."""
+    path = str(BENCHMARKS / "results" / "gemm-nvidia-h200.json")
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as out:
+        command = [sys.executable, str(BENCHMARKS / "compare.py"), path, path]
+        done = subprocess.run(command, stdout=out, stderr=subprocess.PIPE, text=True)
+    assert done.stderr == "" and done.returncode == -signal.SIGPIPE

@@ -46,20 +46,11 @@ class KVCache:
     K and V of a token lie side by side, so that writing is one copy and reading a context one gather of its blocks.
     """
 
-    def __init__(
-        self,
-        num_layers: int,
-        num_blocks: int,
-        block_size: int,
-        num_kv_heads: int,
-        head_dim: int,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
-        # Zeros, not empty: masked slots are multiplied by zero, and what memory holds by chance may be NaN.
-        shape = (num_layers, num_blocks, block_size, 2, num_kv_heads, head_dim)
-        on_cpu = device.type == "cpu"
-        self._data = _lazy_zeros(shape, dtype) if on_cpu else torch.zeros(shape, dtype=dtype, device=device)
+    def __init__(self, data: Tensor) -> None:
+        """`data`: its memory. Zeros: masked slots are multiplied by zero, and what memory holds by chance may be
+        NaN."""
+        num_layers, num_blocks, block_size, _, num_kv_heads, head_dim = data.shape
+        self._data = data
         self.by_slot = self._data.view(num_layers, num_blocks * block_size, -1).unbind(0)
         """per layer [num_slots, 2 * num_kv_heads * head_dim]"""
         self.by_block = self._data.view(num_layers, num_blocks, -1).unbind(0)
@@ -81,9 +72,9 @@ class KVCache:
         self._data[:, index] = torch.nan_to_num(self._data[:, index], nan=0.0, posinf=0.0, neginf=0.0)
 
 
-def _lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Zeros of the operating system's, which become resident when first written: torch.zeros writes all of them at
-    once."""
+def lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Zeros of the operating system's, on the CPU, which become resident when first written: torch.zeros writes all of
+    them at once."""
     return torch.frombuffer(mmap.mmap(-1, math.prod(shape) * dtype.itemsize), dtype=dtype).view(shape)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import resource
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -15,7 +17,7 @@ from gptq_api.model.config import LlamaConfig
 from gptq_api.model.layers.linear import DenseLinear, Linear, PlainLinear, Weight
 from gptq_api.model.weights import LlamaWeights
 from gptq_api.runner.cpu import int4
-from gptq_api.runner.cpu.attention import KVCache
+from gptq_api.runner.cpu.attention import KVCache, lazy_zeros
 from gptq_api.runner.cpu.forward import PlainLlama
 from gptq_api.runner.cpu.runner import CpuRunner
 from gptq_api.runner.memory import does_not_fit, free_memory, gpu_knob, plan_cache
@@ -27,6 +29,7 @@ _EXACT = "reference (exact)"
 class CpuBackend:
     """Nothing here is fused, and a row's bits do not depend on the other rows."""
 
+    kind = "cpu"
     default_batched_tokens = 512
     head_dtype = torch.float32
     """bfloat16 logits have 8 bits, and the greedy token would be decided by rounding"""
@@ -34,6 +37,16 @@ class CpuBackend:
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         self.device, self.dtype = device, dtype
         self._on_cpu = device.type == "cpu"
+
+    @staticmethod
+    def device_name(device: torch.device) -> str:
+        return "cpu"
+
+    @staticmethod
+    def memory_in_use(device: torch.device) -> tuple[int, int]:
+        """Of the process."""
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return pages * resource.getpagesize(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
     def embedding_dtype(self, stored: torch.dtype, tied: bool) -> torch.dtype:
         """One tensor serves both ends where they are tied."""
@@ -68,6 +81,11 @@ class CpuBackend:
         """Loading may map the file; what is kept is memory of our own."""
         return tensor.clone() if self._on_cpu else tensor.to(self.device)
 
+    def _zeros(self, shape: tuple[int, ...]) -> Tensor:
+        if self._on_cpu:
+            return lazy_zeros(shape, self.dtype)
+        return torch.zeros(shape, dtype=self.dtype, device=self.device)
+
     def fed_by(self, gate_up: Linear, down: Linear) -> Linear:
         return down
 
@@ -99,11 +117,11 @@ class CpuBackend:
         memory = self.cache_memory(options, 0)
         num_blocks, max_model_len = plan_cache(options, config, self, max_model_len, memory)
         try:
-            cache = KVCache(*_cache_shape(config, num_blocks, size), self.dtype, self.device)
+            cache = KVCache(self._zeros(_cache_shape(config, num_blocks, size)))
         except (RuntimeError, OSError):
             raise does_not_fit(options, self) from None
         return CpuRunner(PlainLlama(weights), cache, max_model_len, self.dtype)
 
 
-def _cache_shape(config: LlamaConfig, num_blocks: int, block_size: int) -> tuple[int, int, int, int, int]:
-    return (config.num_hidden_layers, num_blocks, block_size, config.num_key_value_heads, config.head_dim)
+def _cache_shape(config: LlamaConfig, num_blocks: int, block_size: int) -> tuple[int, ...]:
+    return (config.num_hidden_layers, num_blocks, block_size, 2, config.num_key_value_heads, config.head_dim)

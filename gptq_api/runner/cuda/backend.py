@@ -44,10 +44,20 @@ def refusal(config: LlamaConfig, block_size: int) -> str | None:
 class CudaBackend:
     """For what `refusal` has nothing against, in float16 or bfloat16."""
 
+    kind = "cuda"
     default_batched_tokens = 2048
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         self.device, self.dtype, self.head_dtype = device, dtype, dtype
+
+    @staticmethod
+    def device_name(device: torch.device) -> str:
+        return torch.cuda.get_device_name(device)
+
+    @staticmethod
+    def memory_in_use(device: torch.device) -> tuple[int, int]:
+        """What torch has allocated on the device."""
+        return torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device)
 
     def embedding_dtype(self, stored: torch.dtype, tied: bool) -> torch.dtype:
         return self.dtype
