@@ -67,7 +67,7 @@ def answer(
     mask = torch.tensor([[0] * (width - len(e)) + [1] * len(e) for e in encoded], device=device)
     torch.manual_seed(seed)
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
-    out = model.generate(
+    out = model.generate(  # type: ignore[misc]
         input_ids=ids,
         attention_mask=mask,
         max_new_tokens=max_new_tokens,

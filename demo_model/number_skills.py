@@ -233,6 +233,7 @@ def number_turn(rng: random.Random) -> Turn:
     """Which is bigger, even or odd, what comes after."""
     kind = rng.randrange(4)
     a, b = rng.sample(range(100), 2)
+    patterns: tuple[str, ...]
     if kind == 0:
         patterns = (
             "Which is bigger, {a} or {b}?",

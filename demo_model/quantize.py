@@ -106,11 +106,13 @@ def spread_channels(model: LlamaForCausalLM, batches: list[tuple[Tensor, Tensor]
             for reader in readers:
                 reader.weight.div_(by)
         # All query heads of a group read the same value head.
-        kv, group = config.num_key_value_heads, config.num_attention_heads // config.num_key_value_heads
-        heads = squares[f"model.layers.{i}.self_attn.o_proj"].view(kv, group, config.head_dim)
+        kv, head_dim = config.num_key_value_heads, config.head_dim
+        assert kv is not None and head_dim is not None
+        group = config.num_attention_heads // kv
+        heads = squares[f"model.layers.{i}.self_attn.o_proj"].view(kv, group, head_dim)
         by = factors(heads.sum(1).flatten())
         attention.v_proj.weight.mul_(by[:, None])
-        attention.o_proj.weight.div_(by.view(kv, 1, config.head_dim).expand(-1, group, -1).flatten())
+        attention.o_proj.weight.div_(by.view(kv, 1, head_dim).expand(-1, group, -1).flatten())
         by = factors(squares[f"model.layers.{i}.mlp.down_proj"])
         mlp.up_proj.weight.mul_(by[:, None])
         mlp.down_proj.weight.div_(by)

@@ -126,7 +126,7 @@ def main() -> None:
         f"{len(chats.lengths)} chats, {len(chats.ids)} tokens, ready after {time.monotonic() - began:.0f} s", flush=True
     )
 
-    model = LlamaForCausalLM(model_config(args.size)).to(device)
+    model = LlamaForCausalLM(model_config(args.size)).to(device)  # type: ignore[arg-type]
     result = train(model, chats, args)
     model.half()
     model.save_pretrained(args.out, max_shard_size=f"{args.shard_mb}MB")

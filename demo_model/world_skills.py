@@ -62,11 +62,11 @@ def kids_turn(rng: random.Random) -> Turn:
         patterns = ("What does {a} say?", "What sound does {a} make?", "Which sound does {a} make?", "How does {a} go?")
         return Turn(ask(patterns, rng, a=a), f"{a.capitalize()} says {words.SOUNDS[animal]}.", None)
     language = rng.choice(list(words.HELLO))
-    patterns = (
+    greetings = (
         "Say hello in {l}.",
         "How do you say hello in {l}?",
         "What is hello in {l}?",
         "Greet me in {l}.",
         "hello in {l}",
     )
-    return Turn(ask(patterns, rng, l=language), words.HELLO[language], None)
+    return Turn(ask(greetings, rng, l=language), words.HELLO[language], None)
