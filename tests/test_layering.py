@@ -95,6 +95,17 @@ def test_imports_inside_api_follow_the_arrows(path: Path) -> None:
     assert arrows_in_api_from(path) <= IN_API_MAY_IMPORT.get(part, set()), "that arrow does not exist"
 
 
+ANSWERS = ("parts", "logprobs", "encoding", "choice", "work", "formats", "stream", "respond")
+"""api/answers from tokens to bytes: each may import those that stand before it"""
+
+
+@pytest.mark.parametrize("module", ANSWERS)
+def test_answers_are_made_in_one_direction(module: str) -> None:
+    prefix = "gptq_api.api.answers."
+    names = {name.split(".")[3] for name in imported(ROOT / f"api/answers/{module}.py") if name.startswith(prefix)}
+    assert not names & set(ANSWERS[ANSWERS.index(module) :])
+
+
 def test_no_arrow_is_listed_that_nobody_needs() -> None:
     packages: dict[str, set[str]] = {package: set() for package in MAY_IMPORT}
     parts: dict[str, set[str]] = {part: set() for part in IN_API_MAY_IMPORT}
