@@ -75,6 +75,10 @@ class Settings(CommandSettings):
     """Branch, tag or commit of a model on the hub. Default: main."""
     served_model_name: str | None = None
     """Name in /v1/models and in requests. Default: the folder's name."""
+    model_alias: list[str] = []
+    """Other names that requests may give the model, separated by commas; answers have its own."""
+    accept_any_model: bool = False
+    """Serve requests for any model, for programs that have the name of another one written into them."""
     gptq_wbits: Literal[2, 3, 4, 8] | None = None
     """Expected bits. Read from the tensors anyway; a contradiction is an error."""
     gptq_groupsize: int | None = None

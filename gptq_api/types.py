@@ -100,6 +100,10 @@ class Ready(msgspec.Struct, frozen=True, tag="ready", kw_only=True):
     eos_token_ids: tuple[int, ...]
     description: str
     """One line for the log: the model, its quantization, the kernels in use, memory."""
+    checkpoint: str = ""
+    """A digest that another checkpoint has not."""
+    checkpoint_written: int = 0
+    """Unix time of its newest file, seconds."""
 
 
 class Failed(msgspec.Struct, frozen=True, tag="failed"):

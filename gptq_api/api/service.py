@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -33,13 +32,13 @@ class Service:
     tokenizer: Tokenizer
     template: ChatTemplate
     model_name: str
-    created: int = field(default_factory=lambda: int(time.time()))
     draining: bool = False
     num_preparing: int = 0
     """requests on their way from the socket to admission"""
     metrics: Metrics = field(init=False)
     auth: Authenticator = field(init=False)
     fingerprint: str = field(init=False)
+    """of all that decides which text a seed gives: this program, the checkpoint, device, types"""
     max_tokens: int = field(init=False)
     """longest prompt plus answer that can ever run"""
     max_token_bytes: int = field(init=False)
@@ -51,15 +50,21 @@ class Service:
         self.metrics = Metrics(self.model_name, self.engine)
         self.engine.on_step = self.metrics.on_step
         self.auth = Authenticator(self.settings.api_key)
-        identity = f"{__version__} {self.model_name} {ready.device} {ready.dtype} {ready.vocab_size}"
-        self.fingerprint = "fp_" + hashlib.sha256(identity.encode()).hexdigest()[:10]
+        parts = (__version__, ready.checkpoint, ready.device, ready.dtype, self.settings.kv_cache_dtype)
+        self.fingerprint = "fp_" + hashlib.sha256(" ".join(parts).encode()).hexdigest()[:10]
         self.max_tokens = ready.max_model_len
         self.max_token_bytes = max(len(self.tokenizer.token_bytes(i)) for i in range(self.tokenizer.vocab_size))
         # one thread: rendering and encoding must not stand on the event loop, nor take the engine's cores
         self._text_thread = ThreadPoolExecutor(1, thread_name_prefix="text")
 
+    @property
+    def names(self) -> list[str]:
+        """Its own, then the aliases."""
+        return [self.model_name, *(name for name in self.settings.model_alias if name != self.model_name)]
+
     def check_model(self, name: str | None) -> None:
-        if name is not None and name != self.model_name:
+        """Raises ApiError 404 where it is the name of another model."""
+        if not (name is None or name in self.names or self.settings.accept_any_model):
             raise ApiError(
                 404,
                 f"The model '{name[:100]}' does not exist; this server serves '{self.model_name}'.",

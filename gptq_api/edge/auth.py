@@ -31,7 +31,9 @@ def _presented(headers: Headers) -> list[str]:
     bearer, plain = headers.getlist("authorization"), headers.getlist("x-api-key")
     if len(bearer) > 1 or len(plain) > 1:
         return []
-    keys = [token.strip() for scheme, _, token in (line.partition(" ") for line in bearer) if scheme.lower() == "bearer"]
+    keys = [
+        token.strip() for scheme, _, token in (line.partition(" ") for line in bearer) if scheme.lower() == "bearer"
+    ]
     return keys + plain
 
 

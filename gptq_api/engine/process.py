@@ -65,13 +65,14 @@ def _serve(sock: socket.socket, inbox: Inbox, settings: Settings) -> int:
 
     from gptq_api.engine.core import Engine
     from gptq_api.engine.trace import Trace, TraceHead
-    from gptq_api.runner.load import load_runner, token_budget
+    from gptq_api.runner.load import identify, load_runner, token_budget
     from gptq_api.runner.options import LoadOptions
     from gptq_api.scheduler.blocks import BlockManager
     from gptq_api.scheduler.scheduler import Scheduler
 
     try:
         options = LoadOptions.of(settings)
+        checkpoint = identify(options)
         runner = load_runner(options)
         trace = None
         if settings.trace is not None:
@@ -99,6 +100,8 @@ def _serve(sock: socket.socket, inbox: Inbox, settings: Settings) -> int:
         dtype=runner.dtype,
         eos_token_ids=runner.eos_token_ids,
         description=runner.description,
+        checkpoint=checkpoint.digest,
+        checkpoint_written=checkpoint.written,
     )
     sock.sendall(wire.encode(ready))
     unanswered = False

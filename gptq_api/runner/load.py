@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 
 from gptq_api.checkpoint.checkpoint import Checkpoint, CheckpointError, Expected, open_checkpoint
+from gptq_api.checkpoint.identity import Identity, identity
 from gptq_api.config import ConfigError
 from gptq_api.model.backend import Backend
 from gptq_api.model.config import LlamaConfig, read_config
@@ -77,6 +78,11 @@ def open_model(options: LoadOptions) -> Checkpoint:
     """The checkpoint, its headers read, as the options name and expect it."""
     expected = Expected(options.gptq_wbits, options.gptq_groupsize, options.gptq_act_order)
     return open_checkpoint(model_path(options.model_path), options.gptq_ckpt, expected)
+
+
+def identify(options: LoadOptions) -> Identity:
+    """Which checkpoint the options name. CheckpointError where there is none."""
+    return identity(model_path(options.model_path), options.gptq_ckpt)
 
 
 def make_runner(options: LoadOptions, checkpoint: Checkpoint, device: torch.device) -> LoadedRunner:

@@ -17,14 +17,20 @@ class HandFedEngine(EngineClient):
     def __init__(self, engine_timeout_s: float = 60.0, max_queued_requests: int = 8) -> None:
         super().__init__(
             Settings.model_construct(
-                engine_timeout_s=engine_timeout_s, max_queued_requests=max_queued_requests, api_key=[]
+                engine_timeout_s=engine_timeout_s,
+                max_queued_requests=max_queued_requests,
+                api_key=[],
+                kv_cache_dtype="auto",
+                model_alias=[],
             )
         )
         self.sent: list[ToEngine] = []
         self._transport = SimpleNamespace(  # type: ignore[assignment]
             write=lambda frame: self.sent.append(wire.decode_to_engine(frame[4:]))
         )
-        self.ready = SimpleNamespace(max_model_len=100, vocab_size=100, device="cpu", dtype="float32")  # type: ignore[assignment]
+        self.ready = SimpleNamespace(  # type: ignore[assignment]
+            max_model_len=100, vocab_size=100, device="cpu", dtype="float32", checkpoint="", checkpoint_written=0
+        )
         self._ready = asyncio.get_running_loop().create_future()
         self._ready.set_result(self.ready)
         self.alive = True

@@ -23,6 +23,8 @@ BODIES: dict[str, dict[str, Any]] = {
     COMPLETIONS: {"prompt": "Hello", "max_tokens": 8, "ignore_eos": True},
     "/tokenize": {"prompt": "Hello"},
     "/detokenize": {"tokens": [5, 6]},
+    "/apply-template": chat_body(),
+    "/v1/chat/completions/input_tokens": chat_body(),
 }
 """of every route that takes one: a body that is fine"""
 NAMED = {"/v1/models/{model}": "/v1/models/{}"}
@@ -39,6 +41,8 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     (COMPLETIONS, {"logprobs": 5, "best_of": 2, "prompt": ["a", "b"]}),
     (COMPLETIONS, {"logprobs": 0, "max_tokens": 1}),
     ("/tokenize", {"return_token_strs": True}),
+    ("/tokenize", {"prompt": None, "content": "Hello \U0001f600", "with_pieces": True}),
+    ("/tokenize", {"prompt": None, "content": "Hello"}),
     (CHAT, {"max_tokens": 10**6}),
     (CHAT, {"temperature": "hot"}),
 ]

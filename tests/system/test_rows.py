@@ -96,7 +96,7 @@ def test_text_is_text_with_or_without_a_row(server: Server) -> None:
     """/tokenize and /detokenize are about the tokenizer, which knows all its ids."""
     tokens = server.post("/tokenize", {"prompt": "a zebrafish<|tool|>", "add_special_tokens": False}).json()["tokens"]
     assert tokens[-2:] == [2050, 2048]
-    assert server.post("/detokenize", {"tokens": tokens}).json() == {"prompt": "a zebrafish<|tool|>"}
+    assert server.post("/detokenize", {"tokens": tokens}).json()["prompt"] == "a zebrafish<|tool|>"
     check_error(server.post("/detokenize", {"tokens": [ROWS + len(EXTRA)]}), 400, "tokens")
 
 

@@ -90,7 +90,7 @@ def test_streamed_and_whole_answers_agree(server: Server, temperature: float) ->
     entries = [entry for part in told for entry in part["content"]]
     assert entries == whole["logprobs"]["content"]
     assert len(entries) == 48
-    data = b"".join(bytes(entry["bytes"]) for entry in entries)
+    data = b"".join(bytes(entry["bytes"] or []) for entry in entries)
     assert data.decode(errors="replace").strip() == whole["message"]["content"].strip()
 
 
@@ -101,7 +101,7 @@ def test_logprobs_are_told_with_their_text(server: Server) -> None:
         for choice in chunk["choices"]:
             if choice["delta"].get("content") and choice["logprobs"]:
                 entries = choice["logprobs"]["content"]
-                data = b"".join(bytes(entry["bytes"]) for entry in entries)
+                data = b"".join(bytes(entry["bytes"] or []) for entry in entries)
                 assert data.decode(errors="replace").strip() == choice["delta"]["content"].strip()
                 assert all(len(entry["top_logprobs"]) == 3 and entry["logprob"] <= 0 for entry in entries)
 
@@ -274,7 +274,7 @@ def test_tokenize_round_trip(server: Server) -> None:
     text = "Hello there, how are you?"
     answer = server.post("/tokenize", {"prompt": text, "add_special_tokens": False, "return_token_strs": True}).json()
     assert answer["count"] == len(answer["tokens"]) == len(answer["token_strs"])
-    assert server.post("/detokenize", {"tokens": answer["tokens"]}).json() == {"prompt": text}
+    assert server.post("/detokenize", {"tokens": answer["tokens"]}).json()["prompt"] == text
     messages = [{"role": "user", "content": text}]
     rendered = server.post("/tokenize", {"messages": messages}).json()
     usage = server.chat(text, max_tokens=1).json()["usage"]

@@ -55,6 +55,8 @@ def answers(
         content["text/event-stream"] = {"itemSchema": event}
     description = "The answer; with `stream`, as events, and `[DONE]` for the last." if stream else "The answer."
     headers = dict(_COMMON)
+    if 500 in errors:
+        headers["x-max-tokens"] = {"$ref": "#/components/headers/x-max-tokens"}
     if 400 in errors and name != "Error":
         headers["x-unsupported-params"] = {"$ref": "#/components/headers/x-unsupported-params"}
     responses: dict[int, Any] = {200: {"description": description, "headers": headers, "content": content}}
@@ -81,6 +83,10 @@ COMMON_HEADERS = {
     "openai-processing-ms": {
         "description": "From the first header to the first byte of the answer.",
         "required": True,
+        "schema": {"type": "integer", "minimum": 0},
+    },
+    "x-max-tokens": {
+        "description": "How long the answer may be, tokens, where the context leaves less than was allowed.",
         "schema": {"type": "integer", "minimum": 0},
     },
     "x-unsupported-params": {

@@ -14,6 +14,7 @@ COUNT: Schema = {"type": "integer", "minimum": 0}
 FLAG: Schema = {"type": "boolean"}
 TIME: Schema = {"type": "integer", "minimum": 0, "description": "Unix time, seconds"}
 NULL: Schema = {"type": "null"}
+BYTE: Schema = {"type": "integer", "minimum": 0, "maximum": 255}
 LOGPROB: Schema = {"type": "number", "maximum": 0}
 
 
@@ -59,7 +60,7 @@ _USAGE = shape(
 _SPELLED: dict[str, Schema] = {
     "token": TEXT,
     "logprob": LOGPROB,
-    "bytes": either(array({"type": "integer", "minimum": 0, "maximum": 255}), NULL)
+    "bytes": either(array(BYTE), NULL)
     | {"description": "UTF-8 of the token, which may be a part of a character; null for control tokens"},
 }
 _CHAT_LOGPROBS = shape(
@@ -135,8 +136,14 @@ SHAPES: dict[str, Schema] = {
     ),
     "Model": _MODEL,
     "Models": shape(object=const("list"), data=array(ref("Model"), minItems=1)),
-    "Tokens": shape({"token_strs": array(TEXT)}, count=COUNT, max_model_len=COUNT, tokens=array(COUNT)),
-    "Text": shape(prompt=TEXT),
+    "Tokens": either(
+        shape({"token_strs": array(TEXT)}, count=COUNT, max_model_len=COUNT, tokens=array(COUNT)),
+        shape(tokens=array(either(COUNT, shape(id=COUNT, piece=either(TEXT, array(BYTE))))))
+        | {"description": "of `content`"},
+    ),
+    "Text": shape(prompt=TEXT, content=TEXT) | {"description": "one text, under vLLM's name and llama.cpp's"},
+    "Prompt": shape(prompt=TEXT),
+    "InputTokens": shape(object=const("response.input_tokens"), input_tokens=COUNT),
     "TokenizerInfo": shape(
         bos_token=either(TEXT, NULL),
         eos_token=either(TEXT, NULL),

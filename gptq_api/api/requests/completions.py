@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from pydantic import Field, PlainValidator, WithJsonSchema
 
 from gptq_api.api.errors import ApiError, bad_request
-from gptq_api.api.requests.fields import MAX_TEXT, MAX_TOKEN, SamplingFields, check_text
+from gptq_api.api.requests.fields import MAX_TEXT, MAX_TOKEN, CountOrZero, SamplingFields, check_text
 
 MAX_IDS = 2**18
 MAX_PROMPTS = 1024
@@ -67,8 +67,12 @@ Prompts = Annotated[
 
 
 class CompletionRequest(SamplingFields):
+    usual_tokens = 16
+
     prompt: Prompts
     """A text, texts, token ids or lists of those."""
+    max_tokens: CountOrZero | None = None
+    """Default: 16 as at OpenAI, or what the context leaves."""
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
     echo: bool | None = None
     """Begin the answer with the prompt."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import islice
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from annotated_types import Ge, Le, Len
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, WithJsonSchema
@@ -120,6 +120,9 @@ class StreamOptions(Body):
 
 class SamplingFields(Body):
     """What both generation endpoints share."""
+
+    usual_tokens: ClassVar[int | None] = None
+    """of an answer, where nobody says how many; None: what the context leaves"""
 
     model: Name | None = None
     """A name from /v1/models. Default: the model that is served."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import secrets
+from collections.abc import Callable
+from typing import TypeVar
 
 import msgspec
 
@@ -17,28 +19,55 @@ from gptq_api.text.chat_template import ChatTemplateError
 from gptq_api.text.tokenizer import NoRowError
 from gptq_api.types import SamplingParams
 
+T = TypeVar("T")
 SMALLEST_TOP_P = 1e-6
 """top_p 0 is legal and means the likeliest token; any nucleus holds that one"""
 
 
 async def chat_prompt(service: Service, body: ChatCompletionRequest) -> Prompt:
     """Raises ApiError 400."""
-    generation_prompt = body.add_generation_prompt is not False and not body.continue_final_message
-    ids = await render(service, body.messages, generation_prompt, bool(body.continue_final_message))
+    ids = await chat_ids(service, body)
     num_top = (body.top_logprobs or 0) if body.logprobs else None
     stop_ids = service.template.stop_token_ids
     return _prompt(service, body, ids, body.num_choices, num_top, tuple(stop_ids), "messages")
+
+
+async def chat_ids(service: Service, body: ChatCompletionRequest) -> list[int]:
+    """A conversation as the model sees it. Raises ApiError 400."""
+    return await render(service, body.messages, *_ending(body))
+
+
+async def chat_text(service: Service, body: ChatCompletionRequest) -> str:
+    """The same for people. Raises ApiError 400."""
+    return await _in_template(service, body.messages, *_ending(body), service.template.render_text)
+
+
+def _ending(body: ChatCompletionRequest) -> tuple[bool, bool]:
+    """Whether an answer is begun after the last message, and whether that one goes on."""
+    return body.add_generation_prompt is not False and not body.continue_final_message, bool(
+        body.continue_final_message
+    )
 
 
 async def render(
     service: Service, messages: list[ChatMessage], add_generation_prompt: bool, continue_final_message: bool
 ) -> list[int]:
     """Messages -> token ids. Raises ApiError 400 where they are too long or the template refuses them."""
+    return await _in_template(service, messages, add_generation_prompt, continue_final_message, service.template.render)
+
+
+async def _in_template(
+    service: Service,
+    messages: list[ChatMessage],
+    add_generation_prompt: bool,
+    continue_final_message: bool,
+    render: Callable[..., T],
+) -> T:
     check_fits(service, [message.content or "" for message in messages], "messages")
     rendered = [message.rendered() for message in messages]
     try:
         return await service.in_text_thread(
-            lambda: service.template.render(
+            lambda: render(
                 rendered, add_generation_prompt=add_generation_prompt, continue_final_message=continue_final_message
             )
         )
@@ -103,7 +132,8 @@ def _prompt(
         raise context_exceeded(service.max_tokens, len(ids), limit or 1, what=param, param=param)
     if limit is not None and limit > room and service.settings.strict_params:
         raise context_exceeded(service.max_tokens, len(ids), limit, what=param, param=limit_param)
-    max_tokens = room if limit is None else min(limit, room)
+    wanted = body.usual_tokens if limit is None else limit
+    max_tokens = room if wanted is None else min(wanted, room)
     min_tokens = body.min_tokens or 0
     if min_tokens > max_tokens:
         raise bad_request(

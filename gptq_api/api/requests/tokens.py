@@ -9,11 +9,13 @@ from pydantic import ConfigDict, Field
 from gptq_api.api.requests.chat import ChatMessage
 from gptq_api.api.requests.fields import Body, Name, Text, TokenId
 
+_TEXTS = ("prompt", "messages", "content")
+
 
 class TokenizeRequest(Body):
-    """A `prompt`, or `messages` to be rendered first."""
+    """A `prompt`, or `messages` to be rendered first; or, as llama.cpp has it, a `content`."""
 
-    model_config = ConfigDict(json_schema_extra={"anyOf": [{"required": ["prompt"]}, {"required": ["messages"]}]})
+    model_config = ConfigDict(json_schema_extra={"anyOf": [{"required": [name]} for name in _TEXTS]})
 
     model: Name | None = None
     prompt: Text | None = None
@@ -23,6 +25,19 @@ class TokenizeRequest(Body):
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     return_token_strs: bool | None = None
+    content: Text | None = None
+    """The answer is llama.cpp's, and so are the three below."""
+    add_special: bool | None = None
+    """Begin with the BOS token. Default false."""
+    parse_special: bool | None = None
+    """Take the spelling of a control token for the token. Default true."""
+    with_pieces: bool | None = None
+    """Answer objects with the id and its text, or its bytes where those are no text."""
+
+    @property
+    def given(self) -> list[str]:
+        """Which of the three texts are there."""
+        return [name for name in _TEXTS if getattr(self, name) is not None]
 
 
 class DetokenizeRequest(Body):

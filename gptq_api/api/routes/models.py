@@ -14,11 +14,11 @@ from gptq_api.api.service import Service, ServiceDep
 router = guarded_router()
 
 
-def _card(service: Service) -> dict[str, Any]:
+def _card(service: Service, name: str) -> dict[str, Any]:
     return {
-        "id": service.model_name,
+        "id": name,
         "object": "model",
-        "created": service.created,
+        "created": service.engine.ready.checkpoint_written,
         "owned_by": "gptq-api",
         "max_model_len": service.max_tokens,
     }
@@ -26,8 +26,8 @@ def _card(service: Service) -> dict[str, Any]:
 
 @router.get("/v1/models", **answers("Models"))
 async def list_models(service: ServiceDep) -> Response:
-    """The one model that is served."""
-    return json_response({"object": "list", "data": [_card(service)]})
+    """The one model that is served, once for each of its names."""
+    return json_response({"object": "list", "data": [_card(service, name) for name in service.names]})
 
 
 @router.get("/v1/models/{model:path}", **answers("Model", errors=(400, 404)))
@@ -36,4 +36,4 @@ async def retrieve_model(model: Annotated[str, Path(max_length=512)], service: S
     if not model:
         raise HTTPException(404)  # a slash too many
     service.check_model(model)
-    return json_response(_card(service))
+    return json_response(_card(service, model))
