@@ -7,6 +7,7 @@ and GPTQ_API_* variables are refused by name. A list is split at commas; flags t
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args, get_origin
 
@@ -16,6 +17,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 from gptq_api.errors import UserError
 
 ENV_PREFIX = "GPTQ_API_"
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(:[0-9]{1,5})?")
 
 
 class ConfigError(UserError):
@@ -128,6 +130,9 @@ class Settings(CommandSettings):
     """Accepted bearer tokens, separated by commas; none: no authentication."""
     allow_unauthenticated: bool = False
     """Listen on a non-loopback address without an API key."""
+    cors_origin: list[str] = Field([], examples=[["https://example.com", "http://localhost:3000"]])
+    """Origins whose web pages may use the server (https://example.com), separated by commas; * for all. None by
+    default."""
     strict_params: bool = False
     """Answer 400 to unknown request fields instead of naming them in the x-unsupported-params header."""
     max_body_bytes: int = Field(8 * 2**20, ge=1024)
@@ -170,6 +175,16 @@ class Settings(CommandSettings):
                 "without spaces and commas"
             )
         return value
+
+    @field_validator("cors_origin")
+    @classmethod
+    def _origins(cls, value: list[str]) -> list[str]:
+        for origin in value:
+            if origin not in ("*", "null") and not _ORIGIN.fullmatch(origin.lower()):
+                raise ValueError(
+                    "is an origin as browsers send it, such as https://example.com or http://localhost:3000"
+                )
+        return [origin.lower() for origin in value]
 
     @model_validator(mode="after")
     def _exposure(self) -> Settings:

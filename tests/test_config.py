@@ -161,6 +161,8 @@ NUMBERS = (7, 0.5, 7000)
 
 def sample(field: FieldInfo) -> Any:
     """A value of the field's type as TOML writes it, other than the default. Fails for a type that is new here."""
+    if field.examples:
+        return field.examples[0]
     kinds = [kind for kind in get_args(field.annotation) or (field.annotation,) if kind is not type(None)]
     if get_origin(field.annotation) in (Literal, list):
         kinds = [field.annotation]

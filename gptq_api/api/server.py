@@ -26,6 +26,7 @@ from gptq_api.api.errors import error_body
 from gptq_api.api.service import Service
 from gptq_api.config import Settings
 from gptq_api.edge.connection import MAX_HEADER_BYTES, edge_protocol
+from gptq_api.edge.cors import ANY, CorsMiddleware
 from gptq_api.edge.listen import bind, in_use
 from gptq_api.edge.request_log import RequestMiddleware
 from gptq_api.engine.client import EngineClient
@@ -119,11 +120,16 @@ async def _load(settings: Settings, engine: EngineClient) -> Service:
 
 
 async def _serve(service: Service, sockets: list[socket.socket], signals: _Signals, load_time: str) -> int:
-    requests = RequestMiddleware(build_app(service), error_body)
+    app: ASGIApp = build_app(service)
+    if service.settings.cors_origin:
+        app = CorsMiddleware(app, service.settings.cors_origin, error_body)
+    requests = RequestMiddleware(app, error_body)
     server = Server(requests, service.settings)
     await server.open(sockets)
     host, port = service.settings.host, sockets[0].getsockname()[1]
     shown = f"[{host}]" if ":" in host else host
+    if ANY in service.settings.cors_origin and not service.settings.api_key:
+        log.warning("every web page that a browser here shows may use this server: --cors-origin * without --api-key")
     log.info(f"serving {service.model_name} at http://{shown}:{port}/v1", ready_after=load_time)
     stopped, dead = asyncio.ensure_future(signals.first()), asyncio.ensure_future(service.engine.wait_dead())
     await asyncio.wait({stopped, dead}, return_when=asyncio.FIRST_COMPLETED)
