@@ -10,16 +10,15 @@ from starlette.exceptions import HTTPException
 from gptq_api import __version__
 from gptq_api.api.document.openapi import openapi_document
 from gptq_api.api.errors import on_exception, on_http_exception, on_validation_error
-from gptq_api.api.routes import chat, completions, models, ops, tokens
+from gptq_api.api.routes import chat, completions, docs, models, ops, tokens
 from gptq_api.api.routes.guard import PublicRoute
 from gptq_api.api.service import Service
 
-ROUTERS = (ops.public, ops.router, models.router, chat.router, completions.router, tokens.router)
+ROUTERS = (ops.public, docs.public, ops.router, models.router, chat.router, completions.router, tokens.router)
 
 
 def build_app(service: Service) -> FastAPI:
-    """Routes and handlers. The interactive pages are left out (they load scripts from elsewhere); /openapi.json needs
-    a key like everything but the probes."""
+    """Routes and handlers. The framework's own pages are left out (they load scripts from elsewhere)."""
     app = FastAPI(
         title="gptq-api",
         version=__version__,

@@ -3,7 +3,10 @@ comes, no other comes, and schemathesis finds nothing."""
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -146,3 +149,15 @@ def test_schemathesis_finds_nothing(tmp_path: Path) -> None:
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
         assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
         assert "Traceback" not in server.log()
+
+
+def test_the_page_needs_nothing_from_another_host(server: Server, strict_server: Server) -> None:
+    for running in (server, strict_server):
+        answer = running.http.get("/docs", headers={"authorization": ""})
+        check_documented(document_of(running), "/docs", answer)
+        assert not re.search(r"(?:https?:)?//[a-z]|@import|url\(|innerHTML", answer.text)
+        policy = answer.headers["content-security-policy"]
+        assert policy.startswith("default-src 'none'; script-src 'sha256-") and "unsafe" not in policy
+        (script,) = re.findall(r"<script>(.*?)</script>", answer.text, re.DOTALL)
+        assert base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() in policy
+        assert not re.search(r"\son\w+=|style=", answer.text), "the policy lets none of these run"

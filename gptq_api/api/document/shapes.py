@@ -156,6 +156,7 @@ SHAPES: dict[str, Schema] = {
     ),
     "Probe": shape(status=const("ok", "ready", "shutting down", "engine dead", "engine stalled")),
     "Metrics": TEXT,
+    "Page": TEXT,
     "OpenApi": {"type": "object", "required": ["openapi", "info", "paths"]},
     "Version": shape(version=TEXT),
 }

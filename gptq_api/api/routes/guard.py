@@ -1,4 +1,4 @@
-"""The two kinds of routes there are: guarded ones, which is what a router makes, and the two public ones.
+"""The two kinds of routes there are: guarded ones, which is what a router makes, and the few public ones.
 
 A guarded route checks the key before it reads a byte of the body, then reads the body within the limit and parses it.
 Authentication is what a route is, not what its path looks like.
@@ -28,7 +28,7 @@ class _Route(APIRoute):
 
 
 class PublicRoute(_Route):
-    """For probes: says whether the server is alive, to anyone."""
+    """For probes and the page that shows the API: tells nothing that not everyone may know."""
 
 
 class GuardedRoute(_Route):
