@@ -39,6 +39,7 @@ _REASONS = {
     "assertion_error": "{error}",
 }
 """by the validator's type of error; the braces hold what it says besides"""
+_MAX_LOOKED_AT = 64
 _WRONG_TYPES = {kind for kind in _REASONS if kind.endswith("_type")} | {"int_from_float"}
 
 
@@ -56,7 +57,7 @@ def first_invalid(errors: Sequence[Mapping[str, Any]], body: Any) -> Invalid:
     """`errors`: the validator's, at least one, in its order; `body`: what it was given."""
     path = _path(errors[0], body)
     # of a union the validator tells every branch: the one that got furthest is the one that was meant
-    rest = [(error, _path(error, body)) for error in errors]
+    rest = [(error, _path(error, body)) for error in errors[:_MAX_LOOKED_AT]]
     first, path = max((pair for pair in rest if pair[1][: len(path)] == path), key=lambda pair: len(pair[1]))
     kind = first["type"]
     if kind == "missing":

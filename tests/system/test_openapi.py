@@ -136,18 +136,20 @@ def _raw_status(server: Server, path: str, length: int, data: bytes) -> int:
         return int(sock.recv(4096).split()[1])
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_schemathesis_finds_nothing(tmp_path: Path) -> None:
     """All checks but one: a body may keep to the schema and be wrong for this model, such as an id beyond its
     vocabulary or a prompt longer than its context, and is answered 400 then."""
-    with Server("--max-model-len", "64") as server:
+    with Server("--max-model-len", "64", "--api-key", "key") as server:
         code = "from schemathesis.cli import schemathesis; schemathesis()"
         command = [sys.executable, "-c", code, "run", f"http://127.0.0.1:{server.port}/openapi.json"]
+        command += ["--header", "Authorization: Bearer key"]
         command += ["--exclude-checks", "positive_data_acceptance", "--seed", "1", "--max-examples", "20"]
         command += ["--generation-database", "none", "--no-color", "--request-timeout", "30", "--warnings", "off"]
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
         assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+        server.http.headers["authorization"] = "Bearer key"
+        assert server.metric("vllm:generation_tokens_total") > 100, "it came past the key"
         assert "Traceback" not in server.log()
 
 
