@@ -42,6 +42,7 @@ def build_app(service: Service) -> FastAPI:
         title=app.title,
         version=app.version,
         keyed=bool(service.settings.api_key),
+        any_model=service.settings.accept_any_model,
     )
     for router in ROUTERS:
         app.include_router(router)

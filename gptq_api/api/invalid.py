@@ -66,7 +66,10 @@ def first_invalid(errors: Sequence[Mapping[str, Any]], body: Any) -> Invalid:
     what = _REASONS.get(kind, "it is not valid").format_map(_plain(first.get("ctx") or {}))
     reason = f"its key must be {_key_rule(kind, first)}" if key else what
     code = "invalid_type" if kind in _WRONG_TYPES else "invalid_value"
-    return Invalid(_spelled(path), reason[:300] + ("" if key else shown(first.get("input"))), code)
+    value = first.get("input")
+    # a rule about a whole object names what is wrong in it
+    got = "" if key or (kind == "value_error" and isinstance(value, dict)) else shown(value)
+    return Invalid(_spelled(path), reason[:300] + got, code)
 
 
 def _plain(context: Mapping[str, Any]) -> dict[str, Any]:

@@ -28,25 +28,32 @@ def test_a_route_declares_its_answers(route: APIRoute) -> None:
 def test_every_shape_is_a_schema_that_somebody_answers() -> None:
     for schema in SHAPES.values():
         Draft202012Validator.check_schema(schema)
-    document = openapi_document(ROUTES, {"/health"}, title="x", version="1", keyed=True)
+    document = openapi_document(ROUTES, {"/health"}, title="x", version="1", keyed=True, any_model=False)
     used = set(re.findall(r"#/components/schemas/(\w+)", json.dumps(document)))
     assert SHAPES.keys() <= used and used <= document["components"]["schemas"].keys()
 
 
 def test_keys_are_asked_for_only_where_there_are_some() -> None:
-    document = openapi_document(ROUTES, {"/health", "/ready"}, title="x", version="1", keyed=True)
+    document = openapi_document(ROUTES, {"/health", "/ready"}, title="x", version="1", keyed=True, any_model=False)
     assert document["components"]["securitySchemes"].keys() == {"bearer", "x-api-key"}
     for path, operations in document["paths"].items():
         for operation in operations.values():
             asks = path not in ("/health", "/ready")
             assert ("security" in operation) == asks and ("401" in operation["responses"]) == asks
-    open_to_all = openapi_document(ROUTES, {"/health", "/ready"}, title="x", version="1", keyed=False)
+    open_to_all = openapi_document(ROUTES, {"/health", "/ready"}, title="x", version="1", keyed=False, any_model=False)
     assert "securitySchemes" not in open_to_all["components"] and '"401"' not in json.dumps(open_to_all)
 
 
 def test_numbers_are_those_that_are_meant() -> None:
     """The framework makes floats of bounds, and the largest seed is none."""
-    schemas = openapi_document(ROUTES, (), title="x", version="1", keyed=False)["components"]["schemas"]
+    schemas = openapi_document(ROUTES, (), title="x", version="1", keyed=False, any_model=False)["components"][
+        "schemas"
+    ]
     seed = schemas["ChatCompletionRequest"]["properties"]["seed"]["anyOf"][0]
     assert (seed["minimum"], seed["maximum"]) == (-(2**63), 2**63 - 1)
     assert not re.search(r"\d\.0\b|e\+", json.dumps(schemas))
+
+
+def test_no_model_is_unknown_where_any_is_accepted() -> None:
+    document = openapi_document(ROUTES, (), title="x", version="1", keyed=False, any_model=True)
+    assert '"404"' not in json.dumps(document)

@@ -13,6 +13,8 @@ from fastapi.routing import APIRoute
 from gptq_api.api.document.declare import COMMON_HEADERS, error_answer
 from gptq_api.api.document.shapes import SHAPES
 
+VERSION = "3.2.0"
+"""the first in which the shape of a stream's events can be said"""
 _SCHEMES = {
     "bearer": {"type": "http", "scheme": "bearer"},
     "x-api-key": {"type": "apiKey", "in": "header", "name": "x-api-key"},
@@ -20,12 +22,14 @@ _SCHEMES = {
 
 
 def openapi_document(
-    routes: Sequence[APIRoute], public: Collection[str], *, title: str, version: str, keyed: bool
+    routes: Sequence[APIRoute], public: Collection[str], *, title: str, version: str, keyed: bool, any_model: bool
 ) -> dict[str, Any]:
-    """OpenAPI 3.1. `public`: paths that need no key; `keyed`: whether the others need one."""
+    """`public`: paths that need no key; `keyed`: whether the others need one; `any_model`: whether no name is wrong."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # GET and HEAD of one route have one name until we give them two
-        document: dict[str, Any] = _plain(get_openapi(title=title, version=version, routes=routes))
+        document: dict[str, Any] = _plain(
+            get_openapi(title=title, version=version, openapi_version=VERSION, routes=routes)
+        )
     components = document.setdefault("components", {})
     schemas = components.setdefault("schemas", {})
     for name in ("HTTPValidationError", "ValidationError"):
@@ -37,7 +41,7 @@ def openapi_document(
         components["securitySchemes"] = _SCHEMES
     for path, operations in document["paths"].items():
         for operation in operations.values():
-            _finish(operation, guarded=keyed and path not in public)
+            _finish(operation, guarded=keyed and path not in public, any_model=any_model)
         if "get" in operations:
             operations["head"] = _head_of(operations["get"])
     return document
@@ -54,9 +58,11 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _finish(operation: dict[str, Any], *, guarded: bool) -> None:
+def _finish(operation: dict[str, Any], *, guarded: bool, any_model: bool) -> None:
     responses = operation["responses"]
     responses.pop("422", None)  # every wrong body is a 400 here
+    if any_model:
+        responses.pop("404", None)
     if guarded:
         responses["401"] = error_answer(401)
         operation["security"] = [{name: []} for name in _SCHEMES]

@@ -34,6 +34,6 @@ async def list_models(service: ServiceDep) -> Response:
 async def retrieve_model(model: Annotated[str, Path(max_length=512)], service: ServiceDep) -> Response:
     """What is known about it."""
     if not model:
-        raise HTTPException(404)  # a slash too many
+        raise HTTPException(404)  # /v1/models/ with a slash too many
     service.check_model(model)
     return json_response(_card(service, model))

@@ -54,5 +54,5 @@ async def version() -> Response:
 
 @router.get("/openapi.json", **answers("OpenApi"))
 async def openapi(request: Request) -> Response:
-    """What this server takes, as OpenAPI 3.1."""
+    """What this server takes and answers, as OpenAPI 3.2."""
     return json_response(request.app.state.document)
