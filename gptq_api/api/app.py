@@ -35,7 +35,7 @@ def build_app(service: Service) -> FastAPI:
     )
     app.state.service = service
     routes = [route for router in ROUTERS for route in router.routes if isinstance(route, APIRoute)]
-    app.state.paths = [route.path for route in routes if "{" not in route.path]
+    app.state.paths = [route.path.partition("{")[0] for route in routes]
     app.state.document = openapi_document(
         routes,
         {route.path for route in routes if isinstance(route, PublicRoute)},

@@ -24,29 +24,32 @@ with a 5xx again"""
 
 
 def unknown_url(method: str, path: str, known: Iterable[str]) -> tuple[str, str]:
-    """(message, code). `known`: the paths that exist, without those that hold a name."""
+    """(message, code). `known`: the paths that exist, up to the name that some hold."""
     shown = f"Unknown request URL: {method} {path[:200]}."
     if (meant := _meant(path, set(known))) is not None:
         hint = " With an SDK, the base URL ends in /v1 and nothing else." if meant.startswith("/v1/") else ""
         return f"{shown} Did you mean {meant}?{hint}", "unknown_url"
-    for part in _parts(path):
+    for part in _parts(path.lower()):
         if part in _ABSENT:
             return f"{shown} {_ABSENT[part]}", "unsupported_endpoint"
     return f"{shown} The API begins with /v1; /docs and /openapi.json list all there is.", "unknown_url"
 
 
 def _parts(path: str) -> list[str]:
-    return [part for part in path.lower().split("/") if part][:16]
+    return [part for part in path.split("/") if part][:16]
 
 
 def _meant(path: str, known: set[str]) -> str | None:
     """The longest end of the path that exists, below /v1 or not; else one that differs by a few letters."""
     parts = _parts(path)
+    named = tuple(place for place in known if place.endswith("/"))
     ends = ["/".join(parts[start:]) for start in range(len(parts))]
     for end in ends:
-        for place in (f"/{end}", f"/v1/{end}"):
-            if place in known:
-                return place
+        for place in (f"/{end}", f"/v1/{end}", f"/{end.lower()}"):
+            if place in known or place.startswith(named):
+                return place[:200]
     spelled = [f"/v1/{end.removeprefix('v1/')}" for end in ends[:1]] + [f"/{end}" for end in ends[:1]]
-    close = [match for place in spelled for match in difflib.get_close_matches(place[:64], sorted(known), 1, 0.88)]
+    close = [
+        match for place in spelled for match in difflib.get_close_matches(place[:64], sorted(known - {*named}), 1, 0.88)
+    ]
     return close[0] if close else None

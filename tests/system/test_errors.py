@@ -281,12 +281,14 @@ def test_unknown_places(server: Server) -> None:
         ("/v1/completion", "/v1/completions"),
         ("/models", "/v1/models"),
         ("/v1/models/", "/v1/models"),
+        ("/models/vicuna/7B", "/v1/models/vicuna/7B"),
+        ("/V1/Chat/Completions", "/v1/chat/completions"),
         ("/v1/tokenize", "/tokenize"),
         ("/v1/health", "/health"),
     ],
 )
 def test_the_usual_mistakes_are_told_the_right_url(server: Server, path: str, meant: str) -> None:
-    method = "GET" if meant in ("/v1/models", "/health") else "POST"
+    method = "GET" if meant.startswith(("/v1/models", "/health")) else "POST"
     request = httpx.Request(method, f"http://127.0.0.1:{server.port}", json={} if method == "POST" else None)
     request.url = request.url.copy_with(raw_path=path.encode())  # as it is written, two slashes and all
     error = check_error(server.http.send(request), 404, None, "unknown_url")
