@@ -10,11 +10,21 @@ from starlette.exceptions import HTTPException
 from gptq_api import __version__
 from gptq_api.api.document.openapi import openapi_document
 from gptq_api.api.errors import on_exception, on_http_exception, on_validation_error
-from gptq_api.api.routes import chat, completions, docs, models, ops, tokens
+from gptq_api.api.routes import chat, completions, docs, messages, models, ops, responses, tokens
 from gptq_api.api.routes.guard import PublicRoute
 from gptq_api.api.service import Service
 
-ROUTERS = (ops.public, docs.public, ops.router, models.router, chat.router, completions.router, tokens.router)
+ROUTERS = (
+    ops.public,
+    docs.public,
+    ops.router,
+    models.router,
+    chat.router,
+    completions.router,
+    responses.router,
+    messages.router,
+    tokens.router,
+)
 
 
 def build_app(service: Service) -> FastAPI:

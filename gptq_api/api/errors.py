@@ -7,7 +7,7 @@ because clients hide the reason behind it.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 from typing import Any
 
@@ -17,6 +17,8 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
 from gptq_api.api.invalid import first_invalid
+from gptq_api.api.messages_errors import MESSAGES, messages_error, messages_status
+from gptq_api.api.messages_errors import MESSAGES, messages_error, messages_status
 from gptq_api.api.unknown_url import unknown_url
 
 MAX_MESSAGE = 1000
@@ -99,7 +101,24 @@ def context_exceeded(
     return ApiError(400, message, param=param, code="context_length_exceeded", extra=extra)
 
 
-def error_response(status: int, error: Mapping[str, Any], headers: Mapping[str, str] | None = None) -> Response:
+def invalid_body(errors: Sequence[Mapping[str, Any]], body: Any) -> ApiError:
+    """What the validator found wrong with a body: the first of it, with its name and the remedy."""
+    param, reason, code = first_invalid(errors, body)
+    if code == "missing_required_parameter":
+        return ApiError(400, f"Missing required parameter: '{param}'.", param=param, code=code)
+    name = f"'{param}'" if param else "the request body"
+    return ApiError(400, f"Invalid value for {name}: {reason}.", param=param, code=code)
+
+
+def error_response(
+    request: Request, status: int, error: Mapping[str, Any], headers: Mapping[str, str] | None = None
+) -> Response:
+    """In the shape of the API that the route belongs to."""
+    if request.scope["path"].startswith(MESSAGES):
+        request_id = request.scope["state"]["record"].request_id
+        body = messages_error(status, error, request_id)
+        headers = {**(headers or {}), "request-id": request_id}
+        return Response(msgspec.json.encode(body), messages_status(status), headers, "application/json")
     return Response(_body(error), status, headers, "application/json")
 
 
@@ -107,7 +126,7 @@ async def on_http_exception(request: Request, error: Exception) -> Response:
     """ApiError, and the router's own 404 and 405 (which keeps its Allow header)."""
     assert isinstance(error, HTTPException)
     if isinstance(error, ApiError):
-        return error_response(error.status_code, error.error, error.headers)
+        return error_response(request, error.status_code, error.error, error.headers)
     path = request.scope["path"][:200]
     if error.status_code == 404:
         message, code = unknown_url(request.method, path, request.app.state.paths)
@@ -119,21 +138,16 @@ async def on_http_exception(request: Request, error: Exception) -> Response:
         )
     else:
         body = error_object(error.status_code, HTTPStatus(error.status_code).phrase)
-    return error_response(error.status_code, body, error.headers)
+    return error_response(request, error.status_code, body, error.headers)
 
 
 async def on_validation_error(request: Request, error: Exception) -> Response:
-    """The first thing that is wrong with the body, with its name and the remedy."""
+    """The first thing that is wrong with the body."""
     assert isinstance(error, RequestValidationError)
-    param, reason, code = first_invalid(error.errors(), error.body)
-    if code == "missing_required_parameter":
-        message = f"Missing required parameter: '{param}'."
-    else:
-        name = f"'{param}'" if param else "the request body"
-        message = f"Invalid value for {name}: {reason}."
-    return error_response(400, error_object(400, message, param, code))
+    return error_response(request, 400, invalid_body(error.errors(), error.body).error)
 
 
 async def on_exception(request: Request, error: Exception) -> Response:
     """A bug of ours. The details are in the log only."""
-    return error_response(500, error_object(500, "The server had an error while processing the request."))
+    message = "The server had an error while processing the request."
+    return error_response(request, 500, error_object(500, message))

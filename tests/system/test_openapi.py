@@ -21,6 +21,9 @@ from tests.support.server import RawStream, Server, chat_body, raw_request, wait
 from tests.system.test_life import FAULTS
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+RESPONSES, MESSAGES = "/v1/responses", "/v1/messages"
+LIMITS = {RESPONSES: "max_output_tokens"}
+"""where `max_tokens` is called so"""
 BODIES: dict[str, dict[str, Any]] = {
     CHAT: chat_body(max_tokens=8, ignore_eos=True),
     COMPLETIONS: {"prompt": "Hello", "max_tokens": 8, "ignore_eos": True},
@@ -28,6 +31,9 @@ BODIES: dict[str, dict[str, Any]] = {
     "/detokenize": {"tokens": [5, 6]},
     "/apply-template": chat_body(),
     "/v1/chat/completions/input_tokens": chat_body(),
+    RESPONSES: {"input": "Hello", "max_output_tokens": 8, "ignore_eos": True},
+    MESSAGES: chat_body(max_tokens=8, ignore_eos=True),
+    MESSAGES + "/count_tokens": chat_body(),
 }
 """of every route that takes one: a body that is fine"""
 NAMED = {"/v1/models/{model}": "/v1/models/{}"}
@@ -46,6 +52,10 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("/tokenize", {"return_token_strs": True}),
     ("/tokenize", {"prompt": None, "content": "Hello \U0001f600", "with_pieces": True}),
     ("/tokenize", {"prompt": None, "content": "Hello"}),
+    (RESPONSES, {"stream": True, "include": ["message.output_text.logprobs"], "top_logprobs": 2}),
+    (RESPONSES, {"max_output_tokens": 10**6, "input": [{"role": "user", "content": "Hello"}], "ignore_eos": False}),
+    (MESSAGES, {"stream": True, "system": "x-anthropic-billing-header: a\nHi"}),
+    (MESSAGES, {"max_tokens": 10**6, "ignore_eos": False, "stop_sequences": ["e"]}),
     (CHAT, {"max_tokens": 10**6}),
     (CHAT, {"temperature": "hot"}),
 ]
@@ -113,7 +123,7 @@ def _provoked(server: Server, document: Document) -> dict[tuple[str, str], set[i
         for length, data in ((10**9, b""), (100, b"{")):
             came["post", path].add(_raw_status(server, path, length, data))
         if "500" in document["paths"][path]["post"]["responses"]:
-            ask(path, "post", json={**body, "max_tokens": 20, "seed": 666})
+            ask(path, "post", json={**body, LIMITS.get(path, "max_tokens"): 20, "seed": 666})
     held = RawStream(server, chat_body(ignore_eos=True, stream=True), key="key")
     held.head()
     next(held.events())

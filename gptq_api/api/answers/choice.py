@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from gptq_api.api.answers.logprobs import Ledger, TokenEntry
+from gptq_api.api.answers.parts import CallDelta
 from gptq_api.engine.generation import Delta
 from gptq_api.text.stream import TextStream
 from gptq_api.types import FinishReason, SamplingParams, TokenLogprobs
+
+AnswerEnd = FinishReason | Literal["tool_calls"]
+"""why an answer ended: "tool_calls" where the engine says "stop" and tools were called"""
 
 
 @dataclass(slots=True)
@@ -19,7 +25,11 @@ class Piece:
     text: str
     entries: list[TokenEntry]
     """log-probabilities of the tokens whose text is shown by now; empty unless asked for"""
-    finish_reason: FinishReason | None = None
+    finish_reason: AnswerEnd | None = None
+    reasoning: str = ""
+    """thoughts, which come before `text`"""
+    calls: Sequence[CallDelta] = ()
+    """more of tool calls, which come behind it"""
 
 
 class Choice:
@@ -37,6 +47,11 @@ class Choice:
         """seconds between tokens; as many as tokens after the first"""
         self._text = text
         self._ledger = None if params.top_logprobs is None else Ledger()
+
+    @property
+    def stop_string(self) -> str | None:
+        """The one that ended the text."""
+        return self._text.stop_string
 
     @property
     def mean_logprob(self) -> float:

@@ -60,17 +60,34 @@ class UsageEvents(NamedTuple):
 
 
 @dataclass(slots=True)
+class Call:
+    """A tool call."""
+
+    id: str
+    name: str
+    arguments: str = ""
+    """a JSON object, unless the answer was cut"""
+
+
+@dataclass(slots=True)
 class Told:
     """All that was told of one choice."""
 
     text: str = ""
     entries: list[TokenEntry] = field(default_factory=list)
     finish_reason: str = ""
+    reasoning: str = ""
+    calls: list[Call] = field(default_factory=list)
 
     def add(self, piece: Piece) -> None:
         self.text += piece.text
         self.entries += piece.entries
         self.finish_reason = piece.finish_reason or ""
+        self.reasoning += piece.reasoning
+        for delta in piece.calls:
+            if delta.id is not None:
+                self.calls.append(Call(delta.id, delta.name or ""))
+            self.calls[delta.index].arguments += delta.arguments
 
 
 class Format(ABC):

@@ -7,7 +7,8 @@ from typing import Any
 
 from fastapi import Response
 
-from gptq_api.api.document.shapes import SHAPES, ref
+from gptq_api.api.document.primitives import ref
+from gptq_api.api.document.shapes import SHAPES
 
 MEANING = {
     400: "The request is wrong: the error names the field and the remedy.",
@@ -19,6 +20,7 @@ MEANING = {
     429: "The server is full: try again after `retry-after` seconds.",
     500: "The model produced numbers that are not finite.",
     503: "The server is shutting down, or its engine is gone or silent.",
+    529: "The server is full: try again after `retry-after` seconds.",
 }
 BODY = (400, 408, 413, 415)
 """what can come of reading a body"""
@@ -29,6 +31,7 @@ _HEADERS: dict[int, dict[str, Any]] = {
     401: {"www-authenticate": {"schema": {"type": "string"}}},
     429: {"retry-after": _SECONDS, "retry-after-ms": {"schema": {"type": "integer", "minimum": 0}}},
     503: {"retry-after": _SECONDS},
+    529: {"retry-after": _SECONDS},
 }
 _COMMON = {
     "x-request-id": {"$ref": "#/components/headers/x-request-id"},
@@ -43,17 +46,21 @@ def answers(
     errors: Iterable[int] = (),
     media_type: str = "application/json",
     also: Iterable[int] = (),
+    done: bool = True,
+    error: str = "Error",
 ) -> dict[str, Any]:
     """Options for a router's decorator. `name`: of the shape of the answer with status 200, and with those in `also`;
     `stream`: of the shape of each event, where there may be a stream of them; `errors`: the statuses of errors that can
-    come, but for 401, which every guarded route has where there are keys."""
+    come, but for 401, which every guarded route has where there are keys; `done`: whether a stream ends with `[DONE]`;
+    `error`: the shape of errors."""
     assert name in SHAPES and (stream is None or stream in SHAPES)
     content: dict[str, Any] = {media_type: {"schema": ref(name)}}
     if stream is not None:
         data = {"type": "string", "contentMediaType": "application/json", "contentSchema": ref(stream)}
         event = {"type": "object", "properties": {"data": data}, "required": ["data"]}
         content["text/event-stream"] = {"itemSchema": event}
-    description = "The answer; with `stream`, as events, and `[DONE]` for the last." if stream else "The answer."
+    last = ", and `[DONE]` for the last" if done else ""
+    description = f"The answer; with `stream`, as events{last}." if stream else "The answer."
     headers = dict(_COMMON)
     if 500 in errors:
         headers["x-max-tokens"] = {"$ref": "#/components/headers/x-max-tokens"}
@@ -62,15 +69,15 @@ def answers(
     responses: dict[int, Any] = {200: {"description": description, "headers": headers, "content": content}}
     for status in also:
         responses[status] = {"description": MEANING[status], "headers": _COMMON, "content": content}
-    responses |= {status: error_answer(status) for status in sorted(errors)}
+    responses |= {status: error_answer(status, error) for status in sorted(errors)}
     return {"response_class": Response, "responses": responses}
 
 
-def error_answer(status: int) -> dict[str, Any]:
+def error_answer(status: int, error: str = "Error") -> dict[str, Any]:
     return {
         "description": MEANING[status],
         "headers": {**_COMMON, **_HEADERS.get(status, {})},
-        "content": {"application/json": {"schema": ref("Error")}},
+        "content": {"application/json": {"schema": ref(error)}},
     }
 
 

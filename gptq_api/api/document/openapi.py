@@ -12,6 +12,7 @@ from fastapi.routing import APIRoute
 
 from gptq_api.api.document.declare import COMMON_HEADERS, error_answer
 from gptq_api.api.document.shapes import SHAPES
+from gptq_api.api.messages_errors import MESSAGES
 
 VERSION = "3.2.0"
 """the first in which the shape of a stream's events can be said"""
@@ -41,7 +42,8 @@ def openapi_document(
         components["securitySchemes"] = _SCHEMES
     for path, operations in document["paths"].items():
         for operation in operations.values():
-            _finish(operation, guarded=keyed and path not in public, any_model=any_model)
+            error = "MessagesError" if path.startswith(MESSAGES) else "Error"
+            _finish(operation, guarded=keyed and path not in public, any_model=any_model, error=error)
         if "get" in operations:
             operations["head"] = _head_of(operations["get"])
     return document
@@ -58,13 +60,13 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _finish(operation: dict[str, Any], *, guarded: bool, any_model: bool) -> None:
+def _finish(operation: dict[str, Any], *, guarded: bool, any_model: bool, error: str) -> None:
     responses = operation["responses"]
     responses.pop("422", None)  # every wrong body is a 400 here
     if any_model:
         responses.pop("404", None)
     if guarded:
-        responses["401"] = error_answer(401)
+        responses["401"] = error_answer(401, error)
         operation["security"] = [{name: []} for name in _SCHEMES]
     operation["responses"] = dict(sorted(responses.items()))
 
