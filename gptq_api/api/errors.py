@@ -18,7 +18,6 @@ from starlette.exceptions import HTTPException
 
 from gptq_api.api.invalid import first_invalid
 from gptq_api.api.messages_errors import MESSAGES, messages_error, messages_status
-from gptq_api.api.messages_errors import MESSAGES, messages_error, messages_status
 from gptq_api.api.unknown_url import unknown_url
 
 MAX_MESSAGE = 1000

@@ -1,4 +1,4 @@
-"""The tools of the Responses and Messages APIs, as functions that a chat template knows, and their names on the way back.
+"""Tools of the Responses and Messages APIs as functions that a chat template knows, and their names on the way back.
 
 A model sees plain functions with names of at most 64 characters. A tool of a namespace is one of them under both names;
 a `custom` tool, whose input is any text, is one with a single string; longer names are cut and made unique by a digest.

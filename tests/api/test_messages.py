@@ -206,7 +206,9 @@ def events_of(made: MessagesShape, asked: Work, pieces: list[Piece], failure: Ap
 async def test_the_events_of_a_text() -> None:
     with work() as asked:
         choice = asked.choices[0]
-        found = events_of(shape(), asked, [Piece(choice, "He", []), Piece(choice, "y", []), Piece(choice, "", [], "stop")])
+        found = events_of(
+            shape(), asked, [Piece(choice, "He", []), Piece(choice, "y", []), Piece(choice, "", [], "stop")]
+        )
     assert [event["type"] for event in found] == [
         *("message_start", "content_block_start", "content_block_delta", "content_block_delta"),
         *("content_block_stop", "message_delta", "message_stop"),

@@ -99,7 +99,12 @@ def test_tools_of_every_kind() -> None:
             "tools": [
                 {"type": "web_search"},
                 FUNCTION | {"strict": False, "parameters": {"type": "object", "$schema": "http://x"}},
-                {"type": "namespace", "name": "agents", "description": "", "tools": [FUNCTION, FUNCTION | {"name": "b"}]},
+                {
+                    "type": "namespace",
+                    "name": "agents",
+                    "description": "",
+                    "tools": [FUNCTION, FUNCTION | {"name": "b"}],
+                },
                 {"type": "custom", "name": "patch", "format": {"type": "grammar", "syntax": "lark", "definition": "G"}},
                 {"type": "shell"},
             ],
@@ -121,6 +126,7 @@ def test_tools_of_every_kind() -> None:
     assert box.origin("agents__b") == Origin("b", "agents")
     assert names.of("tools[0].function.parameters.type") == "tools[1].parameters.type"
     assert names.of("tools[2].function.name") == "tools[2].tools[1].name"
+    assert Names({"messages": "input"}).of("messages[4].content") == "input"
 
 
 @pytest.mark.parametrize(

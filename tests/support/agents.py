@@ -1,4 +1,4 @@
-"""What tests of the Responses and Messages APIs share: templates that differ in what they take, and work without a server."""
+"""What tests of the Responses and Messages APIs share: templates that differ in what they take, work with no server."""
 
 from __future__ import annotations
 

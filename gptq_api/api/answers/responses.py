@@ -32,8 +32,8 @@ class ResponsesShape:
         origin: Callable[[str], Origin],
         logprobs: Callable[[list[TokenEntry]], list[dict[str, Any]]] | None,
     ) -> None:
-        """`echoed`: fields of the request that the answer repeats; `origin`: the tool behind a name that the model used;
-        `logprobs`: spells them, None if nobody asked."""
+        """`echoed`: fields of the request that the answer repeats; `origin`: the tool behind a name that the model
+        used; `logprobs`: spells them, None if nobody asked."""
         self._echoed = echoed
         self._origin = origin
         self._logprobs = logprobs

@@ -2,7 +2,20 @@
 
 from __future__ import annotations
 
-from gptq_api.api.document.primitives import BYTE, COUNT, FLAG, NULL, TEXT, TIME, Schema, array, const, either, ref, shape
+from gptq_api.api.document.primitives import (
+    BYTE,
+    COUNT,
+    FLAG,
+    NULL,
+    TEXT,
+    TIME,
+    Schema,
+    array,
+    const,
+    either,
+    ref,
+    shape,
+)
 
 _ANY: Schema = {"type": "object"}
 _NUMBER: Schema = {"type": "number"}

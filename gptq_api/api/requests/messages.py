@@ -14,9 +14,9 @@ from gptq_api.api.requests.fields import MAX_STOP, MAX_STOP_TEXT, MAX_TOKEN, Bod
 from gptq_api.api.requests.own_fields import OwnFields
 from gptq_api.api.requests.reading import invalid, missing, optional_text_at, parts_of, text_at
 from gptq_api.api.requests.responses import Object, Objects
-from gptq_api.api.tool_names import Origin, Toolbox, call, model_name
 from gptq_api.api.requests.translated import Names, Translated, chat_request
 from gptq_api.api.requests.turns import fitted
+from gptq_api.api.tool_names import Origin, Toolbox, call, model_name
 from gptq_api.text.chat_template import ChatTemplate
 
 ATTRIBUTION = "x-anthropic-billing-header:"

@@ -30,7 +30,7 @@ def text_at(fields: Mapping[str, Any], name: str, path: str, *, longest: int = M
 
 
 def optional_text_at(fields: Mapping[str, Any], name: str, path: str) -> str:
-    """"" where there is none."""
+    """ "" where there is none."""
     return "" if fields.get(name) is None else text(fields[name], f"{path}.{name}")
 
 

@@ -12,9 +12,9 @@ from gptq_api.api.requests.fields import Count, Name, Share, Temperature, Text
 from gptq_api.api.requests.own_fields import OwnFields
 from gptq_api.api.requests.reading import invalid, missing, optional_text_at, text, text_at
 from gptq_api.api.requests.responses_items import Items
-from gptq_api.api.tool_names import CUSTOM_PARAMETERS, Origin, Toolbox, model_name
 from gptq_api.api.requests.translated import Names, Translated, chat_request
 from gptq_api.api.requests.turns import fitted
+from gptq_api.api.tool_names import CUSTOM_PARAMETERS, Origin, Toolbox, model_name
 from gptq_api.text.chat_template import ChatTemplate
 
 MAX_ITEMS = 8192

@@ -51,9 +51,7 @@ class Items:
     def _call(self, item: dict[str, Any], path: str, arguments: str) -> None:
         """Calls behind one another, and what was said before them, are one message."""
         namespace = item.get("namespace")
-        name = model_name(
-            text_at(item, "name", path, longest=512), namespace if isinstance(namespace, str) else None
-        )
+        name = model_name(text_at(item, "name", path, longest=512), namespace if isinstance(namespace, str) else None)
         made = call(text_at(item, "call_id", path, longest=512), name, arguments)
         last = self.messages[-1] if self.messages else None
         if last is not None and last["role"] == "assistant":
@@ -62,8 +60,8 @@ class Items:
             self.messages.append({"role": "assistant", "content": "", "tool_calls": [made]})
 
     def _text(self, content: Any, path: str, *, refuse: bool) -> str:
-        """All text. `refuse`: whether what is not text is a 400; what a tool gave back cannot be mended by whoever sends
-        it, so there it is left out and said so in its place."""
+        """All text. `refuse`: whether what is not text is a 400; what a tool gave back cannot be mended by whoever
+        sends it, so there it is left out and said so in its place."""
         found = []
         for place, kind, part in parts_of(content, path, "input_text"):
             if kind in _TEXTS:

@@ -23,7 +23,9 @@ class Names:
     """path in the chat request -> path in the client's body; holds for what lies below it as well"""
 
     def of(self, path: str) -> str:
-        """The longest known beginning is replaced."""
+        """The longest known beginning is replaced. Messages have no number: several may be one."""
+        if path.startswith("messages["):
+            return self.paths.get("messages", "messages")
         for end in sorted({len(path), *(i for i, char in enumerate(path) if char in ".[")}, reverse=True):
             if path[:end] in self.paths:
                 return self.paths[path[:end]] + path[end:]

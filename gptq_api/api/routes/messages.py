@@ -37,9 +37,7 @@ async def messages(body: MessagesRequest, request: Request, service: ServiceDep,
         return await converse(request, service, record, asked.chat, shape, headers)
 
 
-@router.post(
-    "/v1/messages/count_tokens", **answers("MessageTokens", errors=(*BODY, *_ERRORS), error="MessagesError")
-)
+@router.post("/v1/messages/count_tokens", **answers("MessageTokens", errors=(*BODY, *_ERRORS), error="MessagesError"))
 async def count_tokens(body: CountTokensRequest, service: ServiceDep, record: RecordDep) -> Response:
     """How many tokens a conversation is, with all that the chat template puts around it."""
     service.check_model(body.model)
