@@ -42,7 +42,9 @@ ON_SIMULATED_DEVICE = """
 import sys
 if "gptq_api.engine.process" in sys.orig_argv:
     from gptq_api.runner import load as runner
+    from gptq_api.checkpoint.identity import Identity
     from simulated_device import SimulatedRunner
+    runner.identify = lambda options: Identity("simulated", 0)
     runner.load_runner = lambda settings: SimulatedRunner()
 """
 
