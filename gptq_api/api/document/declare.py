@@ -62,6 +62,9 @@ def answers(
     last = ", and `[DONE]` for the last" if done else ""
     description = f"The answer; with `stream`, as events{last}." if stream else "The answer."
     headers = dict(_COMMON)
+    if error == "MessagesError":
+        headers["request-id"] = {"$ref": "#/components/headers/request-id"}
+        headers["x-dropped-system-line"] = {"$ref": "#/components/headers/x-dropped-system-line"}
     if 500 in errors:
         headers["x-max-tokens"] = {"$ref": "#/components/headers/x-max-tokens"}
     if 400 in errors and name != "Error":
@@ -91,6 +94,15 @@ COMMON_HEADERS = {
         "description": "From the first header to the first byte of the answer.",
         "required": True,
         "schema": {"type": "integer", "minimum": 0},
+    },
+    "request-id": {
+        "description": "The same as x-request-id, under the name that clients of Anthropic's API read.",
+        "required": True,
+        "schema": {"type": "string"},
+    },
+    "x-dropped-system-line": {
+        "description": "What was taken out of the head of the system prompt, where it would end every prefix cache.",
+        "schema": {"type": "string"},
     },
     "x-max-tokens": {
         "description": "How long the answer may be, tokens, where the context leaves less than was allowed.",

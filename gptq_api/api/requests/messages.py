@@ -39,7 +39,7 @@ class CountTokensRequest(OwnFields):
     """Those with an `input_schema`; tools that run at Anthropic are skipped."""
     tool_choice: Object | None = None
     thinking: Object | None = None
-    """Thoughts are told as thinking blocks where this is enabled or adaptive, and left out otherwise."""
+    """Thoughts are told as thinking blocks where this is there and not disabled, and left out otherwise."""
     output_config: Object | None = None
     cache_control: Object | None = None
     """Accepted here and on every block: prefixes are always cached."""
@@ -58,7 +58,7 @@ class CountTokensRequest(OwnFields):
 
     @property
     def wants_thinking(self) -> bool:
-        return (self.thinking or {}).get("type") in ("enabled", "adaptive")
+        return (self.thinking or {}).get("type") not in (None, "disabled")
 
     def more_fields(self) -> dict[str, Any]:
         """Of a chat completion request, besides the conversation and tools."""
