@@ -13,7 +13,7 @@ from gptq_api.api.errors import bad_request
 from gptq_api.api.requests.fields import MAX_STOP, MAX_STOP_TEXT, MAX_TOKEN, Body, Count, Name, Share, Text
 from gptq_api.api.requests.own_fields import OwnFields
 from gptq_api.api.requests.reading import invalid, missing, optional_text_at, parts_of, text_at
-from gptq_api.api.requests.responses import Object, Objects
+from gptq_api.api.requests.responses import MAX_TOOLS, Object
 from gptq_api.api.requests.translated import Names, Translated, chat_request
 from gptq_api.api.requests.turns import fitted
 from gptq_api.api.tool_names import Origin, Toolbox, call, model_name
@@ -25,17 +25,21 @@ _OMITTED = {"image": "[an image was here: this model reads text only]", "documen
 StopSequence = Annotated[str, Field(min_length=1, max_length=MAX_STOP_TEXT)]
 
 
+MAX_BLOCKS = 1024
+Blocks = Annotated[list[Object], Field(max_length=MAX_BLOCKS, fail_fast=True)]
+
+
 class InputMessage(Body):
     role: Literal["user", "assistant", "system"]
-    content: Text | Objects
+    content: Text | Blocks
     """A text, or blocks: text, tool_use, tool_result, thinking; others are skipped."""
 
 
 class CountTokensRequest(OwnFields):
     model: Name | None = None
-    messages: Annotated[list[InputMessage], Field(min_length=1, max_length=8192, fail_fast=True)]
-    system: Text | Objects | None = None
-    tools: Annotated[list[Object], Field(max_length=1024, fail_fast=True)] | None = None
+    messages: Annotated[list[InputMessage], Field(min_length=1, max_length=4096, fail_fast=True)]
+    system: Text | Blocks | None = None
+    tools: Annotated[list[Object], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
     """Those with an `input_schema`; tools that run at Anthropic are skipped."""
     tool_choice: Object | None = None
     thinking: Object | None = None
