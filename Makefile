@@ -8,7 +8,7 @@ GPTQ_API_CUDA ?= $(shell nvidia-smi >/dev/null 2>&1 && echo auto || echo off)
 export GPTQ_API_CUDA
 ARGS ?=
 
-.PHONY: serve chat test fast lint format compare gpu demo-model-test clean
+.PHONY: serve chat test fast lint format compare gpu clients demo-model-test clean
 
 serve: $(VENV)/.installed
 	$(VENV)/bin/gptq-api serve $(ARGS)
@@ -42,6 +42,11 @@ demo-model-test: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff format --check demo_model
 	$(VENV)/bin/python -m pytest -c demo_model/pyproject.toml demo_model $(ARGS)
 
+# Programs that others wrote, each in its own environment under .clients/, against servers of ours.
+clients: $(VENV)/.installed-dev
+	$(VENV)/bin/python -m tests.clients.environments
+	$(VENV)/bin/python -m pytest tests/clients $(ARGS)
+
 gpu: $(VENV)/.installed-dev
 	$(VENV)/bin/python -m pytest -m gpu $(ARGS)
 	$(VENV)/bin/python benchmarks/gemm.py --out benchmarks/results
@@ -61,4 +66,4 @@ $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(VENV)/bin/python
 	touch $@ $(VENV)/.installed
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .clients build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
