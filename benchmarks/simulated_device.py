@@ -11,8 +11,12 @@ from __future__ import annotations
 import time
 from bisect import bisect_right
 from collections.abc import Callable
+from dataclasses import dataclass
 
-from gptq_api.step import Sampled, Step
+import msgspec
+import numpy as np
+
+from gptq_api.step import Masks, Sampled, Step
 
 _ROWS_MS = ((1, 3.2), (8, 3.2), (32, 4.4), (64, 5.7), (128, 7.6), (256, 12.6), (512, 20.9), (2048, 77.5), (8192, 310.0))
 """rows of a step -> what its Linears take"""
@@ -33,6 +37,13 @@ def step_ms(rows: int, context: int, sampled: int) -> float:
     return linears + context * _CONTEXT_MS + sampled * _SAMPLE_MS
 
 
+@dataclass(slots=True)
+class _Launched:
+    ends: float
+    step: Step
+    sampled: Sampled
+
+
 class SimulatedRunner:
     """One step ahead, as the CUDA runner is. Tokens are a hash of seat and position."""
 
@@ -49,7 +60,7 @@ class SimulatedRunner:
         self._now, self._sleep = now, sleep
         self._busy_until = 0.0
 
-    def launch(self, step: Step) -> tuple[float, Sampled]:
+    def launch(self, step: Step) -> _Launched:
         context = sum(start for start, n in zip(step.num_computed, step.num_new, strict=True) if n == 1)
         seconds = step_ms(step.num_tokens, context, sum(step.num_sampled)) / 1e3
         self._busy_until = max(self._now(), self._busy_until) + seconds
@@ -58,9 +69,22 @@ class SimulatedRunner:
             for seat, start, num in zip(step.seats, step.num_computed, step.num_sampled, strict=True)
             if num
         ]
-        return self._busy_until, Sampled(step.num_sampled, tokens)
+        return _Launched(self._busy_until, step, Sampled(step.num_sampled, tokens))
 
-    def collect(self, launched: tuple[float, Sampled]) -> Sampled:
-        ends, sampled = launched
-        self._sleep(max(0.0, ends - self._now()))
-        return sampled
+    def draw(self, launched: _Launched, masks: Masks) -> None:
+        """The hash chooses among what is allowed. Masks that come after the logits make the device wait."""
+        self._busy_until = max(self._now(), self._busy_until)
+        launched.ends = self._busy_until
+        place_of = dict[int, int]()
+        for entry, num in enumerate(launched.step.num_sampled):
+            if num:
+                place_of[entry] = len(place_of)
+        tokens = list(launched.sampled.tokens)
+        for entry, words in zip(masks.entries, masks.words, strict=True):
+            allowed = np.flatnonzero(np.unpackbits(words.view(np.uint8), bitorder="little"))
+            tokens[place_of[entry]] = int(allowed[tokens[place_of[entry]] % len(allowed)])
+        launched.sampled = msgspec.structs.replace(launched.sampled, tokens=tokens)
+
+    def collect(self, launched: _Launched) -> Sampled:
+        self._sleep(max(0.0, launched.ends - self._now()))
+        return launched.sampled

@@ -108,10 +108,11 @@ void sample(std::uintptr_t logits, int S, int V, long long ldl, std::uintptr_t f
 }
 
 void sample_adjust(std::uintptr_t logits, int S, int V, long long ldl, std::uintptr_t fields, long long ldf, std::uintptr_t history,
-                   long long ldh, int capacity, std::uintptr_t entries, std::uintptr_t out, long long ldo, std::uintptr_t stream) {
+                   long long ldh, int capacity, std::uintptr_t entries, std::uintptr_t masks, std::uintptr_t out, long long ldo,
+                   std::uintptr_t stream) {
   const gptq::SamplerHistory past{pointer<int>(history), ldh, capacity};
-  raise_on(gptq::launch_sample_adjust(sampler_rows(logits, S, V, ldl, fields, ldf), past, pointer<const int>(entries), pointer<float>(out),
-                                      ldo, as_stream(stream)),
+  raise_on(gptq::launch_sample_adjust(sampler_rows(logits, S, V, ldl, fields, ldf), past, pointer<const int>(entries),
+                                      pointer<const int>(masks), pointer<float>(out), ldo, as_stream(stream)),
            shape("sample_adjust", S, V, 0));
 }
 
@@ -187,7 +188,7 @@ PYBIND11_MODULE(_cuda, m, py::mod_gil_not_used()) {
   m.def("sample", &sample, free_gil, "logits"_a, "S"_a, "V"_a, "ldl"_a, "fields"_a, "ldf"_a, "history"_a, "ldh"_a, "capacity"_a, "tokens"_a,
         "stream"_a);
   m.def("sample_adjust", &sample_adjust, free_gil, "logits"_a, "S"_a, "V"_a, "ldl"_a, "fields"_a, "ldf"_a, "history"_a, "ldh"_a,
-        "capacity"_a, "entries"_a, "out"_a, "ldo"_a, "stream"_a);
+        "capacity"_a, "entries"_a, "masks"_a, "out"_a, "ldo"_a, "stream"_a);
   m.def("sample_logprobs", &sample_logprobs, free_gil, "logits"_a, "S"_a, "V"_a, "ldl"_a, "fields"_a, "ldf"_a, "tokens"_a, "out"_a,
         "stream"_a);
   m.def("attention_decode", &attention_decode, free_gil, "qkv"_a, "cache"_a, "block_tables"_a, "context_lens"_a, "query_start"_a, "out"_a,

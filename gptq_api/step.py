@@ -7,9 +7,12 @@ given to another runner, and a runner may keep a step for as long as it likes.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 import msgspec
+import numpy as np
+from numpy.typing import NDArray
 
 from gptq_api.types import SamplingParams, TokenLogprobs
 
@@ -54,6 +57,17 @@ class Step(msgspec.Struct, frozen=True):
         return sum(self.num_new)
 
 
+@dataclass(slots=True, frozen=True)
+class Masks:
+    """What the entries of a step that have a grammar may sample."""
+
+    entries: list[int]
+    """of the Step, ascending"""
+    words: NDArray[np.int32]
+    """[entries, ceil(vocab_size / 32)], C order: bit i % 32 of word i // 32 is set where token i may be sampled; at
+    least one is"""
+
+
 class Sampled(msgspec.Struct, frozen=True):
     """The result of one step."""
 
@@ -62,7 +76,7 @@ class Sampled(msgspec.Struct, frozen=True):
     the rows behind the last token do not count as computed."""
     tokens: list[int]
     """All of them, in the order of the Step. -1: the logits were not finite, and the sequence has to end with reason
-    "error" (token 0 is never made up)."""
+    "error" (token 0 is never made up). -2, from the engine: its grammar could not be followed."""
     logprobs: dict[int, TokenLogprobs] = {}
     """by place in `tokens`, where they were asked for"""
 
@@ -81,7 +95,13 @@ class Runner(Protocol[Launched]):
     """0: a step is collected before the next one is scheduled; 1: afterwards"""
 
     def launch(self, step: Step) -> Launched:
-        """Start a step, after all that were launched before, and do not wait for it. Raises DeviceMemoryError."""
+        """Start a step, after all that were launched before, and do not wait for it. Raises DeviceMemoryError.
+
+        Where one of its entries samples and has a grammar, the step goes no further than to its logits."""
+
+    def draw(self, launched: Launched, masks: Masks) -> None:
+        """Such a step samples now. Called once for each of them, before the next step is launched and after all
+        earlier ones were collected, since a mask follows from the token before."""
 
     def collect(self, launched: Launched) -> Sampled:
         """Wait for the step launched longest ago. With lookahead 1 an entry whose num_sampled is 1 gets its token."""

@@ -12,8 +12,9 @@ from typing import Literal
 
 import msgspec
 
-FinishReason = Literal["stop", "length", "error"]
-"""`error`: this sequence failed inside the engine (non-finite logits, for one); never sent to a client as such."""
+FinishReason = Literal["stop", "length", "error", "too_complex"]
+"""`error`: this sequence failed inside the engine (non-finite logits, for one); `too_complex`: its grammar grew beyond
+a limit. Neither is sent to a client as such."""
 
 
 def pack_ids(ids: Iterable[int]) -> bytes:
@@ -29,8 +30,8 @@ def unpack_ids(data: bytes) -> list[int]:
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     """How one sequence is sampled. Already validated by the API process; the engine only asserts.
 
-    The distribution of a position is made in this order: logit_bias, repetition / presence / frequency penalty,
-    temperature, min_p, top_k, top_p. `temperature == 0` is greedy and ignores the filters.
+    The distribution of a position is made in this order: logit_bias, repetition / presence / frequency penalty, the
+    grammar, temperature, min_p, top_k, top_p. `temperature == 0` is greedy and ignores the filters.
     """
 
     max_tokens: int

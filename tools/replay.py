@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 
 from gptq_api.checkpoint.errors import CheckpointError
 from gptq_api.config import ConfigError, Settings
@@ -26,6 +27,7 @@ from gptq_api.runner.load import load_runner
 from gptq_api.runner.loaded import LoadedRunner
 from gptq_api.runner.options import LoadOptions
 from gptq_api.settings_source import load_settings
+from gptq_api.step import Masks
 
 
 def replay(runner: LoadedRunner, steps: Iterable[TracedStep]) -> dict[str, Any]:
@@ -45,8 +47,16 @@ def replay(runner: LoadedRunner, steps: Iterable[TracedStep]) -> dict[str, Any]:
         num_tokens += len(traced.sampled.tokens)
         num_same += sum(a == b for a, b in zip(traced.sampled.tokens, sampled.tokens, strict=False))
 
+    constrained: dict[int, bool] = {}  # by seat
     for traced in steps:
-        in_flight.append((time.perf_counter(), traced, runner.launch(traced.step)))
+        constrained |= {new.seat: bool(new.params.grammar) for new in traced.step.admitted}
+        launched = runner.launch(traced.step)
+        in_flight.append((time.perf_counter(), traced, launched))
+        masks = recorded_masks(traced, constrained, runner.vocab_size)
+        if masks is not None:
+            if len(in_flight) > 1:
+                collect()
+            runner.draw(launched, masks)
         if len(in_flight) > runner.lookahead:
             collect()
     while in_flight:
@@ -59,6 +69,22 @@ def replay(runner: LoadedRunner, steps: Iterable[TracedStep]) -> dict[str, Any]:
         "recorded_median_ms": round(statistics.median(recorded), 3) if recorded else None,
         "seconds": round(time.perf_counter() - began, 3),
     }
+
+
+def recorded_masks(traced: TracedStep, constrained: dict[int, bool], vocab_size: int) -> Masks | None:
+    """Instead of a grammar: each of its entries gets the token that it got."""
+    step, place, entries, tokens = traced.step, 0, list[int](), list[int]()
+    for entry, num in enumerate(traced.sampled.num_tokens):
+        if constrained.get(step.seats[entry]) and step.num_sampled[entry]:
+            entries.append(entry)
+            tokens.append(max(traced.sampled.tokens[place], 0))
+        place += num
+    if not entries:
+        return None
+    words = np.zeros((len(entries), -(-vocab_size // 32)), np.uint32)
+    for row, token in zip(words, tokens, strict=True):
+        row[token // 32] |= np.uint32(1 << token % 32)
+    return Masks(entries, words.view(np.int32))
 
 
 def settings_of(head: TraceHead, flags: list[str]) -> Settings:

@@ -41,9 +41,11 @@ constexpr int kMaxTopLogprobs = 20;
 
 cudaError_t launch_sample(const SamplerRows& rows, const SamplerHistory& history, int* tokens, cudaStream_t stream);
 
-// entries: S + 1 starts, then (token, float bits) pairs; null: none. out may be the logits themselves.
-cudaError_t launch_sample_adjust(const SamplerRows& rows, const SamplerHistory& history, const int* entries, float* out, long long ldo,
-                                 cudaStream_t stream);
+// entries: S + 1 starts, then (token, float bits) pairs; null: none. masks: for each row which of the masks behind these S words is its
+// own, -1: none, then masks of ceil(V / 32) words, bit i % 32 of word i / 32 set where token i may be sampled; null: none.
+// out may be the logits themselves.
+cudaError_t launch_sample_adjust(const SamplerRows& rows, const SamplerHistory& history, const int* entries, const int* masks, float* out,
+                                 long long ldo, cudaStream_t stream);
 
 // out [S, 2, 1 + kMaxTopLogprobs]: ids, then float bits.
 cudaError_t launch_sample_logprobs(const SamplerRows& rows, const int* tokens, int* out, cudaStream_t stream);

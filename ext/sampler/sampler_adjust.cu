@@ -1,4 +1,4 @@
-// Bias, penalties and forbidden stop tokens: a block per row and per slice of the vocabulary counts the history in shared memory.
+// Bias, penalties, forbidden stop tokens and masks of grammars: a block per row and per slice of the vocabulary counts the history in shared memory.
 #include "sampler/sampler_row.cuh"
 
 namespace gptq {
@@ -8,7 +8,7 @@ constexpr int kAdjustThreads = 256, kSlice = 4096;
 constexpr uint32_t kSeen = 1u << 30, kForbidden = 1u << 31, kCount = kSeen - 1;
 
 __global__ void __launch_bounds__(kAdjustThreads)
-    adjust_kernel(const SamplerRows a, const SamplerHistory history, const int* entries, float* out, long long ldo) {
+    adjust_kernel(const SamplerRows a, const SamplerHistory history, const int* entries, const int* masks, float* out, long long ldo) {
   __shared__ uint32_t state[kSlice];  // occurrences in the output, and flags
   __shared__ float bias[kSlice];
   grid_launch_dependents();
@@ -20,7 +20,9 @@ __global__ void __launch_bounds__(kAdjustThreads)
               frequency = float_field(a, r, kFrequencyPenalty);
   const int entry = entries ? entries[r] : 0, entry_end = entries ? entries[r + 1] : 0;
   const bool penalised = repetition != 1.f || presence != 0.f || frequency != 0.f;
-  if (seat < 0 || (!penalised && entry == entry_end)) {
+  const int mask = masks ? masks[r] : -1;
+  const int* allowed = masks + a.S + static_cast<long long>(max(mask, 0)) * ((a.V + 31) / 32) + first / 32;
+  if (seat < 0 || (!penalised && entry == entry_end && mask < 0)) {
     if (x != y)
       for (int i = threadIdx.x; i < size; i += kAdjustThreads) y[i] = x[i];
     return;
@@ -46,23 +48,24 @@ __global__ void __launch_bounds__(kAdjustThreads)
   for (int i = threadIdx.x; i < size; i += kAdjustThreads) {
     const uint32_t s = state[i];
     const float add = bias[i];
-    if (x == y && !s && add == 0.f) continue;
+    const bool forbidden = s & kForbidden || (mask >= 0 && !(allowed[i / 32] >> i % 32 & 1));
+    if (x == y && !s && add == 0.f && !forbidden) continue;
     float v = x[i];
     if (add != 0.f) v = __fadd_rn(v, add);
     if (s & kSeen && repetition != 1.f) v = v > 0.f ? __fdiv_rn(v, repetition) : __fmul_rn(v, repetition);
     if (s & kCount) v = __fsub_rn(v, __fadd_rn(presence, __fmul_rn(frequency, static_cast<float>(s & kCount))));
     // The lowest number instead of -inf, and not over what is not finite: the row has to be recognised as such.
-    if (s & kForbidden && fabsf(v) <= FLT_MAX) v = -FLT_MAX;
+    if (forbidden && fabsf(v) <= FLT_MAX) v = -FLT_MAX;
     y[i] = v;
   }
 }
 
 }  // namespace
 
-cudaError_t launch_sample_adjust(const SamplerRows& rows, const SamplerHistory& history, const int* entries, float* out, long long ldo,
-                                 cudaStream_t stream) {
+cudaError_t launch_sample_adjust(const SamplerRows& rows, const SamplerHistory& history, const int* entries, const int* masks, float* out,
+                                 long long ldo, cudaStream_t stream) {
   return launch_overlapped(adjust_kernel, dim3((rows.V + kSlice - 1) / kSlice, rows.S), kAdjustThreads, 1, stream, rows, history, entries,
-                           out, ldo);
+                           masks, out, ldo);
 }
 
 }  // namespace gptq

@@ -19,6 +19,7 @@ from gptq_api.config import Settings
 from gptq_api.edge.auth import Authenticator
 from gptq_api.edge.request_log import RequestRecord
 from gptq_api.engine.client import EngineClient
+from gptq_api.grammar.checker import GrammarChecker
 from gptq_api.text.chat_template import ChatTemplate
 from gptq_api.text.tokenizer import Tokenizer
 
@@ -43,6 +44,7 @@ class Service:
     """longest prompt plus answer that can ever run"""
     max_token_bytes: int = field(init=False)
     """UTF-8 bytes of the longest token: so many bytes are at least so many tokens"""
+    grammars: GrammarChecker = field(init=False)
     _text_thread: ThreadPoolExecutor = field(init=False)
 
     def __post_init__(self) -> None:
@@ -54,6 +56,7 @@ class Service:
         self.fingerprint = "fp_" + hashlib.sha256(" ".join(parts).encode()).hexdigest()[:10]
         self.max_tokens = ready.max_model_len
         self.max_token_bytes = max(len(self.tokenizer.token_bytes(i)) for i in range(self.tokenizer.vocab_size))
+        self.grammars = GrammarChecker(self.tokenizer.special_contents)
         # one thread: rendering and encoding must not stand on the event loop, nor take the engine's cores
         self._text_thread = ThreadPoolExecutor(1, thread_name_prefix="text")
 
@@ -106,6 +109,7 @@ class Service:
         return await asyncio.get_running_loop().run_in_executor(self._text_thread, work)
 
     def close(self) -> None:
+        self.grammars.close()
         self._text_thread.shutdown(wait=False, cancel_futures=True)
 
 

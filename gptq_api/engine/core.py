@@ -1,46 +1,101 @@
-"""Engine: the one place where scheduler and model meet. A step is four calls: schedule, launch, collect, update."""
+"""Engine: the one place where scheduler and model meet. A step is four calls: schedule, launch, collect, update; and
+draw, where a grammar says what may be sampled."""
 
 from __future__ import annotations
 
 import logging
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Generic
 
+import msgspec
+
 from gptq_api.engine.trace import Trace
+from gptq_api.grammar.matchers import Compiled, Constrained, Grammars
 from gptq_api.logs import num_dropped
 from gptq_api.scheduler.scheduler import Progress, Scheduler
-from gptq_api.step import DeviceMemoryError, Launched, Runner, Step
+from gptq_api.step import DeviceMemoryError, Launched, Runner, Sampled, Step
 from gptq_api.types import Add, EngineStats, FinishReason, StepOutput, TokenLogprobs, pack_ids, unpack_ids
 
 _log = logging.getLogger(__name__)
 
 
-@dataclass(slots=True, frozen=True)
+@dataclass(slots=True)
 class _InFlight(Generic[Launched]):
     step: Step
     launched: Launched
     began: float
     """time.perf_counter() before the launch, and after it"""
     ended: float
+    constrained: list[Constrained]
+    """entries that sample by a grammar"""
+    drawn: bool
+    """whether the runner has all it needs to sample"""
 
 
 class Engine(Generic[Launched]):
     """Owns the loop's state. Not thread-safe: add, abort and step are called by one thread."""
 
-    def __init__(self, runner: Runner[Launched], scheduler: Scheduler, trace: Trace | None = None) -> None:
+    def __init__(
+        self,
+        runner: Runner[Launched],
+        scheduler: Scheduler,
+        trace: Trace | None = None,
+        grammars: Grammars | None = None,
+        post: Callable[[str, Compiled], None] | None = None,
+    ) -> None:
+        """`post`: takes a compiled grammar from another thread and has it passed to `compiled` by ours; without it,
+        `add` waits for what it compiles."""
         self.runner, self.scheduler, self._trace = runner, scheduler, trace
+        self._grammars, self._post = grammars, post
         self._in_flight: deque[_InFlight[Launched]] = deque()
         self._finished: dict[int, FinishReason] = {}  # to be told with the next output
+        self._compiling: dict[str, list[Add]] = {}  # by grammar, who waits for it
+        self._aborted: set[int] = set()  # of those
 
     def add(self, message: Add) -> None:
-        """Queue a sequence for each of the params. Where one can never fit, or has ids the model has no row for, all of
-        them end with "error": the API process should have refused them, and no step may see them."""
-        first, ids = message.first_id, unpack_ids(message.prompt)
-        fits = self._has_rows(message) and self.scheduler.add(first, ids, message.params, message.cache_salt)
+        """Queue a sequence for each of the params, behind its grammar where that is not compiled yet. Where one can
+        never fit, or has ids the model has no row for, all of them end with "error": the API process should have
+        refused them, and no step may see them."""
+        grammar = message.params[0].grammar  # the samples of a prompt differ in their seeds alone
+        if not grammar or (self._grammars is not None and self._grammars.has(grammar)):
+            self._queue(message)
+        elif self._grammars is None:
+            self._give_up(message)
+        elif self._post is None:
+            self._compiling[grammar] = [message]
+            self.compiled(grammar, self._grammars.compiled_now(grammar))
+        elif grammar in self._compiling:
+            self._compiling[grammar].append(message)
+        else:
+            self._compiling[grammar] = [message]
+            self._grammars.compile(grammar, self._post)
+
+    def compiled(self, grammar: str, found: Compiled) -> None:
+        """A grammar that sequences wait for is there, or can not be."""
+        assert self._grammars is not None
+        error = self._grammars.keep(grammar, found)
+        if error:
+            _log.error("a grammar that had been checked does not compile: %s", error)
+        for message in self._compiling.pop(grammar):
+            if error:
+                self._give_up(message)
+                continue
+            self._queue(message)
+            for sequence_id in self._aborted.intersection(_ids(message)):
+                self._aborted.discard(sequence_id)
+                self.scheduler.abort(sequence_id)
+
+    def _queue(self, message: Add) -> None:
+        ids = unpack_ids(message.prompt)
+        fits = self._has_rows(message) and self.scheduler.add(message.first_id, ids, message.params, message.cache_salt)
         if not fits:
-            self._finished |= dict.fromkeys(range(first, first + len(message.params)), "error")
+            self._give_up(message)
+
+    def _give_up(self, message: Add) -> None:
+        self._finished |= dict.fromkeys(_ids(message), "error")
 
     def _has_rows(self, message: Add) -> bool:
         num_rows = self.runner.vocab_size
@@ -55,6 +110,8 @@ class Engine(Generic[Launched]):
 
     def abort(self, sequence_id: int) -> None:
         """Forget a sequence at once; a token of it that is in flight is dropped."""
+        if any(sequence_id in _ids(message) for messages in self._compiling.values() for message in messages):
+            self._aborted.add(sequence_id)
         self.scheduler.abort(sequence_id)
 
     def has_work(self) -> bool:
@@ -66,8 +123,10 @@ class Engine(Generic[Launched]):
 
         With a runner of lookahead 0 the step that is launched is the one reported.
         """
+        self._draw()
         launched = self._launch()
         if self._in_flight and (len(self._in_flight) > self.runner.lookahead or not launched):
+            self._draw()
             return self._collect()
         return None if launched else self.report()
 
@@ -81,7 +140,9 @@ class Engine(Generic[Launched]):
             try:
                 began = time.perf_counter()
                 launched = self.runner.launch(step)
-                self._in_flight.append(_InFlight(step, launched, began, time.perf_counter()))
+                ended = time.perf_counter()
+                constrained = [] if self._grammars is None else self._grammars.of(step)
+                self._in_flight.append(_InFlight(step, launched, began, ended, constrained, drawn=not constrained))
                 return True
             except DeviceMemoryError as error:
                 ids = self.scheduler.withdraw(step)
@@ -91,14 +152,41 @@ class Engine(Generic[Launched]):
                     self._finished[ids[0]] = "error"
         return False
 
+    def _draw(self) -> None:
+        """The oldest step in flight samples, unless it has. Its masks are made while the device computes its logits:
+        the tokens that they follow from are known since the step before was collected."""
+        if self._in_flight and not (first := self._in_flight[0]).drawn:
+            assert self._grammars is not None
+            self.runner.draw(first.launched, self._grammars.masks(first.constrained))
+            first.drawn = True
+
     def _collect(self) -> StepOutput:
         first = self._in_flight.popleft()
         step, sampled = first.step, self.runner.collect(first.launched)
+        if first.constrained:
+            sampled = self._follow(first, sampled)
         if self._trace is not None:
             self._trace.write(first.began, first.ended, step, sampled)
         progress = self.scheduler.update(step, sampled)
         self._finished |= progress.finished
         return self._output(step.num_tokens, progress, sampled.logprobs)
+
+    def _follow(self, step: _InFlight[Launched], sampled: Sampled) -> Sampled:
+        """The grammars take the tokens in; what one of them cannot take is -2 instead."""
+        assert self._grammars is not None
+        places, place = dict[int, int](), 0
+        for entry, num in enumerate(sampled.num_tokens):
+            places[entry] = place  # of its one token
+            place += num
+        got = {row.entry: sampled.tokens[places[row.entry]] for row in step.constrained}
+        failed = self._grammars.advance(step.constrained, got)
+        if not failed:
+            return sampled
+        tokens = list(sampled.tokens)
+        for entry, error in failed.items():
+            _log.warning("a grammar is given up, and its sequence with it: %s", error)
+            tokens[places[entry]] = -2
+        return msgspec.structs.replace(sampled, tokens=tokens)
 
     def _output(self, num_batched_tokens: int, progress: Progress, logprobs: dict[int, TokenLogprobs]) -> StepOutput:
         finished, self._finished = self._finished, {}
@@ -116,7 +204,7 @@ class Engine(Generic[Launched]):
         scheduler = self.scheduler
         return EngineStats(
             num_running=len(scheduler.running),
-            num_waiting=len(scheduler.waiting),
+            num_waiting=len(scheduler.waiting) + sum(map(_num_sequences, self._compiling.values())),
             num_free_blocks=scheduler.blocks.num_free,
             num_blocks=scheduler.blocks.num_blocks,
             num_preemptions=scheduler.counters.preemptions,
@@ -125,3 +213,11 @@ class Engine(Generic[Launched]):
             num_batched_tokens=num_batched_tokens,
             num_log_lines_dropped=num_dropped(),
         )
+
+
+def _ids(message: Add) -> range:
+    return range(message.first_id, message.first_id + len(message.params))
+
+
+def _num_sequences(messages: list[Add]) -> int:
+    return sum(len(message.params) for message in messages)

@@ -14,6 +14,8 @@ import socket
 import sys
 import threading
 import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -23,10 +25,24 @@ from gptq_api.errors import UserError
 from gptq_api.logs import configure
 from gptq_api.types import Abort, Add, Failed, Ready, ToEngine
 
+if TYPE_CHECKING:
+    from llguidance import LLTokenizer
+
+    from gptq_api.grammar.matchers import Compiled
+
 GRACE_S = 1.5
 """How long a step (or a load) may still take after the API process is gone."""
 
-Inbox = queue.SimpleQueue[ToEngine | None]
+
+@dataclass(slots=True, frozen=True)
+class _Compiled:
+    """From the thread that compiles grammars."""
+
+    grammar: str
+    found: Compiled
+
+
+Inbox = queue.SimpleQueue[ToEngine | _Compiled | None]
 
 
 def main(fd: int) -> int:
@@ -65,10 +81,14 @@ def _serve(sock: socket.socket, inbox: Inbox, settings: Settings) -> int:
 
     from gptq_api.engine.core import Engine
     from gptq_api.engine.trace import Trace, TraceHead
+    from gptq_api.grammar.matchers import Grammars
+    from gptq_api.grammar.vocabulary import vocabulary
     from gptq_api.runner.load import identify, load_runner, token_budget
     from gptq_api.runner.options import LoadOptions
     from gptq_api.scheduler.blocks import BlockManager
     from gptq_api.scheduler.scheduler import Scheduler
+    from gptq_api.text.folder import checkpoint_folder
+    from gptq_api.text.tokenizer import load_tokenizer
 
     try:
         options = LoadOptions.of(settings)
@@ -85,9 +105,16 @@ def _serve(sock: socket.socket, inbox: Inbox, settings: Settings) -> int:
         sock.sendall(wire.encode(Failed("there is not enough memory to load the model")))
         return 1
     budget = token_budget(options, torch.device(runner.device))
+    vocab_size, ends = runner.vocab_size, runner.eos_token_ids
+
+    def load_vocabulary() -> LLTokenizer:
+        tokenizer = load_tokenizer(checkpoint_folder(settings.model_path))
+        return vocabulary(tokenizer, vocab_size, tokenizer.end_ids(ends, vocab_size) or (0,))
+
+    grammars = Grammars(load_vocabulary, vocab_size)
     blocks = BlockManager(runner.num_blocks, runner.block_size)
     scheduler = Scheduler(blocks, settings.max_num_seqs, budget, settings.enable_prefix_caching, runner.row_multiple)
-    engine = Engine(runner, scheduler, trace)
+    engine = Engine(runner, scheduler, trace, grammars, lambda *compiled: inbox.put(_Compiled(*compiled)))
     gc.collect()
     gc.freeze()  # the weights never die: keep the collector off them
     ready = Ready(
@@ -104,6 +131,7 @@ def _serve(sock: socket.socket, inbox: Inbox, settings: Settings) -> int:
         checkpoint_written=checkpoint.written,
     )
     sock.sendall(wire.encode(ready))
+    grammars.prepare()
     unanswered = False
     while True:
         while not engine.has_work() or not inbox.empty():
@@ -116,6 +144,8 @@ def _serve(sock: socket.socket, inbox: Inbox, settings: Settings) -> int:
                 case Abort(sequence_ids):
                     for sequence_id in sequence_ids:
                         engine.abort(sequence_id)
+                case _Compiled(grammar, found):
+                    engine.compiled(grammar, found)
                 case None:
                     return 0
             unanswered = True

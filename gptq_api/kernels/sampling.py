@@ -5,8 +5,9 @@ Per sequence, on the host: `SamplingTable.set(seat, params, num_prompt_tokens)` 
 1. `needs = table.fill(staging, seats, lengths)` writes the step's columns into pinned memory, int32 [FIELDS, S] (a view
    with any row stride, so that it can be a part of the step's one staging buffer); after the copy the same view of the
    device's buffer is `SamplingInputs(view)`.
-2. Where `needs.adjust`: `table.entries(seats, lengths)`, copied into an int32 device tensor, and `adjust(...)`, which
-   must come before `sample`. Write it to a second [S, V] tensor where `needs.logprobs` too, else in place.
+2. Where `needs.adjust` or a grammar says what may be sampled: `table.entries(seats, lengths)` and `packed_masks(...)`,
+   copied into int32 device tensors, and `adjust(...)`, which must come before `sample`. Write it to a second [S, V]
+   tensor where `needs.logprobs` too, else in place.
 3. `sample(...)`: everything else is decided on the device, row by row. Appends to `history` what it drew.
 4. Where `needs.logprobs`: `logprobs(raw logits, ...)` after `sample`; `read_logprobs` on the host's copy of its output.
 
@@ -20,9 +21,12 @@ from __future__ import annotations
 import math
 import struct
 from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from gptq_api.kernels.extension import cuda as _cuda
@@ -72,6 +76,7 @@ class SamplingTable:
         self._columns[:] = _words(_PADDING).unsqueeze(1)  # the last column serves seat -1
         self._adjusted: set[int] = set()
         self._logged: set[int] = set()
+        self._constrained: set[int] = set()
         self._bias: dict[int, dict[int, float]] = {}
         self._stops: dict[int, tuple[int, tuple[int, ...]]] = {}
 
@@ -101,12 +106,13 @@ class SamplingTable:
         self._stops.pop(seat, None)
         if p.logit_bias:
             self._bias[seat] = p.logit_bias
-        if p.min_tokens > 0 and p.stop_token_ids:
+        if p.min_tokens > 0 and p.stop_token_ids and not p.grammar:  # a grammar's masks say when it may end
             self._stops[seat] = (num_prompt_tokens + p.min_tokens, p.stop_token_ids)
         penalised = p.repetition_penalty != 1.0 or p.presence_penalty != 0.0 or p.frequency_penalty != 0.0
         for seats, belongs in (
             (self._adjusted, penalised or bool(p.logit_bias)),
             (self._logged, p.top_logprobs is not None),
+            (self._constrained, bool(p.grammar)),
         ):
             (seats.add if belongs else seats.discard)(seat)
 
@@ -135,6 +141,10 @@ class SamplingTable:
             starts.append(len(pairs) // 8)
         return _words(struct.pack(f"<{len(starts)}i", *starts) + bytes(pairs))
 
+    def constrained(self, seats: list[int]) -> bool:
+        """Whether a grammar says what one of these rows may sample."""
+        return not self._constrained.isdisjoint(seats)
+
     def top_logprobs(self, seats: list[int]) -> list[int]:
         """How many each of these sequences asked for; -1: none."""
         found: list[int] = self._columns[6, seats].tolist()
@@ -146,6 +156,19 @@ class SamplingTable:
 
 def _words(data: bytes) -> Tensor:
     return torch.frombuffer(bytearray(data), dtype=torch.int32)
+
+
+def mask_words(vocab_size: int) -> int:
+    """int32 words of one mask."""
+    return -(-vocab_size // 32)
+
+
+def packed_masks(num_rows: int, rows: Sequence[int], words: NDArray[np.int32]) -> Tensor:
+    """What grammars allow in `rows` of the logits, int32 [num_rows + M * mask_words] on the host: for each row which
+    mask is its own, -1: none; then the M masks, as in `step.Masks`."""
+    which = np.full(num_rows, -1, np.int32)
+    which[rows] = np.arange(len(rows), dtype=np.int32)
+    return torch.from_numpy(np.concatenate([which, words.reshape(-1)]))
 
 
 def sample(logits: Tensor, inputs: SamplingInputs, history: Tensor, out_tokens: Tensor) -> None:
@@ -162,13 +185,19 @@ def sample(logits: Tensor, inputs: SamplingInputs, history: Tensor, out_tokens: 
 
 
 def adjust(
-    logits: Tensor, inputs: SamplingInputs, history: Tensor, entries: Tensor | None, out: Tensor | None = None
+    logits: Tensor,
+    inputs: SamplingInputs,
+    history: Tensor,
+    entries: Tensor | None,
+    out: Tensor | None = None,
+    masks: Tensor | None = None,
 ) -> None:
-    """logit_bias, penalties and forbidden stop tokens: logits float32 [S, V] -> `out` (None: in place).
+    """logit_bias, penalties, forbidden stop tokens and grammars: logits float32 [S, V] -> `out` (None: in place).
 
     `entries`: `SamplingTable.entries` on the device, None where no row has any; it may be longer than they are. Rows
     without adjustments cost nothing in place and are copied otherwise. Repetition counts history[seat, :length],
-    presence and frequency its part from num_prompt_tokens on.
+    presence and frequency its part from num_prompt_tokens on. `masks`: `packed_masks` on the device, None where no row
+    has one.
     """
     _check(logits, inputs, history)
     out = logits if out is None else out
@@ -176,11 +205,16 @@ def adjust(
         raise ValueError(f"adjusted logits {tuple(out.shape)} {out.dtype} on {out.device} for {tuple(logits.shape)}")
     if entries is not None and (entries.dtype != torch.int32 or entries.numel() <= logits.shape[0]):
         raise ValueError(f"entries {tuple(entries.shape)} {entries.dtype} for {logits.shape[0]} rows")
+    if masks is not None and (
+        masks.dtype != torch.int32 or (masks.numel() - logits.shape[0]) % mask_words(logits.shape[1])
+    ):
+        raise ValueError(f"masks {tuple(masks.shape)} {masks.dtype} for logits {tuple(logits.shape)}")
     with torch.cuda.device(logits.device):
         _cuda.sample_adjust(
             *_row_sizes(logits, inputs),
             *_history(history),
             0 if entries is None else entries.data_ptr(),
+            0 if masks is None else masks.data_ptr(),
             out.data_ptr(),
             out.stride(0),
             _stream(logits),

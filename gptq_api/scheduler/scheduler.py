@@ -169,7 +169,10 @@ class Scheduler:
         return step
 
     def _num_drafts(self, seq: Sequence, budget: int) -> int:
-        """How many tokens may be guessed behind the sequence's last one, which may be in flight."""
+        """How many tokens may be guessed behind the sequence's last one, which may be in flight. None in a grammar: a
+        mask is made for one row."""
+        if seq.params.grammar:
+            return 0
         left = seq.params.max_tokens - seq.num_output_tokens - seq.num_tokens_in_flight
         return max(0, min(self._num_drafted, budget - 1, left - 1))
 
@@ -233,7 +236,7 @@ class Scheduler:
         for place in places:
             token = tokens[place]
             if token < 0:
-                return "error"
+                return "error" if token == -1 else "too_complex"
             if seq.num_output_tokens == 0:
                 progress.cached_tokens[seq.sequence_id] = seq.num_cached_tokens or 0
             progress.sequence_ids.append(seq.sequence_id)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from msgspec.structs import replace
+from numpy.typing import NDArray
 from torch import Tensor
 
 from gptq_api.kernels import gemm, sampling
@@ -77,12 +79,15 @@ class Step:
         self.tokens = torch.full((len(batch),), -9, dtype=torch.int32, device="cuda")
         self.logprobs = torch.zeros(len(batch), 2, 21, dtype=torch.int32, device="cuda")
 
-    def run(self) -> tuple[list[int], list[TokenLogprobs | None]]:
+    def run(self, masks: dict[int, NDArray[np.int32]] | None = None) -> tuple[list[int], list[TokenLogprobs | None]]:
         adjusted = self.logits
-        if self.needs.adjust:
+        if self.needs.adjust or masks:
             entries = self.table.entries(self.seats, self.lengths).cuda()
             adjusted = torch.empty_like(self.logits) if self.needs.logprobs else self.logits
-            sampling.adjust(self.logits, self.inputs, self.history, entries, adjusted)
+            packed = None
+            if masks:
+                packed = sampling.packed_masks(len(self.batch), list(masks), np.stack(list(masks.values()))).cuda()
+            sampling.adjust(self.logits, self.inputs, self.history, entries, adjusted, packed)
         sampling.sample(adjusted, self.inputs, self.history, self.tokens)
         logprobs: list[TokenLogprobs | None] = [None] * len(self.batch)
         if self.needs.logprobs:
@@ -101,6 +106,32 @@ def agree(logits: Tensor, batch: list[Seat], tolerated: int = 0) -> None:
         assert Step(logits[:num], batch[:num]).run()[0] == found[:num]
     wrong = [(i, batch[i].params, f, e) for i, (f, e) in enumerate(zip(found, expected, strict=True)) if f != e]
     assert len(wrong) <= tolerated, wrong
+
+
+@pytest.mark.parametrize("size", [1, 31, 700, 4097, 32000, 128256])
+@pytest.mark.parametrize("kinds", [KINDS, KINDS + PENALTIES, [{**kind, "top_logprobs": 2} for kind in KINDS]])
+def test_masks_leave_what_the_cpu_leaves(size: int, kinds: list[dict[str, Any]]) -> None:
+    rng = np.random.default_rng(size)
+    batch = sequences(40, size, kinds)
+    masks = {}
+    for row in range(0, 40, 3):
+        batch[row] = Seat(
+            batch[row].token_ids,
+            batch[row].num_prompt_tokens,
+            replace(batch[row].params, grammar="one", min_tokens=0),
+        )
+        bits = rng.random(size) < rng.choice([0.001, 0.5, 0.999])
+        bits[rng.integers(size)] = True
+        words = np.zeros(-(-size // 32) * 4, np.uint8)
+        packed = np.packbits(bits, bitorder="little")
+        words[: len(packed)] = packed
+        masks[row] = words.view(np.int32)
+    logits = rows(40, size)
+    expected = sample_on_cpu(logits.clone(), batch, masks)[0]
+    found = Step(logits, batch).run(masks)[0]
+    assert sum(f != e for f, e in zip(found, expected, strict=True)) <= 1, (found, expected)
+    for row, mask in masks.items():
+        assert mask.view(np.uint8)[found[row] // 8] >> found[row] % 8 & 1
 
 
 @pytest.mark.parametrize("size", [1, 6, 129, 700, 2048, 32000, 32001, 128256])

@@ -64,7 +64,7 @@ def sequence(ids: list[int], blocks: Blocks, num_output: int = 30, **params: Any
 
 def step(runner: CpuRunner, sequences: list[Solo], num_new: list[int]) -> None:
     """What scheduler and engine do around a step."""
-    sampled = runner.launch(step_of(sequences, num_new))
+    sampled = runner.collect(runner.launch(step_of(sequences, num_new)))
     tokens = iter(sampled.tokens)
     for s, num in zip(sequences, sampled.num_tokens, strict=True):
         for token in itertools.islice(tokens, num):
@@ -161,7 +161,7 @@ def test_logprobs_are_those_of_the_raw_logits(runner: CpuRunner) -> None:
     s = sequence(ids, Blocks(runner), temperature=0.7, top_logprobs=3, logit_bias={5: 100.0})
     table = runner.logits(step_of([s], [len(ids)]))[0][0].log_softmax(-1)
     s.num_computed_tokens = 0
-    sampled = runner.launch(step_of([s], [len(ids)]))
+    sampled = runner.collect(runner.launch(step_of([s], [len(ids)])))
     assert sampled.tokens == [5]
     found = sampled.logprobs[0]
     assert found.logprob == pytest.approx(table[5].item(), abs=1e-5)
@@ -172,8 +172,8 @@ def test_logprobs_are_those_of_the_raw_logits(runner: CpuRunner) -> None:
 
 def test_a_chunk_that_ends_before_the_last_token_samples_nothing(runner: CpuRunner) -> None:
     s = sequence([5] * 40, Blocks(runner))
-    assert runner.launch(step_of([s], [39])) == Sampled([0], [])
-    assert runner.launch(step_of([], [])) == Sampled([], [])
+    assert runner.collect(runner.launch(step_of([s], [39]))) == Sampled([0], [])
+    assert runner.collect(runner.launch(step_of([], []))) == Sampled([], [])
 
 
 def test_not_finite_is_one_sequences_fault_and_leaves_no_trace(folder: Path) -> None:
@@ -184,7 +184,7 @@ def test_not_finite_is_one_sequences_fault_and_leaves_no_trace(folder: Path) -> 
     blocks = Blocks(runner)
     sick = sequence([4, 90, 6], blocks)
     well = sequence(healthy[0], blocks)
-    sampled = runner.launch(step_of([sick, well], [3, 4]))
+    sampled = runner.collect(runner.launch(step_of([sick, well], [3, 4])))
     assert sampled.tokens == [-1, expected[0][0]]
     # The next owner of the sick sequence's blocks sees them beyond its own end.
     heir = sequence(healthy[1], blocks)
@@ -204,7 +204,7 @@ def test_padding_reads_nobody_elses_blocks(folder: Path) -> None:
     step(runner, [short, long], [4, 51])
     sick = sequence([4, 90, 6], blocks)
     sick.block_table[0] = 0  # what an empty entry of a block table says
-    sampled = runner.launch(step_of([sick, short, long], [3, 1, 1]))
+    sampled = runner.collect(runner.launch(step_of([sick, short, long], [3, 1, 1])))
     assert sampled.tokens == [-1, *(answer[1] for answer in expected)]
 
 

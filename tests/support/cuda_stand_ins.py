@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -129,6 +130,24 @@ def sample(logits: Tensor, inputs: SamplingInputs, history: Tensor, out_tokens: 
             history[slot, length] = max(int(out_tokens[row]), 0)
 
 
+def adjust(
+    logits: Tensor,
+    inputs: SamplingInputs,
+    history: Tensor,
+    entries: Tensor | None,
+    out: Tensor | None = None,
+    masks: Tensor | None = None,
+) -> None:
+    """Masks alone."""
+    num, size = logits.shape
+    assert masks is not None and entries is not None and entries.tolist() == [0] * (num + 1)
+    words = masks[num:].view(-1, sampling.mask_words(size)).numpy()
+    for row, which in enumerate(masks[:num].tolist()):
+        if which >= 0:
+            allowed = np.unpackbits(words[which].view(np.uint8), count=size, bitorder="little")
+            logits[row].masked_fill_(torch.from_numpy(allowed == 0), -1e30)
+
+
 class _Nothing:
     """An event, a stream."""
 
@@ -151,6 +170,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> None:
         (forward, "prefill_attention", prefill_attention),
         (runner, "TILE_ROWS", TILE_ROWS),
         (sampling, "sample", sample),
+        (sampling, "adjust", adjust),
         (graphs.Graphs, "run", lambda found, shape, capture=True: found._body(shape)),
         (torch.cuda, "Event", _Nothing),
         (torch.cuda, "Stream", _Nothing),

@@ -6,8 +6,8 @@ from __future__ import annotations
 from collections import deque
 from typing import Any
 
-from gptq_api.runner.cpu.runner import CpuRunner
-from gptq_api.step import Sampled, Step
+from gptq_api.runner.cpu.runner import Computed, CpuRunner
+from gptq_api.step import Masks, Sampled, Step
 
 
 class LaggingRunner:
@@ -15,16 +15,20 @@ class LaggingRunner:
 
     def __init__(self, runner: CpuRunner) -> None:
         self._runner = runner
-        self._queue: deque[Sampled] = deque()
+        self._queue: deque[Computed] = deque()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._runner, name)
 
-    def launch(self, step: Step) -> Sampled:
-        sampled = self._runner.launch(step)
-        self._queue.append(sampled)
-        return sampled
+    def launch(self, step: Step) -> Computed:
+        launched = self._runner.launch(step)
+        self._queue.append(launched)
+        return launched
 
-    def collect(self, launched: Sampled) -> Sampled:
+    def draw(self, launched: Computed, masks: Masks) -> None:
+        assert self._queue[0] is launched, "drawn before the step before it was collected"
+        self._runner.draw(launched, masks)
+
+    def collect(self, launched: Computed) -> Sampled:
         assert self._queue.popleft() is launched
         return self._runner.collect(launched)

@@ -17,7 +17,7 @@ from hashlib import blake2b
 
 import msgspec
 
-from gptq_api.step import Admission, DeviceMemoryError, Sampled, Step
+from gptq_api.step import Admission, DeviceMemoryError, Masks, Sampled, Step
 from gptq_api.types import SamplingParams
 
 STOP = 0
@@ -98,6 +98,9 @@ class ToyRunner:
         self.most_in_flight = max(self.most_in_flight, len(self._queue))
         assert len(self._queue) <= self.lookahead + 1
         return launched
+
+    def draw(self, launched: Launched, masks: Masks) -> None:
+        raise AssertionError("nobody asked for a grammar")
 
     def collect(self, launched: Launched) -> Sampled:
         assert self._queue.popleft() is launched, "collected out of order"

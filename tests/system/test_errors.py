@@ -128,8 +128,6 @@ NOT_HONOURED: dict[str, Any] = {
     "tool_choice": "auto",
     "functions": [{"name": "f"}],
     "function_call": "auto",
-    "response_format": {"type": "json_object"},
-    "structured_outputs": {"regex": "a"},
     "guided_json": {"type": "object"},
     "modalities": ["audio"],
     "reasoning_effort": "high",

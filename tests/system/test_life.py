@@ -249,15 +249,15 @@ if "gptq_api.engine.process" in sys.orig_argv:
     from gptq_api.runner.cpu.runner import CpuRunner
     launch = CpuRunner.launch
     def faulty(self, step):
-        sampled, place = launch(self, step), 0
+        launched, place = launch(self, step), 0
         for seat, num_sampled in zip(step.seats, step.num_sampled):
             sequence = self._seats._seats[seat]
             if num_sampled and sequence.params.seed == 666 and sequence.num_output_tokens == 6:
-                sampled.tokens[place] = -1
+                launched.sampled.tokens[place] = -1
             if sequence.params.seed == 667 and sequence.num_output_tokens == 6:
                 raise RuntimeError("injected")
             place += num_sampled
-        return sampled
+        return launched
     CpuRunner.launch = faulty
 """
 

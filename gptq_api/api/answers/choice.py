@@ -60,7 +60,8 @@ class Choice:
     def take(self, delta: Delta) -> list[Piece]:
         """Text that may be shown by now; the last piece of a choice, and only that one, has a finish_reason.
 
-        There is no last piece where the engine gave the sequence up ("error"): what was held back is not shown.
+        There is no last piece where the engine gave the sequence up ("error", "too_complex"): what was held back is not
+        shown.
         """
         tokens = delta.tokens
         if tokens:
@@ -73,8 +74,8 @@ class Choice:
             return [self._last(text, "stop")]
         self.num_tokens += len(delta.tokens)
         pieces = [Piece(self, text, self._shown(text))] if text else []
-        if delta.finish_reason == "error":
-            self.finish_reason = "error"
+        if delta.finish_reason in ("error", "too_complex"):
+            self.finish_reason = delta.finish_reason
         elif delta.finish_reason is not None:
             pieces.append(self._last(self._text.finish(), delta.finish_reason))
         return pieces

@@ -16,6 +16,11 @@ from gptq_api.engine.client import EngineDead, EngineFull, EngineStalled, Prompt
 from gptq_api.engine.generation import Delta, Generation
 from gptq_api.text.stream import TextStream
 
+_GIVEN_UP = {
+    "error": "The model produced numbers that are not finite; the answer was given up.",
+    "too_complex": "The grammar of the answer became too complex to be followed; the answer was given up.",
+}
+
 
 @dataclass(slots=True)
 class Work:
@@ -77,8 +82,8 @@ class Work:
                 async for deltas in self.generation:
                     if pieces := self._taken(deltas):
                         yield pieces
-                    if self.outcome == "error":
-                        message = "The model produced numbers that are not finite; the answer was given up."
+                    if self.outcome in _GIVEN_UP:
+                        message = _GIVEN_UP[self.outcome]
                         raise ApiError(500, message, code="generation_failed", headers={"x-should-retry": "false"})
         except EngineStalled:
             self.outcome = "engine_stalled"
@@ -104,8 +109,8 @@ class Work:
                 self.service.metrics.success[reason].inc()
                 if self.generation is not None:
                     self.generation.close(choice.index)
-                if reason == "error":
-                    self.outcome = "error"
+                if reason in ("error", "too_complex"):
+                    self.outcome = reason
         return pieces
 
     def finish(self) -> None:

@@ -8,13 +8,13 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, ModelWrapValidatorHandler, PlainValidator, PrivateAttr, WithJsonSchema, model_validator
 
 from gptq_api.api.errors import bad_request, not_supported
+from gptq_api.api.requests.constraints import ConstrainedFields
 from gptq_api.api.requests.fields import (
     MAX_TEXT,
     MAX_UNKNOWN,
     Body,
     Count,
     Name,
-    SamplingFields,
     check_text,
     printable,
     unrecognized,
@@ -127,7 +127,7 @@ def check_messages(messages: list[ChatMessage], *, strict: bool) -> list[str]:
     return unknown
 
 
-class ChatCompletionRequest(SamplingFields):
+class ChatCompletionRequest(ConstrainedFields):
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=4096, fail_fast=True)]
     max_completion_tokens: Count | None = None
     """The newer name of max_tokens; wins."""

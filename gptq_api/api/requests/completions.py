@@ -7,7 +7,8 @@ from typing import Annotated, Any
 from pydantic import Field, PlainValidator, WithJsonSchema
 
 from gptq_api.api.errors import ApiError, bad_request
-from gptq_api.api.requests.fields import MAX_TEXT, MAX_TOKEN, CountOrZero, SamplingFields, check_text
+from gptq_api.api.requests.constraints import ConstrainedFields
+from gptq_api.api.requests.fields import MAX_TEXT, MAX_TOKEN, CountOrZero, check_text
 
 MAX_IDS = 2**18
 MAX_PROMPTS = 1024
@@ -66,7 +67,7 @@ Prompts = Annotated[
 ]
 
 
-class CompletionRequest(SamplingFields):
+class CompletionRequest(ConstrainedFields):
     usual_tokens = 16
 
     prompt: Prompts

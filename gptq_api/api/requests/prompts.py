@@ -12,6 +12,7 @@ import msgspec
 from gptq_api.api.errors import bad_request, context_exceeded
 from gptq_api.api.requests.chat import ChatCompletionRequest, ChatMessage
 from gptq_api.api.requests.completions import CompletionRequest
+from gptq_api.api.requests.constraints import ConstrainedFields
 from gptq_api.api.requests.fields import SamplingFields
 from gptq_api.api.service import Service
 from gptq_api.engine.client import Prompt
@@ -29,7 +30,8 @@ async def chat_prompt(service: Service, body: ChatCompletionRequest) -> Prompt:
     ids = await chat_ids(service, body)
     num_top = (body.top_logprobs or 0) if body.logprobs else None
     stop_ids = service.template.stop_token_ids
-    return _prompt(service, body, ids, body.num_choices, num_top, tuple(stop_ids), "messages")
+    grammar = await _grammar(service, body)
+    return _prompt(service, body, ids, body.num_choices, num_top, tuple(stop_ids), "messages", grammar)
 
 
 async def chat_ids(service: Service, body: ChatCompletionRequest) -> list[int]:
@@ -95,11 +97,23 @@ async def completion_prompts(service: Service, body: CompletionRequest) -> list[
     num_top = body.logprobs
     if num_top is None and body.best_of is not None and body.best_of > body.num_choices:
         num_top = 0  # ranked by them
+    grammar = await _grammar(service, body)
     prompts = []
     for item in body.prompt:
         ids = next(encoded) if isinstance(item, str) else item
-        prompts.append(_prompt(service, body, ids, num_samples, num_top, (), "prompt"))
+        prompts.append(_prompt(service, body, ids, num_samples, num_top, (), "prompt", grammar))
     return prompts
+
+
+async def _grammar(service: Service, body: ConstrainedFields) -> str:
+    """What the answer has to look like, for SamplingParams.grammar. Raises ApiError 400."""
+    constraint = body.constraint()
+    if constraint is None:
+        return ""
+    grammar = constraint.grammar()
+    if error := await service.grammars.check(grammar):
+        raise constraint.refusal(error)
+    return grammar
 
 
 def check_fits(service: Service, texts: list[str], param: str, each: bool = False) -> None:
@@ -119,6 +133,7 @@ def _prompt(
     num_top: int | None,
     stop_ids: tuple[int, ...],
     param: str,
+    grammar: str = "",
 ) -> Prompt:
     """The one way of every prompt to the engine; where max_tokens is 0 there is nothing to run. Raises ApiError 400."""
     _check_ids(service, ids, param)
@@ -154,7 +169,10 @@ def _prompt(
         min_tokens=min_tokens,
         logit_bias=_logit_bias(service, body),
         top_logprobs=num_top,
+        grammar=grammar,
     )
+    if grammar and not first.stop_token_ids:
+        raise bad_request("This model has no end token, so no grammar can be followed to its end.", None)
     # the first sample is what n = 1 would have given
     rest = [msgspec.structs.replace(first, seed=_derived(first.seed, i)) for i in range(1, num_samples)]
     return Prompt(ids, [first, *rest])

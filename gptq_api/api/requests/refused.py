@@ -13,8 +13,6 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "tool_choice": (None, "none"),
     "functions": _NOTHING,
     "function_call": (None, "none"),
-    "response_format": (None, {"type": "text"}),
-    "structured_outputs": _NOTHING,
     "guided_json": _NOTHING,
     "guided_regex": _NOTHING,
     "guided_choice": _NOTHING,

@@ -50,7 +50,9 @@ async def converse(
     """The one way of every conversation, whichever API it came by, to its answer in `shape`. Raises ApiError."""
     body.check()
     new_text = body.text_streams(
-        service.tokenizer, more_stop=service.template.stop, continues=bool(body.continue_final_message)
+        service.tokenizer,
+        more_stop=service.template.stop,
+        continues=bool(body.continue_final_message) or body.is_constrained,
     )
     with ExitStack() as owned:
         with service.preparing():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+
 import torch
 from torch import Tensor
 
@@ -9,7 +11,21 @@ from gptq_api.runner.cpu.attention import KVCache, Span, plan_attention
 from gptq_api.runner.cpu.forward import PlainLlama
 from gptq_api.runner.cpu.sampler import sample
 from gptq_api.runner.seats import Seat, Seats
-from gptq_api.step import Sampled, Step
+from gptq_api.step import Masks, Sampled, Step
+
+
+@dataclass(slots=True)
+class Computed:
+    """A step whose logits are there, and with `sampled` what came of them."""
+
+    step: Step
+    logits: Tensor | None = None
+    """float32 [S, V], until the step has sampled"""
+    sampling: list[int] = field(default_factory=list)
+    """the entries that sample"""
+    seats: list[Seat] = field(default_factory=list)
+    """theirs"""
+    sampled: Sampled | None = None
 
 
 class CpuRunner:
@@ -31,8 +47,9 @@ class CpuRunner:
         self.description = ""
 
     @torch.inference_mode()
-    def launch(self, step: Step) -> Sampled:
-        """Compute the step's new tokens and sample where it says so. On the CPU all is done when it returns.
+    def launch(self, step: Step) -> Computed:
+        """Compute the step's new tokens and sample where it says so. On the CPU all is done when it returns, but for
+        what waits for masks.
 
         K and V of all new tokens are written in each layer before attention reads, so sequences of one step may share
         blocks that are filled in it. Token ids must be below vocab_size and block tables long enough.
@@ -41,19 +58,33 @@ class CpuRunner:
         if not any(step.num_sampled):
             if seats:
                 self._forward(step, seats)
-            return Sampled([0] * len(seats), [])
+            return Computed(step, sampled=Sampled([0] * len(seats), []))
         logits, sampling = self._forward(step, seats)
-        tokens, logprobs = sample(logits, [seats[i] for i in sampling])
-        for i, token in zip(sampling, tokens, strict=True):
-            seats[i].token_ids.append(max(token, 0))
-            if token < 0:
-                self._cache.scrub(seats[i].block_table)
-        found = {place: logprob for place, logprob in enumerate(logprobs) if logprob is not None}
-        return Sampled(step.num_sampled, tokens, found)
-
-    def collect(self, launched: Sampled) -> Sampled:
-        """What a launched step sampled."""
+        launched = Computed(step, logits, sampling, [seats[i] for i in sampling])
+        if not any(seat.params.grammar for seat in launched.seats):
+            self.draw(launched)
         return launched
+
+    @torch.inference_mode()
+    def draw(self, launched: Computed, masks: Masks | None = None) -> None:
+        """Sample from a step's logits."""
+        assert launched.logits is not None, "a step samples once"
+        rows = {}
+        if masks is not None:
+            row_of = {entry: row for row, entry in enumerate(launched.sampling)}
+            rows = {row_of[entry]: words for entry, words in zip(masks.entries, masks.words, strict=True)}
+        tokens, logprobs = sample(launched.logits, launched.seats, rows)
+        for seat, token in zip(launched.seats, tokens, strict=True):
+            seat.token_ids.append(max(token, 0))
+            if token < 0:
+                self._cache.scrub(seat.block_table)
+        found = {place: logprob for place, logprob in enumerate(logprobs) if logprob is not None}
+        launched.logits, launched.sampled = None, Sampled(launched.step.num_sampled, tokens, found)
+
+    def collect(self, launched: Computed) -> Sampled:
+        """What a launched step sampled."""
+        assert launched.sampled is not None, "it waits for its masks"
+        return launched.sampled
 
     @torch.inference_mode()
     def logits(self, step: Step, every_row: bool = False) -> tuple[Tensor, list[int]]:

@@ -16,6 +16,7 @@ logit, then by the lower id.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 
 import numpy as np
 import numpy.typing as npt
@@ -67,8 +68,11 @@ def random_words(bits: list[int], vocab_size: int) -> npt.NDArray[np.uint32]:
     return x
 
 
-def sample(logits: Tensor, seats: list[Seat]) -> tuple[list[int], list[TokenLogprobs | None]]:
-    """Logits float32 [S, V], overwritten; row i belongs to seats[i], whose next token it is.
+def sample(
+    logits: Tensor, seats: list[Seat], masks: Mapping[int, npt.NDArray[np.int32]] | None = None
+) -> tuple[list[int], list[TokenLogprobs | None]]:
+    """Logits float32 [S, V], overwritten; row i belongs to seats[i], whose next token it is. `masks`: by row, what a
+    grammar allows, a bit for each token as in `step.Masks`; every seat with a grammar has one.
 
     Returns the tokens and, where asked for, their logprobs. A row that is not finite gives -1 and None.
     """
@@ -85,6 +89,9 @@ def sample(logits: Tensor, seats: list[Seat]) -> tuple[list[int], list[TokenLogp
             if not bool(logits[row].isfinite().all()):
                 finite[row], all_finite = False, False
                 logits[row] = 0.0
+    for row, words in (masks or {}).items():
+        allowed = np.unpackbits(words.view(np.uint8), count=logits.shape[1], bitorder="little")
+        logits[row].masked_fill_(torch.from_numpy(allowed == 0).to(logits.device), _LOWEST)
     drawn = [i for i, s in enumerate(seats) if s.params.temperature > 0]
     tokens: list[int] = logits.argmax(-1).tolist() if len(drawn) < len(seats) else [0] * len(seats)
     if drawn:
@@ -107,8 +114,14 @@ def _adjusts(seat: Seat) -> bool:
         or p.repetition_penalty != 1.0
         or p.presence_penalty != 0.0
         or p.frequency_penalty != 0.0
-        or (seat.num_output_tokens < p.min_tokens and bool(p.stop_token_ids))
+        or _may_not_stop(seat)
     )
+
+
+def _may_not_stop(seat: Seat) -> bool:
+    """By min_tokens; where there is a grammar, its masks say so."""
+    p = seat.params
+    return seat.num_output_tokens < p.min_tokens and bool(p.stop_token_ids) and not p.grammar
 
 
 def _adjust(logits: Tensor, seat: Seat) -> None:
@@ -127,7 +140,7 @@ def _adjust(logits: Tensor, seat: Seat) -> None:
         ids = torch.tensor(list(counts), dtype=torch.int64, device=device)
         times = torch.tensor(list(counts.values()), dtype=logits.dtype, device=device)
         logits[ids] -= p.presence_penalty + p.frequency_penalty * times
-    if seat.num_output_tokens < p.min_tokens and p.stop_token_ids:
+    if _may_not_stop(seat):
         logits[list(p.stop_token_ids)] = _LOWEST
 
 

@@ -15,12 +15,12 @@ from torch import Tensor
 
 from gptq_api.kernels import gemm, sampling
 from gptq_api.kernels.prefill_attention import TILE_ROWS
-from gptq_api.kernels.sampling import MAX_TOP_LOGPROBS, SamplingInputs, SamplingTable
+from gptq_api.kernels.sampling import MAX_TOP_LOGPROBS, SamplingInputs, SamplingTable, StepNeeds
 from gptq_api.runner.cuda.cache import CudaKVCache
 from gptq_api.runner.cuda.forward import CudaLlama
 from gptq_api.runner.cuda.graphs import Buckets, Graphs
 from gptq_api.runner.inputs import Columns, Ints, SequenceTable, StepInputs, StepShape, num_words, write_idle
-from gptq_api.step import Admission, DeviceMemoryError, Sampled, Step
+from gptq_api.step import Admission, DeviceMemoryError, Masks, Sampled, Step
 from gptq_api.types import TokenLogprobs
 
 _NUM_STAGES = 3
@@ -61,6 +61,20 @@ class Launched:
     """[S, blocks], the stage's"""
     num_top: list[int] | None
     """top_logprobs of each sequence, -1: none; None: none of any"""
+    drawing: _Drawing | None
+    """what it takes to sample, where that waits for masks"""
+
+
+@dataclass(frozen=True)
+class _Drawing:
+    """A step between its logits and its tokens."""
+
+    logits: Tensor
+    how: SamplingInputs
+    seats: list[int]
+    lengths: list[int]
+    """of all rows, padding included"""
+    needs: StepNeeds
 
 
 def _largest_shape(max_num_seqs: int, max_num_batched_tokens: int, max_blocks: int) -> StepShape:
@@ -122,6 +136,15 @@ class CudaRunner:
                 return self._launch(step, self._table.take_in(step))
             except torch.cuda.OutOfMemoryError as error:
                 raise DeviceMemoryError(str(error).partition("\n")[0]) from None
+
+    @torch.inference_mode()
+    def draw(self, launched: Launched, masks: Masks) -> None:
+        """Sample a step over, from what its masks leave. Its logits and inputs are still where it left them, since no
+        other step was launched."""
+        drawing = launched.drawing
+        assert drawing is not None, "a step without grammars has sampled"
+        with torch.cuda.stream(self._stream):
+            self._finish(drawing, launched.stage, len(launched.step.seats), masks)
 
     @torch.inference_mode()
     def collect(self, launched: Launched) -> Sampled:
@@ -201,21 +224,34 @@ class CudaRunner:
         needs = self._sampling.fill(packed, seats, lengths)
         inputs = self._copy_in(stage, shape)
         logits = self._graphs.run(shape, recurs)
-        tokens, how = self._tokens[: shape.num_sequences], SamplingInputs(inputs.sampling)
-        if needs.adjust:
+        drawing = _Drawing(logits, SamplingInputs(inputs.sampling), seats, lengths, needs)
+        num_top = self._sampling.top_logprobs(step.seats) if needs.logprobs else None
+        waits = self._sampling.constrained(seats)
+        if not waits:
+            self._finish(drawing, stage, num, None)
+        return Launched(step, columns.context, stage, host.block_tables, num_top, drawing if waits else None)
+
+    def _finish(self, drawing: _Drawing, stage: _Stage, num: int, masks: Masks | None) -> None:
+        """From the logits of a step, which its graph has sampled from as they are, to what `collect` reads."""
+        logits, how, needs = drawing.logits, drawing.how, drawing.needs
+        tokens = self._tokens[: len(logits)]
+        if needs.adjust or masks is not None:
             # The step has sampled from the raw logits: sample again, over it.
-            entries = self._sampling.entries(seats, lengths).pin_memory().to(logits.device, non_blocking=True)
+            entries = self._sampling.entries(drawing.seats, drawing.lengths).pin_memory()
             adjusted = torch.empty_like(logits) if needs.logprobs else logits
-            sampling.adjust(logits, how, self._history, entries, adjusted)
+            allowed = None
+            if masks is not None:
+                packed = sampling.packed_masks(len(logits), masks.entries, masks.words)
+                allowed = packed.pin_memory().to(logits.device, non_blocking=True)
+            entries = entries.to(logits.device, non_blocking=True)
+            sampling.adjust(logits, how, self._history, entries, adjusted, allowed)
             sampling.sample(adjusted, how, self._history, tokens)
         if needs.logprobs:
-            found = self._logprobs[: shape.num_sequences]
+            found = self._logprobs[: len(logits)]
             sampling.logprobs(logits, how, tokens, found)
             stage.logprobs[:num].copy_(found[:num], non_blocking=True)
         stage.tokens[:num].copy_(tokens[:num], non_blocking=True)
         stage.done.record()
-        num_top = self._sampling.top_logprobs(step.seats) if needs.logprobs else None
-        return Launched(step, columns.context, stage, host.block_tables, num_top)
 
     def _forward_and_sample(self, shape: StepShape) -> Tensor:
         inputs = StepInputs.over(self._inputs, shape)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ import torch
 
 from gptq_api.checkpoint.checkpoint import open_checkpoint
 from gptq_api.engine.core import Engine
+from gptq_api.grammar.compile import regex
+from gptq_api.grammar.matchers import Grammars
 from gptq_api.model.config import read_config
 from gptq_api.model.loader import load_llama
 from gptq_api.runner.cpu.backend import CpuBackend
@@ -30,6 +33,7 @@ from gptq_api.scheduler.scheduler import Scheduler
 from gptq_api.types import Add, SamplingParams, pack_ids, unpack_ids
 from tests.support import cuda_stand_ins
 from tests.support.checkpoints import Recipe, random_model, write_checkpoint
+from tests.support.letters import END, letters
 
 BASE = Recipe(max_position_embeddings=128)
 RECIPES = {
@@ -66,9 +70,11 @@ def runners(folder: Path, num_blocks: int, num_seqs: int = NUM_SEQS) -> tuple[Lo
     return reference, CudaRunner(forward, cache, num_seqs, BUDGET, length, 0)
 
 
-def workload(runner: LoadedRunner) -> tuple[dict[int, list[int]], dict[int, str], Engine[Any]]:
-    """Prompts that come bit by bit, half of them beginning alike."""
-    engine: Engine[Any] = Engine(runner, Scheduler(BlockManager(runner.num_blocks, BLOCK), NUM_SEQS, BUDGET))
+def workload(runner: LoadedRunner, grammar: str = "") -> tuple[dict[int, list[int]], dict[int, str], Engine[Any]]:
+    """Prompts that come bit by bit, half of them beginning alike; every third with the grammar."""
+    scheduler = Scheduler(BlockManager(runner.num_blocks, BLOCK), NUM_SEQS, BUDGET)
+    grammars = Grammars(lambda: letters(runner.vocab_size), runner.vocab_size)
+    engine: Engine[Any] = Engine(runner, scheduler, grammars=grammars)
     rng = random.Random(1)
     common = [rng.randrange(3, 90) for _ in range(24)]
     texts: dict[int, list[int]] = {}
@@ -84,7 +90,10 @@ def workload(runner: LoadedRunner) -> tuple[dict[int, list[int]], dict[int, str]
     for i in range(12):
         texts[i] = []
         prompt = (common if i % 2 else []) + [rng.randrange(3, 90) for _ in range(rng.choice([1, 2, 9, 17, 60]))]
-        engine.add(Add(i, pack_ids(prompt), (SamplingParams(max_tokens=20 + i % 5, temperature=0),)))
+        params = SamplingParams(max_tokens=20 + i % 5, temperature=0)
+        if grammar and i % 3 == 0:
+            params = SamplingParams(max_tokens=40, temperature=0, grammar=grammar, stop_token_ids=(END,))
+        engine.add(Add(i, pack_ids(prompt), (params,)))
         if i % 3 == 0:
             step()
     while engine.has_work():
@@ -101,6 +110,22 @@ def test_texts_are_those_of_the_cpu(name: str, num_blocks: int, tmp_path: Path) 
     assert texts == expected and set(finished.values()) == {"length"}
     assert engine.scheduler.counters.prefix_hits > 0
     assert (engine.scheduler.counters.preemptions > 0) == (num_blocks == 18)
+
+
+@pytest.mark.parametrize("num_blocks", [64, 18], ids=["roomy", "crowded"])
+def test_grammars_are_followed_a_step_ahead(num_blocks: int, tmp_path: Path) -> None:
+    reference, runner = runners(write_checkpoint(tmp_path, random_model(BASE)), num_blocks)
+    plain, *_ = workload(reference)
+    expected, reasons, _ = workload(reference, regex("[A-F]{3}-[0-9]{5,9}"))
+    texts, finished, engine = workload(runner, regex("[A-F]{3}-[0-9]{5,9}"))
+    assert texts == expected and finished == reasons
+    assert (engine.scheduler.counters.preemptions > 0) == (num_blocks == 18)
+    for i, tokens in texts.items():
+        if i % 3:
+            assert tokens == plain[i], "others notice"
+        else:
+            assert finished[i] == "stop" and tokens[-1] == END
+            assert re.fullmatch("[A-F]{3}-[0-9]{5,9}", bytes(tokens[:-1]).decode())
 
 
 def test_a_device_without_memory_costs_no_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,82 @@
+"""The server's side of the child process that tries grammars out (`grammar/worker.py`)."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import sys
+from collections import OrderedDict
+from collections.abc import Sequence
+
+from gptq_api.grammar.worker import LENGTH
+
+TIMEOUT_S = 0.5
+_START_TIMEOUT_S = 30.0
+_MAX_KEPT = 1024
+"""answers that are remembered"""
+
+
+class GrammarChecker:
+    """`await check(grammar)`; the process is started by the first that needs it and stays. One grammar at a time."""
+
+    def __init__(self, control_tokens: Sequence[str]) -> None:
+        """`control_tokens`: names a grammar may use, such as <|python_tag|>."""
+        self._names = "\0".join(control_tokens)
+        self._turn = asyncio.Lock()
+        self._process: asyncio.subprocess.Process | None = None
+        self._known: OrderedDict[str, str] = OrderedDict()
+
+    async def check(self, grammar: str) -> str:
+        """Why a grammar cannot be used, in llguidance's words or ours; "" where it can."""
+        found = self._known.get(grammar)
+        if found is None:
+            async with self._turn:
+                found = self._known[grammar] = await self._ask(grammar)
+        self._known.move_to_end(grammar)
+        while len(self._known) > _MAX_KEPT:
+            self._known.popitem(last=False)
+        return found
+
+    async def _ask(self, grammar: str) -> str:
+        try:
+            process = await self._running()
+            async with asyncio.timeout(TIMEOUT_S):
+                return await _exchange(process, grammar)
+        except TimeoutError:
+            self.close()
+            return f"it takes more than {TIMEOUT_S:g} s to compile"
+        except (OSError, asyncio.IncompleteReadError):
+            self.close()
+            return "it takes too much memory to compile"
+        except asyncio.CancelledError:  # who waits next must not read our answer
+            self.close()
+            raise
+
+    async def _running(self) -> asyncio.subprocess.Process:
+        process = self._process
+        if process is None or process.returncode is not None:
+            process = self._process = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-m", "gptq_api.grammar.worker"),
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.PIPE,
+                start_new_session=True,
+            )
+            async with asyncio.timeout(_START_TIMEOUT_S):
+                await _exchange(process, self._names)
+        return process
+
+    def close(self) -> None:
+        """End the process."""
+        process, self._process = self._process, None
+        if process is not None and process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+
+
+async def _exchange(process: asyncio.subprocess.Process, text: str) -> str:
+    assert process.stdin is not None and process.stdout is not None
+    data = text.encode()
+    process.stdin.write(LENGTH.pack(len(data)) + data)
+    await process.stdin.drain()
+    (size,) = LENGTH.unpack(await process.stdout.readexactly(LENGTH.size))
+    return (await process.stdout.readexactly(size)).decode()
