@@ -9,7 +9,7 @@ const provider = createOpenAICompatible({
   name: "local", baseURL: process.env.OPENAI_BASE_URL, apiKey: "none", supportsStructuredOutputs: true,
 });
 const model = provider("demo");
-const fields = { model, prompt: "What is 6 times 7?", maxOutputTokens: 100 };
+const fields = { model, prompt: "What is 6 times 7?", maxOutputTokens: 300 };
 
 const parts = {
   async chat() {

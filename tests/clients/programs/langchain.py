@@ -8,10 +8,10 @@ from langchain_core.tools import tool
 from langchain_openai import ChatOpenAI
 from pydantic import BaseModel, Field
 
-model = ChatOpenAI(model="demo", max_tokens=100)
+model = ChatOpenAI(model="demo", max_tokens=300)
 
 
-class Person(BaseModel):
+class Person(BaseModel, extra="forbid"):
     name: str = Field(max_length=12)
     age: int = Field(ge=0, le=120)
 

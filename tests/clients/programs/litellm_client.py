@@ -25,7 +25,7 @@ TOOL = {
 
 def ask(messages: list[Any], **fields: Any) -> Any:
     return litellm.completion(
-        model="openai/demo", api_base=os.environ["OPENAI_BASE_URL"], messages=messages, max_tokens=100, **fields
+        model="openai/demo", api_base=os.environ["OPENAI_BASE_URL"], messages=messages, max_tokens=300, **fields
     )
 
 

@@ -6,7 +6,7 @@ import assert from "node:assert";
 
 const client = new OpenAI();
 const messages = [{ role: "user", content: "What is 6 times 7?" }];
-const fields = { model: "demo", max_tokens: 100, messages };
+const fields = { model: "demo", max_tokens: 300, messages };
 
 const parts = {
   async chat() {

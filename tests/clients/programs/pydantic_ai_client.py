@@ -7,13 +7,13 @@ from pydantic_ai import Agent, NativeOutput
 from pydantic_ai.models.openai import OpenAIChatModel
 
 
-class Person(BaseModel):
+class Person(BaseModel, extra="forbid"):
     name: str = Field(max_length=12)
     age: int = Field(ge=0, le=120)
 
 
 model = OpenAIChatModel("demo")
-settings = {"max_tokens": 100}
+settings = {"max_tokens": 300}
 match sys.argv[1]:
     case "chat":
         assert Agent(model, model_settings=settings).run_sync("Hello").output
