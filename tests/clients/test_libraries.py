@@ -64,9 +64,9 @@ def run(command: list[str], env: dict[str, str]) -> str:
 
 
 @pytest.mark.parametrize("name, part", [(name, part) for name, (_, parts) in LIBRARIES.items() for part in parts])
-def test_a_library(name: str, part: str, plain: Server, calling: Server, tmp_path: Path) -> None:
+def test_a_library(name: str, part: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     where = folder(name)
-    server = calling if part == "tools" else plain
+    server: Server = request.getfixturevalue("calling" if part == "tools" else "plain")
     if part in ASKS and server.chat(max_tokens=1, **ASKS[part]).status_code == 400:
         pytest.skip(f"this server does not take {', '.join(ASKS[part])}")
     program = PROGRAMS / LIBRARIES[name][0]
@@ -79,8 +79,9 @@ def test_a_library(name: str, part: str, plain: Server, calling: Server, tmp_pat
     assert "POST /v1/" in server.log()[before:]
 
 
-def test_the_llm_command(plain: Server, tmp_path: Path) -> None:
+def test_the_llm_command(request: pytest.FixtureRequest, tmp_path: Path) -> None:
     llm = str(folder("llm") / "bin" / "llm")
+    plain: Server = request.getfixturevalue("plain")
     model = {"model_id": "demo", "model_name": "demo", "api_base": plain.url}
     (tmp_path / "extra-openai-models.yaml").write_text(json.dumps([model]))  # JSON is YAML
     env = {**environment(plain, tmp_path), "LLM_USER_PATH": str(tmp_path)}

@@ -49,8 +49,9 @@ def demo() -> Iterator[Server]:
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("task", TASKS)
-def test_a_task_gives_its_metric(task: str, demo: Server, tmp_path: Path) -> None:
+def test_a_task_gives_its_metric(task: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     where = folder("lm-eval")
+    demo: Server = request.getfixturevalue("demo")
     asked = {"prompt": [5, 6], "echo": True, "logprobs": 1, "max_tokens": 1}
     if task == "ours_loglikelihood" and demo.post("/v1/completions", asked).status_code == 400:
         pytest.skip("this server does not take echo with logprobs")
