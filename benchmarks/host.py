@@ -5,12 +5,16 @@
 Users in a closed loop, each with a connection per request, stream answers of `--max-tokens` to prompts of
 `--prompt-tokens` random tokens. CPU time is user + system of the process's clock, so it does not matter that client and
 server share cores (the rest of the figures does suffer on a small machine). "share" is against the same load in the
-same engine without HTTP, on a clock that only the device moves.
+same engine without HTTP and grammars, on a clock that only the device moves.
+
+`--constrained 0,1,64`: of each load, so many streams have to be JSON of a schema. Times are those of the others, where
+there are any.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import random
@@ -22,6 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +42,8 @@ from gptq_api.types import Add, SamplingParams, pack_ids
 
 HERE = Path(__file__).parent
 MAX_NUM_SEQS, BUDGET = 256, 2048
+SEEDS = itertools.count()
+"""no load finds the prompts of another in the prefix cache"""
 
 ON_SIMULATED_DEVICE = """
 import sys
@@ -49,11 +56,50 @@ if "gptq_api.engine.process" in sys.orig_argv:
 """
 
 
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "people": {
+            "type": "array",
+            "minItems": 1000,  # more than there are tokens for
+            "items": {
+                "type": "object",
+                "properties": {
+                    "name": {"type": "string"},
+                    "age": {"type": "integer", "minimum": 0, "maximum": 150},
+                    "role": {"enum": ["author", "editor", "reader"]},
+                },
+                "required": ["name", "age", "role"],
+                "additionalProperties": False,
+            },
+        }
+    },
+    "required": ["people"],
+    "additionalProperties": False,
+}
+
+
+JSON_FORMAT = {"type": "json_schema", "json_schema": {"name": "people", "schema": SCHEMA}}
+
+
+@dataclass(slots=True)
+class State:
+    """Of one stream."""
+
+    started: float
+    constrained: bool
+    last: float | None = None
+    tokens: int = 0
+    tail: bytes = b""
+    """where a constrained stream tells its count: its texts do not"""
+
+
 class Client:
     """Reads streams and notes when their texts came, with as little work as that takes: no JSON, one thread."""
 
-    def __init__(self, port: int, args: argparse.Namespace, seed: int) -> None:
-        self.port, self.args, self.rng = port, args, random.Random(seed)
+    def __init__(self, port: int, args: argparse.Namespace, users: int, constrained: int) -> None:
+        self.port, self.args, self.rng = port, args, random.Random(next(SEEDS))
+        self.constrained, self.all_constrained = constrained, constrained >= users
         self.selector = selectors.DefaultSelector()
         self.ttft: list[float] = []
         self.gaps: list[float] = []
@@ -61,56 +107,67 @@ class Client:
 
     def run(self, users: int, requests: int) -> float:
         """Seconds from the first request to the end of the last answer."""
-        bodies = [self.request() for _ in range(requests)]
+        bodies = [self.request(constrained=i % users < self.constrained) for i in range(requests)]
         began = time.perf_counter()
         for _ in range(min(users, requests)):
-            self.send(bodies.pop())
+            self.send(*bodies.pop())
         num_open = min(users, requests)
         while num_open:
             for key, _ in self.selector.select():
                 if self.read(key.fileobj, key.data):
                     if bodies:
-                        self.send(bodies.pop())
+                        self.send(*bodies.pop())
                     else:
                         num_open -= 1
         return time.perf_counter() - began
 
-    def request(self) -> bytes:
+    def request(self, constrained: bool) -> tuple[bytes, bool]:
         args = self.args
-        body = {
+        body: dict[str, Any] = {
             "prompt": [self.rng.randrange(FIRST_TOKEN, VOCAB_SIZE) for _ in range(args.prompt_tokens)],
             "max_tokens": args.max_tokens,
             "stream": True,
             "stream_options": {"include_usage": True},
             "temperature": 0,
-            "ignore_eos": True,
+            "ignore_eos": not constrained,
         }
+        if constrained:
+            body |= {"response_format": JSON_FORMAT}
         data = json.dumps(body).encode()
         head = "POST /v1/completions HTTP/1.1\r\nHost: bench\r\nConnection: close\r\nContent-Type: application/json\r\n"
-        return f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data
+        return f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data, constrained
 
-    def send(self, request: bytes) -> None:
+    def send(self, request: bytes, constrained: bool) -> None:
         sock = socket.create_connection(("127.0.0.1", self.port))
         started = time.perf_counter()
         sock.sendall(request)
-        self.selector.register(sock, selectors.EVENT_READ, {"started": started, "last": None, "tokens": 0})
+        self.selector.register(sock, selectors.EVENT_READ, State(started, constrained))
 
-    def read(self, sock: Any, state: dict[str, Any]) -> bool:
+    def read(self, sock: Any, state: State) -> bool:
         """Whether the stream is over."""
         data = sock.recv(1 << 20)
         now = time.perf_counter()
-        for _ in range(data.count(b"~")):  # every token's text has one; late ones come several to a chunk
-            if state["last"] is None:
-                self.ttft.append(now - state["started"])
+        if state.constrained:
+            state.tail = (state.tail + data)[-512:]
+            timed = self.all_constrained
+            events = data.count(b'"finish_reason":null')
+        else:
+            timed, events = True, data.count(b"~")  # every token's text has one; late ones come several to a chunk
+            state.tokens += events
+        for _ in range(events if timed else 0):
+            if state.last is None:
+                self.ttft.append(now - state.started)
             else:
-                self.gaps.append(now - state["last"])
-            state["last"] = now
-            state["tokens"] += 1
+                self.gaps.append(now - state.last)
+            state.last = now
         if data:
             return False
-        if state["tokens"] != self.args.max_tokens:
-            raise SystemExit(f"a stream of {state['tokens']} tokens instead of {self.args.max_tokens}")
-        self.num_tokens += state["tokens"]
+        if state.constrained:
+            counts = re.findall(rb'"completion_tokens":(\d+)', state.tail)
+            state.tokens = int(counts[-1]) if counts else 0
+        if state.tokens != self.args.max_tokens:
+            raise SystemExit(f"a stream of {state.tokens} tokens instead of {self.args.max_tokens}")
+        self.num_tokens += state.tokens
         self.selector.unregister(sock)
         sock.close()
         return True
@@ -171,16 +228,17 @@ class Server:
         self.process.wait()
 
 
-def measure(server: Server, args: argparse.Namespace, users: int) -> dict[str, Any]:
+def measure(server: Server, args: argparse.Namespace, users: int, constrained: int) -> dict[str, Any]:
     requests = args.rounds * users if users > 1 else 4 * args.rounds
     pids = {"api": server.process.pid, "engine": server.engine_pid}
-    client = Client(server.port, args, users)
+    client = Client(server.port, args, users, constrained)
     before = {name: cpu_seconds(pid) for name, pid in pids.items()}
     seconds = client.run(users, requests)
     burnt = {name: cpu_seconds(pid) - before[name] for name, pid in pids.items()}
     rate, ideal = client.num_tokens / seconds, in_process_rate(args, users, requests)
     return {
         "streams": users,
+        "constrained": min(constrained, users),
         "requests": requests,
         "tok_s": round(rate, 1),
         "in_process_tok_s": round(ideal, 1),
@@ -191,20 +249,26 @@ def measure(server: Server, args: argparse.Namespace, users: int) -> dict[str, A
     }
 
 
+def numbers(text: str) -> list[int]:
+    return [int(number) for number in text.split(",")]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--streams", type=lambda text: [int(n) for n in text.split(",")], default=[1, 32, 64, 256])
+    parser.add_argument("--streams", type=numbers, default=[1, 32, 64, 256])
     parser.add_argument("--prompt-tokens", type=int, default=128)
     parser.add_argument("--max-tokens", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=2, help="requests of each user")
+    parser.add_argument("--constrained", type=numbers, default=[0], help="streams at a time that are JSON of a schema")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder, Server(Path(folder)) as server:
-        measure(server, argparse.Namespace(**vars(args) | {"rounds": 1}), 8)  # warm
+        measure(server, argparse.Namespace(**vars(args) | {"rounds": 1}), 8, max(args.constrained))  # warm
         rows = []
         for users in args.streams:
-            rows.append(measure(server, args, users))
-            print(json.dumps(rows[-1]), flush=True)
+            for constrained in args.constrained:
+                rows.append(measure(server, args, users, constrained))
+                print(json.dumps(rows[-1]), flush=True)
     result = {"machine": machine(), "prompt_tokens": args.prompt_tokens, "max_tokens": args.max_tokens, "rows": rows}
     if args.out:
         args.out.write_text(json.dumps(result, indent=1) + "\n")

@@ -81,7 +81,7 @@ class SimulatedRunner:
                 place_of[entry] = len(place_of)
         tokens = list(launched.sampled.tokens)
         for entry, words in zip(masks.entries, masks.words, strict=True):
-            allowed = np.flatnonzero(np.unpackbits(words.view(np.uint8), bitorder="little"))
+            allowed = np.flatnonzero(np.unpackbits(words.view(np.uint8), count=VOCAB_SIZE, bitorder="little"))
             tokens[place_of[entry]] = int(allowed[tokens[place_of[entry]] % len(allowed)])
         launched.sampled = msgspec.structs.replace(launched.sampled, tokens=tokens)
 

@@ -10,11 +10,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 import torch
 
 from gptq_api.demo import DEMO_PATH
 from gptq_api.engine.core import Engine
+from gptq_api.grammar.compile import json_schema
 from gptq_api.kernels import gemm
 from gptq_api.runner.cpu.runner import CpuRunner
 from gptq_api.runner.cuda.runner import CudaRunner
@@ -27,6 +29,7 @@ from gptq_api.scheduler.scheduler import Scheduler
 from gptq_api.text.chat_template import load_chat_template
 from gptq_api.text.tokenizer import load_tokenizer
 from gptq_api.types import Add, SamplingParams, TokenLogprobs, pack_ids, unpack_ids
+from tests.engine.test_grammars import SCHEMA, World, crowd
 from tests.support.checkpoints import Recipe, random_model, write_checkpoint
 from tests.support.server import Server
 
@@ -340,3 +343,18 @@ def test_memory_is_planned(tmp_path: Path) -> None:
     assert used < 0.2 * total
     assert used > 0.2 * total - (total - free_before) - 2**30
     assert f"KV cache {runner.cache_bytes / 2**20:.0f} MiB" in runner.description and "workspace" in runner.description
+
+
+@pytest.mark.parametrize("num_blocks", [2000, 40], ids=["roomy", "crowded"])
+def test_grammars_are_followed_and_nobody_else_notices(num_blocks: int) -> None:
+    runner = load(DEMO_PATH, num_blocks=num_blocks)
+    tokenizer = load_tokenizer(DEMO_PATH)
+    plain, mixed = World(runner, tokenizer, num_blocks), World(runner, tokenizer, num_blocks)
+    crowd(plain, "")
+    constrained = crowd(mixed, json_schema(SCHEMA))
+    for i in mixed.tokens:
+        if i in constrained:
+            jsonschema.validate(json.loads(mixed.text(i)), SCHEMA)
+        else:
+            same = sum(a == b for a, b in zip(mixed.tokens[i], plain.tokens[i], strict=True))
+            assert same >= 1 and len(mixed.tokens[i]) == 40  # logits differ in their last bits in other company
