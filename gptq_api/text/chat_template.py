@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import re
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,10 @@ class ChatTemplate:
             raise ChatTemplateError(
                 f"the chat template ({source}) is not usable: {_reason(error)}; name another one with --chat-template"
             ) from None
+        ours = {"messages", "add_generation_prompt", *self._variables}
+        self.variables = self._template.variables - ours
+        """names that a request may set, because the template reads them: `enable_thinking`, `date_string` ..."""
+        self.reads_documents = "documents" in self._template.variables
         self._edges = {
             fragment
             for content in tokenizer.special_contents
@@ -75,12 +79,14 @@ class ChatTemplate:
         *,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
+        variables: Mapping[str, Any] | None = None,
     ) -> list[int]:
         """Prompt token ids, BOS exactly once where the model uses it. Raises ChatTemplateError.
 
         `continue_final_message`: the prompt ends with the last message's content, so that the answer goes on from it.
+        `variables`: further ones of the template, JSON values that a client chose; control tokens in them stay text.
         """
-        text, marks = self._render(messages, add_generation_prompt, continue_final_message)
+        text, marks = self._render(messages, add_generation_prompt, continue_final_message, variables or {})
         tokenizer = self._tokenizer
         parts = tokenizer.split_special(text)
         if not marks.found_in(text):
@@ -98,17 +104,22 @@ class ChatTemplate:
         *,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
+        variables: Mapping[str, Any] | None = None,
     ) -> str:
         """The prompt as text, for people to look at: in it a control token and its spelling look alike."""
-        text, marks = self._render(messages, add_generation_prompt, continue_final_message)
+        text, marks = self._render(messages, add_generation_prompt, continue_final_message, variables or {})
         return marks.restore(text)
 
     def _render(
-        self, messages: list[dict[str, Any]], add_generation_prompt: bool, continue_final_message: bool
+        self,
+        messages: list[dict[str, Any]],
+        add_generation_prompt: bool,
+        continue_final_message: bool,
+        variables: Mapping[str, Any],
     ) -> tuple[str, _Marks]:
         if add_generation_prompt and continue_final_message:
             raise ChatTemplateError("add_generation_prompt and continue_final_message exclude each other")
-        marks = _Marks(self._tokenizer, self._edges, _strings(messages))
+        marks = _Marks(self._tokenizer, self._edges, _strings([messages, dict(variables)]))
         plain = [_normalised(message, marks) for message in messages]
         end = ""
         if continue_final_message:
@@ -116,16 +127,19 @@ class ChatTemplate:
                 raise ChatTemplateError("continue_final_message needs a last message of role assistant with content")
             end = marks.sentinel
             plain[-1]["content"] += end
-        text = self._run(plain, add_generation_prompt)
+        text = self._run(plain, add_generation_prompt, _hidden(dict(variables), marks))
         if end:
             text, found, _ = text.partition(end)
             if not found:
                 raise ChatTemplateError("the chat template leaves out the last message, so it cannot be continued")
         return text, marks
 
-    def _run(self, messages: list[dict[str, Any]], add_generation_prompt: bool) -> str:
-        variables = {**self._variables, "messages": messages, "add_generation_prompt": add_generation_prompt}
-        room = 1_000_000 + 8 * sum(map(len, _strings(messages)))
+    def _run(
+        self, messages: list[dict[str, Any]], add_generation_prompt: bool, more: Mapping[str, Any] | None = None
+    ) -> str:
+        ours = {"messages": messages, "add_generation_prompt": add_generation_prompt}
+        variables = {**self._variables, **(more or {}), **ours}
+        room = 1_000_000 + 8 * sum(map(len, _strings(variables)))
         try:
             return self._template.render(variables, max_chars=room)
         except TemplateRaised as error:

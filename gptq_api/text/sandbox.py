@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
-from jinja2 import TemplateError, filters, nodes, pass_context
+from jinja2 import TemplateError, filters, meta, nodes, pass_context
 from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
@@ -242,6 +242,8 @@ class CompiledTemplate:
             raise SecurityError(f"the chat template has more than {MAX_TEMPLATE_CHARS} characters")
         environment = _Sandbox()
         tree = environment.parse(source)
+        self.variables = frozenset(name for name in meta.find_undeclared_variables(tree) if name[:1] != "_")
+        """names that the template reads and does not set itself"""
         _rewrite(tree)
         self._template = environment.from_string(tree)
 

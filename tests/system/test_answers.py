@@ -27,6 +27,7 @@ from gptq_api.types import Abort, SamplingParams
 from tests.support.hand_fed_engine import HandFedEngine
 
 HEAD = Head("id-1", 1, "demo", "fp")
+DETAILS = ("reasoning_tokens", "audio_tokens", "accepted_prediction_tokens", "rejected_prediction_tokens")
 NO_USAGE = UsageEvents(at_end=False, in_chunks=False)
 
 
@@ -140,7 +141,8 @@ async def test_a_new_endpoint_is_a_format(way: str) -> None:
                 "prompt_tokens": 3,
                 "completion_tokens": len(ids("one two")),
                 "total_tokens": 3 + len(ids("one two")),
-                "prompt_tokens_details": {"cached_tokens": 2},
+                "prompt_tokens_details": {"cached_tokens": 2, "audio_tokens": 0},
+                "completion_tokens_details": dict.fromkeys(DETAILS, 0),
             }
         else:
             text, end, done = await item(events(work, shape))

@@ -34,20 +34,24 @@ class Head:
     """Unix time, seconds"""
     model: str
     system_fingerprint: str
+    tells_tier: bool = False
+    """whether the answer says in which service tier it was made, as it does to those who chose one"""
 
     @classmethod
-    def new(cls, prefix: str, service: Service) -> Head:
-        """`prefix`: what the id begins with."""
-        return cls(f"{prefix}-{uuid.uuid4().hex}", int(time.time()), service.model_name, service.fingerprint)
+    def new(cls, prefix: str, service: Service, service_tier: str | None = None) -> Head:
+        """`prefix`: what the id begins with; `service_tier`: the one asked for."""
+        now, tells_tier = int(time.time()), service_tier is not None
+        return cls(f"{prefix}-{uuid.uuid4().hex}", now, service.model_name, service.fingerprint, tells_tier)
 
     def fields(self, kind: str) -> dict[str, Any]:
-        return {
+        fields: dict[str, Any] = {
             "id": self.id,
             "object": kind,
             "created": self.created,
             "model": self.model,
             "system_fingerprint": self.system_fingerprint,
         }
+        return {**fields, "service_tier": "default"} if self.tells_tier else fields
 
 
 class UsageEvents(NamedTuple):

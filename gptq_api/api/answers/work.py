@@ -57,7 +57,13 @@ class Work:
             "prompt_tokens": num_prompt,
             "completion_tokens": self.num_completion_tokens,
             "total_tokens": num_prompt + self.num_completion_tokens,
-            "prompt_tokens_details": {"cached_tokens": self.num_cached_tokens},
+            "prompt_tokens_details": {"cached_tokens": self.num_cached_tokens, "audio_tokens": 0},
+            "completion_tokens_details": {
+                "reasoning_tokens": 0,
+                "audio_tokens": 0,
+                "accepted_prediction_tokens": 0,
+                "rejected_prediction_tokens": 0,
+            },
         }
 
     def best(self, num_choices: int) -> list[Choice]:
@@ -117,7 +123,7 @@ class Work:
         """Once, however it ended: metrics and the log record."""
         metrics, record = self.service.metrics, self.record
         now = time.monotonic()
-        record.notes = {
+        record.notes |= {
             "tokens_in": sum(len(prompt.token_ids) for prompt in self.prompts),
             "tokens_cached": self.num_cached_tokens,
             "tokens_out": self.num_completion_tokens,

@@ -36,7 +36,13 @@ _USAGE = shape(
     prompt_tokens=COUNT,
     completion_tokens=COUNT | {"description": "all that were generated, the token that ended an answer among them"},
     total_tokens=COUNT,
-    prompt_tokens_details=shape(cached_tokens=COUNT),
+    prompt_tokens_details=shape(cached_tokens=COUNT, audio_tokens=COUNT),
+    completion_tokens_details=shape(
+        reasoning_tokens=COUNT,
+        audio_tokens=COUNT,
+        accepted_prediction_tokens=COUNT,
+        rejected_prediction_tokens=COUNT,
+    ),
 )
 _SPELLED: dict[str, Schema] = {
     "token": TEXT,
@@ -56,6 +62,7 @@ _COMPLETION_LOGPROBS = shape(
     text_offset=array(COUNT),
 )
 _HEAD: dict[str, Schema] = {"created": TIME, "model": TEXT, "system_fingerprint": TEXT}
+_TIER = {"service_tier": const("default") | {"description": "where the request named one"}}
 _FINISH = const("stop", "length")
 _MESSAGE = shape(role=const("assistant"), content=TEXT, refusal=NULL)
 _DELTA = shape({"role": const("assistant"), "content": TEXT})
@@ -68,6 +75,7 @@ SHAPES: dict[str, Schema] = {
     "ChatLogprobs": _CHAT_LOGPROBS,
     "CompletionLogprobs": _COMPLETION_LOGPROBS,
     "ChatCompletion": shape(
+        _TIER,
         id=TEXT,
         object=const("chat.completion"),
         **_HEAD,
@@ -78,7 +86,7 @@ SHAPES: dict[str, Schema] = {
         usage=ref("Usage"),
     ),
     "ChatCompletionChunk": shape(
-        {"usage": _USAGE_OR_NULL},
+        {"usage": _USAGE_OR_NULL, **_TIER},
         id=TEXT,
         object=const("chat.completion.chunk"),
         **_HEAD,
@@ -92,6 +100,7 @@ SHAPES: dict[str, Schema] = {
         ),
     ),
     "Completion": shape(
+        _TIER,
         id=TEXT,
         object=const("text_completion"),
         **_HEAD,
@@ -102,7 +111,7 @@ SHAPES: dict[str, Schema] = {
         usage=ref("Usage"),
     ),
     "CompletionChunk": shape(
-        {"usage": _USAGE_OR_NULL},
+        {"usage": _USAGE_OR_NULL, **_TIER},
         id=TEXT,
         object=const("text_completion"),
         **_HEAD,

@@ -20,6 +20,7 @@ from gptq_api.api.requests.fields import (
     unrecognized,
 )
 from gptq_api.api.requests.refused import REFUSED_IN_MESSAGES
+from gptq_api.api.requests.template import EffortFields
 from gptq_api.text.chat_template import joined_parts
 
 MAX_PARTS = 1024
@@ -127,7 +128,14 @@ def check_messages(messages: list[ChatMessage], *, strict: bool) -> list[str]:
     return unknown
 
 
-class ChatCompletionRequest(ConstrainedFields):
+class Prediction(Body):
+    """What the answer is expected to be. It is only a hint, and no answer depends on it."""
+
+    type: Literal["content"]
+    content: Content = None
+
+
+class ChatCompletionRequest(EffortFields, ConstrainedFields):
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=4096, fail_fast=True)]
     max_completion_tokens: Count | None = None
     """The newer name of max_tokens; wins."""
@@ -137,11 +145,15 @@ class ChatCompletionRequest(ConstrainedFields):
     """Begin an answer after the last message. Default true."""
     continue_final_message: bool | None = None
     """Go on with the last message, which is the assistant's."""
+    prediction: Prediction | None = None
+    """Accepted, without effect: nothing is predicted with it."""
     parallel_tool_calls: bool | None = None
     """Accepted, without effect: there are no tools."""
 
     def unknown(self, *, strict: bool) -> list[str]:
-        return [*super().unknown(strict=strict), *check_messages(self.messages, strict=strict)]
+        nested = [] if self.prediction is None else self.prediction.unknown(strict=strict)
+        predicted = [f"prediction.{name}" for name in nested]
+        return [*super().unknown(strict=strict), *predicted, *check_messages(self.messages, strict=strict)]
 
     @property
     def answer_limit(self) -> tuple[int | None, str]:

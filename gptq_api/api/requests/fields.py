@@ -6,6 +6,7 @@ not.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import islice
@@ -27,6 +28,8 @@ MAX_BIAS = 1024
 MAX_TOKEN = 2**31 - 1
 MAX_UNKNOWN = 16
 """names of unknown fields that are told, of a body and of its messages"""
+MAX_LOGGED = 512
+"""characters of what a caller says that the log keeps"""
 
 
 def check_text(value: str) -> str:
@@ -153,17 +156,32 @@ class SamplingFields(Body):
     cache_salt: Name | None = None
     """Prompts share cached prefixes only with equal salts (and, always, equal API keys)."""
     user: Name | None = None
-    """Accepted, without effect; so are the five below."""
+    """For the request's line in the log, and for nothing else; so are the four below."""
     metadata: Metadata | None = None
     store: bool | None = None
-    service_tier: Name | None = None
+    """Nothing is stored."""
     safety_identifier: Name | None = None
     prompt_cache_key: Name | None = None
+    """Who shares cached prefixes is up to `cache_salt` and API keys."""
     prompt_cache_retention: Name | None = None
+    """Accepted, without effect: prefixes are cached for as long as there is room."""
+    service_tier: Name | None = None
+    """Accepted; there is one tier, and the answer says "default"."""
 
     def unknown(self, *, strict: bool) -> list[str]:
         nested = [] if self.stream_options is None else self.stream_options.unknown(strict=strict)
         return [*super().unknown(strict=strict), *(f"stream_options.{name}" for name in nested)]
+
+    def notes(self) -> dict[str, object]:
+        """What the caller said of the request for its line in the log: bounded and printable."""
+        said: dict[str, object] = {
+            "user": self.user,
+            "safety_identifier": self.safety_identifier,
+            "prompt_cache_key": self.prompt_cache_key,
+            "metadata": None if self.metadata is None else json.dumps(self.metadata, ensure_ascii=False),
+        }
+        notes: dict[str, object] = {name: _loggable(value) for name, value in said.items() if isinstance(value, str)}
+        return notes if self.store is None else {**notes, "store": self.store}
 
     @property
     def num_choices(self) -> int:
@@ -196,6 +214,10 @@ class SamplingFields(Body):
     def answer_limit(self) -> tuple[int | None, str]:
         """The most tokens of one answer, and the field that said so."""
         return self.max_tokens, "max_tokens"
+
+
+def _loggable(text: str) -> str:
+    return "".join(c if c.isprintable() else "?" for c in text[:MAX_LOGGED])
 
 
 def unrecognized(name: str) -> ApiError:

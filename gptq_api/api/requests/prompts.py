@@ -14,6 +14,7 @@ from gptq_api.api.requests.chat import ChatCompletionRequest, ChatMessage
 from gptq_api.api.requests.completions import CompletionRequest
 from gptq_api.api.requests.constraints import ConstrainedFields
 from gptq_api.api.requests.fields import SamplingFields
+from gptq_api.api.requests.template import TemplateFields, document_texts
 from gptq_api.api.service import Service
 from gptq_api.engine.client import Prompt
 from gptq_api.text.chat_template import ChatTemplateError
@@ -36,12 +37,12 @@ async def chat_prompt(service: Service, body: ChatCompletionRequest) -> Prompt:
 
 async def chat_ids(service: Service, body: ChatCompletionRequest) -> list[int]:
     """A conversation as the model sees it. Raises ApiError 400."""
-    return await render(service, body.messages, *_ending(body))
+    return await render(service, body, body.messages, *_ending(body))
 
 
 async def chat_text(service: Service, body: ChatCompletionRequest) -> str:
     """The same for people. Raises ApiError 400."""
-    return await _in_template(service, body.messages, *_ending(body), service.template.render_text)
+    return await _in_template(service, body, body.messages, *_ending(body), service.template.render_text)
 
 
 def _ending(body: ChatCompletionRequest) -> tuple[bool, bool]:
@@ -52,25 +53,38 @@ def _ending(body: ChatCompletionRequest) -> tuple[bool, bool]:
 
 
 async def render(
-    service: Service, messages: list[ChatMessage], add_generation_prompt: bool, continue_final_message: bool
+    service: Service,
+    body: TemplateFields,
+    messages: list[ChatMessage],
+    add_generation_prompt: bool,
+    continue_final_message: bool,
 ) -> list[int]:
-    """Messages -> token ids. Raises ApiError 400 where they are too long or the template refuses them."""
-    return await _in_template(service, messages, add_generation_prompt, continue_final_message, service.template.render)
+    """Messages -> token ids. Raises ApiError 400 where they are too long or the template refuses them or the body's
+    variables."""
+    template = service.template
+    return await _in_template(service, body, messages, add_generation_prompt, continue_final_message, template.render)
 
 
 async def _in_template(
     service: Service,
+    body: TemplateFields,
     messages: list[ChatMessage],
     add_generation_prompt: bool,
     continue_final_message: bool,
     render: Callable[..., T],
 ) -> T:
+    body.check_template(service.template)
+    variables = body.template_variables(service.template)
+    check_fits(service, [text for document in body.documents or [] for text in document_texts(document)], "documents")
     check_fits(service, [message.content or "" for message in messages], "messages")
     rendered = [message.rendered() for message in messages]
     try:
         return await service.in_text_thread(
             lambda: render(
-                rendered, add_generation_prompt=add_generation_prompt, continue_final_message=continue_final_message
+                rendered,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                variables=variables,
             )
         )
     except ChatTemplateError as error:

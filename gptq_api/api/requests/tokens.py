@@ -8,11 +8,12 @@ from pydantic import ConfigDict, Field
 
 from gptq_api.api.requests.chat import ChatMessage
 from gptq_api.api.requests.fields import Body, Name, Text, TokenId
+from gptq_api.api.requests.template import TemplateFields
 
 _TEXTS = ("prompt", "messages", "content")
 
 
-class TokenizeRequest(Body):
+class TokenizeRequest(TemplateFields):
     """A `prompt`, or `messages` to be rendered first; or, as llama.cpp has it, a `content`."""
 
     model_config = ConfigDict(json_schema_extra={"anyOf": [{"required": [name]} for name in _TEXTS]})

@@ -32,10 +32,11 @@ async def chat_completions(
 ) -> Response:
     """The answer to a conversation, whole or as a stream of server-sent events."""
     service.check_model(body.model)
-    headers = unknown_header(body.unknown(strict=service.settings.strict_params))
+    strict = service.settings.strict_params
+    headers = unknown_header([*body.unknown(strict=strict), *body.without_effect(service.template, strict=strict)])
     logprobs = partial(chat_logprobs, service.tokenizer, num_top=body.top_logprobs or 0) if body.logprobs else None
     usage = UsageEvents(body.usage_at_end, body.usage_in_chunks)
-    shape = ChatFormat(Head.new("chatcmpl", service), body.num_choices, usage, logprobs)
+    shape = ChatFormat(Head.new("chatcmpl", service, body.service_tier), body.num_choices, usage, logprobs)
     return await converse(request, service, record, body, shape, headers)
 
 
@@ -48,6 +49,7 @@ async def converse(
     headers: dict[str, str],
 ) -> Response:
     """The one way of every conversation, whichever API it came by, to its answer in `shape`. Raises ApiError."""
+    record.notes |= body.notes()
     body.check()
     new_text = body.text_streams(
         service.tokenizer,

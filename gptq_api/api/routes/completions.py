@@ -26,6 +26,7 @@ async def completions(body: CompletionRequest, request: Request, service: Servic
     """What follows each prompt. Choice `i` belongs to prompt `i // n`."""
     service.check_model(body.model)
     headers = unknown_header(body.unknown(strict=service.settings.strict_params))
+    record.notes |= body.notes()
     body.check()
     logprobs = None
     if body.logprobs is not None:
@@ -38,7 +39,9 @@ async def completions(body: CompletionRequest, request: Request, service: Servic
             headers |= cut_header(body, prompts)
             work = owned.enter_context(admitted(service, record, prompts, new_text, body.cache_salt))
         echoes = await _echoes(service, body, work)
-        shape = CompletionFormat(Head.new("cmpl", service), body.num_choices, usage, logprobs, echoes)
+        shape = CompletionFormat(
+            Head.new("cmpl", service, body.service_tier), body.num_choices, usage, logprobs, echoes
+        )
         return await respond(request, work, shape, owned, stream=bool(body.stream), headers=headers)
 
 

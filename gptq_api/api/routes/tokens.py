@@ -33,7 +33,7 @@ async def tokenize(body: TokenizeRequest, service: ServiceDep) -> Response:
         if body.messages is not None:
             unknown += check_messages(body.messages, strict=strict)
             generation_prompt = body.add_generation_prompt is not False and not body.continue_final_message
-            ids = await render(service, body.messages, generation_prompt, bool(body.continue_final_message))
+            ids = await render(service, body, body.messages, generation_prompt, bool(body.continue_final_message))
         elif body.prompt is not None:
             ids = await _encoded(service, body.prompt, "prompt", body.add_special_tokens is not False, True)
         else:

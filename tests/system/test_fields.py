@@ -1,0 +1,83 @@
+"""Request fields whose effect is seen in the prompt, in the shape of the answer or in the log, over HTTP."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.server import Server, chat_body, check_error, stream_chunks, wait_for
+
+TEMPLATE = """
+{%- if enable_thinking is defined and enable_thinking %}THINK {% endif %}
+{%- if verbosity is defined %}{{ verbosity }} {% endif %}
+{%- for document in documents or [] %}{{ document.title }}: {{ document.text }} {% endfor %}
+{%- for message in messages %}{{ message.content }}{% endfor %}"""
+CHAT = "/v1/chat/completions"
+
+
+@pytest.fixture(scope="module")
+def reading(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server whose chat template reads variables."""
+    path: Path = tmp_path_factory.mktemp("template") / "reads.jinja"
+    path.write_text(TEMPLATE)
+    with Server("--chat-template", str(path)) as running:
+        yield running
+
+
+def prompt(server: Server, **fields: Any) -> str:
+    answer = server.post("/apply-template", chat_body("Hi", **fields))
+    assert answer.status_code == 200, answer.text
+    text: str = answer.json()["prompt"]
+    return text
+
+
+def test_the_template_gets_the_variables_it_reads(reading: Server) -> None:
+    assert prompt(reading) == "Hi"
+    assert prompt(reading, chat_template_kwargs={"enable_thinking": True}) == "THINK Hi"
+    assert prompt(reading, reasoning_effort="high") == "THINK Hi"
+    assert prompt(reading, reasoning_effort="none") == "Hi"
+    assert prompt(reading, verbosity="low") == "low Hi"
+    assert prompt(reading, documents=[{"title": "A", "text": "b"}]) == "A: b Hi"
+    answer = reading.chat(max_tokens=1, reasoning_effort="high", verbosity="low")
+    assert answer.status_code == 200 and "x-unsupported-params" not in answer.headers
+
+
+def test_what_the_template_does_not_read_is_said(server: Server, reading: Server, strict_server: Server) -> None:
+    error = check_error(reading.chat(chat_template_kwargs={"zz": 1}), 400, "chat_template_kwargs.zz")
+    assert "'zz'" in error["message"] and "enable_thinking, verbosity" in error["message"]
+    check_error(reading.chat(chat_template_kwargs={"messages": []}), 400, "chat_template_kwargs.messages")
+    check_error(server.chat(documents=[{"text": "x"}]), 400, "documents", "unsupported_parameter")
+    answer = server.chat(max_tokens=1, reasoning_effort="high", verbosity="low")
+    assert answer.headers["x-unsupported-params"] == "reasoning_effort, verbosity"
+    check_error(strict_server.chat(reasoning_effort="high"), 400, "reasoning_effort", "unsupported_parameter")
+
+
+def test_variables_are_bounded_and_stay_text(reading: Server) -> None:
+    deep: Any = 1
+    for _ in range(20):
+        deep = [deep]
+    for value in (deep, [0] * 5000, {str(i): 0 for i in range(65)}, 2**64):
+        check_error(reading.chat(chat_template_kwargs={"verbosity": value}), 400, "chat_template_kwargs")
+    for documents in ({}, [1], [{"text": ["x"]}], [{}] * 257):
+        check_error(reading.chat(documents=documents), 400, "documents")
+    long = [{"text": "word " * 10**6}]
+    check_error(reading.chat(documents=long), 400, "documents", "context_length_exceeded")
+
+
+def test_usage_and_tier(server: Server) -> None:
+    answer = server.chat(max_tokens=2, service_tier="auto", prediction={"type": "content", "content": "x"}).json()
+    assert answer["service_tier"] == "default"
+    assert answer["usage"]["completion_tokens_details"].keys() >= {"reasoning_tokens", "accepted_prediction_tokens"}
+    assert "service_tier" not in server.chat(max_tokens=1).json()
+    chunks = stream_chunks(server, chat_body(max_tokens=1, service_tier="flex"), CHAT)
+    assert all(chunk["service_tier"] == "default" for chunk in chunks)
+
+
+def test_who_asked_stands_in_the_log(strict_server: Server) -> None:
+    said = {"user": "ann\x1b[31m", "metadata": {"job": "7"}, "store": True, "prompt_cache_key": "k" * 512}
+    assert strict_server.chat(max_tokens=1, **said).status_code == 200
+    line = wait_for(lambda: [line for line in strict_server.log().splitlines() if "ann?[31m" in line], 5)[0]
+    assert "job" in line and "k" * 512 in line and '"store": true' in line
