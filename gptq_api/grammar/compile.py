@@ -42,7 +42,8 @@ class GrammarError(ValueError):
 def json_schema(schema: Any) -> str:
     """A JSON document that is valid under `schema` (draft 2020-12; true and false are schemas too).
 
-    Raises GrammarError for what is no schema or too large; keywords are looked at when it is compiled.
+    Raises GrammarError for what is no schema, too large, or counts what cannot be counted; other keywords are looked at
+    when it is compiled.
     """
     if isinstance(schema, bool):
         schema = {} if schema else {"not": {}}
@@ -52,8 +53,20 @@ def json_schema(schema: Any) -> str:
         raise GrammarError(f"the schema is nested deeper than {MAX_DEPTH} levels")
     if "x-guidance" in schema:
         raise GrammarError("'x-guidance' is not a keyword of JSON schema")
+    _check_counts(schema)
     options: Any = {"whitespace_pattern": WHITESPACE, "lenient": False, "coerce_one_of": False}
     return _bounded(LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=options))
+
+
+def _check_counts(schema: dict[str, Any]) -> None:
+    """llguidance counts properties and does not see that two of those without a name in the schema are called the same,
+    and whoever reads the document keeps one of them."""
+    for where, sub in subschemas(schema):
+        least, required = sub.get("minProperties"), sub.get("required")
+        told = len(set(map(str, required))) if isinstance(required, list) else 0
+        if isinstance(least, int) and least > told + 1:
+            why = f"more than one beyond those that 'required' names ({told}) cannot be enforced"
+            raise GrammarError(f"'minProperties' {least} at {where or '/'}: {why}")
 
 
 def json_object() -> str:

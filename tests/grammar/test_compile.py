@@ -103,3 +103,14 @@ def test_what_is_too_large_or_no_schema_names_the_limit() -> None:
         grammars.json_schema({"x-guidance": {"lenient": True}, "not": {}})
     with pytest.raises(grammars.GrammarError, match="object"):
         grammars.json_schema([])
+
+
+def test_two_properties_of_one_name_do_not_count_as_two() -> None:
+    numbers = {"type": "object", "additionalProperties": {"type": "integer"}}
+    nested = {"type": "object", "properties": {"a": {**numbers, "minProperties": 2}}}
+    with pytest.raises(grammars.GrammarError, match="'minProperties' 2 at /properties/a: "):
+        grammars.json_schema(nested)
+    for enough in ({"minProperties": 1}, {"minProperties": 2, "required": ["a"]}):
+        grammar = grammars.json_schema({**numbers, **enough})
+        assert accepts(grammar, '{"a": 1, "b": 2}')
+        assert not accepts(grammar, "{}")
