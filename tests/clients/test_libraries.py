@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tests.clients.environments import folder
-from tests.support.server import Server
+from tests.support.server import Server, refuses
 from tests.support.spelling_model import write
 
 PROGRAMS = Path(__file__).parent / "programs"
@@ -67,7 +67,7 @@ def run(command: list[str], env: dict[str, str]) -> str:
 def test_a_library(name: str, part: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     where = folder(name)
     server: Server = request.getfixturevalue("calling" if part == "tools" else "plain")
-    if part in ASKS and server.chat(max_tokens=1, **ASKS[part]).status_code == 400:
+    if part in ASKS and refuses(server.chat(max_tokens=1, **ASKS[part])):
         pytest.skip(f"this server does not take {', '.join(ASKS[part])}")
     program = PROGRAMS / LIBRARIES[name][0]
     if program.suffix == ".mjs":  # which looks for its modules from where it lies

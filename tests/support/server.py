@@ -127,6 +127,11 @@ def chat_body(content: str = "Hello", **fields: Any) -> dict[str, Any]:
     return {"messages": [{"role": "user", "content": content}], **fields}
 
 
+def refuses(response: httpx.Response) -> bool:
+    """Whether a request was refused since the server has no such thing, for tests that wait for it to come."""
+    return response.status_code == 400 and response.json()["error"]["code"] == "unsupported_parameter"
+
+
 def wait_for(probe: Callable[[], Any], seconds: float) -> Any:
     """What `probe` returns, once it is true."""
     deadline = time.monotonic() + seconds
