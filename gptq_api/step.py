@@ -14,7 +14,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from gptq_api.types import SamplingParams, TokenLogprobs
+from gptq_api.types import PromptLogprobs, SamplingParams, TokenLogprobs
 
 Launched = TypeVar("Launched")
 
@@ -38,6 +38,16 @@ class NewBlocks(msgspec.Struct, frozen=True):
     block_ids: list[int]
 
 
+class PromptRows(msgspec.Struct, frozen=True):
+    """Rows of a prompt whose logprobs are wanted: row i says how likely token i + 1 of the prompt is."""
+
+    first: int
+    """the first of them, counted in the sequence; one of the step's new tokens, like the others"""
+    num: int
+    num_top: int
+    """how many most likely tokens of each"""
+
+
 class Step(msgspec.Struct, frozen=True):
     """The work of one step, columnar: entry i of each column belongs to the sequence in seat seats[i]."""
 
@@ -51,6 +61,8 @@ class Step(msgspec.Struct, frozen=True):
     token and k drafted ones behind it, of which as many count as the sampled tokens confirm."""
     new_blocks: list[NewBlocks]
     admitted: list[Admission]
+    prompt_rows: dict[int, PromptRows] = {}
+    """by entry, where logprobs of the prompt were asked for"""
 
     @property
     def num_tokens(self) -> int:
@@ -79,6 +91,8 @@ class Sampled(msgspec.Struct, frozen=True):
     "error" (token 0 is never made up). -2, from the engine: its grammar could not be followed."""
     logprobs: dict[int, TokenLogprobs] = {}
     """by place in `tokens`, where they were asked for"""
+    prompt_logprobs: dict[int, PromptLogprobs] = {}
+    """for each of the Step's `prompt_rows`"""
 
 
 class DeviceMemoryError(RuntimeError):

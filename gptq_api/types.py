@@ -35,6 +35,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     max_tokens: int
+    """0: the prompt is computed, for its logprobs, and no token is told."""
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
@@ -55,6 +56,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     logit_bias: dict[int, float] = {}
     top_logprobs: int | None = None
     """None: no logprobs; n >= 0: the sampled token's logprob and the n best."""
+    prompt_logprobs: int | None = None
+    """None: none; n >= 0: of each token of the prompt but the first, its logprob and the n best."""
     grammar: str = ""
     """What the tokens have to spell, in llguidance's own JSON (`gptq_api/grammar`); "": anything. Where it may not end
     yet, stop tokens cannot be sampled; where it has to, nothing else can."""
@@ -67,6 +70,22 @@ class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
     """of the sampled token"""
     top: list[tuple[int, float]]
     """the n most likely (token id, logprob), best first"""
+
+
+class PromptLogprobs(msgspec.Struct, frozen=True, array_like=True):
+    """Log-probabilities (natural log) of N consecutive tokens of a prompt, each given what stands before it, from the
+    raw logits; packed, since a prompt has as many as tokens."""
+
+    first: int
+    """where in the prompt the first of them stands; 1 or more, for nothing comes before token 0"""
+    logprobs: bytes
+    """float32 [N]; NaN where the logits were not finite"""
+    ranks: bytes
+    """int32 [N], 1: no token is likelier"""
+    top_ids: bytes
+    """int32 [N, n]: the n most likely tokens, best first"""
+    top_logprobs: bytes
+    """float32 [N, n]"""
 
 
 class Add(msgspec.Struct, frozen=True, tag="add"):
@@ -148,6 +167,9 @@ class StepOutput(msgspec.Struct, frozen=True, tag="step", kw_only=True):
     logprobs: dict[int, TokenLogprobs]
     """by entry, where they were asked for"""
     stats: EngineStats
+    prompt_logprobs: dict[int, PromptLogprobs] = {}
+    """by sequence id, where they were asked for: those that this step computed. All of a prompt come before the first
+    token, or with it."""
 
 
 ToEngine = Add | Abort

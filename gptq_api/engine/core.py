@@ -198,6 +198,7 @@ class Engine(Generic[Launched]):
             cached_tokens=progress.cached_tokens,
             logprobs=told,
             stats=self.stats(num_batched_tokens),
+            prompt_logprobs=progress.prompt_logprobs,
         )
 
     def stats(self, num_batched_tokens: int = 0) -> EngineStats:

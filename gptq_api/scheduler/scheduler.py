@@ -20,8 +20,8 @@ from dataclasses import dataclass, field
 
 from gptq_api.scheduler.blocks import BlockManager, block_hash
 from gptq_api.scheduler.sequence import Sequence
-from gptq_api.step import Admission, NewBlocks, Sampled, Step
-from gptq_api.types import FinishReason, SamplingParams
+from gptq_api.step import Admission, NewBlocks, PromptRows, Sampled, Step
+from gptq_api.types import FinishReason, PromptLogprobs, SamplingParams
 
 MANY_TILES = 4
 """so many, and a rounding to whole ones changes little in what a step takes"""
@@ -48,6 +48,8 @@ class Progress:
     """where each token stands in Sampled.tokens"""
     cached_tokens: dict[int, int] = field(default_factory=dict)
     """sequence id -> prompt tokens found in the prefix cache, of those that got their first token"""
+    prompt_logprobs: dict[int, PromptLogprobs] = field(default_factory=dict)
+    """by sequence id"""
     finished: dict[int, FinishReason] = field(default_factory=dict)
     """by sequence id; these hold no memory any more"""
 
@@ -195,6 +197,8 @@ class Scheduler:
             seq.num_computed_tokens = start
             seq.num_tokens_in_flight -= num_sampled
             seq.num_told_blocks = 0
+        for entry, rows in step.prompt_rows.items():
+            sequences[entry].num_scored_rows = rows.first
         for _ in step.admitted:  # they may share blocks that this step was to write
             self.preempt_youngest()
         self._budget = max(1, step.num_tokens // 2)
@@ -209,7 +213,7 @@ class Scheduler:
         progress, done, place = Progress(), set[Sequence](), 0
         sick = min(sampled.tokens, default=0) < 0
         columns = zip(self._in_flight.popleft(), step.num_sampled, sampled.num_tokens, strict=True)
-        for seq, most, num in columns:
+        for entry, (seq, most, num) in enumerate(columns):
             seq.num_tokens_in_flight -= most
             places, place = range(place, place + num), place + num
             if sick and any(sampled.tokens[i] < 0 for i in places):
@@ -218,6 +222,8 @@ class Scheduler:
                 continue
             if seq.seat >= 0:
                 seq.num_computed_tokens -= most - num
+            if entry in sampled.prompt_logprobs:
+                progress.prompt_logprobs[seq.sequence_id] = sampled.prompt_logprobs[entry]
             reason = self._take(seq, sampled.tokens, places, progress)
             if reason is not None:
                 progress.finished[seq.sequence_id] = reason
@@ -239,6 +245,8 @@ class Scheduler:
                 return "error" if token == -1 else "too_complex"
             if seq.num_output_tokens == 0:
                 progress.cached_tokens[seq.sequence_id] = seq.num_cached_tokens or 0
+            if seq.params.max_tokens == 0:  # sampled to see that its logits are finite
+                return "length"
             progress.sequence_ids.append(seq.sequence_id)
             progress.tokens.append(token)
             progress.places.append(place)
@@ -287,19 +295,32 @@ class Scheduler:
         if told < len(seq.block_table):
             step.new_blocks.append(NewBlocks(seq.seat, told, seq.block_table[told:]))
             seq.num_told_blocks = len(seq.block_table)
+        if seq.num_unscored_rows > 0:
+            self._score(step, seq, num_new_tokens)
         num_known = seq.num_known_computed_tokens
         seq.num_computed_tokens += num_new_tokens
         seq.num_tokens_in_flight += num_sampled
         self._register(seq, num_known)
 
+    def _score(self, step: Step, seq: Sequence, num_new_tokens: int) -> None:
+        """Of the sequence that entered the step last: the rows whose logprobs nobody has been told."""
+        assert seq.params.prompt_logprobs is not None
+        first = max(seq.num_computed_tokens, seq.num_scored_rows)
+        num = min(seq.num_computed_tokens + num_new_tokens, seq.num_prompt_tokens - 1) - first
+        if num > 0:
+            step.prompt_rows[len(step.seats) - 1] = PromptRows(first, num, seq.params.prompt_logprobs)
+            seq.num_scored_rows += num
+
     def _share_prefix(self, seq: Sequence) -> int:
         """Give a sequence without blocks the longest prefix the cache holds; returns its length in tokens.
 
-        At least one token is left to compute, because only computing it yields logits.
+        At least one token is left to compute, because only computing it yields logits; and all rows whose logprobs are
+        still to be told.
         """
         if not self.enable_prefix_caching:
             return 0
-        num_usable = (len(seq.token_ids) - 1) // self.blocks.block_size
+        known = seq.num_scored_rows if seq.num_unscored_rows > 0 else len(seq.token_ids) - 1
+        num_usable = known // self.blocks.block_size
         self._hash_blocks(seq, num_usable)
         return self.blocks.share(seq.block_table, seq.block_hashes[:num_usable]) * self.blocks.block_size
 

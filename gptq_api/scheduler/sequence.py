@@ -32,6 +32,9 @@ class Sequence:
     """KV block ids, in order"""
     num_told_blocks: int = 0
     """how many entries of block_table the runner has been told"""
+    num_scored_rows: int = 0
+    """rows of the prompt whose logprobs launched steps tell, where they were asked for: never twice, not even when the
+    sequence is computed once more"""
     num_cached_tokens: int | None = None
     """prompt tokens found in the prefix cache when it was first scheduled; None until then"""
 
@@ -53,6 +56,11 @@ class Sequence:
         if in_flight > 1 or (in_flight and self.num_output_tokens + in_flight >= self.params.max_tokens):
             return 0
         return len(self.token_ids) + in_flight - self.num_computed_tokens
+
+    @property
+    def num_unscored_rows(self) -> int:
+        """Rows of the prompt that have to be computed because their logprobs are still to be told."""
+        return 0 if self.params.prompt_logprobs is None else self.num_prompt_tokens - 1 - self.num_scored_rows
 
     @property
     def num_known_computed_tokens(self) -> int:

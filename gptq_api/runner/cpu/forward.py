@@ -26,8 +26,8 @@ class PlainLlama:
         sizes = (c.num_attention_heads, c.num_key_value_heads, c.head_dim)
         self._attention = [Attention(*sizes, layer.window, layer.head_norm) for layer in weights.layers]
 
-    def forward(self, token_ids: Tensor, cache: KVCache, plan: Plan, rows: Tensor | None) -> Tensor:
-        """Token ids int64 [M] in the plan's order -> float32 logits [len(rows), V] of those rows; None: of none.
+    def forward(self, token_ids: Tensor, cache: KVCache, plan: Plan) -> Tensor:
+        """Token ids int64 [M] in the plan's order -> float32 [M, H], what `logits` takes.
 
         K and V of all M tokens are in the cache afterwards.
         """
@@ -36,9 +36,13 @@ class PlainLlama:
         cos, sin = weights.rotary.tables(plan.positions)
         for index, layer in enumerate(weights.layers):
             self._layer(layer, x, cos, sin, index, cache, plan)
-        if rows is None:
-            return torch.empty(0, self.config.vocab_size)
-        return weights.lm_head.forward(weights.norm.forward(x.index_select(0, rows))).to(torch.float32)
+        return x
+
+    def logits(self, x: Tensor, rows: list[int]) -> Tensor:
+        """float32 [len(rows), V] of these rows of what `forward` gave."""
+        chosen = torch.tensor(rows, dtype=torch.int64).to(x.device)
+        normed = self.weights.norm.forward(x.index_select(0, chosen))
+        return self.weights.lm_head.forward(normed).to(torch.float32)
 
     def _layer(
         self, layer: LayerWeights, x: Tensor, cos: Tensor, sin: Tensor, index: int, cache: KVCache, plan: Plan

@@ -9,9 +9,11 @@ from torch import Tensor
 
 from gptq_api.runner.cpu.attention import KVCache, Span, plan_attention
 from gptq_api.runner.cpu.forward import PlainLlama
+from gptq_api.runner.cpu.prompt_logprobs import SLICE_ROWS, packed, scored
 from gptq_api.runner.cpu.sampler import sample
 from gptq_api.runner.seats import Seat, Seats
-from gptq_api.step import Masks, Sampled, Step
+from gptq_api.step import Masks, PromptRows, Sampled, Step
+from gptq_api.types import PromptLogprobs
 
 
 @dataclass(slots=True)
@@ -25,6 +27,8 @@ class Computed:
     """the entries that sample"""
     seats: list[Seat] = field(default_factory=list)
     """theirs"""
+    scores: dict[int, PromptLogprobs] = field(default_factory=dict)
+    """of the prompts' rows"""
     sampled: Sampled | None = None
 
 
@@ -55,12 +59,16 @@ class CpuRunner:
         blocks that are filled in it. Token ids must be below vocab_size and block tables long enough.
         """
         seats = self._seats.take_in(step)
-        if not any(step.num_sampled):
-            if seats:
-                self._forward(step, seats)
-            return Computed(step, sampled=Sampled([0] * len(seats), []))
-        logits, sampling = self._forward(step, seats)
-        launched = Computed(step, logits, sampling, [seats[i] for i in sampling])
+        if not seats:
+            return Computed(step, sampled=Sampled([], []))
+        x, first_rows = self._forward(step, seats)
+        starts = [first - num for first, num in zip(first_rows, step.num_computed, strict=True)]
+        scores = {i: self._score(x, starts[i], seats[i], rows) for i, rows in step.prompt_rows.items()}
+        sampling = [i for i, num in enumerate(step.num_sampled) if num]
+        if not sampling:
+            return Computed(step, sampled=Sampled(step.num_sampled, [], {}, scores))
+        logits = self._model.logits(x, [first_rows[i] + step.num_new[i] - 1 for i in sampling])
+        launched = Computed(step, logits, sampling, [seats[i] for i in sampling], scores)
         if not any(seat.params.grammar for seat in launched.seats):
             self.draw(launched)
         return launched
@@ -79,7 +87,8 @@ class CpuRunner:
             if token < 0:
                 self._cache.scrub(seat.block_table)
         found = {place: logprob for place, logprob in enumerate(logprobs) if logprob is not None}
-        launched.logits, launched.sampled = None, Sampled(launched.step.num_sampled, tokens, found)
+        launched.logits = None
+        launched.sampled = Sampled(launched.step.num_sampled, tokens, found, launched.scores)
 
     def collect(self, launched: Computed) -> Sampled:
         """What a launched step sampled."""
@@ -92,9 +101,27 @@ class CpuRunner:
 
         With `every_row`, the rows of all new tokens in the step's order; for evaluation.
         """
-        return self._forward(step, self._seats.take_in(step), every_row)
+        x, first_rows = self._forward(step, self._seats.take_in(step))
+        sampling = [i for i, num in enumerate(step.num_sampled) if num]
+        counts = enumerate(step.num_new)
+        if every_row:
+            wanted = [first_rows[i] + k for i, num in counts for k in range(num)]
+        else:
+            wanted = [first_rows[i] + num - 1 for i, num in counts if step.num_sampled[i]]
+        return self._model.logits(x, wanted), sampling
 
-    def _forward(self, step: Step, seats: list[Seat], every_row: bool = False) -> tuple[Tensor, list[int]]:
+    def _score(self, x: Tensor, start: int, seat: Seat, rows: PromptRows) -> PromptLogprobs:
+        """`start`: where in x row 0 of the sequence would stand. The head runs over a slice of the rows at a time."""
+        first, end = rows.first, rows.first + rows.num
+        parts = []
+        for begin in range(first, end, SLICE_ROWS):
+            chosen = range(begin, min(begin + SLICE_ROWS, end))
+            logits = self._model.logits(x, [start + row for row in chosen])
+            parts.append(scored(logits, seat.token_ids[chosen.start + 1 : chosen.stop + 1], rows.num_top))
+        return packed(first + 1, parts)
+
+    def _forward(self, step: Step, seats: list[Seat]) -> tuple[Tensor, list[int]]:
+        """(what the model's `logits` takes, where in it the first row of each entry stands)."""
         assert max(step.num_sampled) <= 1, "drafted tokens are for runners that draft"
         spans = [
             Span(start, n, seat.block_table)
@@ -102,20 +129,10 @@ class CpuRunner:
         ]
         plan = plan_attention(spans, self._cache, self._model.queries_per_kv, self._model.windows)
         ids: list[int] = []
-        last_row: dict[int, int] = {}
-        first_row: dict[int, int] = {}
+        first_rows = [0] * len(spans)
         for i in plan.order:
             start, n = spans[i].num_computed, spans[i].num_tokens
-            first_row[i] = len(ids)
+            first_rows[i] = len(ids)
             ids.extend(seats[i].token_ids[start : start + n])
-            if step.num_sampled[i]:
-                last_row[i] = len(ids) - 1
-        sampling = sorted(last_row)
-        if every_row:
-            wanted = [first_row[i] + k for i in range(len(spans)) for k in range(spans[i].num_tokens)]
-        else:
-            wanted = [last_row[i] for i in sampling]
-        device = self._model.embedding.device
-        rows = torch.tensor(wanted, dtype=torch.int64).to(device) if wanted else None
-        token_ids_tensor = torch.tensor(ids, dtype=torch.int64).to(device)
-        return self._model.forward(token_ids_tensor, self._cache, plan, rows), sampling
+        token_ids_tensor = torch.tensor(ids, dtype=torch.int64).to(self._model.embedding.device)
+        return self._model.forward(token_ids_tensor, self._cache, plan), first_rows
