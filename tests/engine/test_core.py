@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from array import array
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +17,7 @@ from gptq_api.scheduler.blocks import BlockManager, block_hash
 from gptq_api.scheduler.scheduler import Scheduler
 from gptq_api.step import Sampled
 from gptq_api.types import Add, SamplingParams, StepOutput, pack_ids, unpack_ids
-from tests.support.toy_runner import NUM_TOKENS, STOP, Launched, ToyRunner, expected
+from tests.support.toy_runner import NUM_TOKENS, STOP, Launched, ToyRunner, expected, score
 
 
 class World:
@@ -40,6 +41,7 @@ class World:
         self.engine: Engine[Launched] = Engine(self.runner, self.scheduler)
         self.prompts: dict[int, tuple[list[int], SamplingParams]] = {}
         self.tokens: dict[int, list[int]] = {}
+        self.scores: dict[int, list[float]] = {}
         self.finished: dict[int, str] = {}
         self.aborted: set[int] = set()
         self.outputs: list[StepOutput] = []
@@ -71,6 +73,12 @@ class World:
         if output is not None:
             self.outputs.append(output)
             told: set[int] = set()  # whose first token this is
+            for sequence_id, scores in output.prompt_logprobs.items():
+                assert sequence_id not in self.finished and sequence_id not in self.aborted, "news of the dead"
+                assert not self.tokens[sequence_id], "later than a token"
+                got = self.scores.setdefault(sequence_id, [])
+                assert scores.first == len(got) + 1, "twice, or not at all"
+                got += array("f", scores.logprobs)
             for sequence_id, token in zip(unpack_ids(output.sequence_ids), unpack_ids(output.tokens), strict=True):
                 assert sequence_id not in self.finished and sequence_id not in self.aborted, "news of the dead"
                 assert token >= 0
@@ -78,7 +86,7 @@ class World:
                     assert sequence_id in output.cached_tokens
                     told.add(sequence_id)
                 self.tokens[sequence_id].append(token)
-            assert set(output.cached_tokens) == told
+            assert {i for i in output.cached_tokens if self.prompts[i][1].max_tokens} == told
             for sequence_id, reason in output.finished.items():
                 assert sequence_id not in self.finished and sequence_id not in self.aborted
                 self.finished[sequence_id] = reason
@@ -94,6 +102,9 @@ class World:
         """After the end: everybody got what a lone sequence gets, and all memory is free."""
         for sequence_id, (prompt, params) in self.prompts.items():
             tokens, reason = expected(prompt, params)
+            wanted = [] if params.prompt_logprobs is None else [score(prompt[: i + 2]) for i in range(len(prompt) - 1)]
+            scores = self.scores.get(sequence_id, [])
+            assert scores == wanted[: len(scores)] and (sequence_id in self.aborted or len(scores) == len(wanted))
             if sequence_id in self.aborted:
                 assert self.tokens[sequence_id] == tokens[: len(self.tokens[sequence_id])]
             else:
@@ -146,7 +157,8 @@ def test_random_workloads(
             most = rng.choice([1, 2, capacity - length, rng.randint(1, max(1, capacity - length))])
             samples: list[dict[str, object]] = [
                 {
-                    "max_tokens": max(1, min(most, capacity - length)),
+                    "max_tokens": max(1, min(most, capacity - length)) if rng.random() < 0.9 else 0,
+                    "prompt_logprobs": rng.choice([None, None, None, 0, 3]),
                     "min_tokens": rng.choice([0, 0, 5]),
                     "stop_token_ids": rng.choice([(), (STOP,), (STOP, 1, 2)]),
                     "seed": i + rng.randrange(2),
@@ -401,3 +413,25 @@ def test_an_id_without_a_row_ends_its_sequence_and_no_other(where: str, bad: int
     world.drain()
     assert (world.tokens[well], world.finished[well]) == expected(*world.prompts[well])
     assert world.blocks.num_free == world.blocks.num_blocks and not world.scheduler._live
+
+
+def test_logprobs_of_a_prompt_are_computed_beside_a_cache_that_has_it() -> None:
+    world = World(budget=8)
+    prompt = [1 + i % 7 for i in range(30)]
+    world.add(prompt, max_tokens=1)
+    world.drain()
+    world.add_samples(prompt, [{"prompt_logprobs": 2, "max_tokens": 0}, {"max_tokens": 3, "seed": 5}])
+    world.drain()
+    world.check()
+    cached = {i: num for output in world.outputs for i, num in output.cached_tokens.items()}
+    assert cached == {1: 0, 2: 0, 3: 28}
+
+
+def test_preemption_neither_loses_logprobs_of_a_prompt_nor_tells_them_twice() -> None:
+    for lookahead in (0, 1):
+        world = World(lookahead, num_blocks=12, budget=10, caching=False)
+        for i in range(4):
+            world.add([1 + (i + k) % 7 for k in range(15)], prompt_logprobs=0, max_tokens=12, stop_token_ids=())
+        world.drain()
+        world.check()
+        assert world.scheduler.counters.preemptions

@@ -11,6 +11,7 @@ anyway; the rows of the others leave noise in the cache.
 from __future__ import annotations
 
 import random
+from array import array
 from collections import deque
 from dataclasses import dataclass, field
 from hashlib import blake2b
@@ -18,7 +19,7 @@ from hashlib import blake2b
 import msgspec
 
 from gptq_api.step import Admission, DeviceMemoryError, Masks, Sampled, Step
-from gptq_api.types import SamplingParams
+from gptq_api.types import PromptLogprobs, SamplingParams
 
 STOP = 0
 NUM_TOKENS = 8
@@ -36,9 +37,16 @@ def next_token(prefix: list[int], num_prompt_tokens: int, params: SamplingParams
     return NUM_TOKENS - 1 if stops and len(prefix) - num_prompt_tokens < params.min_tokens else token
 
 
+def score(prefix: list[int]) -> float:
+    """How likely the last of these tokens is."""
+    return -int.from_bytes(blake2b(bytes(prefix), digest_size=2).digest(), "little") / 2**12
+
+
 def expected(prompt: list[int], params: SamplingParams) -> tuple[list[int], str]:
     """(the tokens a sequence gets, its finish reason)."""
     ids = list(prompt)
+    if not params.max_tokens:
+        return [], "error" if next_token(ids, len(prompt), params) < 0 else "length"
     while len(ids) < len(prompt) + params.max_tokens:
         token = next_token(ids, len(prompt), params)
         if token < 0:
@@ -133,7 +141,16 @@ class ToyRunner:
                 self._kv[self._kv_slot(seat, position)] = seat.history[: position + 1]
             counts.append(len(sampled))
             tokens += sampled
-        return Sampled(counts, tokens)
+        scores = dict[int, PromptLogprobs]()
+        for entry, rows in step.prompt_rows.items():
+            seat, start, num_new, _ = work[entry]
+            assert rows.num and start <= rows.first and rows.first + rows.num <= start + num_new
+            assert rows.first + rows.num < seat.admission.num_prompt_tokens
+            assert rows.num_top == seat.admission.params.prompt_logprobs
+            told = range(rows.first, rows.first + rows.num)
+            logprobs = array("f", [score(seat.history[: row + 2]) for row in told])
+            scores[entry] = PromptLogprobs(rows.first + 1, logprobs.tobytes(), b"", b"", b"")
+        return Sampled(counts, tokens, {}, scores)
 
     def _sample(self, seat: Seat, most: int) -> list[int]:
         params, sampled = seat.admission.params, list[int]()
@@ -142,7 +159,7 @@ class ToyRunner:
             # Behind a token that could not be sampled all is noise, and nobody may look at it.
             sick = -1 in seat.history
             token = -1 if sick else next_token(seat.history, num_prompt, params)
-            assert sick or len(seat.history) - num_prompt < params.max_tokens, "a surplus token"
+            assert sick or len(seat.history) - num_prompt < max(1, params.max_tokens), "a surplus token"
             seat.history.append(token)
             sampled.append(token)
         self.num_confirmed += max(0, len(sampled) - 1)
