@@ -7,7 +7,7 @@ a prompt of 20,000 tokens costs microseconds on either side. No pickle anywhere.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Literal
 
 import msgspec
@@ -86,6 +86,15 @@ class PromptLogprobs(msgspec.Struct, frozen=True, array_like=True):
     """int32 [N, n]: the n most likely tokens, best first"""
     top_logprobs: bytes
     """float32 [N, n]"""
+
+    def unpacked(self) -> Iterator[tuple[TokenLogprobs, int]]:
+        """(log-probabilities, rank) of each token."""
+        logprobs, ranks = array("f", self.logprobs).tolist(), unpack_ids(self.ranks)
+        ids, values = unpack_ids(self.top_ids), array("f", self.top_logprobs).tolist()
+        num_top = len(ids) // len(ranks)
+        for i, (logprob, rank) in enumerate(zip(logprobs, ranks, strict=True)):
+            part = slice(i * num_top, (i + 1) * num_top)
+            yield TokenLogprobs(logprob, list(zip(ids[part], values[part], strict=True))), rank
 
 
 class Add(msgspec.Struct, frozen=True, tag="add"):

@@ -171,6 +171,14 @@ def packed_masks(num_rows: int, rows: Sequence[int], words: NDArray[np.int32]) -
     return torch.from_numpy(np.concatenate([which, words.reshape(-1)]))
 
 
+def scored_columns(num_top: NDArray[np.int32]) -> Tensor:
+    """int32 [FIELDS, N] on the host, for rows of which `logprobs` alone is wanted: so many best tokens each, -1: none,
+    the row is skipped."""
+    columns = _words(_PADDING).unsqueeze(1).repeat(1, len(num_top))
+    columns[0], columns[6] = 0, torch.from_numpy(num_top)
+    return columns
+
+
 def sample(logits: Tensor, inputs: SamplingInputs, history: Tensor, out_tokens: Tensor) -> None:
     """Logits float32 [S, V] -> out_tokens int32 [S], and history[seat, length] = token.
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 
@@ -16,8 +17,8 @@ from gptq_api.runner.cpu.runner import CpuRunner
 from gptq_api.runner.load import load_runner
 from gptq_api.runner.options import LoadOptions
 from gptq_api.runner.solo import Solo, step_of
-from gptq_api.step import Sampled
-from gptq_api.types import SamplingParams
+from gptq_api.step import PromptRows, Sampled
+from gptq_api.types import SamplingParams, TokenLogprobs
 from tests.support.checkpoints import Recipe, random_model, write_checkpoint
 
 BLOCK = 16
@@ -168,6 +169,31 @@ def test_logprobs_are_those_of_the_raw_logits(runner: CpuRunner) -> None:
     values, tokens = table.topk(3)
     assert [t for t, _ in found.top] == tokens.tolist()
     assert [v for _, v in found.top] == pytest.approx(values.tolist(), abs=1e-5)
+
+
+def test_logprobs_of_a_prompt_are_the_same_bits_however_it_is_cut_and_beside_whom(runner: CpuRunner) -> None:
+    ids = prompts(1, seed=12, longest=300)[0] + list(range(5, 90)) + [7] * 150
+    whole = sequence(ids, Blocks(runner))
+    table = runner.logits(step_of([whole], [len(ids)]), every_row=True)[0].log_softmax(-1)
+    values, tokens = table.topk(3)
+    for cuts in ([], [1], [16, 17, 100], list(range(1, 40))):
+        blocks = Blocks(runner, 3)
+        s, other = sequence(ids, blocks), sequence([9] * 60, blocks)
+        told: list[tuple[TokenLogprobs, int]] = []
+        for cut in [*cuts, len(ids)]:
+            first, num = s.num_computed_tokens, min(cut, len(ids) - 1) - s.num_computed_tokens
+            asked = {1: PromptRows(first, num, 3)} if num else {}
+            both = step_of([other, s], [1, cut - first])
+            found = runner.collect(runner.launch(msgspec.structs.replace(both, prompt_rows=asked)))
+            assert found.prompt_logprobs.keys() == asked.keys()
+            told += found.prompt_logprobs[1].unpacked() if num else []
+        assert [entry.logprob for entry, _ in told] == table[:-1].gather(1, torch.tensor(ids[1:])[:, None])[
+            :, 0
+        ].tolist()
+        assert [[value for _, value in entry.top] for entry, _ in told] == values[:-1].tolist()
+        assert [entry.top[0][0] for entry, _ in told] == tokens[:-1, 0].tolist()
+        likelier = (table[:-1] > table[:-1].gather(1, torch.tensor(ids[1:])[:, None])).sum(-1)
+        assert [rank for _, rank in told] == (likelier + 1).tolist()
 
 
 def test_a_chunk_that_ends_before_the_last_token_samples_nothing(runner: CpuRunner) -> None:

@@ -148,6 +148,19 @@ def adjust(
             logits[row].masked_fill_(torch.from_numpy(allowed == 0), -1e30)
 
 
+def logprobs(logits: Tensor, inputs: SamplingInputs, tokens: Tensor, out: Tensor) -> None:
+    for row, num_top in enumerate(inputs.packed[6].tolist()):
+        if num_top < 0 or int(inputs.packed[0, row]) < 0:
+            continue
+        if int(tokens[row]) < 0:
+            out[row, 0, 0] = -1
+            continue
+        table = logits[row].log_softmax(-1)
+        values, ids = table.topk(num_top)
+        out[row, 0, : 1 + num_top] = torch.cat((tokens[row : row + 1], ids.to(torch.int32)))
+        out[row, 1, : 1 + num_top] = torch.cat((table[tokens[row : row + 1].long()], values)).view(torch.int32)
+
+
 class _Nothing:
     """An event, a stream."""
 
@@ -170,6 +183,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> None:
         (forward, "prefill_attention", prefill_attention),
         (runner, "TILE_ROWS", TILE_ROWS),
         (sampling, "sample", sample),
+        (sampling, "logprobs", logprobs),
         (sampling, "adjust", adjust),
         (graphs.Graphs, "run", lambda found, shape, capture=True: found._body(shape)),
         (torch.cuda, "Event", _Nothing),

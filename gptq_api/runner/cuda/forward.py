@@ -131,6 +131,12 @@ class CudaLlama:
         num = len(inputs.last_rows)
         return self._head(ops.rms_norm(x, self._norm, self._eps, self._normed[:num]), self._logits[:num])
 
+    def logits(self, rows: Tensor) -> Tensor:
+        """float32 [N, V] of any rows (int64 [N] on the device) of the last forward pass, in memory of their own."""
+        x = torch.index_select(self._x, 0, rows)
+        out = torch.empty(len(rows), self._logits.shape[1], device=x.device)
+        return self._head(ops.rms_norm(x, self._norm, self._eps, torch.empty_like(x)), out)
+
     def _attend(
         self,
         qkv: Tensor,

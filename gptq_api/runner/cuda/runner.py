@@ -19,6 +19,7 @@ from gptq_api.kernels.sampling import MAX_TOP_LOGPROBS, SamplingInputs, Sampling
 from gptq_api.runner.cuda.cache import CudaKVCache
 from gptq_api.runner.cuda.forward import CudaLlama
 from gptq_api.runner.cuda.graphs import Buckets, Graphs
+from gptq_api.runner.cuda.prompt_logprobs import PromptScores, score
 from gptq_api.runner.inputs import Columns, Ints, SequenceTable, StepInputs, StepShape, num_words, write_idle
 from gptq_api.step import Admission, DeviceMemoryError, Masks, Sampled, Step
 from gptq_api.types import TokenLogprobs
@@ -61,6 +62,8 @@ class Launched:
     """[S, blocks], the stage's"""
     num_top: list[int] | None
     """top_logprobs of each sequence, -1: none; None: none of any"""
+    scores: PromptScores | None
+    """logprobs of the prompts, where they were asked for"""
     drawing: _Drawing | None
     """what it takes to sample, where that waits for masks"""
 
@@ -166,7 +169,8 @@ class CudaRunner:
             if token < 0:
                 num_blocks = -(-int(launched.context[i]) // self._cache.block_size)
                 self._scrub(launched.block_tables[i, :num_blocks])
-        return Sampled(step.num_sampled, tokens, logprobs)
+        scores = {} if launched.scores is None else launched.scores.read()
+        return Sampled(step.num_sampled, tokens, logprobs, scores)
 
     @torch.inference_mode()
     def logits(self, step: Step, every_row: bool = False) -> tuple[Tensor, list[int]]:
@@ -224,12 +228,13 @@ class CudaRunner:
         needs = self._sampling.fill(packed, seats, lengths)
         inputs = self._copy_in(stage, shape)
         logits = self._graphs.run(shape, recurs)
+        scores = score(self._model, self._history, step, columns) if step.prompt_rows else None
         drawing = _Drawing(logits, SamplingInputs(inputs.sampling), seats, lengths, needs)
         num_top = self._sampling.top_logprobs(step.seats) if needs.logprobs else None
         waits = self._sampling.constrained(seats)
         if not waits:
             self._finish(drawing, stage, num, None)
-        return Launched(step, columns.context, stage, host.block_tables, num_top, drawing if waits else None)
+        return Launched(step, columns.context, stage, host.block_tables, num_top, scores, drawing if waits else None)
 
     def _finish(self, drawing: _Drawing, stage: _Stage, num: int, masks: Masks | None) -> None:
         """From the logits of a step, which its graph has sampled from as they are, to what `collect` reads."""

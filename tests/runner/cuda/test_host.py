@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import re
 from dataclasses import replace
@@ -30,7 +31,7 @@ from gptq_api.runner.options import LoadOptions
 from gptq_api.runner.solo import Solo, step_of
 from gptq_api.scheduler.blocks import BlockManager
 from gptq_api.scheduler.scheduler import Scheduler
-from gptq_api.types import Add, SamplingParams, pack_ids, unpack_ids
+from gptq_api.types import Add, SamplingParams, TokenLogprobs, pack_ids, unpack_ids
 from tests.support import cuda_stand_ins
 from tests.support.checkpoints import Recipe, random_model, write_checkpoint
 from tests.support.letters import END, letters
@@ -126,6 +127,57 @@ def test_grammars_are_followed_a_step_ahead(num_blocks: int, tmp_path: Path) -> 
         else:
             assert finished[i] == "stop" and tokens[-1] == END
             assert re.fullmatch("[A-F]{3}-[0-9]{5,9}", bytes(tokens[:-1]).decode())
+
+
+def scores(runner: LoadedRunner, num_blocks: int, budget: int = BUDGET) -> dict[int, list[tuple[TokenLogprobs, int]]]:
+    """Of prompts that come bit by bit, beside others that decode."""
+    engine: Engine[Any] = Engine(runner, Scheduler(BlockManager(num_blocks, BLOCK), NUM_SEQS, budget))
+    rng = random.Random(2)
+    found: dict[int, list[tuple[TokenLogprobs, int]]] = {}
+
+    def step() -> None:
+        output = engine.step()
+        for i, told in ({} if output is None else output.prompt_logprobs).items():
+            entries = found.setdefault(i, [])
+            assert told.first == len(entries) + 1
+            entries.extend(told.unpacked())
+
+    for i, length in enumerate([1, 2, 50, 7, 90, 33, 12, 90]):
+        prompt = [rng.randrange(3, 90) for _ in range(length)]
+        wanted = None if i % 4 == 3 else (0, 3, 20)[i % 3]
+        engine.add(Add(i, pack_ids(prompt), (SamplingParams(max_tokens=20, temperature=0, prompt_logprobs=wanted),)))
+        step()
+    while engine.has_work():
+        step()
+    return found
+
+
+@pytest.mark.parametrize("num_blocks", [64, 18], ids=["roomy", "crowded"])
+def test_logprobs_of_prompts_are_those_of_the_cpu(num_blocks: int, tmp_path: Path) -> None:
+    reference, runner = runners(write_checkpoint(tmp_path, random_model(RECIPES["llama"])), 64)
+    expected = scores(reference, 64, budget=1000)
+    found = scores(runner, num_blocks)
+    assert {i: len(entries) for i, entries in found.items()} == {1: 1, 2: 49, 4: 89, 5: 32, 6: 11}
+    for i, entries in found.items():
+        for (told, rank), (wanted, its_rank) in zip(entries, expected[i], strict=True):
+            assert told.logprob == pytest.approx(wanted.logprob, abs=1e-4) and rank == its_rank
+            assert [token for token, _ in told.top] == [token for token, _ in wanted.top]
+            assert [value for _, value in told.top] == pytest.approx([value for _, value in wanted.top], abs=1e-4)
+            assert rank > len(told.top) or told.top[rank - 1][1] == told.logprob
+
+
+def test_logits_of_a_prompt_that_are_not_finite_are_no_numbers(tmp_path: Path) -> None:
+    loaded: Any = runners(write_checkpoint(tmp_path, random_model(BASE)), 64)
+    for table in (loaded[0]._model.embedding, loaded[1]._model._embedding):
+        table[90] = torch.nan
+    for one in loaded:
+        params = SamplingParams(max_tokens=0, temperature=0, prompt_logprobs=2)
+        engine: Engine[Any] = Engine(one, Scheduler(BlockManager(64, BLOCK), NUM_SEQS, BUDGET))
+        engine.add(Add(0, pack_ids([5, 6, 90, 7, 8]), (params,)))
+        outputs = [engine.step() for _ in range(1 + one.lookahead)]
+        assert outputs[-1] is not None and outputs[-1].finished == {0: "error"}
+        told = [entry.logprob for entry, _ in outputs[-1].prompt_logprobs[0].unpacked()]
+        assert len(told) == 4 and all(math.isnan(logprob) for logprob in told[2:])
 
 
 def test_a_device_without_memory_costs_no_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -52,6 +52,7 @@ class Outcome:
     def __init__(self) -> None:
         self.tokens: dict[int, list[int]] = {}
         self.logprobs: dict[int, list[TokenLogprobs]] = {}
+        self.scores: dict[int, list[tuple[TokenLogprobs, int]]] = {}
         self.finished: dict[int, str] = {}
         self.num_preemptions = self.num_prefix_hits = 0
 
@@ -81,6 +82,10 @@ def run(
             outcome.tokens[i].append(token)
             if entry in output.logprobs:
                 outcome.logprobs.setdefault(i, []).append(output.logprobs[entry])
+        for i, told in output.prompt_logprobs.items():
+            entries = outcome.scores.setdefault(i, [])
+            assert told.first == len(entries) + 1
+            entries.extend(told.unpacked())
         outcome.finished |= output.finished
 
     for i, prompt in enumerate(prompts):
@@ -358,3 +363,41 @@ def test_grammars_are_followed_and_nobody_else_notices(num_blocks: int) -> None:
         else:
             same = sum(a == b for a, b in zip(mixed.tokens[i], plain.tokens[i], strict=True))
             assert same >= 1 and len(mixed.tokens[i]) == 40  # logits differ in their last bits in other company
+
+
+def test_logprobs_of_prompts_are_those_of_float32_on_the_cpu(demo: LoadedRunner) -> None:
+    """In graphs and out of them, in one step and in chunks, alone, beside others and preempted."""
+    prompts = [(ids * 9)[:700] for ids in questions()[:12]]
+    params = [{"max_tokens": 40, "temperature": 0.0, "prompt_logprobs": (None, 0, 5, 20)[i % 4]} for i in range(12)]
+    reference = load("demo", device="cpu", dtype="float32", num_blocks=1000, max_num_seqs=12)
+    expected = run(reference, prompts, params, max_num_seqs=12).scores
+    ways: list[dict[str, Any]] = [
+        {},
+        {"max_num_seqs": 1},
+        {"budget": 96, "steps_between": 3},
+        {"budget": 300, "num_blocks": 230, "steps_between": 2},
+    ]
+    for way in ways:
+        outcome = run(demo, prompts, params, **way)
+        assert (outcome.num_preemptions > 0) == ("num_blocks" in way)
+        assert set(outcome.scores) == {i for i in range(12) if i % 4}
+        for i, entries in outcome.scores.items():
+            assert len(entries) == len(prompts[i]) - 1
+            pairs = list(zip(entries, expected[i], strict=True))
+            errors = [abs(told.logprob - wanted.logprob) for (told, _), (wanted, _) in pairs]
+            assert sum(errors) / len(errors) < 0.03 and max(errors) < 1.0
+            assert sum(rank == its_rank for (_, rank), (_, its_rank) in pairs) > 0.9 * len(pairs)
+            for (told, rank), _ in pairs:
+                assert len(told.top) == params[i]["prompt_logprobs"]
+                assert rank > len(told.top) or told.top[rank - 1][1] == told.logprob, "not the same float"
+
+
+def test_the_last_row_of_a_prompt_and_the_first_token_agree_on_their_logits(demo: LoadedRunner) -> None:
+    """Of a prompt that ends with the token that a shorter one was answered with."""
+    prompt = questions()[0]
+    first = run(demo, [prompt], [{"max_tokens": 1, "temperature": 0.0, "top_logprobs": 5}])
+    longer = [*prompt, first.tokens[0][0]]
+    scores = run(demo, [longer], [{"max_tokens": 0, "temperature": 0.0, "prompt_logprobs": 5}], caching=False)
+    told, rank = scores.scores[0][-1]
+    assert rank == 1 and scores.tokens[0] == [] and scores.finished == {0: "length"}
+    assert told.logprob == pytest.approx(first.logprobs[0][0].logprob, abs=0.05)
