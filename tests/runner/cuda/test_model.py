@@ -367,7 +367,7 @@ def test_grammars_are_followed_and_nobody_else_notices(num_blocks: int) -> None:
 
 def test_logprobs_of_prompts_are_those_of_float32_on_the_cpu(demo: LoadedRunner) -> None:
     """In graphs and out of them, in one step and in chunks, alone, beside others and preempted."""
-    prompts = [(ids * 9)[:700] for ids in questions()[:12]]
+    prompts = [(ids * 100)[:700] for ids in questions()[:12]]
     params = [{"max_tokens": 40, "temperature": 0.0, "prompt_logprobs": (None, 0, 5, 20)[i % 4]} for i in range(12)]
     reference = load("demo", device="cpu", dtype="float32", num_blocks=1000, max_num_seqs=12)
     expected = run(reference, prompts, params, max_num_seqs=12).scores
@@ -386,7 +386,8 @@ def test_logprobs_of_prompts_are_those_of_float32_on_the_cpu(demo: LoadedRunner)
             pairs = list(zip(entries, expected[i], strict=True))
             errors = [abs(told.logprob - wanted.logprob) for (told, _), (wanted, _) in pairs]
             assert sum(errors) / len(errors) < 0.03 and max(errors) < 1.0
-            assert sum(rank == its_rank for (_, rank), (_, its_rank) in pairs) > 0.9 * len(pairs)
+            near = [abs(rank - its_rank) <= 2 + its_rank // 4 for (_, rank), (_, its_rank) in pairs]
+            assert sum(near) > 0.95 * len(near)
             for (told, rank), _ in pairs:
                 assert len(told.top) == params[i]["prompt_logprobs"]
                 assert rank > len(told.top) or told.top[rank - 1][1] == told.logprob, "not the same float"
