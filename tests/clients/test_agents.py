@@ -156,6 +156,14 @@ def skip_without_tools(server: Server) -> None:
         pytest.skip("this server takes no tools")
 
 
+def check_second_turn(agent: Agent, where: Path, env: dict[str, str], server: Server, *options: str) -> None:
+    assert ANSWER in run([*agent.command(where), *options], env)
+    longest = max(asked for asked, _ in prompts(server))
+    assert longest > 2000
+    assert ANSWER in run([*agent.again(where), *options], env)
+    check_cached(server, longest)
+
+
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize("agent", AGENTS, ids=lambda agent: agent.name)
 def test_a_second_turn_prefills_only_what_is_new(agent: Agent, tmp_path: Path) -> None:
@@ -165,12 +173,26 @@ def test_a_second_turn_prefills_only_what_is_new(agent: Agent, tmp_path: Path) -
     def both() -> None:
         with serve(checkpoint) as server:
             skip_without_tools(server)
+            check_second_turn(agent, where, prepare(agent, tmp_path, server), server)
+
+    alone(both)
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("name", ["claude-code", "opencode"])
+def test_a_second_turn_of_those_that_can_do_without_tools(name: str, tmp_path: Path) -> None:
+    (agent,) = (agent for agent in AGENTS if agent.name == name)
+    where = folder(name)
+    checkpoint = write(tmp_path / "model", ANSWER)
+
+    def both() -> None:
+        with serve(checkpoint) as server:
             env = prepare(agent, tmp_path, server)
-            assert ANSWER in run(agent.command(where), env)
-            longest = max(asked for asked, _ in prompts(server))
-            assert longest > 2000
-            assert ANSWER in run(agent.again(where), env)
-            check_cached(server, longest)
+            settings = tmp_path / "home" / "work" / "opencode.json"
+            if settings.exists():
+                settings.write_text(json.dumps({**json.loads(settings.read_text()), "tools": {"*": False}}))
+            options = ("--tools", "") if name == "claude-code" else ()
+            check_second_turn(agent, where, env, server, *options)
 
     alone(both)
 
