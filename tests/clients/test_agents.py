@@ -108,7 +108,7 @@ AGENTS = (
     ),
     Agent(
         "opencode",
-        ("bash", {"command": COMMAND, "description": "Make it"}),
+        ("bash", {"command": COMMAND}),
         lambda where: [binary("opencode")(where), "run", "--model", "local/demo", ASKED],
         lambda where: [binary("opencode")(where), "run", "--continue", "--model", "local/demo", AGAIN],
         opencode,
