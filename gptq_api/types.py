@@ -108,6 +108,8 @@ class Add(msgspec.Struct, frozen=True, tag="add"):
     """one for each sequence, at least one"""
     cache_salt: bytes = b""
     """Prefix-cache blocks are shared only between equal salts."""
+    priority: int = 0
+    """The lowest number is served first; equal ones in the order of their arrival."""
 
 
 class Abort(msgspec.Struct, frozen=True, tag="abort"):

@@ -157,8 +157,9 @@ class EngineClient:
         await self._dead.wait()
 
     @contextmanager
-    def submit(self, prompts: Sequence[Prompt], cache_salt: bytes = b"") -> Iterator[Generation]:
-        """Queue every sample of every prompt, or none: each is a sequence and takes a place.
+    def submit(self, prompts: Sequence[Prompt], cache_salt: bytes = b"", priority: int = 0) -> Iterator[Generation]:
+        """Queue every sample of every prompt, or none: each is a sequence and takes a place. The lowest `priority` is
+        served first.
 
         Raises EngineDead, EngineStalled, EngineFull; ValueError if one is longer than the context.
         """
@@ -179,7 +180,7 @@ class EngineClient:
         try:
             first_id = generation.first_id
             for prompt in prompts:
-                self._send(Add(first_id, pack_ids(prompt.token_ids), tuple(prompt.params), cache_salt))
+                self._send(Add(first_id, pack_ids(prompt.token_ids), tuple(prompt.params), cache_salt, priority))
                 first_id += len(prompt.params)
             yield generation
         finally:  # finished, stop string, client gone, error: one door

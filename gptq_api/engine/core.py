@@ -90,7 +90,9 @@ class Engine(Generic[Launched]):
 
     def _queue(self, message: Add) -> None:
         ids = unpack_ids(message.prompt)
-        fits = self._has_rows(message) and self.scheduler.add(message.first_id, ids, message.params, message.cache_salt)
+        fits = self._has_rows(message) and self.scheduler.add(
+            message.first_id, ids, message.params, message.cache_salt, message.priority
+        )
         if not fits:
             self._give_up(message)
 

@@ -15,14 +15,17 @@ them count is known with the result of the step, and so is how many tokens of th
 
 from __future__ import annotations
 
+from bisect import insort
 from collections import deque
 from dataclasses import dataclass, field
+from operator import attrgetter
 
 from gptq_api.scheduler.blocks import BlockManager, block_hash
 from gptq_api.scheduler.sequence import Sequence
 from gptq_api.step import Admission, NewBlocks, PromptRows, Sampled, Step
 from gptq_api.types import FinishReason, PromptLogprobs, SamplingParams
 
+_rank = attrgetter("rank")
 MANY_TILES = 4
 """so many, and a rounding to whole ones changes little in what a step takes"""
 
@@ -73,8 +76,9 @@ class Scheduler:
         self.blocks, self._row_multiple, self._num_drafted = blocks, row_multiple, num_drafted
         self.max_num_seqs, self.max_num_batched_tokens = max_num_seqs, max_num_batched_tokens
         self.enable_prefix_caching = enable_prefix_caching
-        self.waiting: deque[Sequence] = deque()
-        self.running: list[Sequence] = []  # oldest first; the youngest is preempted first
+        self.waiting: deque[Sequence] = deque()  # by rank
+        self.running: list[Sequence] = []  # in the order of their admission
+        self._num_added = 0
         self._live: dict[int, Sequence] = {}
         self._free_seats = list(range(max_num_seqs - 1, -1, -1))
         self._in_flight: deque[list[Sequence]] = deque()  # those of each scheduled step, in its order
@@ -82,7 +86,12 @@ class Scheduler:
         self.counters = Counters()
 
     def add(
-        self, first_id: int, token_ids: list[int], params: tuple[SamplingParams, ...], cache_salt: bytes = b""
+        self,
+        first_id: int,
+        token_ids: list[int],
+        params: tuple[SamplingParams, ...],
+        cache_salt: bytes = b"",
+        priority: int = 0,
     ) -> bool:
         """Queue a sequence for each of `params`, with the ids from `first_id` on. False, and none is queued, where one
         could never finish, even alone in the cache: admission should have refused them."""
@@ -91,8 +100,10 @@ class Scheduler:
             return False
         hashes: list[bytes] = []
         for sequence_id, one in enumerate(params, first_id):
-            seq = Sequence(sequence_id, token_ids, one, cache_salt, hashes, shares_prompt=len(params) > 1)
-            self.waiting.append(seq)
+            rank = (priority, self._num_added)
+            seq = Sequence(sequence_id, token_ids, one, cache_salt, rank, hashes, shares_prompt=len(params) > 1)
+            insort(self.waiting, seq, key=_rank)
+            self._num_added += 1
             self._live[sequence_id] = seq
         return True
 
@@ -133,7 +144,8 @@ class Scheduler:
                 if n > num_pending:  # a guess is worth nobody's memory
                     n = num_pending
                     continue
-                victim = self.preempt_youngest()
+                victim = max(self.running, key=_rank)
+                self.preempt(victim)
                 preempted.add(victim)
                 budget += taken.pop(victim, 0)
                 if victim is seq:
@@ -178,14 +190,13 @@ class Scheduler:
         left = seq.params.max_tokens - seq.num_output_tokens - seq.num_tokens_in_flight
         return max(0, min(self._num_drafted, budget - 1, left - 1))
 
-    def preempt_youngest(self) -> Sequence:
-        """Take the youngest running sequence's memory; what it has so far becomes a longer prompt."""
-        seq = self.running.pop()
+    def preempt(self, seq: Sequence) -> None:
+        """Take a running sequence's memory; what it has so far becomes a longer prompt."""
+        self.running.remove(seq)
         self._give_back(seq)
         seq.num_computed_tokens = 0
-        self.waiting.appendleft(seq)
+        insort(self.waiting, seq, key=_rank)
         self.counters.preemptions += 1
-        return seq
 
     def withdraw(self, step: Step) -> list[int]:
         """Undo `schedule` for the step it chose last, which could not be launched, and choose half as many tokens from
@@ -200,7 +211,7 @@ class Scheduler:
         for entry, rows in step.prompt_rows.items():
             sequences[entry].num_scored_rows = rows.first
         for _ in step.admitted:  # they may share blocks that this step was to write
-            self.preempt_youngest()
+            self.preempt(self.running[-1])
         self._budget = max(1, step.num_tokens // 2)
         return [seq.sequence_id for seq in sequences]
 

@@ -16,6 +16,8 @@ class Sequence:
     """prompt, then what was sampled"""
     params: SamplingParams
     cache_salt: bytes = b""
+    rank: tuple[int, int] = (0, 0)
+    """its priority and when it was added: the lowest is admitted first, the highest preempted first"""
     block_hashes: list[bytes] = field(default_factory=list)
     """chained hashes of the full blocks of token_ids, computed as far as needed"""
     shares_prompt: bool = False

@@ -49,7 +49,9 @@ class World:
     def add(self, prompt: list[int], salt: bytes = b"", **params: object) -> int:
         return self.add_samples(prompt, [params], salt)[0]
 
-    def add_samples(self, prompt: list[int], samples: list[dict[str, object]], salt: bytes = b"") -> list[int]:
+    def add_samples(
+        self, prompt: list[int], samples: list[dict[str, object]], salt: bytes = b"", priority: int = 0
+    ) -> list[int]:
         """One submission."""
         first = len(self.prompts) + 1
         made = tuple(
@@ -58,7 +60,7 @@ class World:
         )
         self.prompts |= {first + i: (prompt, params) for i, params in enumerate(made)}
         self.tokens |= {first + i: [] for i in range(len(made))}
-        self.engine.add(Add(first, pack_ids(prompt), made, salt))
+        self.engine.add(Add(first, pack_ids(prompt), made, salt, priority))
         return list(range(first, first + len(made)))
 
     def abort(self, sequence_id: int) -> None:
@@ -70,6 +72,8 @@ class World:
         seats = [seq.seat for seq in self.scheduler.running]
         assert len(set(seats)) == len(seats) and min(seats, default=0) >= 0
         assert all(seq.seat == -1 and not seq.block_table for seq in self.scheduler.waiting)
+        ranks = [seq.rank for seq in self.scheduler.waiting]
+        assert ranks == sorted(ranks)
         if output is not None:
             self.outputs.append(output)
             told: set[int] = set()  # whose first token this is
@@ -167,10 +171,10 @@ def test_random_workloads(
                 for i in range(rng.choice([1, 1, 3]))
             ]
             if rng.random() < 0.5:
-                world.add_samples(prompt, samples, rng.choice([b"", b"", b"key"]))
+                world.add_samples(prompt, samples, rng.choice([b"", b"", b"key"]), rng.choice([0, 0, -1, 7]))
             else:
                 for sample in samples:
-                    world.add_samples(prompt, [sample], rng.choice([b"", b"", b"key"]))
+                    world.add_samples(prompt, [sample], rng.choice([b"", b"", b"key"]), rng.choice([0, 0, 0, 3]))
             left -= 1
         if world.tokens and rng.random() < 0.05:
             gone = rng.choice(sorted(world.tokens))

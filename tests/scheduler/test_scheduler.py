@@ -253,12 +253,39 @@ def test_preemption_takes_the_youngest_and_it_comes_back() -> None:
     assert all(seq.token_ids[3:] == [5] * 6 for seq in seqs)
 
 
+def test_the_lowest_priority_number_is_admitted_first_and_preempted_last() -> None:
+    world = World(6, 2, 3, 64)
+    scheduler = world.scheduler
+    params = (SamplingParams(max_tokens=6),)
+    for sequence_id, priority in ((1, 5), (2, 0), (3, -1), (4, 0)):
+        scheduler.add(sequence_id, [sequence_id] * 3, params, priority=priority)
+    assert [seq.sequence_id for seq in scheduler.waiting] == [3, 2, 4, 1]
+    finished: list[int] = []
+    while scheduler.has_work():
+        step = scheduler.schedule()
+        finished += scheduler.update(step, sampled(step)).finished
+    assert finished == [3, 2, 4, 1] and scheduler.counters.preemptions > 0
+
+
+def test_an_urgent_sequence_keeps_its_memory_though_it_came_last() -> None:
+    world = World(4, 2, 2, 64)
+    late = add(world.scheduler, 1, [1] * 2, 6)
+    step = world.scheduler.schedule()
+    world.scheduler.update(step, sampled(step))
+    world.scheduler.add(2, [2] * 2, (late.params,), priority=-1)
+    urgent = world.scheduler.waiting[0]
+    while late in world.scheduler.running:
+        step = world.scheduler.schedule()
+        world.scheduler.update(step, sampled(step))
+    assert urgent in world.scheduler.running and list(world.scheduler.waiting) == [late]
+
+
 def test_a_sequence_is_not_admitted_again_before_its_tokens_are_known() -> None:
     world = World(16, 4, 2, 64)
     seq = add(world.scheduler, 1, [1] * 5, 4)
     first = world.scheduler.schedule()
     assert (len(first.admitted), first.num_sampled, seq.num_tokens_in_flight) == (1, [1], 1)
-    world.scheduler.preempt_youngest()
+    world.scheduler.preempt(seq)
     assert world.scheduler.schedule().seats == []
     world.scheduler.update(first, sampled(first, 3))
     second = world.scheduler.schedule()

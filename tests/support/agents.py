@@ -8,6 +8,7 @@ from functools import cache, partial
 
 from gptq_api.api.answers.work import Work, admitted
 from gptq_api.api.service import Service
+from gptq_api.api.terms import Terms
 from gptq_api.edge.request_log import RequestRecord
 from gptq_api.engine.client import Prompt
 from gptq_api.text.chat_template import ChatTemplate
@@ -41,6 +42,6 @@ def work(stop: tuple[str, ...] = ()) -> Iterator[Work]:
     service = Service(engine.settings, engine, tokenizer(), None, "demo")  # type: ignore[arg-type]
     new_text = partial(TextStream, tokenizer(), stop=stop, continues=True)
     prompt = Prompt([1, 2, 3], [SamplingParams(max_tokens=20)])
-    with admitted(service, RequestRecord("req"), [prompt], new_text, None) as asked:
+    with admitted(service, RequestRecord("req"), [prompt], new_text, Terms()) as asked:
         yield asked
     service.close()

@@ -18,6 +18,7 @@ from gptq_api.api.answers.stream import events
 from gptq_api.api.answers.work import Work, admitted
 from gptq_api.api.errors import ApiError
 from gptq_api.api.service import Service
+from gptq_api.api.terms import Terms
 from gptq_api.edge.request_log import RequestRecord
 from gptq_api.engine.client import Prompt
 from gptq_api.text.folder import checkpoint_folder
@@ -45,7 +46,7 @@ def work_of(engine: HandFedEngine, num_samples: int, stop: tuple[str, ...] = ())
     service = Service(engine.settings, engine, tokenizer(), None, "demo")  # type: ignore[arg-type]
     prompt = Prompt([1, 2, 3], [SamplingParams(max_tokens=20, seed=seed) for seed in range(num_samples)])
     new_text = partial(TextStream, tokenizer(), stop=stop, continues=True)
-    with admitted(service, RequestRecord("req"), [prompt], new_text, None) as work:
+    with admitted(service, RequestRecord("req"), [prompt], new_text, Terms()) as work:
         yield work
     service.close()
 

@@ -134,7 +134,6 @@ NOT_HONOURED: dict[str, Any] = {
     "truncate_prompt_tokens": 5,
     "suffix": "x",
     "use_beam_search": True,
-    "priority": True,
 }
 
 

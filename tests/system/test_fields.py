@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +63,8 @@ def test_variables_are_bounded_and_stay_text(reading: Server) -> None:
         deep = [deep]
     for value in (deep, [0] * 5000, {str(i): 0 for i in range(65)}, 2**64):
         check_error(reading.chat(chat_template_kwargs={"verbosity": value}), 400, "chat_template_kwargs")
-    for documents in ({}, [1], [{"text": ["x"]}], [{}] * 257):
+    wrong: tuple[Any, ...] = ({}, [1], [{"text": ["x"]}], [{}] * 257)
+    for documents in wrong:
         check_error(reading.chat(documents=documents), 400, "documents")
     long = [{"text": "word " * 10**6}]
     check_error(reading.chat(documents=long), 400, "documents", "context_length_exceeded")
@@ -77,7 +80,43 @@ def test_usage_and_tier(server: Server) -> None:
 
 
 def test_who_asked_stands_in_the_log(strict_server: Server) -> None:
-    said = {"user": "ann\x1b[31m", "metadata": {"job": "7"}, "store": True, "prompt_cache_key": "k" * 512}
+    said: dict[str, Any] = {
+        "user": "ann\x1b[31m",
+        "metadata": {"job": "7"},
+        "store": True,
+        "prompt_cache_key": "k" * 512,
+    }
     assert strict_server.chat(max_tokens=1, **said).status_code == 200
     line = wait_for(lambda: [line for line in strict_server.log().splitlines() if "ann?[31m" in line], 5)[0]
     assert "job" in line and "k" * 512 in line and '"store": true' in line
+
+
+def test_an_urgent_request_overtakes_those_that_wait() -> None:
+    order = list[str]()
+    with Server("--max-num-seqs", "1") as server, ThreadPoolExecutor(4) as threads:
+
+        def ask(name: str, headers: dict[str, str], **fields: Any) -> None:
+            body = chat_body(name, ignore_eos=True, **fields)
+            assert server.http.post(CHAT, json=body, headers=headers).status_code == 200
+            order.append(name)
+
+        def is_waiting(number: int) -> bool:
+            return server.metric("vllm:num_requests_waiting") == number
+
+        jobs = [threads.submit(ask, "first", {}, max_tokens=300)]
+        wait_for(lambda: server.metric("vllm:num_requests_running") == 1, 20)
+        for number, (name, headers, fields) in enumerate(
+            [("late", {"X-Priority": "3"}, {}), ("usual", {}, {}), ("urgent", {"X-Priority": "3"}, {"priority": -1})], 1
+        ):
+            jobs.append(threads.submit(ask, name, headers, max_tokens=20, **fields))
+            wait_for(partial(is_waiting, number), 20)
+        for job in jobs:
+            job.result()
+    assert order == ["first", "urgent", "usual", "late"]
+
+
+def test_a_wrong_priority_names_its_header(server: Server) -> None:
+    for wrong in ("urgent", "1.5", "1001", "9" * 20, ""):
+        answer = server.http.post(CHAT, json=chat_body("x"), headers={"X-Priority": wrong})
+        check_error(answer, 400, "X-Priority")
+    check_error(server.chat(priority=1001), 400, "priority")

@@ -11,6 +11,7 @@ from itertools import islice
 from gptq_api.api.answers.choice import Choice, Piece
 from gptq_api.api.errors import ApiError, too_many, unavailable
 from gptq_api.api.service import Service
+from gptq_api.api.terms import Terms
 from gptq_api.edge.request_log import RequestRecord
 from gptq_api.engine.client import EngineDead, EngineFull, EngineStalled, Prompt
 from gptq_api.engine.generation import Delta, Generation
@@ -153,18 +154,18 @@ def admitted(
     record: RequestRecord,
     prompts: list[Prompt],
     new_text: Callable[[], TextStream],
-    cache_salt: str | None,
+    terms: Terms,
 ) -> Iterator[Work]:
     """All sequences of a request admitted, or none of them. Raises ApiError 429, 503. Leaving the block ends them.
 
     `new_text`: makes the text of each choice.
     """
-    salt = record.key_id + (b"" if cache_salt is None else b"/" + cache_salt.encode())
+    salt = record.key_id + (b"" if terms.cache_salt is None else b"/" + terms.cache_salt.encode())
     with ExitStack() as stack:
         generation = None
         if prompts[0].params[0].max_tokens:
             try:
-                generation = stack.enter_context(service.engine.submit(prompts, salt))
+                generation = stack.enter_context(service.engine.submit(prompts, salt, terms.priority))
             except EngineFull as error:
                 service.metrics.rejected["server_full"].inc()
                 raise too_many(error.retry_after_s, f"The server is full: {error}.") from None

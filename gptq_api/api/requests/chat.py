@@ -20,6 +20,7 @@ from gptq_api.api.requests.fields import (
     unrecognized,
 )
 from gptq_api.api.requests.refused import REFUSED_IN_MESSAGES
+from gptq_api.api.requests.serving import ServingFields
 from gptq_api.api.requests.template import EffortFields
 from gptq_api.text.chat_template import joined_parts
 
@@ -135,7 +136,7 @@ class Prediction(Body):
     content: Content = None
 
 
-class ChatCompletionRequest(EffortFields, ConstrainedFields):
+class ChatCompletionRequest(EffortFields, ServingFields, ConstrainedFields):
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=4096, fail_fast=True)]
     max_completion_tokens: Count | None = None
     """The newer name of max_tokens; wins."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from gptq_api.api.requests.fields import Body, CountOrZero, Name, Penalty, Repetition, Seed, Share
+from gptq_api.api.requests.serving import Priority
 
 
 class OwnFields(Body):
@@ -15,6 +16,8 @@ class OwnFields(Body):
     seed: Seed | None = None
     """The same seed gives the same text, whoever else is being served (on a GPU: but for ties within rounding)."""
     min_tokens: CountOrZero | None = None
+    priority: Priority | None = None
+    """The lowest number is served first. Default 0; the header `X-Priority` says it too."""
     ignore_eos: bool | None = None
     cache_salt: Name | None = None
     """Prompts share cached prefixes only with equal salts (and, always, equal API keys)."""

@@ -51,6 +51,7 @@ async def converse(
     """The one way of every conversation, whichever API it came by, to its answer in `shape`. Raises ApiError."""
     record.notes |= body.notes()
     body.check()
+    terms = body.terms(request.headers)
     new_text = body.text_streams(
         service.tokenizer,
         more_stop=service.template.stop,
@@ -60,5 +61,5 @@ async def converse(
         with service.preparing():
             prompts = [await chat_prompt(service, body)]
             headers = headers | cut_header(body, prompts)
-            work = owned.enter_context(admitted(service, record, prompts, new_text, body.cache_salt))
+            work = owned.enter_context(admitted(service, record, prompts, new_text, terms))
         return await respond(request, work, shape, owned, stream=bool(body.stream), headers=headers)

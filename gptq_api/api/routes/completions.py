@@ -28,6 +28,7 @@ async def completions(body: CompletionRequest, request: Request, service: Servic
     headers = unknown_header(body.unknown(strict=service.settings.strict_params))
     record.notes |= body.notes()
     body.check()
+    terms = body.terms(request.headers)
     logprobs = None
     if body.logprobs is not None:
         logprobs = partial(completion_logprobs, service.tokenizer, num_top=body.logprobs)
@@ -37,7 +38,7 @@ async def completions(body: CompletionRequest, request: Request, service: Servic
         with service.preparing():
             prompts = await completion_prompts(service, body)
             headers |= cut_header(body, prompts)
-            work = owned.enter_context(admitted(service, record, prompts, new_text, body.cache_salt))
+            work = owned.enter_context(admitted(service, record, prompts, new_text, terms))
         echoes = await _echoes(service, body, work)
         shape = CompletionFormat(
             Head.new("cmpl", service, body.service_tier), body.num_choices, usage, logprobs, echoes
