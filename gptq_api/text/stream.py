@@ -19,6 +19,7 @@ class TextStream:
     A stop string is met by the character that completes it; where two are completed at once, the longer one counts.
     Stop strings are looked for in the generated text only, control tokens excluded when they are skipped.
     `continues`: the text goes on where a prompt ended, so the leading space that some tokenizers drop belongs to it.
+    `shown`: control tokens that stand in the text by their names although the others are skipped.
     """
 
     def __init__(
@@ -29,28 +30,35 @@ class TextStream:
         include_stop: bool = False,
         skip_special: bool = True,
         continues: bool = False,
+        shown: frozenset[int] = frozenset(),
     ) -> None:
         self._tokenizer = tokenizer
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._skip_special = skip_special
+        self._shown = shown
         self.include_stop = include_stop
         """whether what ended the text belongs to it"""
         self._drop_space = tokenizer.strips_leading_space and not continues
-        self._stops = [_Matcher(string) for string in stop if string]
-        self._held = ""
+        self._stops = StopScan(stop, include_stop) if any(stop) else None
         self._num_chars = 0  # of all tokens taken in
-        self.stopped = False
-        """a stop string was met; push returns "" from then on"""
-        self.stop_string: str | None = None
-        """the one that was met"""
         self.num_tokens = 0
         """tokens taken in, the one that completed a stop string included, later ones not"""
+
+    @property
+    def stopped(self) -> bool:
+        """A stop string was met; push returns "" from then on."""
+        return self._stops is not None and self._stops.met is not None
+
+    @property
+    def stop_string(self) -> str | None:
+        """The one that was met."""
+        return None if self._stops is None else self._stops.met
 
     def push(self, token_ids: Sequence[int]) -> str:
         """New text that is safe to show, "" when there is none yet."""
         shown = ""
         for token_id in token_ids:
-            if self.stopped:
+            if self._stops is not None and self._stops.met is not None:
                 break
             shown += self._take(token_id)
         return shown
@@ -68,38 +76,58 @@ class TextStream:
 
     def _take(self, token_id: int) -> str:
         self.num_tokens += 1
-        data = self._tokenizer.piece(token_id, skip_special=self._skip_special)
+        skip = self._skip_special and token_id not in self._shown
+        data = self._tokenizer.piece(token_id, skip_special=skip)
         if self._drop_space and data:
             self._drop_space = False
             data = data.removeprefix(b" ")
         text = self._decoder.decode(data)
         self._num_chars += len(text)
-        return self._scan(text) if self._stops else text
+        return text if self._stops is None else self._stops.push(text)
 
     def finish(self) -> str:
         """What was still held back, a torn character as U+FFFD; "" after a stop string."""
         if self.stopped:
             return ""
         text = self._decoder.decode(b"", True)
-        if self._stops:
-            text = self._scan(text) + self._held
-        self._held = ""
-        return text
+        return text if self._stops is None else self._stops.push(text) + self._stops.finish()
 
-    def _scan(self, text: str) -> str:
+
+class StopScan:
+    """Looks for stop strings in a text as it comes; holds back what may be the beginning of one."""
+
+    def __init__(self, stop: Sequence[str], include: bool = False) -> None:
+        """`include`: whether what ended the text belongs to it."""
+        self._include = include
+        self._matchers = [_Matcher(string) for string in stop if string]
+        self._held = ""
+        self.met: str | None = None
+        """the stop string that was met; nothing may be pushed behind it"""
+        self.num_surplus = 0
+        """characters that were pushed and are not part of the text: what was met, unless included, and what followed"""
+
+    def push(self, text: str) -> str:
         """What may be shown of what was held back and `text`, which follows it."""
         start = len(self._held)
         text = self._held + text
         for end, char in enumerate(text[start:], start + 1):
-            met = [matcher.string for matcher in self._stops if matcher.advance(char)]
+            met = [matcher.string for matcher in self._matchers if matcher.advance(char)]
             if met:
-                self.stopped = True
-                self.stop_string = max(met, key=len)
+                self.met = max(met, key=len)
                 self._held = ""
-                return text[: end if self.include_stop else end - len(self.stop_string)]
-        keep = len(text) - max(matcher.matched for matcher in self._stops)
+                shown = text[: end if self._include else end - len(self.met)]
+                self.num_surplus = len(text) - len(shown)
+                return shown
+        keep = len(text) - max((matcher.matched for matcher in self._matchers), default=0)
         self._held = text[keep:]
         return text[:keep]
+
+    def finish(self) -> str:
+        """What is held back, when the text has ended; a text pushed after this is another one."""
+        held, self._held = self._held, ""
+        for matcher in self._matchers:
+            matcher.matched = 0
+        return held
 
 
 class _Matcher:

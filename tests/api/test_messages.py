@@ -11,7 +11,6 @@ from pydantic import ValidationError
 from gptq_api.api.answers.choice import Piece
 from gptq_api.api.answers.formats import Told
 from gptq_api.api.answers.messages import MessagesShape
-from gptq_api.api.answers.parts import CallDelta
 from gptq_api.api.answers.work import Work
 from gptq_api.api.document.shapes import SHAPES
 from gptq_api.api.errors import ApiError, context_exceeded
@@ -19,6 +18,7 @@ from gptq_api.api.messages_errors import messages_error, messages_status
 from gptq_api.api.requests.messages import MessagesRequest, _Turns
 from gptq_api.api.requests.translated import Names, Translated
 from gptq_api.api.tool_names import Origin, Toolbox
+from gptq_api.text.parts import CallDelta
 from tests.support.agents import PLAIN, template, work
 from tests.support.openapi import validate
 

@@ -12,7 +12,6 @@ from pydantic import TypeAdapter
 
 from gptq_api.api.answers.choice import Piece
 from gptq_api.api.answers.formats import Told
-from gptq_api.api.answers.parts import CallDelta
 from gptq_api.api.answers.responses import ResponsesShape
 from gptq_api.api.answers.work import Work
 from gptq_api.api.errors import ApiError
@@ -21,6 +20,7 @@ from gptq_api.api.requests.translated import Names, Translated
 from gptq_api.api.requests.turns import fitted
 from gptq_api.api.tool_names import Origin, Toolbox, custom_input, model_name
 from gptq_api.text.chat_template import ChatTemplate
+from gptq_api.text.parts import CallDelta
 from tests.support.agents import ALTERNATING, PLAIN, template, work
 
 EVENTS: TypeAdapter[Any] = TypeAdapter(ResponseStreamEvent)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from gptq_api.api.answers.choice import Piece
-from gptq_api.api.answers.formats import ChatFormat, CompletionFormat, Format, Head, UsageEvents
+from gptq_api.api.answers.formats import ChatFormat, CompletionFormat, Format, Head, Told, UsageEvents
 from gptq_api.api.answers.respond import whole
 from gptq_api.api.answers.stream import events
 from gptq_api.api.answers.work import Work, admitted
@@ -125,8 +125,8 @@ class Shout(Format):
     def last(self, piece: Piece) -> bytes:
         return b'{"shout":"!"}'
 
-    def said(self, index: int, text: str) -> dict[str, Any]:
-        return {"shout": text.upper()}
+    def said(self, index: int, told: Told) -> dict[str, Any]:
+        return {"shout": told.text.upper()}
 
 
 @pytest.mark.parametrize("way", ["stream", "whole"])

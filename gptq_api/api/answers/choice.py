@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from gptq_api.api.answers.logprobs import Ledger, TokenEntry
-from gptq_api.api.answers.parts import CallDelta
 from gptq_api.engine.generation import Delta
+from gptq_api.text.parts import CallDelta, Parts, StoppedReader
 from gptq_api.text.stream import TextStream
 from gptq_api.types import FinishReason, SamplingParams, TokenLogprobs
 
@@ -35,23 +35,30 @@ class Piece:
 class Choice:
     """One sample of one prompt: its text, and when its tokens came."""
 
-    def __init__(self, index: int, sample: int, params: SamplingParams, text: TextStream) -> None:
+    def __init__(
+        self, index: int, sample: int, params: SamplingParams, text: TextStream, reader: StoppedReader | None = None
+    ) -> None:
+        """`reader`: finds thoughts and calls in the text, and looks for stop strings instead of `text`."""
         self.index = index
         self.sample = sample
         """0 for the first of a prompt's samples"""
         self.finish_reason: FinishReason | None = None
         self.num_tokens = 0
+        self.num_reasoning_tokens = 0
         self.first_token_at: float | None = None
         self.last_token_at: float | None = None
         self.gaps: list[float] = []
         """seconds between tokens; as many as tokens after the first"""
         self._text = text
+        self._reader = reader
         self._ledger = None if params.top_logprobs is None else Ledger()
+        self._untold: list[TokenEntry] = []
+        """of tokens whose text the reader holds back"""
 
     @property
     def stop_string(self) -> str | None:
         """The one that ended the text."""
-        return self._text.stop_string
+        return self._text.stop_string if self._reader is None else self._reader.stop_string
 
     @property
     def mean_logprob(self) -> float:
@@ -68,17 +75,53 @@ class Choice:
             self._clock(len(tokens))
         if delta.finish_reason == "stop" and not self._text.include_stop:
             tokens = tokens[:-1]  # the stop token, whose text is not part of the answer
+        if self._reader is not None:
+            return self._read(self._reader, delta, tokens)
         text = self._text.push(tokens) if self._ledger is None else self._push(self._ledger, tokens, delta.logprobs)
         if self._text.stopped:
             self.num_tokens = self._text.num_tokens  # those behind it are nobody's
             return [self._last(text, "stop")]
         self.num_tokens += len(delta.tokens)
-        pieces = [Piece(self, text, self._shown(text))] if text else []
+        pieces = [Piece(self, text, self._shown(len(text)))] if text else []
         if delta.finish_reason in ("error", "too_complex"):
             self.finish_reason = delta.finish_reason
         elif delta.finish_reason is not None:
             pieces.append(self._last(self._text.finish(), delta.finish_reason))
         return pieces
+
+    def _read(self, reader: StoppedReader, delta: Delta, tokens: list[int]) -> list[Piece]:
+        """What `take` does, where thoughts and calls are looked for: token by token, since any of them may end it."""
+        parts = Parts()
+        for i, token in enumerate(tokens):
+            self.num_reasoning_tokens += reader.thinking
+            if self._ledger is None:
+                text = self._text.push([token])
+            else:
+                text = self._push(self._ledger, [token], delta.logprobs[i:])
+            parts += reader.push(text)
+            if reader.stopped:
+                self.num_tokens = self._text.num_tokens
+                self._untold += self._shown(len(text) - reader.num_surplus, last=True, stopped=True)
+                self.finish_reason = "stop"
+                return [self._of(parts, "stop")]
+            self._untold += self._shown(len(text))
+        self.num_tokens += len(delta.tokens)
+        self.finish_reason = delta.finish_reason
+        if delta.finish_reason in (None, "error", "too_complex"):
+            return [self._of(parts)] if parts else []
+        text = self._text.finish()
+        parts += reader.push(text)
+        if not reader.stopped:
+            parts += reader.finish()
+        if reader.stopped:
+            self.finish_reason = "stop"
+        self._untold += self._shown(len(text), last=True)
+        called = self.finish_reason == "stop" and reader.has_calls
+        return [self._of(parts, "tool_calls" if called else self.finish_reason)]
+
+    def _of(self, parts: Parts, reason: AnswerEnd | None = None) -> Piece:
+        entries, self._untold = self._untold, []
+        return Piece(self, parts.content, entries, reason, parts.reasoning, parts.calls)
 
     def _push(self, ledger: Ledger, tokens: list[int], logprobs: list[TokenLogprobs]) -> str:
         """New text, with an entry in the ledger for each token up to one that completes a stop string."""
@@ -93,10 +136,10 @@ class Choice:
 
     def _last(self, text: str, reason: FinishReason) -> Piece:
         self.finish_reason = reason
-        return Piece(self, text, self._shown(text, last=True), reason)
+        return Piece(self, text, self._shown(len(text), last=True, stopped=self._text.stopped), reason)
 
-    def _shown(self, text: str, last: bool = False) -> list[TokenEntry]:
-        return [] if self._ledger is None else self._ledger.shown(len(text), last, self._text.stopped)
+    def _shown(self, num_chars: int, last: bool = False, stopped: bool = False) -> list[TokenEntry]:
+        return [] if self._ledger is None else self._ledger.shown(num_chars, last, stopped)
 
     def _clock(self, num_tokens: int) -> None:
         now = time.monotonic()

@@ -20,6 +20,7 @@ from gptq_api.api.answers.logprobs import TokenEntry
 from gptq_api.api.answers.work import Work
 from gptq_api.api.errors import ApiError
 from gptq_api.api.service import Service
+from gptq_api.text.parts import CallDelta
 
 Logprobs = Callable[[list[TokenEntry]], dict[str, Any]]
 DONE = b"data: [DONE]\n\n"
@@ -119,6 +120,8 @@ class Format(ABC):
     def piece(self, work: Work, piece: Piece) -> bytes:
         end = self._with_usage(work) if self._usage_in_chunks else self._end
         event = self._start + self.text(piece) + end if piece.text else b""
+        if piece.reasoning or piece.calls:
+            event = b"".join([self._start + part + end for part in self.parts(piece)])
         if piece.finish_reason is not None:
             event += self._start + self.last(piece) + end
         return event
@@ -135,8 +138,8 @@ class Format(ABC):
         for index, choice in enumerate(work.best(self._num_choices)):
             part = told[choice.index]
             logprobs = None if self._logprobs is None else self._logprobs(part.entries)
-            said = {"logprobs": logprobs, "finish_reason": part.finish_reason}
-            choices.append({"index": index, **self.said(choice.index, part.text), **said})
+            said = {"logprobs": logprobs, "finish_reason": self.ended(part.finish_reason)}
+            choices.append({"index": index, **self.said(choice.index, part), **said})
         return {**self._head.fields(self.kind), "choices": choices, "usage": work.usage()}
 
     @abstractmethod
@@ -152,8 +155,16 @@ class Format(ABC):
         """JSON of why a choice ended. Holds log-probabilities only where tokens without text were left to tell."""
 
     @abstractmethod
-    def said(self, index: int, text: str) -> dict[str, Any]:
+    def said(self, index: int, told: Told) -> dict[str, Any]:
         """The field of a whole answer's choice that holds its text."""
+
+    def parts(self, piece: Piece) -> list[bytes]:
+        """JSON of a piece that holds thoughts or calls, in as many parts as it takes; only where answers have them."""
+        raise NotImplementedError
+
+    def ended(self, reason: str) -> str:
+        """How a finish reason is spelled."""
+        return reason
 
     def told(self, entries: list[TokenEntry]) -> bytes:
         """JSON of log-probabilities."""
@@ -169,9 +180,27 @@ class ChatFormat(Format):
     kind = "chat.completion"
     chunk_kind = "chat.completion.chunk"
 
+    def __init__(
+        self,
+        head: Head,
+        num_choices: int,
+        usage: UsageEvents,
+        logprobs: Logprobs | None,
+        *,
+        may_call: bool = False,
+        call_ends_with: str = "tool_calls",
+    ) -> None:
+        """`may_call`: whether there are tools; `call_ends_with`: the finish reason of an answer that called some."""
+        super().__init__(head, num_choices, usage, logprobs)
+        self._opening = b"null" if may_call else b'""'
+        self._call_ends_with = call_ends_with
+
     def first(self, index: int) -> bytes:
         """The role, once; no text, so that the first text marks the first token."""
-        return b'{"index":%d,"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}' % index
+        return b'{"index":%d,"delta":{"role":"assistant","content":%b},"logprobs":null,"finish_reason":null}' % (
+            index,
+            self._opening,
+        )
 
     def text(self, piece: Piece) -> bytes:
         return b'{"index":%d,"delta":{"content":%b},"logprobs":%b,"finish_reason":null}' % (
@@ -180,15 +209,55 @@ class ChatFormat(Format):
             self.told(piece.entries) if piece.entries else b"null",
         )
 
+    def parts(self, piece: Piece) -> list[bytes]:
+        """A delta for the thoughts, one for the text, one for each of the calls; log-probabilities are in the first."""
+        deltas = [b'"reasoning_content":' + json_bytes(piece.reasoning)] if piece.reasoning else []
+        if piece.text:
+            deltas.append(b'"content":' + json_bytes(piece.text))
+        deltas += [b'"tool_calls":[' + _call_delta(delta) + b"]" for delta in piece.calls]
+        told = [self.told(piece.entries), *[b"null"] * len(deltas)]
+        return [
+            b'{"index":%d,"delta":{%b},"logprobs":%b,"finish_reason":null}' % (piece.choice.index, delta, entries)
+            for delta, entries in zip(deltas, told, strict=False)
+        ]
+
     def last(self, piece: Piece) -> bytes:
+        shown = piece.text or piece.reasoning or piece.calls
         return b'{"index":%d,"delta":{},"logprobs":%b,"finish_reason":"%b"}' % (
             piece.choice.index,
-            self.told([] if piece.text else piece.entries),
-            (piece.finish_reason or "").encode(),
+            self.told([] if shown else piece.entries),
+            self.ended(piece.finish_reason or "").encode(),
         )
 
-    def said(self, index: int, text: str) -> dict[str, Any]:
-        return {"message": {"role": "assistant", "content": text, "refusal": None}}
+    def said(self, index: int, told: Told) -> dict[str, Any]:
+        message: dict[str, Any] = {
+            "role": "assistant",
+            "content": None if told.calls and not told.text else told.text,
+            "refusal": None,
+        }
+        if told.reasoning:
+            message["reasoning_content"] = told.reasoning
+        if told.calls:
+            message["tool_calls"] = [
+                {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+                for call in told.calls
+            ]
+        return {"message": message}
+
+    def ended(self, reason: str) -> str:
+        return self._call_ends_with if reason == "tool_calls" else reason
+
+
+def _call_delta(delta: CallDelta) -> bytes:
+    arguments = json_bytes(delta.arguments)
+    if delta.id is None:
+        return b'{"index":%d,"function":{"arguments":%b}}' % (delta.index, arguments)
+    return b'{"index":%d,"id":%b,"type":"function","function":{"name":%b,"arguments":%b}}' % (
+        delta.index,
+        json_bytes(delta.id),
+        json_bytes(delta.name),
+        arguments,
+    )
 
 
 class CompletionFormat(Format):
@@ -223,5 +292,5 @@ class CompletionFormat(Format):
             (piece.finish_reason or "").encode(),
         )
 
-    def said(self, index: int, text: str) -> dict[str, Any]:
-        return {"text": self._echoes[index] + text}
+    def said(self, index: int, told: Told) -> dict[str, Any]:
+        return {"text": self._echoes[index] + told.text}

@@ -12,11 +12,11 @@ from sse_starlette import ServerSentEvent
 from gptq_api.api.answers.choice import Choice, Piece
 from gptq_api.api.answers.encoding import json_bytes
 from gptq_api.api.answers.formats import Told
-from gptq_api.api.answers.parts import CallDelta
 from gptq_api.api.answers.work import Work
 from gptq_api.api.errors import ApiError
 from gptq_api.api.messages_errors import messages_error
 from gptq_api.api.tool_names import Origin
+from gptq_api.text.parts import CallDelta
 
 _REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
 _SIGNATURE = "unsigned"

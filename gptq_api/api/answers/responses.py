@@ -13,10 +13,10 @@ from gptq_api.api.answers.choice import Piece
 from gptq_api.api.answers.encoding import json_bytes
 from gptq_api.api.answers.formats import Call, Told
 from gptq_api.api.answers.logprobs import TokenEntry
-from gptq_api.api.answers.parts import CallDelta
 from gptq_api.api.answers.work import Work
 from gptq_api.api.errors import ApiError
 from gptq_api.api.tool_names import Origin, custom_input
+from gptq_api.text.parts import CallDelta
 
 Item = dict[str, Any]
 

@@ -15,6 +15,7 @@ from gptq_api.api.terms import Terms
 from gptq_api.edge.request_log import RequestRecord
 from gptq_api.engine.client import EngineDead, EngineFull, EngineStalled, Prompt
 from gptq_api.engine.generation import Delta, Generation
+from gptq_api.text.parts import StoppedReader
 from gptq_api.text.stream import TextStream
 
 _GIVEN_UP = {
@@ -60,7 +61,7 @@ class Work:
             "total_tokens": num_prompt + self.num_completion_tokens,
             "prompt_tokens_details": {"cached_tokens": self.num_cached_tokens, "audio_tokens": 0},
             "completion_tokens_details": {
-                "reasoning_tokens": 0,
+                "reasoning_tokens": sum(choice.num_reasoning_tokens for choice in self.choices),
                 "audio_tokens": 0,
                 "accepted_prediction_tokens": 0,
                 "rejected_prediction_tokens": 0,
@@ -155,10 +156,11 @@ def admitted(
     prompts: list[Prompt],
     new_text: Callable[[], TextStream],
     terms: Terms,
+    new_reader: Callable[[], StoppedReader] | None = None,
 ) -> Iterator[Work]:
     """All sequences of a request admitted, or none of them. Raises ApiError 429, 503. Leaving the block ends them.
 
-    `new_text`: makes the text of each choice.
+    `new_text`: makes the text of each choice; `new_reader`: what finds thoughts and calls of tools in it.
     """
     salt = record.key_id + (b"" if terms.cache_salt is None else b"/" + terms.cache_salt.encode())
     with ExitStack() as stack:
@@ -174,7 +176,10 @@ def admitted(
                 assert refusal is not None
                 raise refusal from None
         samples = [(sample, params) for prompt in prompts for sample, params in enumerate(prompt.params)]
-        choices = [Choice(index, *sample, new_text()) for index, sample in enumerate(samples)]
+        choices = [
+            Choice(index, *sample, new_text(), None if new_reader is None else new_reader())
+            for index, sample in enumerate(samples)
+        ]
         work = Work(choices, prompts, generation, service, record)
         _count(service, prompts)
         try:
