@@ -86,6 +86,17 @@ def unavailable(message: str, code: str, retry_after_s: int = 5) -> ApiError:
     return ApiError(503, message, code=code, headers={"retry-after": str(retry_after_s)})
 
 
+def deadline_exceeded() -> ApiError:
+    """Not to be tried again by the client's library: whoever waits has set how long."""
+    return ApiError(
+        504,
+        "The timeout of the request was over before the first token of its answer.",
+        param="timeout",
+        code="deadline_exceeded",
+        headers={"x-should-retry": "false"},
+    )
+
+
 def context_exceeded(
     max_model_len: int, num_prompt: int, num_answer: int, *, what: str, param: str, at_least: bool = False
 ) -> ApiError:

@@ -10,3 +10,5 @@ class Terms(NamedTuple):
     """prompts share cached prefixes only with equal salts"""
     priority: int = 0
     """the lowest number is served first"""
+    timeout_s: float | None = None
+    """from the request's first byte to the last token; what is there by then is the answer"""

@@ -49,6 +49,17 @@ class Generation:
         self._news.pop(choice, None)
         self._leave([self.first_id + choice])
 
+    def expire(self) -> list[int]:
+        """No more time: choices of which more might have come end where they are, with reason "length", and give their
+        places back. Which they are."""
+        cut = sorted(self._running)
+        self._running.clear()
+        for choice in cut:
+            self._news.setdefault(choice, Delta(choice)).finish_reason = "length"
+        self._leave([self.first_id + choice for choice in cut])
+        self._wake()
+        return cut
+
     def put(self, sequence_id: int, token: int, logprobs: TokenLogprobs | None) -> None:
         """The next token of a sequence."""
         choice = sequence_id - self.first_id

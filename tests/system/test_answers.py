@@ -92,6 +92,55 @@ async def test_a_stop_string_ends_one_choice_and_the_others_go_on() -> None:
 
 
 @pytest.mark.parametrize("way", ["stream", "whole"])
+async def test_at_its_deadline_an_answer_ends_where_it_is(way: str) -> None:
+    engine = HandFedEngine()
+    with work_of(engine, 3) as work:
+        token = ids("one")[0]
+        engine.step((1, token), (2, token), finished={2: "stop"})
+        work.expire()
+        engine.step((1, token), (3, token))  # too late
+        assert engine.sent[1:] == [Abort((1, 3))]
+        shape = CompletionFormat(HEAD, 3, NO_USAGE, None, [""] * 3)
+        if way == "whole":
+            choices = (await whole(work, shape))["choices"]
+        else:
+            told = [event for event in await item(events(work, shape)) if event != b"data: [DONE]"]
+            choices = [event["choices"][0] for event in told if event["choices"][0]["finish_reason"]]
+            choices.sort(key=lambda choice: int(choice["index"]))
+        ends = [(choice["finish_reason"], choice.get("stop_reason")) for choice in choices]
+        assert ends == [("length", "deadline"), ("stop", None), ("length", "deadline")]
+        assert work.num_completion_tokens == 2
+    assert work.outcome == "deadline" and work.service.metrics.cancelled["deadline"]._value.get() == 1
+
+
+async def test_a_deadline_before_the_first_token_is_an_error() -> None:
+    engine = HandFedEngine()
+    with work_of(engine, 2) as work:
+        work.expire()
+        with pytest.raises(ApiError) as told:
+            await whole(work, CompletionFormat(HEAD, 2, NO_USAGE, None, ["", ""]))
+        assert told.value.status_code == 504 and told.value.error["code"] == "deadline_exceeded"
+        assert told.value.headers == {"x-should-retry": "false"}
+    with work_of(engine, 1) as work:
+        work.expire()
+        stream = events(work, ChatFormat(HEAD, 1, NO_USAGE, None))
+        await item(stream)
+        error, done = await item(stream)
+        assert error["error"]["code"] == "deadline_exceeded" and done == b"data: [DONE]"
+    assert work.outcome == "deadline" and engine.num_admitted == 0
+
+
+async def test_a_deadline_after_the_end_changes_nothing() -> None:
+    engine = HandFedEngine()
+    with work_of(engine, 1) as work:
+        engine.step((1, ids("one")[0]), finished={1: "length"})
+        work.expire()
+        answer = await whole(work, CompletionFormat(HEAD, 1, NO_USAGE, None, [""]))
+        assert answer["choices"][0].get("stop_reason") is None
+    assert work.outcome == "done"
+
+
+@pytest.mark.parametrize("way", ["stream", "whole"])
 async def test_a_sequence_that_is_given_up_takes_the_answer_with_it(way: str) -> None:
     engine = HandFedEngine()
     with work_of(engine, 2) as work:

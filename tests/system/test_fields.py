@@ -120,3 +120,20 @@ def test_a_wrong_priority_names_its_header(server: Server) -> None:
         answer = server.http.post(CHAT, json=chat_body("x"), headers={"X-Priority": wrong})
         check_error(answer, 400, "X-Priority")
     check_error(server.chat(priority=1001), 400, "priority")
+
+
+def test_a_deadline_counts_the_time_in_the_queue(server: Server) -> None:
+    with Server("--max-num-seqs", "1") as crowded, ThreadPoolExecutor(1) as threads:
+        long = threads.submit(crowded.chat, "x", ignore_eos=True, timeout=20)
+        wait_for(lambda: crowded.metric("vllm:num_requests_running") == 1, 20)
+        for path in (CHAT, "/v1/responses", "/v1/messages"):
+            body = {"input": "x"} if path == "/v1/responses" else {**chat_body("x"), "max_tokens": 5}
+            answer = crowded.post(path, body, X_Request_Timeout="0.01")
+            assert answer.status_code == 504 and answer.headers["x-should-retry"] == "false", answer.text
+        check_error(crowded.chat(timeout=0.01), 504, "timeout", "deadline_exceeded")
+        assert crowded.metric("gptq_api:requests_cancelled_total", cause="deadline") >= 4
+        choice = long.result().json()["choices"][0]
+        assert choice["finish_reason"] == "length"
+    for wrong in ("soon", "nan", "0", "-1", "1e9", ""):
+        check_error(server.post(CHAT, chat_body("x"), X_Request_Timeout=wrong), 400, "X-Request-Timeout")
+    check_error(server.chat(timeout=0), 400, "timeout")

@@ -124,6 +124,8 @@ def _provoked(server: Server, document: Document) -> dict[tuple[str, str], set[i
             came["post", path].add(_raw_status(server, path, length, data))
         if "500" in document["paths"][path]["post"]["responses"]:
             ask(path, "post", json={**body, LIMITS.get(path, "max_tokens"): 20, "seed": 666})
+        if "504" in document["paths"][path]["post"]["responses"]:
+            ask(path, "post", json=body, headers={"x-request-timeout": "0.001"})
     held = RawStream(server, chat_body(ignore_eos=True, stream=True), key="key")
     held.head()
     next(held.events())
@@ -149,7 +151,11 @@ def _raw_status(server: Server, path: str, length: int, data: bytes) -> int:
 @pytest.mark.timeout(400)
 def test_schemathesis_finds_nothing(tmp_path: Path) -> None:
     """All checks but one: a body may keep to the schema and be wrong for this model, such as an id beyond its
-    vocabulary or a prompt longer than its context, and is answered 400 then."""
+    vocabulary or a prompt longer than its context, and is answered 400 then. And a body may ask for a 504, by a timeout
+    of a millisecond."""
+    (tmp_path / "schemathesis.toml").write_text(
+        '[checks.not_a_server_error]\nexpected-statuses = ["2xx", "3xx", "4xx", 504]\n'
+    )
     with Server("--max-model-len", "64", "--api-key", "key") as server:
         code = "from schemathesis.cli import schemathesis; schemathesis()"
         command = [sys.executable, "-c", code, "run", f"http://127.0.0.1:{server.port}/openapi.json"]

@@ -43,6 +43,8 @@ class Choice:
         self.sample = sample
         """0 for the first of a prompt's samples"""
         self.finish_reason: FinishReason | None = None
+        self.expired = False
+        """whether it was to end where it was, for lack of time"""
         self.num_tokens = 0
         self.num_reasoning_tokens = 0
         self.first_token_at: float | None = None
@@ -59,6 +61,11 @@ class Choice:
     def stop_string(self) -> str | None:
         """The one that ended the text."""
         return self._text.stop_string if self._reader is None else self._reader.stop_string
+
+    @property
+    def stop_reason(self) -> str | None:
+        """More about why it ended, where there is more to say."""
+        return "deadline" if self.expired and self.finish_reason == "length" else None
 
     @property
     def mean_logprob(self) -> float:

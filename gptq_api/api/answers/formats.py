@@ -123,7 +123,10 @@ class Format(ABC):
         if piece.reasoning or piece.calls:
             event = b"".join([self._start + part + end for part in self.parts(piece)])
         if piece.finish_reason is not None:
-            event += self._start + self.last(piece) + end
+            last = self.last(piece)
+            if (stop_reason := piece.choice.stop_reason) is not None:
+                last = last[:-1] + b',"stop_reason":%b}' % json_bytes(stop_reason)
+            event += self._start + last + end
         return event
 
     def end(self, work: Work) -> bytes:
@@ -139,6 +142,8 @@ class Format(ABC):
             part = told[choice.index]
             logprobs = None if self._logprobs is None else self._logprobs(part.entries)
             said = {"logprobs": logprobs, "finish_reason": self.ended(part.finish_reason)}
+            if choice.stop_reason is not None:
+                said["stop_reason"] = choice.stop_reason
             choices.append({"index": index, **self.said(choice.index, part), **said})
         return {**self._head.fields(self.kind), "choices": choices, "usage": work.usage()}
 

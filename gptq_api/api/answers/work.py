@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -9,7 +10,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 
 from gptq_api.api.answers.choice import Choice, Piece
-from gptq_api.api.errors import ApiError, too_many, unavailable
+from gptq_api.api.errors import ApiError, deadline_exceeded, too_many, unavailable
 from gptq_api.api.service import Service
 from gptq_api.api.terms import Terms
 from gptq_api.edge.request_log import RequestRecord
@@ -88,6 +89,8 @@ class Work:
                 yield self._taken([Delta(choice.index, finish_reason="length") for choice in self.choices])
             else:
                 async for deltas in self.generation:
+                    if self.outcome == "deadline" and not self._has_tokens(deltas):
+                        raise deadline_exceeded()
                     if pieces := self._taken(deltas):
                         yield pieces
                     if self.outcome in _GIVEN_UP:
@@ -104,7 +107,19 @@ class Work:
                 raise unavailable("The server is shutting down.", "server_shutting_down") from None
             self.outcome = "engine_dead"
             raise unavailable("The engine stopped while the answer was being generated.", "engine_dead") from None
-        self.outcome = "done"
+        if self.outcome != "deadline":
+            self.outcome = "done"
+
+    def expire(self) -> None:
+        """No more time: what is not complete ends where it is."""
+        assert self.generation is not None
+        for index in self.generation.expire():
+            self.choices[index].expired = True
+            self.outcome = "deadline"
+
+    def _has_tokens(self, deltas: list[Delta]) -> bool:
+        """Whether there is anything of an answer by now, with these."""
+        return bool(self.num_completion_tokens) or any(delta.tokens for delta in deltas)
 
     def _taken(self, deltas: list[Delta]) -> list[Piece]:
         """What the choices make of it. Those that have ended are counted and give their places back."""
@@ -163,6 +178,11 @@ def admitted(
     `new_text`: makes the text of each choice; `new_reader`: what finds thoughts and calls of tools in it.
     """
     salt = record.key_id + (b"" if terms.cache_salt is None else b"/" + terms.cache_salt.encode())
+    left_s = None if terms.timeout_s is None else record.started + terms.timeout_s - time.monotonic()
+    if left_s is not None and left_s <= 0:
+        record.outcome = "deadline"
+        service.metrics.cancelled["deadline"].inc()
+        raise deadline_exceeded()
     with ExitStack() as stack:
         generation = None
         if prompts[0].params[0].max_tokens:
@@ -181,6 +201,8 @@ def admitted(
             for index, sample in enumerate(samples)
         ]
         work = Work(choices, prompts, generation, service, record)
+        if left_s is not None and generation is not None:
+            stack.callback(asyncio.get_running_loop().call_later(left_s, work.expire).cancel)
         _count(service, prompts)
         try:
             yield work

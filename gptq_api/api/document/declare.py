@@ -20,6 +20,7 @@ MEANING = {
     429: "The server is full: try again after `retry-after` seconds.",
     500: "The model produced numbers that are not finite.",
     503: "The server is shutting down, or its engine is gone or silent.",
+    504: "The request's own timeout was over before the first token.",
     529: "The server is full: try again after `retry-after` seconds.",
 }
 BODY = (400, 408, 413, 415)
@@ -31,6 +32,7 @@ _HEADERS: dict[int, dict[str, Any]] = {
     401: {"www-authenticate": {"schema": {"type": "string"}}},
     429: {"retry-after": _SECONDS, "retry-after-ms": {"schema": {"type": "integer", "minimum": 0}}},
     503: {"retry-after": _SECONDS},
+    504: {"x-should-retry": {"schema": {"type": "string", "enum": ["false"]}}},
     529: {"retry-after": _SECONDS},
 }
 _COMMON = {

@@ -64,6 +64,7 @@ _COMPLETION_LOGPROBS = shape(
 _HEAD: dict[str, Schema] = {"created": TIME, "model": TEXT, "system_fingerprint": TEXT}
 _TIER = {"service_tier": const("default") | {"description": "where the request named one"}}
 _FINISH = const("stop", "length")
+_STOP_REASON = {"stop_reason": const("deadline") | {"description": "where the request's timeout cut the answer"}}
 _MESSAGE = shape(role=const("assistant"), content=TEXT, refusal=NULL)
 _DELTA = shape({"role": const("assistant"), "content": TEXT})
 _USAGE_OR_NULL = either(ref("Usage"), NULL)
@@ -80,7 +81,13 @@ SHAPES: dict[str, Schema] = {
         object=const("chat.completion"),
         **_HEAD,
         choices=array(
-            shape(index=COUNT, message=_MESSAGE, logprobs=either(ref("ChatLogprobs"), NULL), finish_reason=_FINISH),
+            shape(
+                _STOP_REASON,
+                index=COUNT,
+                message=_MESSAGE,
+                logprobs=either(ref("ChatLogprobs"), NULL),
+                finish_reason=_FINISH,
+            ),
             minItems=1,
         ),
         usage=ref("Usage"),
@@ -92,6 +99,7 @@ SHAPES: dict[str, Schema] = {
         **_HEAD,
         choices=array(
             shape(
+                _STOP_REASON,
                 index=COUNT,
                 delta=_DELTA,
                 logprobs=either(ref("ChatLogprobs"), NULL),
@@ -105,7 +113,13 @@ SHAPES: dict[str, Schema] = {
         object=const("text_completion"),
         **_HEAD,
         choices=array(
-            shape(index=COUNT, text=TEXT, logprobs=either(ref("CompletionLogprobs"), NULL), finish_reason=_FINISH),
+            shape(
+                _STOP_REASON,
+                index=COUNT,
+                text=TEXT,
+                logprobs=either(ref("CompletionLogprobs"), NULL),
+                finish_reason=_FINISH,
+            ),
             minItems=1,
         ),
         usage=ref("Usage"),
@@ -117,6 +131,7 @@ SHAPES: dict[str, Schema] = {
         **_HEAD,
         choices=array(
             shape(
+                _STOP_REASON,
                 index=COUNT,
                 text=TEXT,
                 logprobs=either(ref("CompletionLogprobs"), NULL),

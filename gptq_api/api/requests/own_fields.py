@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from gptq_api.api.requests.fields import Body, CountOrZero, Name, Penalty, Repetition, Seed, Share
-from gptq_api.api.requests.serving import Priority
+from gptq_api.api.requests.serving import Priority, Timeout
 
 
 class OwnFields(Body):
@@ -18,6 +18,9 @@ class OwnFields(Body):
     min_tokens: CountOrZero | None = None
     priority: Priority | None = None
     """The lowest number is served first. Default 0; the header `X-Priority` says it too."""
+    timeout: Timeout | None = None
+    """Seconds for waiting, prompt and answer together, as in chat completions; the header `X-Request-Timeout` says it
+    too."""
     ignore_eos: bool | None = None
     cache_salt: Name | None = None
     """Prompts share cached prefixes only with equal salts (and, always, equal API keys)."""

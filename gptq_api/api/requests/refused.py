@@ -27,7 +27,6 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "chat_template": _NOTHING,
     "chat_template_kwargs": _NOTHING,
     "documents": _NOTHING,
-    "timeout": _NOTHING,
     "truncate_prompt_tokens": _NOTHING,
     "return_token_ids": _NOTHING,
     "return_tokens_as_token_ids": _NOTHING,

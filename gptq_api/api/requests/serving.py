@@ -15,20 +15,32 @@ from gptq_api.api.terms import Terms
 
 MAX_PRIORITY = 1000
 PRIORITY_HEADER = "x-priority"
+MIN_TIMEOUT_S, MAX_TIMEOUT_S = 0.001, 86400
+TIMEOUT_HEADER = "x-request-timeout"
 _INTEGER = re.compile(r"[+-]?[0-9]{1,9}")
 
 Priority = Annotated[int, Ge(-MAX_PRIORITY), Le(MAX_PRIORITY)]
+
+Timeout = Annotated[float, Ge(MIN_TIMEOUT_S), Le(MAX_TIMEOUT_S)]
 
 
 class ServingFields(SamplingFields):
     priority: Priority | None = None
     """The lowest number is served first, and loses its memory last where memory is short. Default 0; the header
     `X-Priority` says it too, and the field wins."""
+    timeout: Timeout | None = None
+    """Seconds for waiting, prompt and answer together. An answer that is not complete by then ends where it is, with
+    `finish_reason` "length" and `stop_reason` "deadline"; without a token by then, it is a 504. The header
+    `X-Request-Timeout` says it too, and the field wins."""
 
     def terms(self, headers: Mapping[str, str]) -> Terms:
         """`headers`: of the request. Raises ApiError 400 for one that is wrong."""
-        priority = _priority(headers.get(PRIORITY_HEADER, "0")) if self.priority is None else self.priority
-        return Terms(self.cache_salt, priority)
+        priority, timeout_s = self.priority, self.timeout
+        if priority is None and PRIORITY_HEADER in headers:
+            priority = _priority(headers[PRIORITY_HEADER])
+        if timeout_s is None and TIMEOUT_HEADER in headers:
+            timeout_s = _timeout_s(headers[TIMEOUT_HEADER])
+        return Terms(self.cache_salt, priority or 0, timeout_s)
 
 
 def _priority(text: str) -> int:
@@ -38,3 +50,17 @@ def _priority(text: str) -> int:
             "X-Priority",
         )
     return int(text)
+
+
+def _timeout_s(text: str) -> float:
+    try:
+        timeout_s = float(text)
+    except ValueError:
+        timeout_s = 0.0
+    if not MIN_TIMEOUT_S <= timeout_s <= MAX_TIMEOUT_S:
+        raise bad_request(
+            "Invalid value for the header 'X-Request-Timeout': it must be a number of seconds from "
+            f"{MIN_TIMEOUT_S} to {MAX_TIMEOUT_S}.",
+            "X-Request-Timeout",
+        )
+    return timeout_s

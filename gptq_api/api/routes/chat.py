@@ -25,7 +25,7 @@ router = guarded_router()
 
 @router.post(
     "/v1/chat/completions",
-    **answers("ChatCompletion", stream="ChatCompletionChunk", errors=(*BODY, 404, *WORK, 500)),
+    **answers("ChatCompletion", stream="ChatCompletionChunk", errors=(*BODY, 404, *WORK, 500, 504)),
 )
 async def chat_completions(
     body: ChatCompletionRequest, request: Request, service: ServiceDep, record: RecordDep

@@ -21,7 +21,7 @@ from gptq_api.api.service import RecordDep, Service, ServiceDep
 router = guarded_router()
 
 
-@router.post("/v1/completions", **answers("Completion", stream="CompletionChunk", errors=(*BODY, 404, *WORK, 500)))
+@router.post("/v1/completions", **answers("Completion", stream="CompletionChunk", errors=(*BODY, 404, *WORK, 500, 504)))
 async def completions(body: CompletionRequest, request: Request, service: ServiceDep, record: RecordDep) -> Response:
     """What follows each prompt. Choice `i` belongs to prompt `i // n`."""
     service.check_model(body.model)

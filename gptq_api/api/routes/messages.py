@@ -21,7 +21,7 @@ _ERRORS = (404, 503, 529)
 
 @router.post(
     "/v1/messages",
-    **answers("Message", stream="MessageEvent", errors=(*BODY, *_ERRORS, 500), done=False, error="MessagesError"),
+    **answers("Message", stream="MessageEvent", errors=(*BODY, *_ERRORS, 500, 504), done=False, error="MessagesError"),
 )
 async def messages(body: MessagesRequest, request: Request, service: ServiceDep, record: RecordDep) -> Response:
     """The next message of a conversation, whole or as a stream of server-sent events."""

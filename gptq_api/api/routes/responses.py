@@ -19,7 +19,7 @@ router = guarded_router()
 
 
 @router.post(
-    "/v1/responses", **answers("Response", stream="ResponseEvent", errors=(*BODY, 404, *WORK, 500), done=False)
+    "/v1/responses", **answers("Response", stream="ResponseEvent", errors=(*BODY, 404, *WORK, 500, 504), done=False)
 )
 async def responses(body: ResponsesRequest, request: Request, service: ServiceDep, record: RecordDep) -> Response:
     """The answer to items, whole or as a stream of server-sent events. Nothing is stored."""
