@@ -69,6 +69,18 @@ def _check_counts(schema: dict[str, Any]) -> None:
             raise GrammarError(f"'minProperties' {least} at {where or '/'}: {why}")
 
 
+def inner_schema(schema: Any) -> dict[str, Any]:
+    """A schema that has been checked, for `%json` in a Lark grammar: with our white space."""
+    found = schema if isinstance(schema, dict) else {} if schema else {"not": {}}
+    return {**found, "x-guidance": {"whitespace_pattern": WHITESPACE, "lenient": False, "coerce_one_of": False}}
+
+
+def after_thoughts(schema: Any) -> str:
+    """Lark of a text that ends its thoughts, which the prompt began, and goes on with a JSON document."""
+    lines = ["start: thoughts GAP? document", r"thoughts[lazy]: /(?s:.*)<\/think>/", r"GAP: /\n{1,2}/"]
+    return "\n".join([*lines, f"document: %json {json.dumps(inner_schema(schema))}"])
+
+
 def json_object() -> str:
     """Any JSON object."""
     return json_schema({"type": "object"})

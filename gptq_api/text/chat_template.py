@@ -24,6 +24,7 @@ from gptq_api.text.builtin_templates import BUILTIN, choose_builtin
 from gptq_api.text.sandbox import CompiledTemplate, TemplateRaised
 from gptq_api.text.tokenizer import Tokenizer
 from gptq_api.text.tokenizer_config import read_json, read_tokenizer_config
+from gptq_api.text.tools.layouts import layout_of
 
 _ROLE = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,63}")
 _TURN_MARKER = re.compile(r"\s*(<\|[^\s|]+\|>)")
@@ -47,6 +48,7 @@ class ChatTemplate:
         special_tokens: dict[str, str] | None = None,
     ) -> None:
         """`special_tokens`: the variables bos_token, eos_token ... of the template. Raises ChatTemplateError."""
+        self.jinja = jinja
         self.source = source
         """what was chosen and why, one line"""
         self._tokenizer = tokenizer
@@ -60,6 +62,8 @@ class ChatTemplate:
         ours = {"messages", "add_generation_prompt", *self._variables}
         self.variables = self._template.variables - ours
         """names that a request may set, because the template reads them: `enable_thinking`, `date_string` ..."""
+        self.calls = layout_of(jinja, self._template.variables)
+        """how the model writes tool calls"""
         self.reads_documents = "documents" in self._template.variables
         self._edges = {
             fragment

@@ -8,13 +8,13 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, ModelWrapValidatorHandler, PlainValidator, PrivateAttr, WithJsonSchema, model_validator
 
 from gptq_api.api.errors import bad_request, not_supported
-from gptq_api.api.requests.constraints import ConstrainedFields
 from gptq_api.api.requests.fields import (
     MAX_TEXT,
     MAX_UNKNOWN,
     Body,
     Count,
     Name,
+    Text,
     check_text,
     printable,
     unrecognized,
@@ -22,6 +22,7 @@ from gptq_api.api.requests.fields import (
 from gptq_api.api.requests.refused import REFUSED_IN_MESSAGES
 from gptq_api.api.requests.serving import ServingFields
 from gptq_api.api.requests.template import EffortFields
+from gptq_api.api.requests.tools import MAX_TOOLS, ToolCall, ToolFields
 from gptq_api.text.chat_template import joined_parts
 
 MAX_PARTS = 1024
@@ -74,9 +75,17 @@ Content = Annotated[
 
 
 class ChatMessage(Body):
-    role: Literal["system", "developer", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
     """`developer` is the newer name of `system`."""
     content: Content = None
+    tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
+    """What the assistant called."""
+    tool_call_id: Name | None = None
+    """Of the call that this is the result of."""
+    reasoning_content: Text | None = None
+    """The assistant's thoughts, for templates that show them."""
+    reasoning: Text | None = None
+    """Another name of that."""
     name: Name | None = None
     """Handed to the chat template."""
 
@@ -98,14 +107,32 @@ class ChatMessage(Body):
 
     @model_validator(mode="after")
     def _has_content(self) -> Self:
-        if self.content is None:
+        if self.content is None and not (self.role == "assistant" and self.tool_calls):
             raise ValueError("a message needs content")
+        if self.tool_calls and self.role != "assistant":
+            raise ValueError("only a message of the assistant has tool_calls")
+        if self.role == "tool" and self.tool_call_id is None:
+            raise ValueError("a message of a tool needs its tool_call_id")
         return self
 
-    def rendered(self) -> dict[str, str]:
+    def rendered(self) -> dict[str, Any]:
         """What the chat template sees."""
-        message = {"role": "system" if self.role == "developer" else self.role, "content": self.content or ""}
-        return message if self.name is None else {**message, "name": self.name}
+        message: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role}
+        message["content"] = self.content or ""
+        if self.name is not None:
+            message["name"] = self.name
+        if self.tool_calls:
+            message["tool_calls"] = [call.model_dump() for call in self.tool_calls]
+        if self.role == "tool":
+            message["tool_call_id"] = self.tool_call_id
+        if thoughts := self.reasoning_content or self.reasoning:
+            message["reasoning_content"] = thoughts
+        return message
+
+    @property
+    def texts(self) -> list[str]:
+        """All that takes room in a prompt."""
+        return [self.content or "", *(call.function.arguments for call in self.tool_calls or ())]
 
 
 def check_messages(messages: list[ChatMessage], *, strict: bool) -> list[str]:
@@ -136,7 +163,7 @@ class Prediction(Body):
     content: Content = None
 
 
-class ChatCompletionRequest(EffortFields, ServingFields, ConstrainedFields):
+class ChatCompletionRequest(EffortFields, ServingFields, ToolFields):
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=4096, fail_fast=True)]
     max_completion_tokens: Count | None = None
     """The newer name of max_tokens; wins."""
@@ -148,8 +175,6 @@ class ChatCompletionRequest(EffortFields, ServingFields, ConstrainedFields):
     """Go on with the last message, which is the assistant's."""
     prediction: Prediction | None = None
     """Accepted, without effect: nothing is predicted with it."""
-    parallel_tool_calls: bool | None = None
-    """Accepted, without effect: there are no tools."""
 
     def unknown(self, *, strict: bool) -> list[str]:
         nested = [] if self.prediction is None else self.prediction.unknown(strict=strict)
@@ -164,6 +189,7 @@ class ChatCompletionRequest(EffortFields, ServingFields, ConstrainedFields):
 
     def check(self) -> None:
         """What one field cannot say alone. Raises ApiError 400."""
+        self.check_tools()
         if self.answer_limit[0] == 0:
             raise bad_request("Invalid value for 'max_tokens': it must be 1 or more, got 0.", "max_tokens")
         if self.top_logprobs is not None and not self.logprobs:

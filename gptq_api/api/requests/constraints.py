@@ -85,7 +85,7 @@ class ConstrainedFields(SamplingFields):
         """What the two fields ask for together. Raises ApiError 400 where they contradict each other."""
         found, shape = list[Constraint](), self.response_format
         if shape is not None and shape.type == "json_object":
-            found.append(Constraint(grammars.json_object, "response_format"))
+            found.append(Constraint(grammars.json_object, "response_format", {"type": "object"}))
         elif shape is not None and shape.type == "json_schema":
             if shape.json_schema is None:
                 raise bad_request(
@@ -128,7 +128,7 @@ class Constraint:
 
     def __init__(self, write: Callable[[], str], param: str, schema: Any = None) -> None:
         """`schema`: where it is one, to find the place of what is wrong."""
-        self._write, self.param, self._schema = write, param, schema
+        self._write, self.param, self.schema = write, param, schema
 
     def grammar(self) -> str:
         """Raises ApiError 400."""
@@ -139,7 +139,7 @@ class Constraint:
 
     def refusal(self, error: str) -> ApiError:
         """`error`: the compiler's words."""
-        why = error if self._schema is None else grammars.where_refused(self._schema, error)
+        why = error if self.schema is None else grammars.where_refused(self.schema, error)
         return bad_request(
             f"Invalid value for '{self.param}': {' '.join(why.split())[:500]}.", self.param, "unsupported_grammar"
         )

@@ -198,16 +198,24 @@ class SamplingFields(Body):
         return self.stream_options is not None and self.stream_options.continuous_usage_stats
 
     def text_streams(
-        self, tokenizer: Tokenizer, *, more_stop: Sequence[str] = (), continues: bool
+        self,
+        tokenizer: Tokenizer,
+        *,
+        more_stop: Sequence[str] = (),
+        continues: bool,
+        shown: frozenset[int] = frozenset(),
+        stops: bool = True,
     ) -> Callable[[], TextStream]:
-        """What makes the text of each choice. `more_stop`: stop strings besides the request's own."""
+        """What makes the text of each choice. `more_stop`: stop strings besides the request's own; `shown`: control
+        tokens that stand in it in any case; `stops`: whether it looks for stop strings."""
         return partial(
             TextStream,
             tokenizer,
-            stop=[*self.stop, *more_stop],
+            stop=[*self.stop, *more_stop] if stops else [],
             include_stop=bool(self.include_stop_str_in_output),
             skip_special=self.skip_special_tokens is not False,
             continues=continues,
+            shown=shown,
         )
 
     @property

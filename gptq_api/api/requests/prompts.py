@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import secrets
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -15,10 +16,12 @@ from gptq_api.api.requests.completions import CompletionRequest
 from gptq_api.api.requests.constraints import ConstrainedFields
 from gptq_api.api.requests.fields import SamplingFields
 from gptq_api.api.requests.template import TemplateFields, document_texts
+from gptq_api.api.requests.tools import Reading, ToolFields, reading
 from gptq_api.api.service import Service
 from gptq_api.engine.client import Prompt
 from gptq_api.text.chat_template import ChatTemplateError
 from gptq_api.text.tokenizer import NoRowError
+from gptq_api.text.tools.history import with_tools
 from gptq_api.types import SamplingParams
 
 T = TypeVar("T")
@@ -26,13 +29,14 @@ SMALLEST_TOP_P = 1e-6
 """top_p 0 is legal and means the likeliest token; any nucleus holds that one"""
 
 
-async def chat_prompt(service: Service, body: ChatCompletionRequest) -> Prompt:
-    """Raises ApiError 400."""
+async def chat_prompt(service: Service, body: ChatCompletionRequest) -> tuple[Prompt, Reading]:
+    """The prompt, and how its answers are read. Raises ApiError 400."""
     ids = await chat_ids(service, body)
     num_top = (body.top_logprobs or 0) if body.logprobs else None
     stop_ids = service.template.stop_token_ids
-    grammar = await _grammar(service, body)
-    return _prompt(service, body, ids, body.num_choices, num_top, tuple(stop_ids), "messages", grammar)
+    found = await reading(service, body, ids)
+    prompt = _prompt(service, body, ids, body.num_choices, num_top, tuple(stop_ids), "messages", found.grammar)
+    return prompt, found
 
 
 async def chat_ids(service: Service, body: ChatCompletionRequest) -> list[int]:
@@ -76,8 +80,13 @@ async def _in_template(
     body.check_template(service.template)
     variables = body.template_variables(service.template)
     check_fits(service, [text for document in body.documents or [] for text in document_texts(document)], "documents")
-    check_fits(service, [message.content or "" for message in messages], "messages")
-    rendered = [message.rendered() for message in messages]
+    check_fits(service, [text for message in messages for text in message.texts], "messages")
+    tools: list[dict[str, Any]] = body.shown_tools() if isinstance(body, ToolFields) else []
+    check_fits(service, [json.dumps(tool, ensure_ascii=False) for tool in tools], "tools")
+    layout = service.template.calls
+    rendered = with_tools([message.rendered() for message in messages], tools, layout)
+    if tools and layout.told_by_template:
+        variables["tools"] = tools
     try:
         return await service.in_text_thread(
             lambda: render(

@@ -9,8 +9,6 @@ from gptq_api.api.errors import not_supported
 
 _NOTHING: tuple[Any, ...] = (None, False, [], {})
 REFUSED: dict[str, tuple[Any, ...]] = {
-    "tools": _NOTHING,
-    "tool_choice": (None, "none"),
     "functions": _NOTHING,
     "function_call": (None, "none"),
     "guided_json": _NOTHING,
@@ -44,7 +42,7 @@ REFUSED: dict[str, tuple[Any, ...]] = {
 }
 """field of a body -> the values that mean "off"; of several in one body the first here is named, so that what asks for
 something stands before what says how"""
-REFUSED_IN_MESSAGES = ("tool_calls", "tool_call_id", "function_call", "audio")
+REFUSED_IN_MESSAGES = ("function_call", "audio")
 
 
 def refuse(fields: Mapping[str, Any]) -> None:

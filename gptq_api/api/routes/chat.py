@@ -14,7 +14,7 @@ from gptq_api.api.answers.stream import Shape
 from gptq_api.api.answers.work import admitted
 from gptq_api.api.document.declare import BODY, WORK, answers
 from gptq_api.api.requests.chat import ChatCompletionRequest
-from gptq_api.api.requests.fields import unknown_header
+from gptq_api.api.requests.fields import MAX_UNKNOWN, unknown_header
 from gptq_api.api.requests.prompts import chat_prompt, cut_header
 from gptq_api.api.routes.guard import guarded_router
 from gptq_api.api.service import RecordDep, Service, ServiceDep
@@ -36,7 +36,15 @@ async def chat_completions(
     headers = unknown_header([*body.unknown(strict=strict), *body.without_effect(service.template, strict=strict)])
     logprobs = partial(chat_logprobs, service.tokenizer, num_top=body.top_logprobs or 0) if body.logprobs else None
     usage = UsageEvents(body.usage_at_end, body.usage_in_chunks)
-    shape = ChatFormat(Head.new("chatcmpl", service, body.service_tier), body.num_choices, usage, logprobs)
+    call_ends_with = "stop" if body.forced_name is not None else "tool_calls"  # as OpenAI does
+    shape = ChatFormat(
+        Head.new("chatcmpl", service, body.service_tier),
+        body.num_choices,
+        usage,
+        logprobs,
+        may_call=body.may_call,
+        call_ends_with=call_ends_with,
+    )
     return await converse(request, service, record, body, shape, headers)
 
 
@@ -52,14 +60,23 @@ async def converse(
     record.notes |= body.notes()
     body.check()
     terms = body.terms(request.headers)
-    new_text = body.text_streams(
-        service.tokenizer,
-        more_stop=service.template.stop,
-        continues=bool(body.continue_final_message) or body.is_constrained,
-    )
     with ExitStack() as owned:
         with service.preparing():
-            prompts = [await chat_prompt(service, body)]
-            headers = headers | cut_header(body, prompts)
-            work = owned.enter_context(admitted(service, record, prompts, new_text, terms))
+            prompt, found = await chat_prompt(service, body)
+            prompts = [prompt]
+            headers = headers | cut_header(body, prompts) | _relaxed(headers, found.relaxed)
+            new_text = body.text_streams(
+                service.tokenizer,
+                more_stop=service.template.stop,
+                continues=bool(body.continue_final_message) or bool(found.grammar),
+                shown=found.shown,
+                stops=found.new_reader is None,
+            )
+            work = owned.enter_context(admitted(service, record, prompts, new_text, terms, found.new_reader))
         return await respond(request, work, shape, owned, stream=bool(body.stream), headers=headers)
+
+
+def _relaxed(headers: dict[str, str], paths: list[str]) -> dict[str, str]:
+    """The header that names what has no effect, with the schemas that are not enforced."""
+    named = headers.get("x-unsupported-params")
+    return unknown_header([*([named] if named else []), *paths[:MAX_UNKNOWN]])

@@ -10,7 +10,7 @@ from gptq_api.api.document.declare import BODY, answers
 from gptq_api.api.errors import ApiError
 from gptq_api.api.requests.chat import ChatCompletionRequest
 from gptq_api.api.requests.messages import CountTokensRequest, MessagesRequest
-from gptq_api.api.requests.prompts import chat_prompt
+from gptq_api.api.requests.prompts import chat_ids
 from gptq_api.api.routes.chat import converse
 from gptq_api.api.routes.guard import guarded_router
 from gptq_api.api.service import RecordDep, Service, ServiceDep
@@ -53,7 +53,7 @@ async def count_tokens(body: CountTokensRequest, service: ServiceDep, record: Re
 async def _count(service: Service, chat: ChatCompletionRequest) -> int:
     """Also of a prompt that is too long to be answered, unless it is too long to be looked at."""
     try:
-        return len((await chat_prompt(service, chat)).token_ids)
+        return len(await chat_ids(service, chat))
     except ApiError as error:
         if error.error["code"] != "context_length_exceeded" or "at least" in error.error["message"]:
             raise
