@@ -111,7 +111,7 @@ class Settings(CommandSettings):
     """Share of the GPU's memory for weights, KV cache and workspace together."""
     max_num_seqs: int = Field(256, ge=1, le=4096)
     """Sequences in one step."""
-    max_num_batched_tokens: int | None = Field(None, ge=1)
+    max_num_batched_tokens: int | None = Field(None, ge=1, le=2**18)
     """Tokens computed in one step; longer prompts are computed in chunks, which are smaller beside sequences that
     decode. Default: 512 on the CPU, 2048 on CUDA."""
     max_queued_requests: int = Field(512, ge=1)

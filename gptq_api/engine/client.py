@@ -272,6 +272,9 @@ class EngineClient:
         for sequence_id, num_cached in step.cached_tokens.items():
             if generation := generations.get(sequence_id):
                 generation.num_cached_tokens[sequence_id - generation.first_id] = num_cached
+        for sequence_id, told in step.prompt_logprobs.items():
+            if generation := generations.get(sequence_id):
+                generation.put_prompt(sequence_id, told)
         for i, (sequence_id, token) in enumerate(
             zip(unpack_ids(step.sequence_ids), unpack_ids(step.tokens), strict=True)
         ):

@@ -6,10 +6,10 @@ engine/client.py fills it; whoever submitted the request reads it.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 
-from gptq_api.types import FinishReason, TokenLogprobs
+from gptq_api.types import FinishReason, PromptLogprobs, TokenLogprobs
 
 
 @dataclass(slots=True)
@@ -23,6 +23,9 @@ class Delta:
     """one per token where SamplingParams.top_logprobs asked for them, otherwise empty"""
     finish_reason: FinishReason | None = None
     """why it ended, with the last delta of the choice"""
+    prompt: Sequence[PromptLogprobs] = ()
+    """of its prompt, where SamplingParams.prompt_logprobs asked for them: all of them come before its first token, or
+    with it"""
 
 
 class Generation:
@@ -71,6 +74,13 @@ class Generation:
         delta.tokens.append(token)
         if logprobs is not None:
             delta.logprobs.append(logprobs)
+
+    def put_prompt(self, sequence_id: int, told: PromptLogprobs) -> None:
+        """The next log-probabilities of a sequence's prompt."""
+        choice = sequence_id - self.first_id
+        delta = self._news.setdefault(choice, Delta(choice))
+        delta.prompt = [*delta.prompt, told]
+        self._wake()
 
     def finish(self, sequence_id: int, reason: FinishReason) -> None:
         """A sequence has ended; what it got before is still to be read."""

@@ -54,6 +54,11 @@ class TextStream:
         """The one that was met."""
         return None if self._stops is None else self._stops.met
 
+    @property
+    def num_chars(self) -> int:
+        """Characters of all tokens taken in, what is held back included."""
+        return self._num_chars
+
     def push(self, token_ids: Sequence[int]) -> str:
         """New text that is safe to show, "" when there is none yet."""
         shown = ""

@@ -9,11 +9,14 @@ from typing import Any
 import pytest
 import torch
 
+from gptq_api.engine.core import Engine
 from gptq_api.runner.cpu.runner import CpuRunner
 from gptq_api.runner.load import load_runner
 from gptq_api.runner.options import LoadOptions
 from gptq_api.runner.solo import Solo, step_of
-from gptq_api.types import SamplingParams
+from gptq_api.scheduler.blocks import BlockManager
+from gptq_api.scheduler.scheduler import Scheduler
+from gptq_api.types import Add, SamplingParams, TokenLogprobs, pack_ids
 from tests.support.checkpoints import RandomModel, Recipe, random_model, write_checkpoint
 
 IDS = torch.randint(3, 96, (70,), generator=torch.Generator().manual_seed(5)).tolist()
@@ -161,3 +164,25 @@ def test_what_the_int4_operator_does_not_take_goes_to_the_reference_and_is_said(
     assert "groups of 16" in runner.description and "8 bits" in runner.description
     expected = model.reference_logits(IDS)
     assert (all_logits(runner, IDS) - expected).norm() / expected.norm() < 2e-2
+
+
+@pytest.mark.parametrize("budget", [7, 512])
+def test_logprobs_of_a_prompt_are_those_of_transformers(budget: int, tmp_path: Path) -> None:
+    model = random_model(Recipe(act_order=True))
+    runner = load(write_checkpoint(tmp_path, model))
+    engine: Engine[Any] = Engine(runner, Scheduler(BlockManager(runner.num_blocks, runner.block_size), 4, budget))
+    asked = SamplingParams(max_tokens=0, prompt_logprobs=5)
+    engine.add(Add(1, pack_ids(IDS[::-1]), (SamplingParams(max_tokens=9, seed=3),)))
+    engine.add(Add(2, pack_ids(IDS), (asked,)))
+    told: list[tuple[TokenLogprobs, int]] = []
+    while engine.has_work():
+        output = engine.step()
+        if output is not None and 2 in output.prompt_logprobs:
+            told += output.prompt_logprobs[2].unpacked()
+    table = model.reference_logits(IDS)[:-1].log_softmax(-1)
+    chosen = table.gather(1, torch.tensor(IDS[1:])[:, None])
+    assert [entry.logprob for entry, _ in told] == pytest.approx(chosen.flatten().tolist(), abs=1e-3)
+    assert [rank for _, rank in told] == ((table > chosen).sum(-1) + 1).tolist()
+    best = table.topk(5).values.tolist()
+    for (entry, _), values in zip(told, best, strict=True):
+        assert [value for _, value in entry.top] == pytest.approx(values, abs=1e-3)

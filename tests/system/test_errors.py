@@ -156,8 +156,6 @@ def test_what_is_not_honoured_is_refused_by_name(server: Server) -> None:
     }
     answer = server.chat(max_tokens=1, **off, **accepted)
     assert answer.status_code == 200 and "x-unsupported-params" not in answer.headers
-    body = {"prompt": "x", "echo": True, "logprobs": 1, "max_tokens": 1}
-    check_error(server.post(COMPLETIONS, body), 400, "echo", "unsupported_parameter")
 
 
 def test_an_assistants_message_may_be_sent_back(server: Server) -> None:
@@ -181,7 +179,7 @@ def test_fields_that_contradict_each_other(server: Server) -> None:
     for fields, param in (
         ({"best_of": 1, "n": 2}, "best_of"),
         ({"best_of": 2, "stream": True}, "best_of"),
-        ({"logprobs": 6}, "logprobs"),
+        ({"logprobs": 21}, "logprobs"),
         ({"n": 128, "prompt": ["x"] * 100}, "n"),
     ):
         check_error(server.post(COMPLETIONS, {"prompt": "x", **fields}), 400, param)

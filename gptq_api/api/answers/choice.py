@@ -51,6 +51,8 @@ class Choice:
         self.last_token_at: float | None = None
         self.gaps: list[float] = []
         """seconds between tokens; as many as tokens after the first"""
+        self.tells_end = False
+        """whether the token that ends the answer has a logprob too, though no text"""
         self._text = text
         self._reader = reader
         self._ledger = None if params.top_logprobs is None else Ledger()
@@ -89,6 +91,9 @@ class Choice:
             self.num_tokens = self._text.num_tokens  # those behind it are nobody's
             return [self._last(text, "stop")]
         self.num_tokens += len(delta.tokens)
+        if self.tells_end and self._ledger is not None and len(tokens) < len(delta.tokens):
+            end = self._text.num_chars
+            self._ledger.add(delta.tokens[-1], end, end, delta.logprobs[-1])
         pieces = [Piece(self, text, self._shown(len(text)))] if text else []
         if delta.finish_reason in ("error", "too_complex"):
             self.finish_reason = delta.finish_reason

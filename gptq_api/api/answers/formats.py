@@ -9,7 +9,7 @@ import time
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from sse_starlette import ServerSentEvent
@@ -17,6 +17,7 @@ from sse_starlette import ServerSentEvent
 from gptq_api.api.answers.choice import Piece
 from gptq_api.api.answers.encoding import json_bytes
 from gptq_api.api.answers.logprobs import TokenEntry
+from gptq_api.api.answers.prompt_logprobs import Scoring
 from gptq_api.api.answers.work import Work
 from gptq_api.api.errors import ApiError
 from gptq_api.api.service import Service
@@ -140,7 +141,7 @@ class Format(ABC):
         choices = []
         for index, choice in enumerate(work.best(self._num_choices)):
             part = told[choice.index]
-            logprobs = None if self._logprobs is None else self._logprobs(part.entries)
+            logprobs = None if self._logprobs is None else self.logprobs(choice.index, part.entries)
             said = {"logprobs": logprobs, "finish_reason": self.ended(part.finish_reason)}
             if choice.stop_reason is not None:
                 said["stop_reason"] = choice.stop_reason
@@ -170,6 +171,11 @@ class Format(ABC):
     def ended(self, reason: str) -> str:
         """How a finish reason is spelled."""
         return reason
+
+    def logprobs(self, index: int, entries: list[TokenEntry]) -> dict[str, Any]:
+        """All log-probabilities of a choice."""
+        assert self._logprobs is not None
+        return self._logprobs(entries)
 
     def told(self, entries: list[TokenEntry]) -> bytes:
         """JSON of log-probabilities."""
@@ -252,6 +258,12 @@ class ChatFormat(Format):
     def ended(self, reason: str) -> str:
         return self._call_ends_with if reason == "tool_calls" else reason
 
+    def whole(self, work: Work, told: Sequence[Told]) -> dict[str, Any]:
+        answer = super().whole(work, told)
+        if work.scoring is not None:
+            answer["prompt_logprobs"] = work.scoring.prompts[0].listed
+        return answer
+
 
 def _call_delta(delta: CallDelta) -> bytes:
     arguments = json_bytes(delta.arguments)
@@ -266,36 +278,69 @@ def _call_delta(delta: CallDelta) -> bytes:
 
 
 class CompletionFormat(Format):
-    """A text that goes on where the prompt ends, or (`echo`) begins with it."""
+    """A text that goes on where the prompt ends, or (`echo`) begins with it; with the log-probabilities of both, where
+    those of the answer were asked for."""
 
     kind = chunk_kind = "text_completion"
 
     def __init__(
-        self, head: Head, num_choices: int, usage: UsageEvents, logprobs: Logprobs | None, echoes: Sequence[str]
+        self,
+        head: Head,
+        num_choices: int,
+        usage: UsageEvents,
+        logprobs: Logprobs | None,
+        echoes: Sequence[str],
+        scoring: Scoring | None = None,
     ) -> None:
         """`echoes`: the text each choice begins with, or ""."""
         super().__init__(head, num_choices, usage, logprobs)
         self._echoes = echoes
+        self._scored = [] if scoring is None else scoring.of_choice
+        self._echoes_logprobs = scoring is not None and scoring.num_echoed is not None
+        self._untold = set(range(len(echoes))) if self._echoes_logprobs else set()  # choices whose echo is to be told
 
     def first(self, index: int) -> bytes:
-        if not self._echoes[index]:
-            return b""
+        """The echo, unless its log-probabilities come with it."""
+        return self._echo(index) if self._echoes[index] and index not in self._untold else b""
+
+    def piece(self, work: Work, piece: Piece) -> bytes:
+        event = super().piece(work, piece)
+        if self._untold and piece.choice.index in self._untold:
+            self._untold.discard(piece.choice.index)
+            end = self._with_usage(work) if self._usage_in_chunks else self._end
+            event = self._start + self._echo(piece.choice.index) + end + event
+        return event
+
+    def _echo(self, index: int) -> bytes:
+        told = json_bytes(self._scored[index].echo) if self._echoes_logprobs else b"null"
         echo = json_bytes(self._echoes[index])
-        return b'{"index":%d,"text":%b,"logprobs":null,"finish_reason":null}' % (index, echo)
+        return b'{"index":%d,"text":%b,"logprobs":%b,"finish_reason":null}' % (index, echo, told)
+
+    def logprobs(self, index: int, entries: list[TokenEntry]) -> dict[str, Any]:
+        answer = super().logprobs(index, self._placed(index, entries))
+        echo = self._scored[index].echo if self._echoes_logprobs else None
+        return answer if echo is None else {name: echo[name] and echo[name] + answer[name] for name in answer}
+
+    def _placed(self, index: int, entries: list[TokenEntry]) -> list[TokenEntry]:
+        """Their offsets count from the beginning of the echo."""
+        start = len(self._echoes[index]) if self._echoes_logprobs else 0
+        return [replace(entry, text_offset=start + entry.text_offset) for entry in entries] if start else entries
 
     def text(self, piece: Piece) -> bytes:
         return b'{"index":%d,"text":%b,"logprobs":%b,"finish_reason":null}' % (
             piece.choice.index,
             json_bytes(piece.text),
-            self.told(piece.entries) if piece.entries else b"null",
+            self.told(self._placed(piece.choice.index, piece.entries)) if piece.entries else b"null",
         )
 
     def last(self, piece: Piece) -> bytes:
         return b'{"index":%d,"text":"","logprobs":%b,"finish_reason":"%b"}' % (
             piece.choice.index,
-            self.told([] if piece.text else piece.entries),
+            self.told([] if piece.text else self._placed(piece.choice.index, piece.entries)),
             (piece.finish_reason or "").encode(),
         )
 
     def said(self, index: int, told: Told) -> dict[str, Any]:
-        return {"text": self._echoes[index] + told.text}
+        said = {"text": self._echoes[index] + told.text}
+        listed = self._scored[index].listed if self._scored else None
+        return said if listed is None else {**said, "prompt_logprobs": listed}

@@ -38,12 +38,12 @@ def completion_logprobs(tokenizer: Tokenizer, entries: list[TokenEntry], num_top
     """`top_logprobs` holds the sampled token besides the `num_top` best, with the very same number."""
     tops = []
     for entry in entries:
-        top = {token_text(tokenizer, token): _finite(value) for token, value in entry.logprobs.top[:num_top]}
-        top[token_text(tokenizer, entry.token_id)] = _finite(entry.logprobs.logprob)
+        top = {token_text(tokenizer, token): shown_logprob(value) for token, value in entry.logprobs.top[:num_top]}
+        top[token_text(tokenizer, entry.token_id)] = shown_logprob(entry.logprobs.logprob)
         tops.append(top)
     return {
         "tokens": [token_text(tokenizer, entry.token_id) for entry in entries],
-        "token_logprobs": [_finite(entry.logprobs.logprob) for entry in entries],
+        "token_logprobs": [shown_logprob(entry.logprobs.logprob) for entry in entries],
         "top_logprobs": tops if num_top else None,
         "text_offset": [entry.text_offset for entry in entries],
     }
@@ -63,10 +63,11 @@ def token_text(tokenizer: Tokenizer, token_id: int) -> str:
 def _spelled(tokenizer: Tokenizer, token_id: int, logprob: float) -> dict[str, Any]:
     data = tokenizer.token_bytes(token_id)
     # a control token stands for no text, which OpenAI's specification spells null
-    return {"token": token_text(tokenizer, token_id), "logprob": _finite(logprob), "bytes": list(data) or None}
+    return {"token": token_text(tokenizer, token_id), "logprob": shown_logprob(logprob), "bytes": list(data) or None}
 
 
-def _finite(logprob: float) -> float:
+def shown_logprob(logprob: float) -> float:
+    """As JSON can say it."""
     return logprob if logprob > LOWEST else LOWEST  # also where it is NaN
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 
 from gptq_api.api.answers.choice import Choice, Piece
+from gptq_api.api.answers.prompt_logprobs import Scoring
 from gptq_api.api.errors import ApiError, deadline_exceeded, too_many, unavailable
 from gptq_api.api.service import Service
 from gptq_api.api.terms import Terms
@@ -35,6 +36,8 @@ class Work:
     """None where max_tokens is 0 and there is nothing to run"""
     service: Service
     record: RequestRecord
+    scoring: Scoring | None = None
+    """where logprobs of the prompts were asked for"""
     num_open: int = field(init=False)
     """choices whose last piece is still to come"""
     outcome: str = "disconnect"
@@ -91,6 +94,10 @@ class Work:
                 async for deltas in self.generation:
                     if self.outcome == "deadline" and not self._has_tokens(deltas):
                         raise deadline_exceeded()
+                    if self.scoring is not None:
+                        deltas = await self.scoring.take(deltas)
+                        if self.outcome == "deadline" and self.scoring.is_waiting:
+                            raise deadline_exceeded()
                     if pieces := self._taken(deltas):
                         yield pieces
                     if self.outcome in _GIVEN_UP:
@@ -172,6 +179,7 @@ def admitted(
     new_text: Callable[[], TextStream],
     terms: Terms,
     new_reader: Callable[[], StoppedReader] | None = None,
+    scoring: Scoring | None = None,
 ) -> Iterator[Work]:
     """All sequences of a request admitted, or none of them. Raises ApiError 429, 503. Leaving the block ends them.
 
@@ -185,7 +193,7 @@ def admitted(
         raise deadline_exceeded()
     with ExitStack() as stack:
         generation = None
-        if prompts[0].params[0].max_tokens:
+        if prompts[0].params[0].max_tokens or scoring is not None:
             try:
                 generation = stack.enter_context(service.engine.submit(prompts, salt, terms.priority))
             except EngineFull as error:
@@ -200,7 +208,7 @@ def admitted(
             Choice(index, *sample, new_text(), None if new_reader is None else new_reader())
             for index, sample in enumerate(samples)
         ]
-        work = Work(choices, prompts, generation, service, record)
+        work = Work(choices, prompts, generation, service, record, scoring)
         if left_s is not None and generation is not None:
             stack.callback(asyncio.get_running_loop().call_later(left_s, work.expire).cancel)
         _count(service, prompts)

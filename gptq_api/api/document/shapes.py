@@ -61,6 +61,11 @@ _COMPLETION_LOGPROBS = shape(
     top_logprobs=either(array(either({"type": "object", "additionalProperties": LOGPROB}, NULL)), NULL),
     text_offset=array(COUNT),
 )
+_LISTED = shape(logprob=LOGPROB, rank=COUNT, decoded_token=TEXT)
+_PROMPT_LOGPROBS: dict[str, Schema] = {
+    "prompt_logprobs": array(either({"type": "object", "additionalProperties": _LISTED}, NULL))
+    | {"description": "where they were asked for: null, then by token id what was told of each token"}
+}
 _HEAD: dict[str, Schema] = {"created": TIME, "model": TEXT, "system_fingerprint": TEXT}
 _TIER = {"service_tier": const("default") | {"description": "where the request named one"}}
 _FINISH = const("stop", "length")
@@ -76,7 +81,7 @@ SHAPES: dict[str, Schema] = {
     "ChatLogprobs": _CHAT_LOGPROBS,
     "CompletionLogprobs": _COMPLETION_LOGPROBS,
     "ChatCompletion": shape(
-        _TIER,
+        {**_TIER, **_PROMPT_LOGPROBS},
         id=TEXT,
         object=const("chat.completion"),
         **_HEAD,
@@ -114,7 +119,7 @@ SHAPES: dict[str, Schema] = {
         **_HEAD,
         choices=array(
             shape(
-                _STOP_REASON,
+                {**_STOP_REASON, **_PROMPT_LOGPROBS},
                 index=COUNT,
                 text=TEXT,
                 logprobs=either(ref("CompletionLogprobs"), NULL),

@@ -192,6 +192,7 @@ class ChatCompletionRequest(EffortFields, ServingFields, ToolFields):
         self.check_tools()
         if self.answer_limit[0] == 0:
             raise bad_request("Invalid value for 'max_tokens': it must be 1 or more, got 0.", "max_tokens")
+        self.check_prompt_logprobs()
         if self.top_logprobs is not None and not self.logprobs:
             raise bad_request("'top_logprobs' needs 'logprobs': true.", "top_logprobs")
         if self.continue_final_message:

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, PlainValidator, WithJsonSchema
 
-from gptq_api.api.errors import ApiError, bad_request
+from gptq_api.api.errors import bad_request
 from gptq_api.api.requests.constraints import ConstrainedFields
 from gptq_api.api.requests.fields import MAX_TEXT, MAX_TOKEN, CountOrZero, check_text
 from gptq_api.api.requests.serving import ServingFields
@@ -75,23 +75,23 @@ class CompletionRequest(ServingFields, ConstrainedFields):
     """A text, texts, token ids or lists of those."""
     max_tokens: CountOrZero | None = None
     """Default: 16 as at OpenAI, or what the context leaves."""
-    logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
+    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    """OpenAI takes up to 5."""
     echo: bool | None = None
-    """Begin the answer with the prompt."""
+    """Begin the answer with the prompt; with `logprobs` those of the prompt come too, and that of an end token. With
+    `max_tokens` 0 they are all that is computed."""
     best_of: Annotated[int, Field(ge=1, le=20)] | None = None
     """Sample this many and return the `n` with the highest mean log-probability per token."""
     add_special_tokens: bool | None = None
     """Begin a text prompt with the BOS token. Default: true."""
 
+    @property
+    def echoes_logprobs(self) -> bool:
+        return bool(self.echo) and self.logprobs is not None
+
     def check(self) -> None:
         """What one field cannot say alone. Raises ApiError 400."""
-        if self.echo and self.logprobs is not None:
-            raise ApiError(
-                400,
-                "'echo' together with 'logprobs' is not supported yet; leave one of them out.",
-                param="echo",
-                code="unsupported_parameter",
-            )
+        self.check_prompt_logprobs()
         if self.best_of is not None:
             if self.best_of < self.num_choices:
                 raise bad_request(f"'best_of' must not be less than 'n' ({self.num_choices}).", "best_of")

@@ -151,6 +151,8 @@ class SamplingFields(Body):
     skip_special_tokens: bool | None = None
     logit_bias: LogitBias | None = None
     """Token id -> what is added to its logit; -100 bans it."""
+    prompt_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    """vLLM's: of each token of the prompt its logprob and rank, and so many most likely ones. Not in a stream."""
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     cache_salt: Name | None = None
@@ -186,6 +188,11 @@ class SamplingFields(Body):
     @property
     def num_choices(self) -> int:
         return self.n or 1
+
+    def check_prompt_logprobs(self) -> None:
+        """Raises ApiError 400."""
+        if self.stream and self.prompt_logprobs is not None:
+            raise bad_request("'prompt_logprobs' cannot be streamed.", "prompt_logprobs")
 
     @property
     def usage_at_end(self) -> bool:

@@ -33,9 +33,10 @@ async def chat_prompt(service: Service, body: ChatCompletionRequest) -> tuple[Pr
     """The prompt, and how its answers are read. Raises ApiError 400."""
     ids = await chat_ids(service, body)
     num_top = (body.top_logprobs or 0) if body.logprobs else None
-    stop_ids = service.template.stop_token_ids
     found = await reading(service, body, ids)
-    prompt = _prompt(service, body, ids, body.num_choices, num_top, tuple(stop_ids), "messages", found.grammar)
+    num_prompt_top, stop_ids = body.prompt_logprobs, tuple(service.template.stop_token_ids)
+    grammar = found.grammar
+    prompt = _prompt(service, body, ids, body.num_choices, num_top, num_prompt_top, stop_ids, "messages", grammar)
     return prompt, found
 
 
@@ -120,11 +121,13 @@ async def completion_prompts(service: Service, body: CompletionRequest) -> list[
     num_top = body.logprobs
     if num_top is None and body.best_of is not None and body.best_of > body.num_choices:
         num_top = 0  # ranked by them
+    asked = [body.logprobs if body.echoes_logprobs else None, body.prompt_logprobs]
+    num_prompt_top = max((num for num in asked if num is not None), default=None)
     grammar = await _grammar(service, body)
     prompts = []
     for item in body.prompt:
         ids = next(encoded) if isinstance(item, str) else item
-        prompts.append(_prompt(service, body, ids, num_samples, num_top, (), "prompt", grammar))
+        prompts.append(_prompt(service, body, ids, num_samples, num_top, num_prompt_top, (), "prompt", grammar))
     return prompts
 
 
@@ -154,11 +157,13 @@ def _prompt(
     ids: list[int],
     num_samples: int,
     num_top: int | None,
+    num_prompt_top: int | None,
     stop_ids: tuple[int, ...],
     param: str,
     grammar: str = "",
 ) -> Prompt:
-    """The one way of every prompt to the engine; where max_tokens is 0 there is nothing to run. Raises ApiError 400."""
+    """The one way of every prompt to the engine; where max_tokens is 0 there is nothing to run but for logprobs of the
+    prompt. Raises ApiError 400."""
     _check_ids(service, ids, param)
     if num_samples > service.settings.max_queued_requests:
         raise bad_request(
@@ -192,12 +197,14 @@ def _prompt(
         min_tokens=min_tokens,
         logit_bias=_logit_bias(service, body),
         top_logprobs=num_top,
+        prompt_logprobs=num_prompt_top,
         grammar=grammar,
     )
     if grammar and not first.stop_token_ids:
         raise bad_request("This model has no end token, so no grammar can be followed to its end.", None)
-    # the first sample is what n = 1 would have given
-    rest = [msgspec.structs.replace(first, seed=_derived(first.seed, i)) for i in range(1, num_samples)]
+    # the first sample is what n = 1 would have given, and tells of the prompt for all of them
+    other = msgspec.structs.replace(first, prompt_logprobs=None)
+    rest = [msgspec.structs.replace(other, seed=_derived(first.seed, i)) for i in range(1, num_samples)]
     return Prompt(ids, [first, *rest])
 
 

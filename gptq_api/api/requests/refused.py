@@ -28,7 +28,6 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "truncate_prompt_tokens": _NOTHING,
     "return_token_ids": _NOTHING,
     "return_tokens_as_token_ids": _NOTHING,
-    "prompt_logprobs": _NOTHING,
     "use_beam_search": _NOTHING,
     "length_penalty": (None, 1, 1.0),
     "suffix": (None, ""),

@@ -9,6 +9,7 @@ from fastapi import Request, Response
 
 from gptq_api.api.answers.formats import ChatFormat, Head, UsageEvents
 from gptq_api.api.answers.logprobs import chat_logprobs
+from gptq_api.api.answers.prompt_logprobs import Scoring
 from gptq_api.api.answers.respond import respond
 from gptq_api.api.answers.stream import Shape
 from gptq_api.api.answers.work import admitted
@@ -72,7 +73,10 @@ async def converse(
                 shown=found.shown,
                 stops=found.new_reader is None,
             )
-            work = owned.enter_context(admitted(service, record, prompts, new_text, terms, found.new_reader))
+            scoring = None
+            if body.prompt_logprobs is not None:
+                scoring = Scoring(service, prompts, [""], None, body.prompt_logprobs)
+            work = owned.enter_context(admitted(service, record, prompts, new_text, terms, found.new_reader, scoring))
         return await respond(request, work, shape, owned, stream=bool(body.stream), headers=headers)
 
 

@@ -9,8 +9,9 @@ from fastapi import Request, Response
 
 from gptq_api.api.answers.formats import CompletionFormat, Head, UsageEvents
 from gptq_api.api.answers.logprobs import completion_logprobs
+from gptq_api.api.answers.prompt_logprobs import Scoring
 from gptq_api.api.answers.respond import respond
-from gptq_api.api.answers.work import Work, admitted
+from gptq_api.api.answers.work import admitted
 from gptq_api.api.document.declare import BODY, WORK, answers
 from gptq_api.api.requests.completions import CompletionRequest
 from gptq_api.api.requests.fields import unknown_header
@@ -38,20 +39,25 @@ async def completions(body: CompletionRequest, request: Request, service: Servic
         with service.preparing():
             prompts = await completion_prompts(service, body)
             headers |= cut_header(body, prompts)
-            work = owned.enter_context(admitted(service, record, prompts, new_text, terms))
-        echoes = await _echoes(service, body, work)
-        shape = CompletionFormat(
-            Head.new("cmpl", service, body.service_tier), body.num_choices, usage, logprobs, echoes
-        )
+            texts = await _echoed_texts(service, body)
+            scoring = None
+            if prompts[0].params[0].prompt_logprobs is not None:
+                num_echoed = body.logprobs if body.echo else None
+                scoring = Scoring(service, prompts, texts, num_echoed, body.prompt_logprobs)
+            work = owned.enter_context(admitted(service, record, prompts, new_text, terms, scoring=scoring))
+        for choice in work.choices:
+            choice.tells_end = body.echoes_logprobs  # who reads those of the prompt counts on one for each token
+        echoes = [text for text, prompt in zip(texts, prompts, strict=True) for _ in prompt.params]
+        head = Head.new("cmpl", service, body.service_tier)
+        shape = CompletionFormat(head, body.num_choices, usage, logprobs, echoes, scoring)
         return await respond(request, work, shape, owned, stream=bool(body.stream), headers=headers)
 
 
-async def _echoes(service: Service, body: CompletionRequest, work: Work) -> list[str]:
-    """The text each choice begins with: its prompt as it was sent, ids as the text they stand for."""
+async def _echoed_texts(service: Service, body: CompletionRequest) -> list[str]:
+    """What the choices of each prompt begin with: the prompt as it was sent, ids as the text they stand for."""
     if not body.echo:
-        return [""] * len(work.choices)
+        return [""] * len(body.prompt)
     decode = service.tokenizer.decode
-    texts = await service.in_text_thread(
+    return await service.in_text_thread(
         lambda: [item if isinstance(item, str) else decode(item, skip_special=False) for item in body.prompt]
     )
-    return [text for text, prompt in zip(texts, work.prompts, strict=True) for _ in prompt.params]
