@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from gptq_api.config import Settings
 from gptq_api.engine import wire
 from gptq_api.engine.client import EngineClient
-from gptq_api.types import EngineStats, FinishReason, StepOutput, ToEngine, pack_ids
+from gptq_api.types import EngineStats, FinishReason, PromptLogprobs, StepOutput, ToEngine, pack_ids
 
 
 class HandFedEngine(EngineClient):
@@ -44,6 +44,7 @@ class HandFedEngine(EngineClient):
         finished: dict[int, FinishReason] | None = None,
         cached: dict[int, int] | None = None,
         num_running: int = 1,
+        prompt_logprobs: dict[int, PromptLogprobs] | None = None,
     ) -> None:
         """One message of the engine; `tokens`: (sequence id, token)."""
         output = StepOutput(
@@ -53,5 +54,6 @@ class HandFedEngine(EngineClient):
             cached_tokens=cached or {},
             logprobs={},
             stats=EngineStats(num_running, 0, 0, 0, 0, 0, 0, 1),
+            prompt_logprobs=prompt_logprobs or {},
         )
         self._receive(wire.decode_from_engine(wire.encode(output)[4:]))
