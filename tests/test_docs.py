@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.fields import case_of
+from tools import fields_table
+
 ROOT = Path(__file__).parents[1]
 ENDS = (".py", ".md", ".cu", ".h", ".cuh", ".cpp", ".txt", ".toml", ".json", ".yaml", "/")
 
@@ -62,3 +65,13 @@ def test_the_commands_are_targets() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     for target in re.findall(r"`make ([\w-]+)", page):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
+def test_the_table_of_fields_is_up_to_date() -> None:
+    assert fields_table.PAGE.read_text(encoding="utf-8") == fields_table.page(), "run: python tools/fields_table.py"
+
+
+def test_each_field_has_a_case() -> None:
+    for route, model in fields_table.MODELS.items():
+        for name in model.model_fields:
+            case_of(route, name)  # a new field needs one in tests/support/fields.py

@@ -10,8 +10,12 @@ from typing import Any
 
 import pytest
 
+from gptq_api.api.requests.refused import REFUSED
+from tests.support.fields import ELSEWHERE, END, LONG, Seen, case_of, nothing
 from tests.support.server import Server, chat_body, check_error, stream_chunks, wait_for
+from tools.fields_table import MODELS, is_accepted, refused
 
+ROOT = Path(__file__).parents[2]
 TEMPLATE = """
 {%- if enable_thinking is defined and enable_thinking %}THINK {% endif %}
 {%- if verbosity is defined %}{{ verbosity }} {% endif %}
@@ -137,3 +141,41 @@ def test_a_deadline_counts_the_time_in_the_queue(server: Server) -> None:
     for wrong in ("soon", "nan", "0", "-1", "1e9", ""):
         check_error(server.post(CHAT, chat_body("x"), X_Request_Timeout=wrong), 400, "X-Request-Timeout")
     check_error(server.chat(timeout=0), 400, "timeout")
+
+
+ROUTES = {"chat": CHAT, "completions": "/v1/completions"}
+FIELDS = [(route, name) for route, model in MODELS.items() for name in model.model_fields]
+
+
+@pytest.mark.parametrize(("route", "name"), FIELDS, ids=[".".join(field) for field in FIELDS])
+def test_every_field_does_what_its_row_says(server: Server, reading: Server, route: str, name: str) -> None:
+    """docs/fields.md: honoured is what makes a difference, accepted what makes none."""
+    case = case_of(route, name)
+    if case is None:
+        path, test = ELSEWHERE[name].split("::")
+        assert f"def {test}(" in (ROOT / path).read_text()
+        return
+    running = reading if case.variables else server
+    end = str(running.http.get("/tokenizer_info").json()["eos_token_id"])
+    body = {"temperature": 2, "seed": 7, "max_tokens": 12, "ignore_eos": True, **case.beside}
+    body = (chat_body(LONG) if route == "chat" else {"prompt": LONG}) | body
+    if END in body.get("logit_bias", ()):
+        body["logit_bias"] = {end: body["logit_bias"][END]}
+    for _ in range(2):  # so that its prompt is cached
+        without = running.post(ROUTES[route], body)
+        assert without.status_code == 200, without.text
+    answer = running.post(ROUTES[route], {**body, name: case.value})
+    assert "x-unsupported-params" not in answer.headers
+    # the log's line comes behind the answer
+    wait_for(lambda: case.seen(Seen(without, answer, running.log())), 5)
+    assert (case.seen is nothing or name == "service_tier") == is_accepted(MODELS[route], name)
+
+
+def test_what_is_refused_by_name_is_refused_on_its_route(server: Server) -> None:
+    for route, model in MODELS.items():
+        body = chat_body("x") if route == "chat" else {"prompt": "x"}
+        for name in refused(model):
+            for value in (5, "x", True, ["x"]):
+                answer = server.post(ROUTES[route], {**body, "max_tokens": 1, name: value})
+                if value not in REFUSED[name]:
+                    check_error(answer, 400, name, "unsupported_parameter")

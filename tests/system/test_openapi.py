@@ -127,8 +127,13 @@ def _provoked(server: Server, document: Document) -> dict[tuple[str, str], set[i
             came["post", path].add(_raw_status(server, path, length, data))
         if "500" in document["paths"][path]["post"]["responses"]:
             ask(path, "post", json={**body, LIMITS.get(path, "max_tokens"): 20, "seed": 666})
-        if "504" in document["paths"][path]["post"]["responses"]:
-            ask(path, "post", json=body, headers={"x-request-timeout": "0.001"})
+    os.kill(server.engine_pid, signal.SIGSTOP)
+    try:
+        for path, body in BODIES.items():
+            if "504" in document["paths"][path]["post"]["responses"]:
+                ask(path, "post", json=body, headers={"x-request-timeout": "0.2"})
+    finally:
+        os.kill(server.engine_pid, signal.SIGCONT)
     held = RawStream(server, chat_body(ignore_eos=True, stream=True), key="key")
     held.head()
     next(held.events())

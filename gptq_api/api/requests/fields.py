@@ -158,7 +158,7 @@ class SamplingFields(Body):
     cache_salt: Name | None = None
     """Prompts share cached prefixes only with equal salts (and, always, equal API keys)."""
     user: Name | None = None
-    """For the request's line in the log, and for nothing else; so are the four below."""
+    """For the request's line in the log, as are `metadata`, `store`, `safety_identifier` and `prompt_cache_key`."""
     metadata: Metadata | None = None
     store: bool | None = None
     """Nothing is stored."""
