@@ -45,6 +45,29 @@ def json_schema(schema: Any) -> str:
     Raises GrammarError for what is no schema, too large, or counts what cannot be counted; other keywords are looked at
     when it is compiled.
     """
+    return _bounded(LLMatcher.grammar_from_json_schema(json.dumps(_checked(schema)), overrides=_options()))
+
+
+def embedded(schema: Any, *, lenient: bool = False) -> str:
+    """The same as a part of a Lark rule. `lenient`: keywords that are not supported have no effect, and of `oneOf` more
+    than one may hold.
+
+    Raises GrammarError.
+    """
+    options = {**_options(), "lenient": lenient, "coerce_one_of": lenient}
+    return "%json " + json.dumps({**_checked(schema, counts=not lenient), "x-guidance": options})
+
+
+def native_lark(text: str) -> str:
+    """A grammar of ours, which needs no translation. Raises GrammarError where it is too large."""
+    return _bounded(LLMatcher.grammar_from_lark(text))
+
+
+def _options() -> Any:
+    return {"whitespace_pattern": WHITESPACE, "lenient": False, "coerce_one_of": False}
+
+
+def _checked(schema: Any, *, counts: bool = True) -> dict[str, Any]:
     if isinstance(schema, bool):
         schema = {} if schema else {"not": {}}
     if not isinstance(schema, dict):
@@ -53,9 +76,9 @@ def json_schema(schema: Any) -> str:
         raise GrammarError(f"the schema is nested deeper than {MAX_DEPTH} levels")
     if "x-guidance" in schema:
         raise GrammarError("'x-guidance' is not a keyword of JSON schema")
-    _check_counts(schema)
-    options: Any = {"whitespace_pattern": WHITESPACE, "lenient": False, "coerce_one_of": False}
-    return _bounded(LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=options))
+    if counts:
+        _check_counts(schema)
+    return schema
 
 
 def _check_counts(schema: dict[str, Any]) -> None:

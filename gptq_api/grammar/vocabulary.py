@@ -8,13 +8,15 @@ from typing import cast
 from llguidance import LLTokenizer, TokenizerWrapper
 
 from gptq_api.text.tokenizer import Tokenizer
+from gptq_api.text.tool_formats.spelling import control_name
 
 
 class _Bytes:
     is_tokenizer_wrapper = True
 
     def __init__(self, special: Sequence[str]) -> None:
-        self.tokens = [bytes([i]) for i in range(256)] + [name.encode() for name in ("</s>", *special)]
+        names = ("</s>", *map(control_name, special))
+        self.tokens = [bytes([i]) for i in range(256)] + [name.encode() for name in names]
         self.special_token_ids = list(range(256, len(self.tokens)))
         self.eos_token_id = 256
         self.bos_token_id = None
@@ -45,7 +47,7 @@ class _Tokens:
 
     def _name(self, token_id: int) -> bytes:
         name = self._tokenizer.id_to_token(token_id) if token_id < self._tokenizer.vocab_size else ""
-        return (name or f"<unused {token_id}>").encode()
+        return (control_name(name) if name else f"<unused {token_id}>").encode()
 
     def __call__(self, text: bytes | str) -> list[int]:
         return self._tokenizer.encode(text.decode("utf-8", "replace") if isinstance(text, bytes) else text)

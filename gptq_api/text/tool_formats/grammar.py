@@ -1,0 +1,245 @@
+"""Grammars of answers: text, calls of tools, thoughts before either. In llguidance's kind of Lark.
+
+Its lexer takes the longest lexeme that goes on, so white space that may stand before a call is part of the call's first
+lexeme, and free text excludes what begins a call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from gptq_api.text.thoughts import CLOSE, OPEN
+from gptq_api.text.tokenizer import Tokenizer
+from gptq_api.text.tool_formats.spelling import MAX_CALLS, Spelling, control_name, escaped, items, rule
+
+Thoughts = Literal["none", "possible", "begun"]
+"""what an answer may begin with; "begun": the prompt ends in the middle of thoughts"""
+Embed = Callable[[Any], str]
+"""JSON schema -> what a Lark rule calls it by"""
+
+_ANY = "(?s:.*)"
+_BLANK = r"[ \n]{0,4}"
+_STRING = r'/(?:\\(?:["\\\/bfnrt]|u[a-fA-F0-9]{4})|[^"\\\x00-\x1F\x7F])*/'
+"""the inside of a JSON string"""
+
+
+@dataclass(slots=True, frozen=True)
+class Demand:
+    """What the request asks of an answer."""
+
+    functions: Mapping[str, Any]
+    """schemas of the arguments by name; empty: nothing can be called"""
+    must_call: bool = False
+    many: bool = True
+    """whether several calls may be in one answer"""
+    answer: Any = None
+    """the schema that an answer without calls has to follow; None: any text"""
+    thoughts: Thoughts = "none"
+
+
+def write(spelling: Spelling, tokenizer: Tokenizer, demand: Demand, embed: Embed) -> str:
+    """The grammar of one answer."""
+    return _Writer(spelling, tokenizer, demand, embed).text()
+
+
+class _Writer:
+    def __init__(self, spelling: Spelling, tokenizer: Tokenizer, demand: Demand, embed: Embed) -> None:
+        self._spelling, self._tokenizer, self._demand, self._embed = spelling, tokenizer, demand, embed
+        self._rules: list[str] = ["%llguidance {}"]
+        self._control = {name: tokenizer.token_to_id(name) in tokenizer.special_token_ids for name in (OPEN, CLOSE)}
+
+    def text(self) -> str:
+        body = " | ".join(self._bodies())
+        self._rules.append(f"body: {body}")
+        thoughts = self._demand.thoughts
+        if thoughts == "none":
+            starts = "body"
+        elif thoughts == "begun":
+            starts = f"{self._thoughts('')} body"
+        elif self._control[OPEN]:
+            starts = f"({control_name(OPEN)} {self._thoughts('')})? body"
+        else:
+            starts = f"{self._thoughts(_BLANK + escaped(OPEN))} body | body"
+        return "\n".join([*self._rules[:1], f"start: {starts}", *self._rules[1:]]) + "\n"
+
+    def _thoughts(self, opening: str) -> str:
+        """Thoughts up to their end; `opening`: a regex of what stands before them."""
+        if self._control[CLOSE]:
+            return f"/{opening}{_ANY}/ {control_name(CLOSE)}"
+        self._rules.append(f"thoughts[lazy]: /{opening}{_ANY}{escaped(CLOSE)}/")
+        return "thoughts"
+
+    def _bodies(self) -> list[str]:
+        """What an answer may be, behind thoughts."""
+        demand, spelling = self._demand, self._spelling
+        blank = f"/{_BLANK}/ " if demand.thoughts != "none" else ""
+        if not demand.functions:
+            assert demand.answer is not None
+            return [f"{blank}{self._embed(demand.answer)}"]
+        if demand.answer is not None and not demand.must_call and not spelling.trigger and not spelling.keywords:
+            return [f"{blank}{self._embed(self._as_json())}"]
+        calls = self._calls()
+        if demand.must_call:
+            return self._forced(calls)
+        if demand.answer is not None:
+            return [*self._forced(calls), f"{blank}{self._embed(demand.answer)}"]
+        if spelling.response:
+            return [*self._forced(calls), _behind_blank(rule(items(spelling.response), arguments=_STRING))]
+        return [*self._texts(), *self._behind_text(calls)]
+
+    def _forced(self, calls: str) -> list[str]:
+        """Calls and nothing before them."""
+        spelling = self._spelling
+        if not spelling.trigger:
+            also = [f"/{_BLANK}/ {control_name(spelling.also)} {calls}"] if self._is_control(spelling.also) else []
+            return [calls, *also]
+        if spelling.prompted:
+            return [calls]
+        return [f"{_behind_blank(rule(items(spelling.trigger, self._tokenizer)))} {calls}"]
+
+    def _texts(self) -> list[str]:
+        """Free text up to the end."""
+        self._rules.append(f"TEXT: /{self._lead()}{_ANY}/{self._excluded()}")
+        return ["TEXT"]
+
+    def _behind_text(self, calls: str) -> list[str]:
+        """Calls, with or without text before them."""
+        spelling = self._spelling
+        found = []
+        if self._is_control(spelling.also):
+            found.append(f"TEXT {control_name(spelling.also)} {calls}")
+        if not spelling.trigger or spelling.prompted:
+            found.append(calls)
+        if spelling.trigger:
+            trigger = items(spelling.trigger, self._tokenizer)
+            if trigger[0][0] == "control":
+                found.append(f"TEXT {rule(trigger)} {calls}")
+            else:
+                self._rules.append(f"TOLD: /{self._lead()}{_ANY}{escaped(spelling.trigger)}/{self._excluded()}")
+                self._rules.append("told[lazy]: TOLD")
+                found.append(f"told {calls}")
+        return found
+
+    def _lead(self) -> str:
+        return escaped(self._spelling.lead.removeprefix(self._spelling.prompted))
+
+    def _excluded(self) -> str:
+        """What free text may not begin with."""
+        spelling, excluded = self._spelling, list[str]()
+        if not spelling.trigger:
+            head = items(spelling.begins_with())
+            name = next(i for i, (kind, _) in enumerate(head) if kind == "name")
+            beginning = "".join(text for _, text in head[:name])
+            if len(beginning) < 3:  # such as a bracket alone: only with the name of a function
+                names = "(?:" + "|".join(map(escaped, self._demand.functions)) + ")"
+                regex = rule(head[:name]).strip("/") + names + escaped(head[name + 1][1])
+            else:
+                regex = rule(head[:name]).strip("/")
+            excluded.append(regex)
+        if self._demand.thoughts == "possible" and not self._control[OPEN]:
+            excluded.append(escaped(OPEN))
+        return "".join(f" & ~/[ \\n]*{regex}{_ANY}/" for regex in excluded)
+
+    def _calls(self) -> str:
+        """Calls, behind what triggers them; the name of the rule."""
+        spelling, demand = self._spelling, self._demand
+        opening, between = items(spelling.opening, self._tokenizer), items(spelling.between, self._tokenizer)
+        call = items(spelling.call, self._tokenizer)
+        first = [*opening, *call]
+        if spelling.trigger:
+            trigger = items(spelling.trigger, self._tokenizer)
+            assert first[: len(trigger)] == trigger, "calls begin with their trigger"
+            first = first[len(trigger) :]
+        firsts, nexts = [], []
+        for number, (name, schema) in enumerate(demand.functions.items()):
+            arguments = f"arguments_{number}"
+            body = self._keywords(number, schema) if spelling.keywords else self._embed(schema)
+            self._rules.append(f"{arguments}: {body}")
+            written = rule(first, name, arguments)
+            self._rules.append(f"first_{number}: {written if spelling.trigger else _behind_blank(written)}")
+            firsts.append(f"first_{number}")
+            if demand.many:
+                self._rules.append(f"next_{number}: {rule([*between, *call], name, arguments)}")
+                nexts.append(f"next_{number}")
+        more = f" ({' | '.join(nexts)}){{0,{MAX_CALLS - 1}}}" if demand.many else ""
+        closing = rule(items(spelling.closing, self._tokenizer))
+        after = f" {control_name(spelling.also_closing)}?" if self._is_control(spelling.also_closing) else ""
+        self._rules.append(f"calls: ({' | '.join(firsts)}){more} {closing}{after}".rstrip())
+        return "calls"
+
+    def _is_control(self, name: str) -> bool:
+        return bool(name) and self._tokenizer.token_to_id(name) in self._tokenizer.special_token_ids
+
+    def _keywords(self, number: int, schema: Any) -> str:
+        """Python's keyword arguments: the properties in the order of the schema, those that are not required left out
+        or not, values spelled as JSON; an object behind ** where a schema says more than properties."""
+        properties = plain_properties(schema)
+        if properties is None:
+            return f'"**" {self._embed(schema)} ")"'
+        shared = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
+        required = schema.get("required") or []
+        count = len(properties)
+        for place, (name, value) in enumerate(properties.items()):
+            said = self._embed({**value, **shared} if isinstance(value, dict) else value)
+            later = f"more_{number}_{place + 1}"
+            skipped, none = ("", "") if name in required else (f" | {later}", f" | none_{number}_{place + 1}")
+            self._rules.append(f"none_{number}_{place}: /{escaped(name)}=/ {said} {later}{none}")
+            self._rules.append(f"more_{number}_{place}: /,[ ]?{escaped(name)}=/ {said} {later}{skipped}")
+        self._rules.append(f'none_{number}_{count}: ")"')
+        self._rules.append(f'more_{number}_{count}: ")"')
+        return f"none_{number}_0"
+
+    def _as_json(self) -> dict[str, Any]:
+        """One document that is either calls or the answer, since both begin with the same brace."""
+        key = "arguments" if self._spelling.response else "parameters"
+        where = "/properties/tool_calls/items/anyOf/{}" if self._spelling.response else "/anyOf/{}"
+        calls: list[Any] = []
+        for number, (name, schema) in enumerate(self._demand.functions.items()):
+            place = ("/anyOf/0" if self._spelling.response else "") + where.format(number)
+            calls.append(_object({"name": {"const": name}, key: moved(schema, f"{place}/properties/{key}")}))
+        if self._spelling.response:
+            most = MAX_CALLS if self._demand.many else 1
+            listed = {"type": "array", "items": {"anyOf": calls}, "minItems": 1, "maxItems": most}
+            calls = [_object({"tool_calls": listed})]
+        return {"anyOf": [*calls, moved(self._demand.answer, f"/anyOf/{len(calls)}")]}
+
+
+def _object(properties: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "type": "object",
+        "properties": properties,
+        "required": list(properties),
+        "additionalProperties": False,
+    }
+
+
+def plain_properties(schema: Any) -> dict[str, Any] | None:
+    """The properties of an object that is described by them alone and whose names could be a program's."""
+    if not isinstance(schema, dict):
+        return None
+    properties = schema.get("properties")
+    known = {"type", "properties", "required", "additionalProperties", "description", "title", "$defs", "definitions"}
+    if not isinstance(properties, dict) or schema.keys() - known or schema.get("type", "object") != "object":
+        return {} if schema.keys() <= {"type"} and schema.get("type") == "object" and properties is None else None
+    required = schema.get("required") or []
+    if not all(name.isidentifier() for name in properties) or not set(required) <= properties.keys():
+        return None
+    return properties
+
+
+def moved(schema: Any, pointer: str) -> Any:
+    """A schema whose own references are right where it is put at `pointer` of another."""
+    if isinstance(schema, dict):
+        found = {key: moved(value, pointer) for key, value in schema.items()}
+        reference = schema.get("$ref")
+        if isinstance(reference, str) and (reference == "#" or reference.startswith("#/")):
+            found["$ref"] = "#" + pointer + reference[1:]
+        return found
+    return [moved(item, pointer) for item in schema] if isinstance(schema, list) else schema
+
+
+def _behind_blank(written: str) -> str:
+    """A rule that begins with a regex, with white space before it in the same lexeme."""
+    return f"/{_BLANK}{written[1:]}" if written.startswith("/") else f"/{_BLANK}/ {written}"
