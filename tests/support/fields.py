@@ -93,6 +93,11 @@ def at_the_deadline(seen: Seen) -> bool:
     return seen.answer.status_code == 504 or seen.choice.get("stop_reason") == "deadline"
 
 
+def tells_ids(seen: Seen) -> bool:
+    prompt = (seen.choice | seen.answer.json())["prompt_token_ids"]
+    return len(prompt) == seen.usage["prompt_tokens"] and len(seen.choice["token_ids"]) == seen.num_tokens
+
+
 FUNCTION = {
     "type": "function",
     "function": {"name": "go", "parameters": {"type": "object", "properties": {}, "additionalProperties": False}},
@@ -123,6 +128,7 @@ CASES: dict[str, Case] = {
     "include_stop_str_in_output": Case(True, differs, {"stop": ["e", "a", "i", "o", " "]}),
     "skip_special_tokens": Case(False, differs, ENDS),
     "logit_bias": Case({"65": 100}, differs),
+    "return_token_ids": Case(True, tells_ids),
     "stream": Case(True, lambda seen: seen.answer.headers["content-type"].startswith("text/event-stream")),
     "stream_options": Case(
         {"include_usage": True}, lambda seen: '"completion_tokens":12' in seen.answer.text, {"stream": True}

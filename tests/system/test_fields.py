@@ -179,3 +179,24 @@ def test_what_is_refused_by_name_is_refused_on_its_route(server: Server) -> None
                 answer = server.post(ROUTES[route], {**body, "max_tokens": 1, name: value})
                 if value not in REFUSED[name]:
                     check_error(answer, 400, name, "unsupported_parameter")
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("stop", [None, "e"])
+def test_streamed_ids_are_those_of_the_whole_answer(server: Server, route: str, stop: str | None) -> None:
+    body: dict[str, Any] = {"return_token_ids": True, "n": 2, "seed": 3, "max_tokens": 30, "stop": stop}
+    body |= chat_body("Tell me of ships") if route == "chat" else {"prompt": ["Ships are", "A sail"]}
+    whole = server.post(ROUTES[route], body).json()
+    chunks = stream_chunks(server, {**body, "stream_options": {"include_usage": True}}, ROUTES[route])
+    assert sum(len(choice["token_ids"]) for choice in whole["choices"]) == whole["usage"]["completion_tokens"]
+    assert chunks[-1]["usage"] == whole["usage"] | {
+        "prompt_tokens_details": chunks[-1]["usage"]["prompt_tokens_details"]
+    }
+    for choice in whole["choices"]:
+        mine = [chunk for chunk in chunks[:-1] if chunk["choices"][0]["index"] == choice["index"]]
+        told = [chunk["choices"][0].get("token_ids", []) for chunk in mine]
+        assert [token for ids in told for token in ids] == choice["token_ids"]
+        if route == "chat":
+            assert mine[0]["prompt_token_ids"] == whole["prompt_token_ids"]
+        else:
+            assert mine[0]["choices"][0]["prompt_token_ids"] == choice["prompt_token_ids"]

@@ -45,6 +45,9 @@ class Choice:
         self.finish_reason: FinishReason | None = None
         self.expired = False
         """whether it was to end where it was, for lack of time"""
+        self.token_ids: list[int] | None = None
+        """all that came, where somebody asked for them; the first `num_tokens` count"""
+        self._num_told_ids = 0
         self.num_tokens = 0
         self.num_reasoning_tokens = 0
         self.first_token_at: float | None = None
@@ -73,6 +76,12 @@ class Choice:
     def mean_logprob(self) -> float:
         return 0.0 if self._ledger is None else self._ledger.mean
 
+    def new_ids(self) -> list[int]:
+        """Those that nobody was told yet."""
+        assert self.token_ids is not None
+        start, self._num_told_ids = self._num_told_ids, self.num_tokens
+        return self.token_ids[start : self.num_tokens]
+
     def take(self, delta: Delta) -> list[Piece]:
         """Text that may be shown by now; the last piece of a choice, and only that one, has a finish_reason.
 
@@ -80,6 +89,8 @@ class Choice:
         shown.
         """
         tokens = delta.tokens
+        if self.token_ids is not None:
+            self.token_ids += tokens
         if tokens:
             self._clock(len(tokens))
         if delta.finish_reason == "stop" and not self._text.include_stop:

@@ -96,6 +96,11 @@ class Told:
             self.calls[delta.index].arguments += delta.arguments
 
 
+def _with_field(told: bytes, name: bytes, value: Any) -> bytes:
+    """`told`: JSON of an object."""
+    return b'%b,"%b":%b}' % (told[:-1], name, json_bytes(value))
+
+
 class Format(ABC):
     """A Shape of answers in choices. What an endpoint says of one choice is up to it; the frame around that is OpenAI's
     for all, and so is `[DONE]`, which comes after an error too."""
@@ -103,6 +108,8 @@ class Format(ABC):
     ping = ServerSentEvent(comment="ping", sep="\n")
     kind: str
     chunk_kind: str
+    prompt_by_choice = True
+    """whether choices may have different prompts"""
 
     def __init__(self, head: Head, num_choices: int, usage: UsageEvents, logprobs: Logprobs | None) -> None:
         """`num_choices`: how many samples of each prompt are shown; `logprobs`: spells them, None if nobody asked."""
@@ -115,18 +122,25 @@ class Format(ABC):
 
     def begin(self, work: Work) -> bytes:
         end = self._with_usage(work) if self._usage_in_chunks else self._end
+        if work.tells_ids:
+            return b"".join([self._first_with_ids(choice.index, work, end) for choice in work.choices])
         firsts = [self.first(choice.index) for choice in work.choices]
         return b"".join([self._start + first + end for first in firsts if first])
 
     def piece(self, work: Work, piece: Piece) -> bytes:
         end = self._with_usage(work) if self._usage_in_chunks else self._end
-        event = self._start + self.text(piece) + end if piece.text else b""
-        if piece.reasoning or piece.calls:
-            event = b"".join([self._start + part + end for part in self.parts(piece)])
+        event = self._start + self.text(piece) + end if piece.text and not work.tells_ids else b""
+        if piece.reasoning or piece.calls or work.tells_ids:
+            parts = self.parts(piece) if piece.reasoning or piece.calls else [self.text(piece)] if piece.text else []
+            if work.tells_ids:
+                parts = [_with_field(part, b"token_ids", piece.choice.new_ids()) for part in parts]
+            event = b"".join([self._start + part + end for part in parts])
         if piece.finish_reason is not None:
             last = self.last(piece)
+            if work.tells_ids:
+                last = _with_field(last, b"token_ids", piece.choice.new_ids())
             if (stop_reason := piece.choice.stop_reason) is not None:
-                last = last[:-1] + b',"stop_reason":%b}' % json_bytes(stop_reason)
+                last = _with_field(last, b"stop_reason", stop_reason)
             event += self._start + last + end
         return event
 
@@ -142,11 +156,20 @@ class Format(ABC):
         for index, choice in enumerate(work.best(self._num_choices)):
             part = told[choice.index]
             logprobs = None if self._logprobs is None else self.logprobs(choice.index, part.entries)
-            said = {"logprobs": logprobs, "finish_reason": self.ended(part.finish_reason)}
+            said: dict[str, Any] = {"logprobs": logprobs, "finish_reason": self.ended(part.finish_reason)}
+            if choice.token_ids is not None:
+                said["token_ids"] = choice.token_ids[: choice.num_tokens]
+                if self.prompt_by_choice:
+                    said["prompt_token_ids"] = work.prompt_of(choice.index).token_ids
             if choice.stop_reason is not None:
                 said["stop_reason"] = choice.stop_reason
             choices.append({"index": index, **self.said(choice.index, part), **said})
         return {**self._head.fields(self.kind), "choices": choices, "usage": work.usage()}
+
+    def _first_with_ids(self, index: int, work: Work, end: bytes) -> bytes:
+        """The event that opens a choice; tells the ids of its prompt where the format has a place for them."""
+        first = self.first(index)
+        return self._start + first + end if first else b""
 
     @abstractmethod
     def first(self, index: int) -> bytes:
@@ -190,6 +213,7 @@ class ChatFormat(Format):
 
     kind = "chat.completion"
     chunk_kind = "chat.completion.chunk"
+    prompt_by_choice = False
 
     def __init__(
         self,
@@ -205,6 +229,10 @@ class ChatFormat(Format):
         super().__init__(head, num_choices, usage, logprobs)
         self._opening = b"null" if may_call else b'""'
         self._call_ends_with = call_ends_with
+
+    def _first_with_ids(self, index: int, work: Work, end: bytes) -> bytes:
+        ids = json_bytes(work.prompt_of(index).token_ids)
+        return self._start + self.first(index) + b'],"prompt_token_ids":' + ids + end.removeprefix(b"]")
 
     def first(self, index: int) -> bytes:
         """The role, once; no text, so that the first text marks the first token."""
@@ -262,6 +290,8 @@ class ChatFormat(Format):
         answer = super().whole(work, told)
         if work.scoring is not None:
             answer["prompt_logprobs"] = work.scoring.prompts[0].listed
+        if work.tells_ids:
+            answer["prompt_token_ids"] = work.prompts[0].token_ids
         return answer
 
 
@@ -298,6 +328,10 @@ class CompletionFormat(Format):
         self._scored = [] if scoring is None else scoring.of_choice
         self._echoes_logprobs = scoring is not None and scoring.num_echoed is not None
         self._untold = set(range(len(echoes))) if self._echoes_logprobs else set()  # choices whose echo is to be told
+
+    def _first_with_ids(self, index: int, work: Work, end: bytes) -> bytes:
+        first = self.first(index) or b'{"index":%d,"text":"","logprobs":null,"finish_reason":null}' % index
+        return self._start + _with_field(first, b"prompt_token_ids", work.prompt_of(index).token_ids) + end
 
     def first(self, index: int) -> bytes:
         """The echo, unless its log-probabilities come with it."""

@@ -40,6 +40,8 @@ class Work:
     """where logprobs of the prompts were asked for"""
     num_open: int = field(init=False)
     """choices whose last piece is still to come"""
+    tells_ids: bool = False
+    """whether the answer tells ids of tokens beside their text"""
     outcome: str = "disconnect"
     """how it ended, seen from the engine; a client that leaves says nothing"""
 
@@ -71,6 +73,15 @@ class Work:
                 "rejected_prediction_tokens": 0,
             },
         }
+
+    def tell_ids(self) -> None:
+        """Called before the first piece is read."""
+        self.tells_ids = True
+        for choice in self.choices:
+            choice.token_ids = []
+
+    def prompt_of(self, choice: int) -> Prompt:
+        return self.prompts[choice // len(self.prompts[0].params)]
 
     def best(self, num_choices: int) -> list[Choice]:
         """So many samples of each prompt: all of them, or those that the model itself finds likeliest per token, the

@@ -70,6 +70,8 @@ _HEAD: dict[str, Schema] = {"created": TIME, "model": TEXT, "system_fingerprint"
 _TIER = {"service_tier": const("default") | {"description": "where the request named one"}}
 _FINISH = const("stop", "length")
 _STOP_REASON = {"stop_reason": const("deadline") | {"description": "where the request's timeout cut the answer"}}
+_TOKEN_IDS = {"token_ids": array(COUNT) | {"description": "with return_token_ids: new tokens, as usage counts them"}}
+_PROMPT_IDS = {"prompt_token_ids": array(COUNT)}
 _MESSAGE = shape(role=const("assistant"), content=TEXT, refusal=NULL)
 _DELTA = shape({"role": const("assistant"), "content": TEXT})
 _USAGE_OR_NULL = either(ref("Usage"), NULL)
@@ -81,13 +83,13 @@ SHAPES: dict[str, Schema] = {
     "ChatLogprobs": _CHAT_LOGPROBS,
     "CompletionLogprobs": _COMPLETION_LOGPROBS,
     "ChatCompletion": shape(
-        {**_TIER, **_PROMPT_LOGPROBS},
+        {**_TIER, **_PROMPT_LOGPROBS, **_PROMPT_IDS},
         id=TEXT,
         object=const("chat.completion"),
         **_HEAD,
         choices=array(
             shape(
-                _STOP_REASON,
+                {**_STOP_REASON, **_TOKEN_IDS},
                 index=COUNT,
                 message=_MESSAGE,
                 logprobs=either(ref("ChatLogprobs"), NULL),
@@ -98,13 +100,13 @@ SHAPES: dict[str, Schema] = {
         usage=ref("Usage"),
     ),
     "ChatCompletionChunk": shape(
-        {"usage": _USAGE_OR_NULL, **_TIER},
+        {"usage": _USAGE_OR_NULL, **_TIER, **_PROMPT_IDS},
         id=TEXT,
         object=const("chat.completion.chunk"),
         **_HEAD,
         choices=array(
             shape(
-                _STOP_REASON,
+                {**_STOP_REASON, **_TOKEN_IDS},
                 index=COUNT,
                 delta=_DELTA,
                 logprobs=either(ref("ChatLogprobs"), NULL),
@@ -119,7 +121,7 @@ SHAPES: dict[str, Schema] = {
         **_HEAD,
         choices=array(
             shape(
-                {**_STOP_REASON, **_PROMPT_LOGPROBS},
+                {**_STOP_REASON, **_PROMPT_LOGPROBS, **_TOKEN_IDS, **_PROMPT_IDS},
                 index=COUNT,
                 text=TEXT,
                 logprobs=either(ref("CompletionLogprobs"), NULL),
@@ -136,7 +138,7 @@ SHAPES: dict[str, Schema] = {
         **_HEAD,
         choices=array(
             shape(
-                _STOP_REASON,
+                {**_STOP_REASON, **_TOKEN_IDS, **_PROMPT_IDS},
                 index=COUNT,
                 text=TEXT,
                 logprobs=either(ref("CompletionLogprobs"), NULL),

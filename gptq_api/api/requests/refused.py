@@ -26,7 +26,6 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "chat_template_kwargs": _NOTHING,
     "documents": _NOTHING,
     "truncate_prompt_tokens": _NOTHING,
-    "return_token_ids": _NOTHING,
     "return_tokens_as_token_ids": _NOTHING,
     "use_beam_search": _NOTHING,
     "length_penalty": (None, 1, 1.0),

@@ -33,6 +33,10 @@ class ServingFields(SamplingFields):
     `finish_reason` "length" and `stop_reason` "deadline"; without a token by then, it is a 504. The header
     `X-Request-Timeout` says it too, and the field wins."""
 
+    return_token_ids: bool | None = None
+    """Beside the text the ids: `token_ids` of each choice, of all tokens that usage counts (in a stream, those that are
+    new with a chunk), and `prompt_token_ids`."""
+
     def terms(self, headers: Mapping[str, str]) -> Terms:
         """`headers`: of the request. Raises ApiError 400 for one that is wrong."""
         priority, timeout_s = self.priority, self.timeout

@@ -77,6 +77,8 @@ async def converse(
             if body.prompt_logprobs is not None:
                 scoring = Scoring(service, prompts, [""], None, body.prompt_logprobs)
             work = owned.enter_context(admitted(service, record, prompts, new_text, terms, found.new_reader, scoring))
+        if body.return_token_ids:
+            work.tell_ids()
         return await respond(request, work, shape, owned, stream=bool(body.stream), headers=headers)
 
 

@@ -45,6 +45,8 @@ async def completions(body: CompletionRequest, request: Request, service: Servic
                 num_echoed = body.logprobs if body.echo else None
                 scoring = Scoring(service, prompts, texts, num_echoed, body.prompt_logprobs)
             work = owned.enter_context(admitted(service, record, prompts, new_text, terms, scoring=scoring))
+        if body.return_token_ids:
+            work.tell_ids()
         for choice in work.choices:
             choice.tells_end = body.echoes_logprobs  # who reads those of the prompt counts on one for each token
         echoes = [text for text, prompt in zip(texts, prompts, strict=True) for _ in prompt.params]
