@@ -33,7 +33,7 @@ TEMPLATE = (
     "{% for call in message.tool_calls or [] %}"
     '<tool_call>{"name": "{{ call.function.name }}", "arguments": {{ call.function.arguments | tojson }}}</tool_call>'
     "{% endfor %}<|end|>{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% if messages[-1].role == 'tool' %}\n{% endif %}{% endif %}"
+    "{% if add_generation_prompt %}<|assistant|>{% if messages[-1].role == 'tool' %}{{ '\\n' }}{% endif %}{% endif %}"
 )
 """Hermes's way to call, said in the demo model's tokens"""
 

@@ -10,6 +10,9 @@ from typing import Any
 
 from gptq_api.text.tools.layouts import CallLayout
 
+_GAP = r"([ ]|\n[ ]{0,16})?"
+"""models of one family differ in their white space"""
+
 
 @dataclass(frozen=True, slots=True)
 class Function:
@@ -32,8 +35,8 @@ def answer_grammar(
     `layout.begin` where that is a control token; `text_schema`: what an answer without calls has to be; `thoughts`:
     the prompt ends with <think>, so that all that follows what ends the thoughts."""
     begin = _quoted(layout.begin) if begin_token is None else f"<[{begin_token}]>"
-    calls = f"call ({_quoted(layout.between)} call)*" if many else "call"
-    body = " ".join(part for part in (_quoted(layout.opening), calls, _quoted(layout.closing)) if part)
+    calls = f"call ({_loose(layout.between)} call)*" if many else "call"
+    body = " ".join(part for part in (_loose(layout.opening), calls, _loose(layout.closing)) if part)
     lines = []
     if forced:
         lines.append(f"answer: {begin} {body}")
@@ -51,20 +54,28 @@ def answer_grammar(
         lines.append(f"TEXT: /(?s:.+)/ & ~/(?s:.*){mark}(?s:.*)/")
     else:
         lines.append(f"answer: TEXT? | {body}")
-        lines.append(f"TEXT: /(?s:.+)/ & ~/{_regex(layout.head)}(?s:.*)/")
-    lines.insert(0, "start: thoughts GAP? answer" if thoughts else "start: answer")
+        lines.append(r'TEXT: /(?s:.+)/ & ~/\{[ \n]*"name"[ \n]*:[ \n]*"(?s:.*)/')
+    lines.insert(0, "start: thoughts /\\n{1,2}/? answer" if thoughts else "start: answer")
     if thoughts:
-        lines += [r"thoughts[lazy]: /(?s:.*)<\/think>/", r"GAP: /\n{1,2}/"]
+        lines.append(r"thoughts[lazy]: /(?s:.*)<\/think>/")
+    lines.append(r"GAP: /[ ]|\n[ ]{0,16}/")
     lines.append("call: " + " | ".join(f"call_{i}" for i in range(len(functions))))
     for i, function in enumerate(functions):
-        head = layout.head + function.name + layout.middle
-        lines.append(f'call_{i}: {_quoted(head)} arguments_{i} "}}"')
+        # One lexeme, so that a text that begins like a call and is none can be told from it at its end.
+        words = [r"\{", '"name"', ":", f'"{_regex(function.name)}"', ",", f'"{layout.key}"', ":", ""]
+        lines.append(f'call_{i}: /{_GAP.join(words)}/ arguments_{i} GAP? "}}"')
         lines.append(f"arguments_{i}: %json {json.dumps(function.schema)}")
     return "\n".join(lines)
 
 
 def _quoted(text: str) -> str:
     return json.dumps(text) if text else ""
+
+
+def _loose(text: str) -> str:
+    """Its line breaks may be missing, or its blanks."""
+    parts = re.split(r"([ \n])", text)
+    return " ".join("GAP?" if part in (" ", "\n") else _quoted(part) for part in parts if part)
 
 
 def _regex(text: str) -> str:

@@ -7,10 +7,16 @@ import string
 from collections.abc import Callable
 from typing import Literal
 
+import regex
+
 from gptq_api.text.parts import CallDelta, Parts
 from gptq_api.text.tools.layouts import CallLayout
 
 THINK, END_THINK = "<think>", "</think>"
+_HEAD = regex.compile(r'\{[ \n]*"name"[ \n]*:[ \n]*"')
+"""of a call, up to its name"""
+_CALL = regex.compile(_HEAD.pattern + r'([^"]*)"[ \n]*,[ \n]*"(?:arguments|parameters)"[ \n]*:[ \n]*(?=\{)')
+"""up to its arguments"""
 _ID_CHARACTERS = string.ascii_letters + string.digits
 
 
@@ -22,7 +28,8 @@ def new_call_id(layout: CallLayout) -> str:
 class AnswerReader:
     """A Reader for one choice. What may be the beginning of a thought or a call is held back, and nothing else.
 
-    Calls are written by a grammar (`tools/grammar.py`), so their text is as the layout says, unless it ends early.
+    Calls are written by a grammar (`tools/grammar.py`): their text is as the layout says, but for white space, unless
+    it ends early.
     """
 
     def __init__(
@@ -97,11 +104,10 @@ class AnswerReader:
     def _first(self, parts: Parts) -> bool:
         """Where a call may begin without a mark."""
         if self._layout is not None and not self._layout.begin:
-            head = self._layout.head
-            if self._held.startswith(head):
+            if _HEAD.match(self._held):
                 self._state = "head"
                 return True
-            if head.startswith(self._held):
+            if not self._held or _HEAD.fullmatch(self._held, partial=True):
                 return False
         self._state = "content"
         return True
@@ -124,15 +130,13 @@ class AnswerReader:
 
     def _head(self, parts: Parts) -> bool:
         """Behind `begin` or a call, up to where the next call's arguments begin."""
-        assert self._layout is not None
-        _, found, rest = self._held.partition(self._layout.head)
-        name, complete, rest = rest.partition(self._layout.middle)
-        if not found or not complete:
+        found = _CALL.search(self._held)
+        if found is None:
             return False
-        parts.calls.append(CallDelta(self._num_calls, self._new_id(), name, ""))
+        parts.calls.append(CallDelta(self._num_calls, self._new_id(), found[1], ""))
         self._num_calls += 1
         self.has_calls = True
-        self._held, self._state = rest, "arguments"
+        self._held, self._state = self._held[found.end() :], "arguments"
         return True
 
     def _arguments(self, parts: Parts) -> bool:

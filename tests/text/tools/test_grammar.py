@@ -56,6 +56,18 @@ def test_auto(name: str) -> None:
         assert accepts(layout, "I see. " + written(layout, RIGHT))
 
 
+def test_white_space_may_differ() -> None:
+    for text in (
+        '<tool_call>{"name": "now", "arguments": {}}</tool_call>',
+        '<tool_call>\n{"name":"now","arguments":{}}</tool_call>',
+        '<tool_call>\n{\n  "name": "now",\n  "arguments": {}\n}\n</tool_call>',
+    ):
+        assert accepts(HERMES, text) and accepts(HERMES, text, forced=True), text
+    assert not accepts(HERMES, '<tool_call>\n\n\n{"name": "now", "arguments": {}}\n</tool_call>')
+    assert accepts(LLAMA_3, '{"name":"now","parameters":{}}')
+    assert not accepts(LLAMA_3, '{"name":"other","parameters":{}}')
+
+
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_forced(name: str) -> None:
     layout = LAYOUTS[name]

@@ -40,6 +40,10 @@ CASES: dict[str, tuple[CallLayout | None, Literal["", "may", "does"], str, tuple
         ("hm", "", [("f", "{}")]),
     ),
 }
+CASES |= {
+    "other white space": (HERMES, "", '<tool_call>{"name":"f","arguments":{}}</tool_call>', ("", "", [("f", "{}")])),
+    "lines": (LLAMA_3, "", '{\n  "name": "f",\n  "parameters": {}\n}', ("", "", [("f", "{}")])),
+}
 for _layout in (HERMES, LLAMA_3, MISTRAL, GENERIC):
     for _number, _calls in enumerate([[("f", ARGUMENTS[0])], [("f", ARGUMENTS[1]), ("g.h-2", ARGUMENTS[2])]]):
         CASES[f"{_layout.name} {_number}"] = (_layout, "", written(_layout, *_calls), ("", "", _calls))
@@ -90,9 +94,9 @@ def test_words_are_told_at_once() -> None:
     assert reader.push("Hello <").content == "Hello "
     assert reader.push("b>").content == "<b>"
     assert reader.push("<tool_call>\n" + '{"name": "f", "argum').calls == []
-    (begun,) = reader.push('ents": ').calls
-    assert (begun.index, begun.name, begun.arguments) == (0, "f", "")
-    assert [delta.arguments for delta in reader.push('{"a": "b').calls] == ['{"a": "b']
+    begun, first = reader.push('ents": {').calls
+    assert (begun.index, begun.name, begun.arguments, first.arguments) == (0, "f", "", "{")
+    assert [delta.arguments for delta in reader.push('"a": "b').calls] == ['"a": "b']
 
 
 def test_a_call_that_is_cut_keeps_what_was_told() -> None:
