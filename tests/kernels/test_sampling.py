@@ -108,7 +108,7 @@ def agree(logits: Tensor, batch: list[Seat], tolerated: int = 0) -> None:
     assert len(wrong) <= tolerated, wrong
 
 
-@pytest.mark.parametrize("size", [1, 31, 700, 4097, 32000, 128256])
+@pytest.mark.parametrize("size", [31, 700, 4097, 32000, 128256])
 @pytest.mark.parametrize("kinds", [KINDS, KINDS + PENALTIES, [{**kind, "top_logprobs": 2} for kind in KINDS]])
 def test_masks_leave_what_the_cpu_leaves(size: int, kinds: list[dict[str, Any]]) -> None:
     rng = np.random.default_rng(size)
