@@ -129,12 +129,14 @@ class Format(ABC):
 
     def piece(self, work: Work, piece: Piece) -> bytes:
         end = self._with_usage(work) if self._usage_in_chunks else self._end
-        event = self._start + self.text(piece) + end if piece.text and not work.tells_ids else b""
-        if piece.reasoning or piece.calls or work.tells_ids:
+        event = b""
+        if work.tells_ids or piece.reasoning or piece.calls:
             parts = self.parts(piece) if piece.reasoning or piece.calls else [self.text(piece)] if piece.text else []
             if work.tells_ids:
                 parts = [_with_field(part, b"token_ids", piece.choice.new_ids()) for part in parts]
             event = b"".join([self._start + part + end for part in parts])
+        elif piece.text:
+            event = self._start + self.text(piece) + end
         if piece.finish_reason is not None:
             last = self.last(piece)
             if work.tells_ids:
