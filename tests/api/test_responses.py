@@ -199,7 +199,7 @@ def test_refusals_name_the_place(fields: dict[str, Any], param: str) -> None:
 
 
 def test_what_has_no_effect_is_named() -> None:
-    fields = {
+    fields: dict[str, Any] = {
         "store": True,
         "truncation": "auto",
         "reasoning": {"effort": "high", "summary": "auto"},
@@ -310,7 +310,8 @@ async def test_cut_failed_and_empty_answers() -> None:
         empty = events_of(shape(), asked, list(pieces(asked)))
         told = Told(finish_reason="length", text="He")
         whole = Response.model_validate(shape().whole(asked, [told]))
-    for answer in (cut[-1].response, whole):
+    answers: list[Any] = [cut[-1].response, whole]
+    for answer in answers:
         assert answer.status == "incomplete" and answer.incomplete_details.reason == "max_output_tokens"
         assert answer.output[0].status == "incomplete"
     assert kinds(cut)[-1] == "incomplete"
