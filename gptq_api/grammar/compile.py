@@ -98,6 +98,11 @@ def inner_schema(schema: Any) -> dict[str, Any]:
     return {**found, "x-guidance": {"whitespace_pattern": WHITESPACE, "lenient": False, "coerce_one_of": False}}
 
 
+def outer_schema(schema: dict[str, Any]) -> dict[str, Any]:
+    """What `inner_schema` was made of."""
+    return {key: value for key, value in schema.items() if key != "x-guidance"}
+
+
 def after_thoughts(schema: Any) -> str:
     """Lark of a text that ends its thoughts, which the prompt began, and goes on with a JSON document."""
     lines = ["start: thoughts GAP? document", r"thoughts[lazy]: /(?s:.*)<\/think>/", r"GAP: /\n{1,2}/"]

@@ -8,7 +8,7 @@ from typing import cast
 from llguidance import LLTokenizer, TokenizerWrapper
 
 from gptq_api.text.tokenizer import Tokenizer
-from gptq_api.text.tool_formats.spelling import control_name
+from gptq_api.text.tools.patterns.spelling import control_name
 
 
 class _Bytes:

@@ -238,14 +238,14 @@ def _hidden(value: Any, marks: _Marks) -> Any:
     if isinstance(value, list):
         return [_hidden(item, marks) for item in value]
     if isinstance(value, dict):
-        return {key: _hidden(item, marks) for key, item in value.items()}
+        return {marks.hide(key): _hidden(item, marks) for key, item in value.items()}
     return value
 
 
 def _strings(value: Any) -> list[str]:
     if isinstance(value, str):
         return [value]
-    items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    items = (*value, *value.values()) if isinstance(value, dict) else value if isinstance(value, list) else ()
     return [string for item in items for string in _strings(item)]
 
 

@@ -21,7 +21,7 @@ from gptq_api.api.service import Service
 from gptq_api.engine.client import Prompt
 from gptq_api.text.chat_template import ChatTemplateError
 from gptq_api.text.tokenizer import NoRowError
-from gptq_api.text.tools.history import with_tools
+from gptq_api.text.tools.history import has_many_calls, one_call_a_message, with_tools
 from gptq_api.types import SamplingParams
 
 T = TypeVar("T")
@@ -88,15 +88,25 @@ async def _in_template(
     rendered = with_tools([message.rendered() for message in messages], tools, layout)
     if tools and layout.told_by_template:
         variables["tools"] = tools
-    try:
-        return await service.in_text_thread(
-            lambda: render(
-                rendered,
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=continue_final_message,
-                variables=variables,
-            )
+
+    def attempt(messages: list[dict[str, Any]]) -> T:
+        return render(
+            messages,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            variables=variables,
         )
+
+    def rendering() -> T:
+        try:
+            return attempt(rendered)
+        except ChatTemplateError:
+            if has_many_calls(rendered):
+                return attempt(one_call_a_message(rendered))
+            raise
+
+    try:
+        return await service.in_text_thread(rendering)
     except ChatTemplateError as error:
         raise bad_request(f"The chat template refused the messages: {str(error)[:300]}", "messages") from None
 

@@ -17,6 +17,9 @@ from gptq_api.grammar import compile as grammars
 from gptq_api.text.parts import StoppedReader
 from gptq_api.text.tools.grammar import Function, answer_grammar
 from gptq_api.text.tools.layouts import CallLayout
+from gptq_api.text.tools.patterns.grammar import Demand, write
+from gptq_api.text.tools.patterns.reader import CallReader
+from gptq_api.text.tools.patterns.spelling import Spelling, controls
 from gptq_api.text.tools.reader import END_THINK, THINK, AnswerReader
 
 MAX_TOOLS = 128
@@ -141,17 +144,24 @@ async def reading(service: Service, body: ToolFields, prompt_ids: list[int]) -> 
                 raise bad_request(f"'tools' and '{constraint.param}' exclude each other.", constraint.param)
             await _checked(service, constraint)
             text_schema = grammars.inner_schema(constraint.schema)
-        text = answer_grammar(
-            layout,
-            functions,
-            forced=forced,
-            many=body.parallel_tool_calls is not False and body.forced_name is None,
-            begin_token=begin_token,
-            text_schema=text_schema,
-            thoughts=thinks == "does",
-        )
+        many = body.parallel_tool_calls is not False and body.forced_name is None
+        if layout.pattern is not None:
+            schemas = {function.name: grammars.outer_schema(function.schema) for function in functions}
+            answer = None if text_schema is None else grammars.outer_schema(text_schema)
+            demand = Demand(schemas, must_call=forced, many=many, answer=answer)
+            text = write(layout.pattern, service.tokenizer, demand, grammars.embedded)
+        else:
+            text = answer_grammar(
+                layout,
+                functions,
+                forced=forced,
+                many=many,
+                begin_token=begin_token,
+                text_schema=text_schema,
+                thoughts=thinks == "does",
+            )
         try:
-            found.grammar = grammars.lark(text)
+            found.grammar = grammars.native_lark(text)
         except grammars.GrammarError as error:
             raise bad_request(f"Invalid value for 'tools': together, {error}.", "tools") from None
     elif constraint is not None:
@@ -164,6 +174,8 @@ async def reading(service: Service, body: ToolFields, prompt_ids: list[int]) -> 
         raise bad_request("'ignore_eos' and 'tools' exclude each other: a call that is complete ends.", "ignore_eos")
     if not body.may_call and not thinks:
         return found
+    if layout.pattern is not None and body.may_call:
+        return _read_by_pattern(service, body, layout.pattern, found)
     layout_read: CallLayout | None = layout if body.may_call else None
     stop = (*body.stop, *service.template.stop)
     include_stop = bool(body.include_stop_str_in_output)
@@ -171,6 +183,15 @@ async def reading(service: Service, body: ToolFields, prompt_ids: list[int]) -> 
     marks = [layout.begin] if body.may_call else []
     ids = (_control_token(service, mark) for mark in (*marks, *((THINK, END_THINK) if thinks else ())))
     found.shown = frozenset(i for i in ids if i is not None)
+    return found
+
+
+def _read_by_pattern(service: Service, body: ToolFields, pattern: Spelling, found: Reading) -> Reading:
+    names = frozenset(tool.function.name for tool in body.tools or ())
+    stop = (*body.stop, *service.template.stop)
+    include_stop = bool(body.include_stop_str_in_output)
+    found.new_reader = lambda: StoppedReader(CallReader(pattern, names), stop, include_stop)
+    found.shown = controls(pattern, service.tokenizer)
     return found
 
 

@@ -22,7 +22,7 @@ What it returned comes in <tool_response> tags. Where no function helps, answer 
 def with_tools(messages: Sequence[Message], tools: Sequence[dict[str, Any]], layout: CallLayout) -> list[Message]:
     """Arguments are objects; where the template knows nothing of tools, they and all calls and results are text."""
     if layout.told_by_template:
-        return _one_call_a_message([_with_objects(message) for message in messages])
+        return [_with_objects(message) for message in messages]
     found = [_as_text(message, layout) for message in messages]
     if tools:
         functions = "\n".join(json.dumps(tool["function"], ensure_ascii=False) for tool in tools)
@@ -44,9 +44,14 @@ def _with_objects(message: Message) -> Message:
     return {**message, "tool_calls": calls}
 
 
-def _one_call_a_message(messages: list[Message]) -> list[Message]:
-    """Several calls of one answer, with their results behind them, as one after the other: LLaMA 3's template raises
-    for more than one call in a message, and no template minds."""
+def has_many_calls(messages: Sequence[Message]) -> bool:
+    """Whether any message calls more than one function."""
+    return any(len(message.get("tool_calls") or ()) > 1 for message in messages)
+
+
+def one_call_a_message(messages: Sequence[Message]) -> list[Message]:
+    """Several calls of one answer, with their results behind them, as one after the other, for templates that raise for
+    more than one call in a message, as LLaMA 3's does. Those that do not show a model what it said itself."""
     found: list[Message] = []
     index = 0
     while index < len(messages):

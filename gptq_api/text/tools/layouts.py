@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 
+from gptq_api.text.tools.patterns.spelling import FUNCTIONARY_3_1, FUNCTIONARY_3_2, PYTHONIC, Spelling
+
 
 @dataclass(frozen=True, slots=True)
 class CallLayout:
@@ -23,6 +25,8 @@ class CallLayout:
     id_length: int = 24
     """characters of a call's id"""
     id_prefix: str = "call_"
+    pattern: Spelling | None = None
+    """how calls are written that are no such objects; all above but `told_by_template` means nothing then"""
 
     @property
     def head(self) -> str:
@@ -52,11 +56,25 @@ GENERIC = CallLayout(
 )
 
 
+_PATTERNS = (
+    (FUNCTIONARY_3_2, ">>>all"),
+    (FUNCTIONARY_3_1, "<function="),
+    (PYTHONIC, "<|python_start|>"),
+    (PYTHONIC, "func_name1("),
+)
+"""and what a template of that kind holds"""
+
+
 def layout_of(jinja: str, variables: Collection[str]) -> CallLayout:
     """By what a chat template writes; `variables`: those that it reads. Templates that know nothing of tools, and those
-    of families whose calls are no JSON, get the generic layout, about which we tell the model ourselves."""
+    that write in no way known here, get the generic layout, about which we tell the model ourselves."""
     if "tools" not in variables:
         return GENERIC
+    if "<function=" in jinja and "<parameter=" in jinja:  # arguments in tags of their own
+        return GENERIC
+    for pattern, mark in _PATTERNS:
+        if mark in jinja:
+            return CallLayout("by a pattern", "", "", "", "", "", pattern=pattern)
     for layout, mark in ((MISTRAL, "[TOOL_CALLS]"), (HERMES, "<tool_call>"), (LLAMA_3, '"parameters"')):
         if mark in jinja:
             return layout

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from gptq_api.text.tools.history import with_tools
+from gptq_api.text.tools.history import has_many_calls, one_call_a_message, with_tools
 from gptq_api.text.tools.layouts import GENERIC, HERMES, LLAMA_3
 
 TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]
@@ -31,7 +31,10 @@ def test_arguments_become_objects() -> None:
 
 def test_calls_of_one_answer_follow_each_other() -> None:
     answer = {"role": "assistant", "content": "See", "tool_calls": [call("a"), call("b"), call("c")]}
-    found = with_tools([USER, answer, result("b"), result("a"), USER], TOOLS, LLAMA_3)
+    messages = with_tools([USER, answer, result("b"), result("a"), USER], TOOLS, LLAMA_3)
+    assert has_many_calls(messages) and len(messages) == 5
+    found = one_call_a_message(messages)
+    assert not has_many_calls(found)
     assert [(m["role"], [c["id"] for c in m.get("tool_calls", [])] or m["content"]) for m in found] == [
         ("user", "hi"),
         ("assistant", ["a"]),

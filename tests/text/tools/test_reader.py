@@ -126,7 +126,7 @@ def test_ids_are_new_and_of_the_family() -> None:
         ("{% for tool in tools %}{{ tool }}{% endfor %}[TOOL_CALLS]", MISTRAL),
         ("{% for tool in tools %}{{ tool }}{% endfor %}<tool_call>", HERMES),
         ('{% for tool in tools %}{{ tool }}{% endfor %}{"name": x, "parameters": y}', LLAMA_3),
-        ("{% for tool in tools %}{{ tool }}{% endfor %}>>>all", GENERIC),
+        ("{% for tool in tools %}{{ tool }}{% endfor %}in some other way", GENERIC),
         ("<tool_call>", GENERIC),
     ],
 )

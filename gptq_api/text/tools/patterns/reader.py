@@ -8,8 +8,8 @@ from collections.abc import Collection, Sequence
 from typing import Literal, NamedTuple
 
 from gptq_api.text.parts import CallDelta, Parts
-from gptq_api.text.tool_formats.scans import KeywordScan, ObjectScan, Scan, StringScan
-from gptq_api.text.tool_formats.spelling import Item, Spelling, items
+from gptq_api.text.tools.patterns.scans import KeywordScan, ObjectScan, Scan
+from gptq_api.text.tools.patterns.spelling import Item, Spelling, items
 
 MAX_NAME = 128
 _MAX_SPACE = 64
@@ -18,6 +18,7 @@ _ALPHABET = string.ascii_letters + string.digits
 
 
 def new_call_id() -> str:
+    """Another one for every call."""
     return "call_" + "".join(secrets.choice(_ALPHABET) for _ in range(24))
 
 
@@ -71,8 +72,8 @@ class CallReader:
 
     thinking = False
 
-    def __init__(self, spelling: Spelling, names: Collection[str], *, responds: bool = True) -> None:
-        """`names`: of the functions; `responds`: whether `spelling.response` is what other answers look like."""
+    def __init__(self, spelling: Spelling, names: Collection[str]) -> None:
+        """`names`: of the functions."""
         self.has_calls = False
         self._names = names
         self._keywords = spelling.keywords
@@ -84,11 +85,8 @@ class CallReader:
         self._triggers = [trigger for trigger in (spelling.trigger, spelling.also) if trigger]
         self._also = spelling.also
         self._anywhere = bool(spelling.trigger)
-        response = items(spelling.response) if responds and spelling.response else []
-        inside = next((i for i, (kind, _) in enumerate(response) if kind == "arguments"), 0)
-        self._response = response[: inside + 1] if response else []
         self._lead = spelling.lead
-        self._state: Literal["begin", "text", "head", "arguments", "tail", "between", "response", "end"] = "begin"
+        self._state: Literal["begin", "text", "head", "arguments", "tail", "between", "end"] = "begin"
         self._text = spelling.prompted
         """what is not told yet"""
         self._scan: Scan = ObjectScan()
@@ -133,13 +131,6 @@ class CallReader:
                 return self._end_call()
             case "between":
                 return self._next_call(parts)
-            case "response":
-                told, used = self._scan.push(self._text)
-                self._text = self._text[used:]
-                parts.content += told
-                if self._scan.done:
-                    self._state = "end"
-                return True
             case "end":
                 self._text = ""
                 return False
@@ -150,13 +141,6 @@ class CallReader:
         start = len(text) - len(text.lstrip())
         if start == len(text):
             return False
-        if self._response:
-            found = match(self._response, text, start)
-            if found.state == "wholly":
-                self._text, self._scan, self._state = text[found.end :], StringScan(), "response"
-                return True
-            if found.state == "partly":
-                return False
         if not self._anywhere or self._lead:
             head = [*self._opening, *self._head]
             found = match(head, text, start)

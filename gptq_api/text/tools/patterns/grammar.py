@@ -1,4 +1,4 @@
-"""Grammars of answers: text, calls of tools, thoughts before either. In llguidance's kind of Lark.
+"""Grammars of answers whose calls are written by a pattern, in llguidance's kind of Lark.
 
 Its lexer takes the longest lexeme that goes on, so white space that may stand before a call is part of the call's first
 lexeme, and free text excludes what begins a call.
@@ -8,21 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
-from gptq_api.text.thoughts import CLOSE, OPEN
 from gptq_api.text.tokenizer import Tokenizer
-from gptq_api.text.tool_formats.spelling import MAX_CALLS, Spelling, control_name, escaped, items, rule
+from gptq_api.text.tools.patterns.spelling import MAX_CALLS, Spelling, control_name, escaped, items, rule
 
-Thoughts = Literal["none", "possible", "begun"]
-"""what an answer may begin with; "begun": the prompt ends in the middle of thoughts"""
 Embed = Callable[[Any], str]
 """JSON schema -> what a Lark rule calls it by"""
 
 _ANY = "(?s:.*)"
 _BLANK = r"[ \n]{0,4}"
-_STRING = r'/(?:\\(?:["\\\/bfnrt]|u[a-fA-F0-9]{4})|[^"\\\x00-\x1F\x7F])*/'
-"""the inside of a JSON string"""
 
 
 @dataclass(slots=True, frozen=True)
@@ -30,13 +25,12 @@ class Demand:
     """What the request asks of an answer."""
 
     functions: Mapping[str, Any]
-    """schemas of the arguments by name; empty: nothing can be called"""
+    """schemas of the arguments by name"""
     must_call: bool = False
     many: bool = True
     """whether several calls may be in one answer"""
     answer: Any = None
     """the schema that an answer without calls has to follow; None: any text"""
-    thoughts: Thoughts = "none"
 
 
 def write(spelling: Spelling, tokenizer: Tokenizer, demand: Demand, embed: Embed) -> str:
@@ -48,45 +42,19 @@ class _Writer:
     def __init__(self, spelling: Spelling, tokenizer: Tokenizer, demand: Demand, embed: Embed) -> None:
         self._spelling, self._tokenizer, self._demand, self._embed = spelling, tokenizer, demand, embed
         self._rules: list[str] = ["%llguidance {}"]
-        self._control = {name: tokenizer.token_to_id(name) in tokenizer.special_token_ids for name in (OPEN, CLOSE)}
 
     def text(self) -> str:
         body = " | ".join(self._bodies())
-        self._rules.append(f"body: {body}")
-        thoughts = self._demand.thoughts
-        if thoughts == "none":
-            starts = "body"
-        elif thoughts == "begun":
-            starts = f"{self._thoughts('')} body"
-        elif self._control[OPEN]:
-            starts = f"({control_name(OPEN)} {self._thoughts('')})? body"
-        else:
-            starts = f"{self._thoughts(_BLANK + escaped(OPEN))} body | body"
-        return "\n".join([*self._rules[:1], f"start: {starts}", *self._rules[1:]]) + "\n"
-
-    def _thoughts(self, opening: str) -> str:
-        """Thoughts up to their end; `opening`: a regex of what stands before them."""
-        if self._control[CLOSE]:
-            return f"/{opening}{_ANY}/ {control_name(CLOSE)}"
-        self._rules.append(f"thoughts[lazy]: /{opening}{_ANY}{escaped(CLOSE)}/")
-        return "thoughts"
+        return "\n".join([*self._rules[:1], f"start: {body}", *self._rules[1:]]) + "\n"
 
     def _bodies(self) -> list[str]:
-        """What an answer may be, behind thoughts."""
-        demand, spelling = self._demand, self._spelling
-        blank = f"/{_BLANK}/ " if demand.thoughts != "none" else ""
-        if not demand.functions:
-            assert demand.answer is not None
-            return [f"{blank}{self._embed(demand.answer)}"]
-        if demand.answer is not None and not demand.must_call and not spelling.trigger and not spelling.keywords:
-            return [f"{blank}{self._embed(self._as_json())}"]
+        """What an answer may be."""
+        demand = self._demand
         calls = self._calls()
         if demand.must_call:
             return self._forced(calls)
         if demand.answer is not None:
-            return [*self._forced(calls), f"{blank}{self._embed(demand.answer)}"]
-        if spelling.response:
-            return [*self._forced(calls), _behind_blank(rule(items(spelling.response), arguments=_STRING))]
+            return [*self._forced(calls), self._embed(demand.answer)]
         return [*self._texts(), *self._behind_text(calls)]
 
     def _forced(self, calls: str) -> list[str]:
@@ -126,21 +94,14 @@ class _Writer:
         return escaped(self._spelling.lead.removeprefix(self._spelling.prompted))
 
     def _excluded(self) -> str:
-        """What free text may not begin with."""
-        spelling, excluded = self._spelling, list[str]()
-        if not spelling.trigger:
-            head = items(spelling.begins_with())
-            name = next(i for i, (kind, _) in enumerate(head) if kind == "name")
-            beginning = "".join(text for _, text in head[:name])
-            if len(beginning) < 3:  # such as a bracket alone: only with the name of a function
-                names = "(?:" + "|".join(map(escaped, self._demand.functions)) + ")"
-                regex = rule(head[:name]).strip("/") + names + escaped(head[name + 1][1])
-            else:
-                regex = rule(head[:name]).strip("/")
-            excluded.append(regex)
-        if self._demand.thoughts == "possible" and not self._control[OPEN]:
-            excluded.append(escaped(OPEN))
-        return "".join(f" & ~/[ \\n]*{regex}{_ANY}/" for regex in excluded)
+        """What free text may not begin with: a call, where only the first words can be one."""
+        if self._spelling.trigger:
+            return ""
+        head = items(self._spelling.begins_with())
+        name = next(i for i, (kind, _) in enumerate(head) if kind == "name")
+        names = "(?:" + "|".join(map(escaped, self._demand.functions)) + ")"
+        regex = rule(head[:name]).strip("/") + names + escaped(head[name + 1][1])
+        return f" & ~/[ \\n]*{regex}{_ANY}/"
 
     def _calls(self) -> str:
         """Calls, behind what triggers them; the name of the rule."""
@@ -191,29 +152,6 @@ class _Writer:
         self._rules.append(f'more_{number}_{count}: ")"')
         return f"none_{number}_0"
 
-    def _as_json(self) -> dict[str, Any]:
-        """One document that is either calls or the answer, since both begin with the same brace."""
-        key = "arguments" if self._spelling.response else "parameters"
-        where = "/properties/tool_calls/items/anyOf/{}" if self._spelling.response else "/anyOf/{}"
-        calls: list[Any] = []
-        for number, (name, schema) in enumerate(self._demand.functions.items()):
-            place = ("/anyOf/0" if self._spelling.response else "") + where.format(number)
-            calls.append(_object({"name": {"const": name}, key: moved(schema, f"{place}/properties/{key}")}))
-        if self._spelling.response:
-            most = MAX_CALLS if self._demand.many else 1
-            listed = {"type": "array", "items": {"anyOf": calls}, "minItems": 1, "maxItems": most}
-            calls = [_object({"tool_calls": listed})]
-        return {"anyOf": [*calls, moved(self._demand.answer, f"/anyOf/{len(calls)}")]}
-
-
-def _object(properties: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "type": "object",
-        "properties": properties,
-        "required": list(properties),
-        "additionalProperties": False,
-    }
-
 
 def plain_properties(schema: Any) -> dict[str, Any] | None:
     """The properties of an object that is described by them alone and whose names could be a program's."""
@@ -227,17 +165,6 @@ def plain_properties(schema: Any) -> dict[str, Any] | None:
     if not all(name.isidentifier() for name in properties) or not set(required) <= properties.keys():
         return None
     return properties
-
-
-def moved(schema: Any, pointer: str) -> Any:
-    """A schema whose own references are right where it is put at `pointer` of another."""
-    if isinstance(schema, dict):
-        found = {key: moved(value, pointer) for key, value in schema.items()}
-        reference = schema.get("$ref")
-        if isinstance(reference, str) and (reference == "#" or reference.startswith("#/")):
-            found["$ref"] = "#" + pointer + reference[1:]
-        return found
-    return [moved(item, pointer) for item in schema] if isinstance(schema, list) else schema
 
 
 def _behind_blank(written: str) -> str:

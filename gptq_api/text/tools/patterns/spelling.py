@@ -1,4 +1,5 @@
-"""How a family of models writes calls of tools, as a pattern that is both turned into a grammar and read by.
+"""How families of models write calls that are no JSON objects of name and arguments (`tools/layouts.py` has those that
+are): a pattern that is both turned into a grammar and read by.
 
 In a pattern %n is the name of a function, %a its arguments, and a space stands for white space that may be there. A
 name of a control token in it is that token where the vocabulary has one, and text where it has not.
@@ -6,7 +7,6 @@ name of a control token in it is that token where the vocabulary has one, and te
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -38,8 +38,6 @@ class Spelling:
     """a control token that may stand behind them"""
     keywords: bool = False
     """arguments are written as Python's keyword arguments, and not as a JSON object"""
-    response: str = ""
-    """a pattern of answers that call nothing, %a being a JSON string; "": they are plain text"""
     lead: str = ""
     """what text that calls nothing begins with"""
     prompted: str = ""
@@ -47,6 +45,20 @@ class Spelling:
 
     def begins_with(self) -> str:
         return self.opening + self.call
+
+
+PYTHONIC = Spelling(
+    "%n(%a",
+    opening="[ ",
+    between=" , ",
+    closing=" ]",
+    also="<|python_start|>",
+    also_closing="<|python_end|>",
+    keywords=True,
+)
+"""LLaMA 3.2's small models and LLaMA 4"""
+FUNCTIONARY_3_1 = Spelling("<function=%n>%a</function>", between=" ", trigger="<function=")
+FUNCTIONARY_3_2 = Spelling(">>>%n\n%a", between=" ", trigger=">>>", lead=">>>all\n", prompted=">>>")
 
 
 def control_name(content: str) -> str:
@@ -99,8 +111,3 @@ def escaped(text: str) -> str:
     """A text as Rust's regexes have it, between slashes."""
     plain = re.sub(r"[\\.+*?()|\[\]{}^$#&\-~/]", r"\\\g<0>", text)
     return plain.replace("\n", "\\n").replace(" ", "[ ]")
-
-
-def quoted(text: str) -> str:
-    """A text as Lark has it."""
-    return json.dumps(text, ensure_ascii=False)
