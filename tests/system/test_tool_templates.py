@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import jsonschema
@@ -33,10 +34,10 @@ def written(folder: Path, template: str) -> str:
 
 
 @pytest.fixture(params=SAID)
-def server(request: pytest.FixtureRequest, tmp_path: Path) -> Server:  # type: ignore[misc]
+def server(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Server]:
     template = ONE_CALL.replace('{"name": .., "parameters": ..}', SAID[request.param])
     with Server("--chat-template", written(tmp_path, template)) as server:
-        yield server  # type: ignore[misc]
+        yield server
 
 
 def test_calls_by_patterns_are_forced_and_streamed(server: Server) -> None:

@@ -44,7 +44,7 @@ PARIS = ("get_weather", {"city": "Paris"})
 LIMA = ("get_weather", {"city": 'Lima "{é}" \\', "days": 2})
 HERMES_NOW = '<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>'
 LIMA_JSON = r'{"city": "Lima \"{é}\" \\", "days": 2}'
-NOW = ("now", {})
+NOW: tuple[str, dict[str, Any]] = ("now", {})
 
 CALLS: list[Case] = [
     ("functionary-3.1", '<function=get_weather>{"city": "Paris"}</function>', "", [PARIS]),
