@@ -1,4 +1,4 @@
-// Bias, penalties, forbidden stop tokens and masks of grammars: a block per row and per slice of the vocabulary counts the history in shared memory.
+// Bias, penalties, forbidden stop tokens and masks: a block per row and per slice of the vocabulary counts the history in shared memory.
 #include "sampler/sampler_row.cuh"
 
 namespace gptq {
