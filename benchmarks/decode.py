@@ -1,6 +1,6 @@
 """The engine on this GPU, in process, without HTTP: decode at batch 1 to 256, prefill, first token, mixed requests,
-memory after load, and how long the device waits between two steps. 4-bit beside FP16 of the same shape through the same
-runner.
+memory after load, how long the device waits between two steps, and what grammars cost. 4-bit beside FP16 of the same
+shape through the same runner.
 
     python benchmarks/decode.py --synthetic llama-13b --out benchmarks/results      # some minutes
     python benchmarks/decode.py --model-path /models/llama-13b-gptq --parts decode --batches 1,8
@@ -24,6 +24,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -35,17 +36,31 @@ from gptq_api.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from gptq_api.checkpoint.dense import dequantized
 from gptq_api.config import Settings
 from gptq_api.engine.core import Engine
+from gptq_api.grammar.compile import json_schema
+from gptq_api.grammar.matchers import Grammars
+from gptq_api.grammar.vocabulary import vocabulary
 from gptq_api.runner.load import make_runner, token_budget
 from gptq_api.runner.options import LoadOptions
 from gptq_api.scheduler.blocks import BlockManager
 from gptq_api.scheduler.scheduler import Scheduler
+from gptq_api.text.tokenizer import load_tokenizer
 from gptq_api.types import Add, SamplingParams, pack_ids
 
-PARTS = ("decode", "long", "prefill", "first", "mixed", "closed", "gaps")
+PARTS = ("decode", "long", "prefill", "first", "mixed", "closed", "gaps", "grammar")
 MIXED_REQUESTS = 256
 """about 530 tokens in and 140 out on average"""
 
 
+SCHEMA = {
+    "type": "array",
+    "minItems": 1000,  # more than there are tokens for
+    "items": {
+        "type": "object",
+        "properties": {"name": {"type": "string"}, "age": {"type": "integer"}, "role": {"enum": ["author", "reader"]}},
+        "required": ["name", "age", "role"],
+        "additionalProperties": False,
+    },
+}
 MIN_STEPS = 16
 """that a decode rate is taken from"""
 
@@ -57,7 +72,7 @@ class Variant:
     group_size: int = 128
     act_order: bool = False
     dense: bool = False
-    parts: tuple[str, ...] = PARTS
+    parts: tuple[str, ...] = PARTS[:-1]
 
 
 VARIANTS = {
@@ -89,6 +104,7 @@ class Measured:
         torch.cuda.synchronize()
         seconds = time.perf_counter() - started
         self.variant, self.options, self.rows = variant, options, list[dict[str, Any]]()
+        self.folder = checkpoint.folder
         self.random = random.Random(0)
         gc.collect()
         gc.freeze()  # as the engine process does
@@ -122,6 +138,10 @@ class Measured:
                 self.first_token(length)
         elif part == "mixed":
             self.mixed()
+        elif part == "grammar":
+            for batch in batches:
+                for constrained in sorted({0, 1, batch}):
+                    self.grammar(batch, constrained, new_tokens)
         elif part == "closed":
             for batch in batches:
                 self.closed(batch)
@@ -134,22 +154,35 @@ class Measured:
         self.rows.append(entry)
         print("  ".join(f"{key} {value}" for key, value in entry.items()), flush=True)
 
+    @cached_property
+    def grammars(self) -> Grammars:
+        """One for all engines, as a server has it."""
+        tokenizer, vocab_size = load_tokenizer(self.folder), self.runner.vocab_size
+        return Grammars(lambda: vocabulary(tokenizer, vocab_size, self.runner.eos_token_ids), vocab_size)
+
     def engine(self, max_num_seqs: int | None = None) -> Engine[Any]:
         blocks = BlockManager(self.runner.num_blocks, self.runner.block_size)
         budget = token_budget(self.options, torch.device(self.runner.device))
         users = max_num_seqs or self.options.max_num_seqs
-        return Engine(self.runner, Scheduler(blocks, users, budget, False, self.runner.row_multiple))
+        scheduler = Scheduler(blocks, users, budget, False, self.runner.row_multiple)
+        return Engine(self.runner, scheduler, grammars=self.grammars)
 
-    def add(self, engine: Engine[Any], lengths: list[tuple[int, int]]) -> None:
-        """Sequences of (prompt tokens, new tokens)."""
+    def add(self, engine: Engine[Any], lengths: list[tuple[int, int]], constrained: int = 0) -> None:
+        """Sequences of (prompt tokens, new tokens); so many of them have to be JSON."""
         for i, (prompt, new) in enumerate(lengths):
             ids = self.random.choices(range(6, self.runner.vocab_size), k=prompt)
-            engine.add(Add(i, pack_ids(ids), (SamplingParams(max_tokens=new, temperature=0),)))
+            params = SamplingParams(max_tokens=new, temperature=0)
+            if i < constrained:
+                ends = tuple(self.runner.eos_token_ids)
+                params = SamplingParams(max_tokens=new, seed=i, grammar=json_schema(SCHEMA), stop_token_ids=ends)
+            engine.add(Add(i, pack_ids(ids), (params,)))
 
-    def run(self, lengths: list[tuple[int, int]], max_num_seqs: int | None = None) -> tuple[float, list[Step]]:
+    def run(
+        self, lengths: list[tuple[int, int]], max_num_seqs: int | None = None, constrained: int = 0
+    ) -> tuple[float, list[Step]]:
         """(when it began, its steps)."""
         engine = self.engine(max_num_seqs)
-        self.add(engine, lengths)
+        self.add(engine, lengths, constrained)
         steps = []
         began = time.perf_counter()
         while engine.has_work():
@@ -184,6 +217,13 @@ class Measured:
             step_ms=round(mean * 1e3, 3),
             median_step_ms=round(statistics.median(gaps) * 1e3, 3),
         )
+
+    def grammar(self, batch: int, constrained: int, new: int) -> None:
+        self.run([(16, 4)] * batch, constrained=constrained)
+        steps = self.run([(128, new)] * batch, constrained=constrained)[1]
+        whole = [step.at for step in steps if step.sampled == step.computed == batch]
+        mean = (whole[-1] - whole[0]) / (len(whole) - 1)
+        self.row("grammar", batch=batch, constrained=constrained, new_tokens=new, tok_s=round(batch / mean, 1))
 
     def prefill(self, batch: int, length: int) -> None:
         self.run([(length, 1)])
