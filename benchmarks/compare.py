@@ -23,7 +23,7 @@ from typing import Any
 
 SIZES = (
     *("batch", "rows", "M", "N", "K", "group_size", "vocab_size", "context", "prompt", "length", "new_tokens"),
-    *("streams", "concurrency", "clients", "rate", "temperature", "tokens_each"),
+    *("streams", "concurrency", "clients", "rate", "temperature", "tokens_each", "constrained"),
 )
 """numbers that say which case it is"""
 ORIGIN = ("machine", "versions", "gpu", "commit", "date", "seconds", "options", "load")
