@@ -14,6 +14,8 @@ from typing import Any
 from llguidance import LLMatcher, LLParserLimits
 from llguidance.gbnf_to_lark import any_to_lark
 
+from gptq_api.errors import UserError
+
 WHITESPACE = r"[ ]|\n[ ]{0,16}"
 """Between the tokens of JSON: at most one space, or a line break and its indentation. Without a bound a model that is
 not sure goes on with white space until its tokens are used up."""
@@ -35,7 +37,7 @@ def limits() -> LLParserLimits:
     )
 
 
-class GrammarError(ValueError):
+class GrammarError(UserError):
     """What was asked for cannot be enforced; one sentence for the client, which names keyword, path or limit."""
 
 

@@ -154,7 +154,7 @@ CASES: dict[str, Case] = {
     "tools": Case([FUNCTION], prompt_differs, {"ignore_eos": False}),
     "tool_choice": Case(
         "required",
-        lambda seen: seen.choice["finish_reason"] == "tool_calls",
+        lambda seen: bool(seen.choice["message"].get("tool_calls")),
         {"tools": [FUNCTION], "ignore_eos": False, "max_tokens": 100},
     ),
     "timeout": Case(0.001, at_the_deadline, {"max_tokens": 300}),
