@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from gptq_api import frames
 from gptq_api.config import Settings
 from gptq_api.engine import wire
 from gptq_api.engine.generation import Generation
@@ -132,7 +133,7 @@ class EngineClient:
         except BaseException:
             self._stopping = True  # asyncio closes the socket, which ends the engine: nobody waits for its news
             raise
-        self._transport.write(wire.frame(self.settings.model_dump_json(include=set(Settings.model_fields)).encode()))
+        self._transport.write(frames.frame(self.settings.model_dump_json(include=set(Settings.model_fields)).encode()))
         try:
             self.ready = await self._ready
         except BaseException:
@@ -321,7 +322,7 @@ class _Connection(asyncio.Protocol):
     """Bytes from the engine -> messages."""
 
     def __init__(self, client: EngineClient) -> None:
-        self._client, self._frames = client, wire.FrameBuffer()
+        self._client, self._frames = client, frames.FrameBuffer()
 
     def data_received(self, data: bytes) -> None:
         for payload in self._frames.feed(data):

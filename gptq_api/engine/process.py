@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from gptq_api import frames
 from gptq_api.config import Settings
 from gptq_api.engine import wire
 from gptq_api.errors import UserError
@@ -51,7 +52,7 @@ def main(fd: int) -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     sock = socket.socket(fileno=fd)
-    first = wire.read_payload(sock)
+    first = frames.read_payload(sock)
     if first is None:
         return 0
     settings = Settings(**msgspec.json.decode(first))
@@ -67,7 +68,7 @@ def main(fd: int) -> int:
 def _read(sock: socket.socket, inbox: Inbox) -> None:
     """Always draining, so that the API process never waits for a step to end."""
     try:
-        while (payload := wire.read_payload(sock)) is not None:
+        while (payload := frames.read_payload(sock)) is not None:
             inbox.put(wire.decode_to_engine(payload))
     except OSError:
         pass

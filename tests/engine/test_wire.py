@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gptq_api import frames
 from gptq_api.engine import wire
 from gptq_api.types import (
     Abort,
@@ -26,11 +27,11 @@ from gptq_api.types import (
 
 @given(st.lists(st.binary(max_size=300), max_size=20), st.integers(1, 64))
 def test_any_fragmentation_gives_the_same_payloads(payloads: list[bytes], piece: int) -> None:
-    stream = b"".join(wire.frame(payload) for payload in payloads)
-    frames = wire.FrameBuffer()
+    stream = b"".join(frames.frame(payload) for payload in payloads)
+    buffer = frames.FrameBuffer()
     received: list[bytes] = []
     for start in range(0, len(stream), piece):
-        received += frames.feed(stream[start : start + piece])
+        received += buffer.feed(stream[start : start + piece])
     assert received == payloads
 
 
@@ -59,8 +60,8 @@ def test_messages_round_trip() -> None:
 def test_a_foreign_message_is_refused() -> None:
     with pytest.raises(msgspec.ValidationError):
         wire.decode_to_engine(msgspec.msgpack.encode({"type": "add", "first_id": "x"}))
-    with pytest.raises(wire.WireError):
-        wire.FrameBuffer().feed(b"\xff\xff\xff\xff")
+    with pytest.raises(frames.WireError):
+        frames.FrameBuffer().feed(b"\xff\xff\xff\xff")
 
 
 def test_blocking_reader_reassembles_and_sees_the_end() -> None:
@@ -69,12 +70,12 @@ def test_blocking_reader_reassembles_and_sees_the_end() -> None:
 
     def send() -> None:
         with ours:
-            ours.sendall(wire.frame(payload) + wire.frame(b"") + b"\x05\x00")
+            ours.sendall(frames.frame(payload) + frames.frame(b"") + b"\x05\x00")
 
     thread = threading.Thread(target=send)
     thread.start()
     with theirs:
-        assert wire.read_payload(theirs) == payload
-        assert wire.read_payload(theirs) == b""
-        assert wire.read_payload(theirs) is None
+        assert frames.read_payload(theirs) == payload
+        assert frames.read_payload(theirs) == b""
+        assert frames.read_payload(theirs) is None
     thread.join()
