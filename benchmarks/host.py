@@ -134,7 +134,7 @@ class Client:
         if constrained:
             body |= {"response_format": JSON_FORMAT}
         data = json.dumps(body).encode()
-        head = "POST /v1/completions HTTP/1.1\r\nHost: bench\r\nConnection: close\r\nContent-Type: application/json\r\n"
+        head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Type: application/json\r\n"
         return f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data, constrained
 
     def send(self, request: bytes, constrained: bool) -> None:

@@ -18,6 +18,7 @@ from gptq_api.errors import UserError
 
 ENV_PREFIX = "GPTQ_API_"
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(:[0-9]{1,5})?")
+_NAME = re.compile(r"(\*\.)?[a-z0-9_-]+(\.[a-z0-9_-]+)*|[0-9a-f:.]*:[0-9a-f:.]*")
 
 
 class ConfigError(UserError):
@@ -130,6 +131,9 @@ class Settings(CommandSettings):
     """Accepted bearer tokens, separated by commas; none: no authentication."""
     allow_unauthenticated: bool = False
     """Listen on a non-loopback address without an API key."""
+    allowed_host: list[str] = Field([], examples=[["models.example.com", "*.internal"]])
+    """Host names a server without an API key answers to besides localhost and --host, separated by commas;
+    *.example.com for all below one, * for any. One that listens for other machines answers to every IP address."""
     cors_origin: list[str] = Field([], examples=[["https://example.com", "http://localhost:3000"]])
     """Origins whose web pages may use the server (https://example.com), separated by commas; * for all. None by
     default."""
@@ -185,6 +189,16 @@ class Settings(CommandSettings):
                     "is an origin as browsers send it, such as https://example.com or http://localhost:3000"
                 )
         return [origin.lower() for origin in value]
+
+    @field_validator("allowed_host")
+    @classmethod
+    def _hosts(cls, value: list[str]) -> list[str]:
+        for name in value:
+            if name != "*" and not _NAME.fullmatch(name.lower()):
+                raise ValueError(
+                    "is a name as it stands in a URL, without a port: models.example.com, *.example.com, or * for any"
+                )
+        return [name.lower() for name in value]
 
     @model_validator(mode="after")
     def _exposure(self) -> Settings:

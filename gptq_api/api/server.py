@@ -27,6 +27,7 @@ from gptq_api.api.service import Service
 from gptq_api.config import Settings
 from gptq_api.edge.connection import MAX_HEADER_BYTES, edge_protocol
 from gptq_api.edge.cors import ANY, CorsMiddleware
+from gptq_api.edge.hosts import HostMiddleware
 from gptq_api.edge.listen import bind, in_use
 from gptq_api.edge.request_log import RequestMiddleware
 from gptq_api.engine.client import EngineClient
@@ -123,6 +124,9 @@ async def _serve(service: Service, sockets: list[socket.socket], signals: _Signa
     app: ASGIApp = build_app(service)
     if service.settings.cors_origin:
         app = CorsMiddleware(app, service.settings.cors_origin, error_body)
+    if not service.settings.api_key:
+        allowed, origins = service.settings.allowed_host, service.settings.cors_origin
+        app = HostMiddleware(app, service.settings.host, allowed, origins, error_body)
     requests = RequestMiddleware(app, error_body)
     server = Server(requests, service.settings)
     await server.open(sockets)

@@ -67,8 +67,7 @@ class CorsMiddleware:
     async def _preflight(self, origin: str, headers: Headers, send: Send) -> None:
         if not self._any and origin.lower() not in self._origins:
             body = self._error_body(403, f"Pages of {origin[:100]} may not use this server: see --cors-origin.")
-            answer = [*self._told(None), (b"content-type", b"application/json")]
-            return await _send(send, 403, answer, body)
+            return await send_error(send, 403, body, self._told(None))
         answer = [item for item in self._told(origin) if item[0] != b"access-control-expose-headers"]
         answer += [
             (b"access-control-allow-methods", METHODS.encode()),
@@ -77,11 +76,12 @@ class CorsMiddleware:
         asked = headers.get("access-control-request-headers", "")
         if _NAMES.fullmatch(asked):  # as asked: `*` would not stand for Authorization
             answer.append((b"access-control-allow-headers", asked.encode()))
-        return await _send(send, 204, answer, b"")
+        await send({"type": "http.response.start", "status": 204, "headers": answer})
+        return await send({"type": "http.response.body", "body": b""})
 
 
-async def _send(send: Send, status: int, headers: list[tuple[bytes, bytes]], body: bytes) -> None:
-    if body:
-        headers.append((b"content-length", b"%d" % len(body)))
-    await send({"type": "http.response.start", "status": status, "headers": headers})
+async def send_error(send: Send, status: int, body: bytes, headers: Sequence[tuple[bytes, bytes]] = ()) -> None:
+    """An answer of the edge's own. `body`: as ErrorBody makes it."""
+    told = [*headers, (b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
+    await send({"type": "http.response.start", "status": status, "headers": told})
     await send({"type": "http.response.body", "body": body})

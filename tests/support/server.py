@@ -205,7 +205,7 @@ class RawStream:
 def raw_request(path: str, body: bytes, *extra: str, method: str = "POST") -> bytes:
     lines = [
         f"{method} {path} HTTP/1.1",
-        "Host: test",
+        "Host: localhost",
         "Content-Type: application/json",
         f"Content-Length: {len(body)}",
     ]
