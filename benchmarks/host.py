@@ -134,8 +134,9 @@ class Client:
         if constrained:
             body |= {"response_format": JSON_FORMAT}
         data = json.dumps(body).encode()
-        head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Type: application/json\r\n"
-        return f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data, constrained
+        head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
+        head += f"Content-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
+        return head.encode() + data, constrained
 
     def send(self, request: bytes, constrained: bool) -> None:
         sock = socket.create_connection(("127.0.0.1", self.port))
