@@ -14,6 +14,7 @@ import select
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import structlog
 
@@ -109,12 +110,27 @@ class _ToStructlog(logging.Handler):
         structlog.get_logger().log(record.levelno, record.getMessage(), logger=record.name, exc_info=exc_info)
 
 
+@dataclass(frozen=True, slots=True)
+class Style:
+    """Which lines, and how they look."""
+
+    level: str = "info"
+    as_json: bool = False
+
+
 _writer: Writer | None = None
+_style = Style()
+
+
+def style() -> Style:
+    """Of this process: what `configure` was told."""
+    return _style
 
 
 def configure(level: str, as_json: bool) -> Writer:
     """Once per process. What is queued is written when the process ends, unless os._exit ends it."""
-    global _writer
+    global _writer, _style
+    _style = Style(level, as_json)
     # without a stderr its number belongs to the next file or connection that was opened
     fd = sys.stderr.fileno() if sys.stderr is not None else os.open(os.devnull, os.O_WRONLY)
     writer = _writer = Writer(fd)

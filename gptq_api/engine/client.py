@@ -14,7 +14,6 @@ import logging
 import os
 import socket
 import subprocess
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -22,10 +21,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from gptq_api import frames
+from gptq_api.child import child_command
 from gptq_api.config import Settings
 from gptq_api.engine import wire
 from gptq_api.engine.generation import Generation
 from gptq_api.errors import UserError
+from gptq_api.logs import Style
 from gptq_api.types import (
     Abort,
     Add,
@@ -123,7 +124,8 @@ class EngineClient:
         loop = asyncio.get_running_loop()
         ours, theirs = socket.socketpair()
         with theirs:
-            command = [sys.executable, "-m", "gptq_api.engine.process", str(theirs.fileno())]
+            style = Style(self.settings.log_level, self.settings.log_json)
+            command = child_command("gptq_api.engine.process", str(theirs.fileno()), style=style)
             # not in a thread: cancelled there, it would start the engine with a descriptor that is closed already
             self._process = _spawn(command, theirs.fileno())
         self._dead = asyncio.Event()
@@ -315,7 +317,7 @@ def _spawn(command: list[str], fd: int) -> subprocess.Popen[bytes]:
     """OpenMP threads that spin while they wait cost nothing on idle cores and a factor of 30 to 80 on busy ones, where
     they burn the time slice of the thread they wait for (measured: 4 against 350 tokens/s beside a busy process)."""
     env = {"OMP_WAIT_POLICY": "passive"} | os.environ
-    return subprocess.Popen(command, pass_fds=[fd], stdin=subprocess.DEVNULL, env=env)
+    return subprocess.Popen(command, pass_fds=[fd], stdin=subprocess.DEVNULL, env=env, start_new_session=True)
 
 
 class _Connection(asyncio.Protocol):

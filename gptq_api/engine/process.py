@@ -1,7 +1,8 @@
 """The engine process: a reader thread empties the socket, the main thread steps the model.
 
-Started by engine/client.py as `python -m gptq_api.engine.process FD`; the first frame is the settings as JSON. End of
-file on the socket is the shutdown message, and the only one: it comes however the API process ends, `kill -9` included.
+A child process (`gptq_api/child.py`) of engine/client.py; the first frame is the settings as JSON. End of file on the
+socket is the shutdown message, and the only one: it comes however the API process ends. Where that is killed, so is an
+engine that cannot read it.
 """
 
 from __future__ import annotations
@@ -9,9 +10,7 @@ from __future__ import annotations
 import gc
 import os
 import queue
-import signal
 import socket
-import sys
 import threading
 import time
 from dataclasses import dataclass
@@ -23,7 +22,6 @@ from gptq_api import frames
 from gptq_api.config import Settings
 from gptq_api.engine import wire
 from gptq_api.errors import UserError
-from gptq_api.logs import configure
 from gptq_api.types import Abort, Add, Failed, Ready, ToEngine
 
 if TYPE_CHECKING:
@@ -46,17 +44,13 @@ class _Compiled:
 Inbox = queue.SimpleQueue[ToEngine | _Compiled | None]
 
 
-def main(fd: int) -> int:
+def main(fd: str) -> int:
     """Serve one API process until it closes the socket. Returns the exit status."""
-    # ^C and a signal to the whole group belong to the API process; we leave when the socket closes.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    sock = socket.socket(fileno=fd)
+    sock = socket.socket(fileno=int(fd))
     first = frames.read_payload(sock)
     if first is None:
         return 0
     settings = Settings(**msgspec.json.decode(first))
-    configure(settings.log_level, settings.log_json)
     inbox: Inbox = queue.SimpleQueue()
     threading.Thread(target=_read, args=(sock, inbox), name="inbox", daemon=True).start()
     try:
@@ -154,7 +148,3 @@ def _serve(sock: socket.socket, inbox: Inbox, settings: Settings) -> int:
         if output is not None:
             sock.sendall(wire.encode(output))  # one message per step, whatever the batch size
             unanswered = False
-
-
-if __name__ == "__main__":
-    sys.exit(main(int(sys.argv[1])))

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import sys
 from collections import OrderedDict
 from collections.abc import Sequence
 
+from gptq_api.child import child_command
 from gptq_api.grammar.worker import LENGTH
 
 TIMEOUT_S = 0.5
@@ -56,7 +56,7 @@ class GrammarChecker:
         process = self._process
         if process is None or process.returncode is not None:
             process = self._process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", "gptq_api.grammar.worker"),
+                *child_command("gptq_api.grammar.worker"),
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
                 start_new_session=True,

@@ -7,7 +7,6 @@ and UTF-8. End of file ends the process.
 from __future__ import annotations
 
 import resource
-import signal
 import struct
 import sys
 
@@ -17,8 +16,6 @@ LENGTH = struct.Struct("<I")
 
 
 def main() -> int:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # ^C is for the server, whose end is ours
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     from llguidance import LLMatcher, LLTokenizer
 
     from gptq_api.grammar.compile import limits
@@ -48,7 +45,3 @@ def _write(text: str) -> None:
     data = text.encode()
     sys.stdout.buffer.write(LENGTH.pack(len(data)) + data)
     sys.stdout.buffer.flush()
-
-
-if __name__ == "__main__":
-    sys.exit(main())

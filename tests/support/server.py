@@ -92,10 +92,15 @@ class Server:
     def wait_idle(self, seconds: float = 5) -> None:
         wait_for(lambda: self.metric("vllm:num_requests_running") == 0, seconds)
 
+    def children(self) -> list[int]:
+        """Its child processes that run."""
+        tasks = Path(f"/proc/{self.process.pid}/task").glob("*/children")  # a child belongs to the thread that made it
+        return [pid for task in tasks for pid in map(int, task.read_text().split()) if alive(pid)]
+
     @property
     def engine_pid(self) -> int:
-        tasks = Path(f"/proc/{self.process.pid}/task").glob("*/children")  # a child belongs to the thread that made it
-        return int(" ".join(task.read_text() for task in tasks).split()[0])
+        """Raises StopIteration where there is no engine now."""
+        return next(pid for pid in self.children() if b"gptq_api.engine.process" in _command_of(pid))
 
     def signal(self, number: int = signal.SIGTERM) -> None:
         self.process.send_signal(number)
@@ -147,6 +152,13 @@ def alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except OSError:
         return False
+
+
+def _command_of(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
 
 
 class RawStream:
