@@ -8,7 +8,7 @@ GPTQ_API_CUDA ?= $(shell nvidia-smi >/dev/null 2>&1 && echo auto || echo off)
 export GPTQ_API_CUDA
 ARGS ?=
 
-.PHONY: serve chat test fast lint format compare gpu clients demo-model-test clean
+.PHONY: serve chat test fast attack lint format compare gpu clients demo-model-test clean
 
 serve: $(VENV)/.installed
 	$(VENV)/bin/gptq-api serve $(ARGS)
@@ -22,6 +22,10 @@ test: $(VENV)/.installed-dev
 # What needs no process, no compiler, no clock and no patience: between two edits.
 fast: $(VENV)/.installed-dev
 	$(VENV)/bin/python -m pytest -q -m 'not server and not timing and not slow and not gpu' $(ARGS)
+
+# The long forms of tests/attack: 20,000 bodies, 1,000 hang-ups, every bomb. Some 20 minutes.
+attack: $(VENV)/.installed-dev
+	$(VENV)/bin/python -m pytest -m attack tests/attack $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff check .

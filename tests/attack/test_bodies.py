@@ -1,0 +1,46 @@
+"""Thousands of bodies that are wrong in some way: each has an answer, none of them an error of ours."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+
+import pytest
+
+from tests.attack.bodies import Generator, faults, statuses
+from tests.attack.client import ask_all
+from tests.support.server import Server, wait_for
+
+SEED = 20261129
+
+
+def attack(count: int, seed: int) -> None:
+    with Server("--max-model-len", "128", "--log-json") as server:
+        engine = server.engine_pid
+        document = server.http.get("/openapi.json").json()
+        replies = asyncio.run(ask_all(server.port, Generator(document, random.Random(seed)).requests(count)))
+        assert len(replies) == count
+        wrong = faults(replies)
+        assert not wrong, "\n".join([f"{len(wrong)} of {statuses(replies)}", *wrong[:10]])
+        found = statuses(replies)
+        assert found[200] > count / 100 and found[400] > count / 3, found
+        check_free(server)
+        assert server.engine_pid == engine and server.chat(max_tokens=2).status_code == 200
+        assert "Traceback" not in server.log()
+
+
+def check_free(server: Server) -> None:
+    """Nobody is served and nothing is held."""
+    wait_for(lambda: server.metric("vllm:num_requests_running", "vllm:num_requests_waiting") == 0, 10)
+    wait_for(lambda: server.metric("vllm:kv_cache_usage_perc") == 0, 10)
+
+
+def test_two_thousand_bodies() -> None:
+    attack(2000, SEED)
+
+
+@pytest.mark.attack
+@pytest.mark.timeout(900)
+def test_twenty_thousand_bodies() -> None:
+    attack(20_000, time.time_ns())
