@@ -138,6 +138,8 @@ async def on_http_exception(request: Request, error: Exception) -> Response:
     if isinstance(error, ApiError):
         return error_response(request, error.status_code, error.error, error.headers)
     path = request.scope["path"][:200]
+    if path == "*":  # OPTIONS * asks for the server as a whole
+        return Response(status_code=204, headers={"allow": "GET, HEAD, POST, OPTIONS"})
     if error.status_code == 404:
         message, code = unknown_url(request.method, path, request.app.state.paths)
         body = error_object(404, message, code=code)

@@ -14,17 +14,19 @@ from typing import Any
 
 import h11
 from uvicorn.config import Config
-from uvicorn.protocols.http.flow_control import CLOSE_HEADER
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.server import ServerState
 
 from gptq_api.edge.errors import ErrorBody
+from gptq_api.edge.framing import EdgeConnection
 from gptq_api.edge.transport import EdgeTransport
 
 MAX_HEADER_BYTES = 32 * 1024
 SEND_BUFFER = 128 * 1024
 """bytes; small, so that what a slow reader has not read waits as merged tokens and not as megabytes in the kernel"""
 USER_TIMEOUT_MS = 30_000
+FIRST_PROBE_S, LAST_PROBE_S = 0.02, 5.0
+"""seconds between two looks at whether a client that sends no more still reads, at first and in the end"""
 
 
 def edge_protocol(header_timeout_s: float, body_timeout_s: float, body_of: ErrorBody) -> type[asyncio.Protocol]:
@@ -36,31 +38,6 @@ def edge_protocol(header_timeout_s: float, body_timeout_s: float, body_of: Error
         error_body = staticmethod(body_of)
 
     return Edge
-
-
-class EdgeConnection(h11.Connection):
-    """h11, and two rules about a request's body."""
-
-    refusal: str | None = None
-    """why a request that is valid HTTP for h11 is not for us"""
-
-    def next_event(self) -> Any:
-        """A body of two lengths is refused before anyone acts upon the request: a proxy in front may see two requests
-        in it."""
-        event = super().next_event()
-        if isinstance(event, h11.Request):
-            names = {name for name, _ in event.headers}
-            if b"content-length" in names and b"transfer-encoding" in names:
-                self.refusal = "Send either Content-Length or Transfer-Encoding."
-                raise h11.RemoteProtocolError(self.refusal)
-        return event
-
-    def send(self, event: Any) -> Any:
-        """An answer that comes before the end of the body says that the rest of it will not be read."""
-        if isinstance(event, h11.Response) and self.their_state is h11.SEND_BODY and CLOSE_HEADER not in event.headers:
-            headers = [*event.headers, CLOSE_HEADER]
-            event = h11.Response(status_code=event.status_code, headers=headers, reason=event.reason)
-        return super().send(event)
 
 
 class EdgeProtocol(H11Protocol):
@@ -85,6 +62,9 @@ class EdgeProtocol(H11Protocol):
         """that the client has for what is awaited"""
         self._deadline: asyncio.TimerHandle | None = None
         """while these seconds run"""
+        self._probe: asyncio.TimerHandle | None = None
+        self.filler = b""
+        """what may stand between any two pieces of the running answer; set by who sends it"""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(EdgeTransport(transport, self.conn, self._parse, self._watch))
@@ -96,14 +76,24 @@ class EdgeProtocol(H11Protocol):
 
     def _parse(self, data: bytes) -> None:
         super().data_received(data)
+        self._see_off()
+
+    def eof_received(self) -> bool:  # type: ignore[override]
+        """The client sends no more. Whether it still reads, TCP does not say; see `_look`."""
+        self.transport.receive_end()
+        self._see_off()
+        return not self.transport.is_closing()  # asyncio closes it otherwise
 
     def on_response_complete(self) -> None:
-        super().on_response_complete()
+        super().on_response_complete()  # which begins with the next request, where that has come
         self._watch()
+        self._see_off()
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
         self._watch()
+        if self._probe is not None:
+            self._probe.cancel()
         self._unset_keepalive_if_required()  # uvicorn leaves the timer armed after a reset
 
     def send_chunk(self, data: bytes) -> bool:
@@ -139,6 +129,33 @@ class EdgeProtocol(H11Protocol):
             self._seconds_left = self.header_timeout if owed == "headers" else self.body_timeout
         if owed is not None and self.transport.reading:
             self._deadline = self.loop.call_later(self._seconds_left, self._too_slow, owed)
+
+    def _see_off(self) -> None:
+        """Of a client that sends no more, everything has been parsed: a request that is not complete never will be, and
+        one that is gets its answer, as long as there is somebody to read it."""
+        if not self.transport.has_ended or self.transport.is_closing():
+            return
+        if self.cycle is None or self.cycle.response_complete or self.conn.their_state is h11.SEND_BODY:
+            self._hang_up()
+        elif self._probe is None:
+            self._probe = self.loop.call_later(FIRST_PROBE_S, self._look, FIRST_PROBE_S)
+
+    def _look(self, seconds: float) -> None:
+        """Whether a client that sends no more still reads. Most have closed their side as a whole: their kernel answers
+        whatever we send with a reset. What may be sent while the answer is not ready is "100 Continue", which says
+        nothing, and between the events of a stream a comment."""
+        self._probe = None
+        if self.transport.is_closing() or self.cycle.response_complete:
+            return
+        if self.transport.get_extra_info("socket").getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+            self.abort()
+            return
+        if self.conn.their_http_version == b"1.1" and not self.flow.write_paused:
+            if not self.cycle.response_started:
+                self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+            elif self.filler:
+                self.send_chunk(self.filler)
+        self._probe = self.loop.call_later(seconds, self._look, min(2 * seconds, LAST_PROBE_S))
 
     def _owed(self) -> str | None:
         """What the client has to send before anything else can happen."""

@@ -48,12 +48,23 @@ class EdgeTransport(asyncio.Transport):
         """by uvicorn, because of a body that is not consumed or of a request that is not yet its turn"""
         self._turn: asyncio.Handle | None = None
         self._lingering = False
+        self._ended = False
         self._num_discarded = 0
 
     @property
     def reading(self) -> bool:
         """Whether it is for the client to send; otherwise what it sent is for us to work on."""
         return not self._waiting and not self._paused
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the client sends no more, and all that it sent was parsed."""
+        return self._ended and not self._waiting
+
+    def receive_end(self) -> None:
+        """asyncio's transport has come to the end of what the client sends."""
+        self._ended = True
+        self._regulate()
 
     def receive(self, data: bytes) -> None:
         """What asyncio's transport has read. The first slice is parsed at once."""
@@ -88,7 +99,9 @@ class EdgeTransport(asyncio.Transport):
         self._regulate()
 
     def _regulate(self) -> None:
-        if self.reading:
+        if self._ended:
+            pass  # asyncio has left off reading
+        elif self.reading:
             self._transport.resume_reading()
         else:
             self._transport.pause_reading()

@@ -82,9 +82,11 @@ class StreamResponse(EventSourceResponse):
         )
         self._owned = owned
         self._work = work
+        self._filler = shape.ping.encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._connection = scope["state"]["connection"]
+        self._connection.filler = self._filler
         with self._owned:
             try:
                 await super().__call__(scope, receive, send)
@@ -92,6 +94,8 @@ class StreamResponse(EventSourceResponse):
                 self._work.outcome = "slow_reader"
                 self._connection.abort()  # closing would wait for the reader who does not read
                 await anyio.lowlevel.checkpoint()  # the loop tells the connection that it is lost
+            finally:
+                self._connection.filler = b""
 
     async def _send_with_timeout(self, send: Send, message: Message) -> None:
         """The library's timer and all that lies between here and the socket are for a peer that makes us wait."""
