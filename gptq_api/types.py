@@ -109,7 +109,12 @@ class Add(msgspec.Struct, frozen=True, tag="add"):
     cache_salt: bytes = b""
     """Prefix-cache blocks are shared only between equal salts."""
     priority: int = 0
-    """The lowest number is served first; equal ones in the order of their arrival."""
+    """Of one owner's the lowest number is served first; equal ones in the order of their arrival."""
+    owner: bytes = b""
+    """16 bytes that stand for whose it is, and say nothing about them. Seats, memory and the prompts' part of a step are
+    shared between owners."""
+    level: int = 0
+    """Between owners the lowest number is served first; equal ones in turn."""
 
 
 class Abort(msgspec.Struct, frozen=True, tag="abort"):

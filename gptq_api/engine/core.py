@@ -91,7 +91,13 @@ class Engine(Generic[Launched]):
     def _queue(self, message: Add) -> None:
         ids = unpack_ids(message.prompt)
         fits = self._has_rows(message) and self.scheduler.add(
-            message.first_id, ids, message.params, message.cache_salt, message.priority
+            message.first_id,
+            ids,
+            message.params,
+            message.cache_salt,
+            message.priority,
+            owner=message.owner,
+            level=message.level,
         )
         if not fits:
             self._give_up(message)

@@ -41,6 +41,10 @@ class BlockManager:
     def num_free(self) -> int:
         return len(self._blank) + len(self._cached)
 
+    def num_needed(self, block_table: list[int], num_tokens: int) -> int:
+        """How many blocks more block_table has to have for num_tokens."""
+        return max(0, -(-num_tokens // self.block_size) - len(block_table))
+
     def grow(self, block_table: list[int], num_tokens: int, keep_free: int = 0) -> bool:
         """Make block_table long enough for num_tokens, or change nothing and say no."""
         missing = -(-num_tokens // self.block_size) - len(block_table)

@@ -15,17 +15,16 @@ them count is known with the result of the step, and so is how many tokens of th
 
 from __future__ import annotations
 
-from bisect import insort
 from collections import deque
 from dataclasses import dataclass, field
-from operator import attrgetter
 
 from gptq_api.scheduler.blocks import BlockManager, block_hash
 from gptq_api.scheduler.sequence import Sequence
+from gptq_api.scheduler.shares import who_leaves_a_seat, who_leaves_blocks, who_loses_its_blocks
+from gptq_api.scheduler.waiting import WaitingQueue
 from gptq_api.step import Admission, NewBlocks, PromptRows, Sampled, Step
 from gptq_api.types import FinishReason, PromptLogprobs, SamplingParams
 
-_rank = attrgetter("rank")
 MANY_TILES = 4
 """so many, and a rounding to whole ones changes little in what a step takes"""
 
@@ -76,12 +75,13 @@ class Scheduler:
         self.blocks, self._row_multiple, self._num_drafted = blocks, row_multiple, num_drafted
         self.max_num_seqs, self.max_num_batched_tokens = max_num_seqs, max_num_batched_tokens
         self.enable_prefix_caching = enable_prefix_caching
-        self.waiting: deque[Sequence] = deque()  # by rank
+        self.waiting = WaitingQueue()
         self.running: list[Sequence] = []  # in the order of their admission
         self._num_added = 0
         self._live: dict[int, Sequence] = {}
         self._free_seats = list(range(max_num_seqs - 1, -1, -1))
         self._in_flight: deque[list[Sequence]] = deque()  # those of each scheduled step, in its order
+        self._short: tuple[Sequence, int] | None = None  # who could not be admitted, and how many blocks have to be free
         self._budget = max_num_batched_tokens  # less for a while after the device had no memory for a step
         self.counters = Counters()
 
@@ -92,17 +92,23 @@ class Scheduler:
         params: tuple[SamplingParams, ...],
         cache_salt: bytes = b"",
         priority: int = 0,
+        *,
+        owner: bytes = b"",
+        level: int = 0,
     ) -> bool:
         """Queue a sequence for each of `params`, with the ids from `first_id` on. False, and none is queued, where one
-        could never finish, even alone in the cache: admission should have refused them."""
+        could never finish, even alone in the cache: admission should have refused them.
+
+        The lowest `level` comes first; within it owners take turns, and of an owner the lowest `priority` comes first.
+        """
         longest = len(token_ids) + max(one.max_tokens for one in params)
         if not token_ids or longest > self.blocks.num_blocks * self.blocks.block_size:
             return False
         hashes: list[bytes] = []
         for sequence_id, one in enumerate(params, first_id):
-            rank = (priority, self._num_added)
-            seq = Sequence(sequence_id, token_ids, one, cache_salt, rank, hashes, shares_prompt=len(params) > 1)
-            insort(self.waiting, seq, key=_rank)
+            place = (level, priority, self._num_added)
+            seq = Sequence(sequence_id, token_ids, one, cache_salt, owner, place, hashes, shares_prompt=len(params) > 1)
+            self.waiting.add(seq)
             self._num_added += 1
             self._live[sequence_id] = seq
         return True
@@ -125,26 +131,33 @@ class Scheduler:
         """Choose the tokens of one step, which counts as computed from here on; at least one whenever there is work
         and no token in flight."""
         taken: dict[Sequence, int] = {}
-        pending = [seq.num_pending_tokens for seq in self.running]
-        budget = self._step_budget(pending.count(1))
+        has_room = self._make_room()
+        pending = [(seq, seq.num_pending_tokens) for seq in self.running]
+        decoding = [(seq, num) for seq, num in pending if num == 1]
+        prompts = [(seq, num) for seq, num in pending if num > 1]  # of 0 the last token is in flight, or nobody knows
+        budget = self._step_budget(len(decoding))
+        kept = self._kept_for_a_newcomer(budget - len(decoding), prompts) if has_room and prompts else 0
         preempted: set[Sequence] = set()
-        # Running before waiting: a token owed beats a token promised. A prompt in chunks takes whatever budget it
-        # finds, so nobody is admitted behind it until it is done, and those who decode all stand before it.
-        for seq, num_pending in zip(self.running.copy(), pending, strict=True):
+        # Running before waiting: a token owed beats a token promised, and one of an answer one of a prompt. A prompt in
+        # chunks takes whatever budget it finds, so none of its owner's is admitted behind it until it is done.
+        num_left = len(prompts)
+        for seq, num_pending in decoding + prompts:
+            most = budget
+            if num_pending > 1:
+                most = min(budget, max(1, (budget - kept) // num_left))  # each has the same part
+                num_left -= 1
             if budget == 0:
                 break
             if seq in preempted:
                 continue
-            n = min(num_pending, budget)
-            if n == 0:  # its last token is in flight, or as many as nobody knows
-                continue
+            n = min(num_pending, most)
             if self._num_drafted and num_pending == 1:
                 n += self._num_drafts(seq, budget)
             while not self.blocks.grow(seq.block_table, seq.num_computed_tokens + n):
                 if n > num_pending:  # a guess is worth nobody's memory
                     n = num_pending
                     continue
-                victim = max(self.running, key=_rank)
+                victim = who_loses_its_blocks(self.running, self.waiting.num_owners, self.blocks)
                 self.preempt(victim)
                 preempted.add(victim)
                 budget += taken.pop(victim, 0)
@@ -158,17 +171,23 @@ class Scheduler:
         for seq, n in taken.items():
             self._commit(step, seq, n)  # only now: until here any of them could still be preempted
 
-        while self.waiting and not preempted and budget and len(self.running) < self.max_num_seqs:
-            seq = self.waiting[0]
-            if seq.num_tokens_in_flight:  # preempted: admitted when all its tokens are known
+        unfinished = {seq.owner for seq, num in prompts if taken.get(seq, 0) < num}
+        while not preempted and budget and len(self.running) < self.max_num_seqs:
+            first = self.waiting.first()
+            # a preempted one is admitted when all its tokens are known
+            if first is None or first.num_tokens_in_flight or first.owner in unfinished:
                 break
+            seq = first
             num_cached = self._share_prefix(seq)
             n = min(len(seq.token_ids) - num_cached, budget)
             # One spare block per running sequence, or we would preempt in the very next steps.
             if not self.blocks.grow(seq.block_table, num_cached + n, keep_free=len(self.running)):
+                needed = self.blocks.num_needed(seq.block_table, num_cached + n)
+                self._short = seq, needed + len(self.running)
                 self.blocks.release(seq.block_table)
                 break
-            self.running.append(self.waiting.popleft())
+            self.waiting.take()
+            self.running.append(seq)
             seq.seat = self._free_seats.pop()
             seq.num_computed_tokens = num_cached
             if seq.num_cached_tokens is None:
@@ -182,6 +201,37 @@ class Scheduler:
             self._in_flight.pop()
         return step
 
+    def _make_room(self) -> bool:
+        """Where the next to be admitted lacks a seat, or blocks as was found when it was tried, sequences of owners
+        that hold more than their share go back to waiting: one for a seat, as many as it takes for blocks. False where
+        it lacks them still, as far as is known."""
+        seq = self.waiting.first()
+        if seq is None:
+            return False
+        num_owners = self.waiting.num_owners
+        if len(self.running) >= self.max_num_seqs:
+            victim = who_leaves_a_seat(seq, self.running, num_owners, self.max_num_seqs)
+            if victim is None:
+                return False
+            self.preempt(victim)
+        if self._short is not None and self._short[0] is seq:
+            while (missing := self._short[1] - self.blocks.num_free) > 0:
+                victim = who_leaves_blocks(seq, self.running, num_owners, self.blocks, missing)
+                if victim is None:
+                    return False
+                self.preempt(victim)
+        return self.waiting.first() is seq
+
+    def _kept_for_a_newcomer(self, budget: int, prompts: list[tuple[Sequence, int]]) -> int:
+        """How many of the tokens that are left for prompts go to the next to be admitted, where it is of an owner none
+        of whose prompts is being computed: its part, or as many as it has."""
+        seq = self.waiting.first()
+        if seq is None or seq.num_tokens_in_flight or len(self.running) >= self.max_num_seqs:
+            return 0
+        if any(prompt.owner == seq.owner or prompt.rank[0] < seq.rank[0] for prompt, _ in prompts):
+            return 0
+        return max(0, min(len(seq.token_ids), budget // (len(prompts) + 1)))
+
     def _num_drafts(self, seq: Sequence, budget: int) -> int:
         """How many tokens may be guessed behind the sequence's last one, which may be in flight. None in a grammar: a
         mask is made for one row."""
@@ -193,9 +243,9 @@ class Scheduler:
     def preempt(self, seq: Sequence) -> None:
         """Take a running sequence's memory; what it has so far becomes a longer prompt."""
         self.running.remove(seq)
+        self.waiting.add(seq)
         self._give_back(seq)
         seq.num_computed_tokens = 0
-        insort(self.waiting, seq, key=_rank)
         self.counters.preemptions += 1
 
     def withdraw(self, step: Step) -> list[int]:
@@ -242,9 +292,9 @@ class Scheduler:
                 del self._live[seq.sequence_id]
         if done:
             self.running = [seq for seq in self.running if seq not in done]
-            if any(seq.seat < 0 for seq in done):
-                self.waiting = deque(seq for seq in self.waiting if seq not in done)
             for seq in done:
+                if seq.seat < 0:
+                    self.waiting.remove(seq)
                 self._give_back(seq)
         return progress
 
@@ -292,6 +342,7 @@ class Scheduler:
         seq.num_told_blocks = 0
         if seq.seat >= 0:
             self._free_seats.append(seq.seat)
+            self.waiting.seat_returned(seq.owner)
             seq.seat = -1
 
     def _commit(self, step: Step, seq: Sequence, num_new_tokens: int) -> None:

@@ -16,8 +16,11 @@ class Sequence:
     """prompt, then what was sampled"""
     params: SamplingParams
     cache_salt: bytes = b""
-    rank: tuple[int, int] = (0, 0)
-    """its priority and when it was added: the lowest is admitted first, the highest preempted first"""
+    owner: bytes = b""
+    """who shares seats and memory with whom; only equality matters"""
+    rank: tuple[int, int, int] = (0, 0, 0)
+    """its level, its priority, and when it was added: of an owner's the lowest is admitted first; the highest is
+    preempted first"""
     block_hashes: list[bytes] = field(default_factory=list)
     """chained hashes of the full blocks of token_ids, computed as far as needed"""
     shares_prompt: bool = False

@@ -50,7 +50,12 @@ class World:
         return self.add_samples(prompt, [params], salt)[0]
 
     def add_samples(
-        self, prompt: list[int], samples: list[dict[str, object]], salt: bytes = b"", priority: int = 0
+        self,
+        prompt: list[int],
+        samples: list[dict[str, object]],
+        salt: bytes = b"",
+        priority: int = 0,
+        owner: bytes = b"",
     ) -> list[int]:
         """One submission."""
         first = len(self.prompts) + 1
@@ -60,7 +65,7 @@ class World:
         )
         self.prompts |= {first + i: (prompt, params) for i, params in enumerate(made)}
         self.tokens |= {first + i: [] for i in range(len(made))}
-        self.engine.add(Add(first, pack_ids(prompt), made, salt, priority))
+        self.engine.add(Add(first, pack_ids(prompt), made, salt, priority, owner, max(priority, 0)))
         return list(range(first, first + len(made)))
 
     def abort(self, sequence_id: int) -> None:
@@ -72,8 +77,8 @@ class World:
         seats = [seq.seat for seq in self.scheduler.running]
         assert len(set(seats)) == len(seats) and min(seats, default=0) >= 0
         assert all(seq.seat == -1 and not seq.block_table for seq in self.scheduler.waiting)
-        ranks = [seq.rank for seq in self.scheduler.waiting]
-        assert ranks == sorted(ranks)
+        assert len(list(self.scheduler.waiting)) == len(self.scheduler.waiting)
+        assert self.scheduler.waiting.num_owners == len({seq.owner for seq in self.scheduler._live.values()})
         if output is not None:
             self.outputs.append(output)
             told: set[int] = set()  # whose first token this is
@@ -150,6 +155,7 @@ def test_random_workloads(
     )
     capacity = num_blocks * block_size
     stems = [[rng.randrange(1, NUM_TOKENS) for _ in range(capacity)] for _ in range(2)]  # shared beginnings
+    owners = [b"one", b"one", b"one", b"two", b"three"][: rng.choice([1, 4, 5])]
     left = num_sequences
     for _ in range(50_000):
         if not left and not world.engine.has_work():
@@ -170,11 +176,12 @@ def test_random_workloads(
                 }
                 for i in range(rng.choice([1, 1, 3]))
             ]
+            owner = rng.choice(owners)
             if rng.random() < 0.5:
-                world.add_samples(prompt, samples, rng.choice([b"", b"", b"key"]), rng.choice([0, 0, -1, 7]))
+                world.add_samples(prompt, samples, rng.choice([b"", b"", b"key"]), rng.choice([0, 0, -1, 7]), owner)
             else:
                 for sample in samples:
-                    world.add_samples(prompt, [sample], rng.choice([b"", b"", b"key"]), rng.choice([0, 0, 0, 3]))
+                    world.add_samples(prompt, [sample], rng.choice([b"", b"", b"key"]), rng.choice([0, 0, 0, 3]), owner)
             left -= 1
         if world.tokens and rng.random() < 0.05:
             gone = rng.choice(sorted(world.tokens))

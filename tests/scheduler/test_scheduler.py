@@ -19,10 +19,12 @@ from gptq_api.types import SamplingParams
 STOP = 0
 
 
-def add(scheduler: Scheduler, sequence_id: int, prompt: list[int], max_tokens: int, salt: bytes = b"") -> Sequence:
+def add(
+    scheduler: Scheduler, sequence_id: int, prompt: list[int], max_tokens: int, salt: bytes = b"", owner: bytes = b""
+) -> Sequence:
     params = SamplingParams(max_tokens=max_tokens, stop_token_ids=(STOP,))
-    assert scheduler.add(sequence_id, list(prompt), (params,), salt)
-    return scheduler.waiting[-1]
+    assert scheduler.add(sequence_id, list(prompt), (params,), salt, owner=owner)
+    return next(seq for seq in scheduler.waiting if seq.sequence_id == sequence_id)
 
 
 def sampled(step: Step, token: int = 5) -> Sampled:
@@ -117,12 +119,15 @@ def test_random_workloads(
     world = World(num_blocks, block_size, max_num_seqs, budget, caching)
     capacity = num_blocks * block_size
     stems = [[rng.randint(1, 6) for _ in range(capacity)] for _ in range(2)]  # shared beginnings
+    owners = [b"one", b"one", b"one", b"two", b"three"][: rng.choice([1, 4, 5])]
     todo = []
     for i in range(num_sequences):
         length = rng.randint(1, max(1, capacity // 2))
         split = rng.randint(0, length)
         prompt = rng.choice(stems)[:split] + [rng.randint(1, 6) for _ in range(length - split)]
-        todo.append((i, prompt, rng.randint(1, max(1, capacity - length)), rng.choice([b"", b"", b"key"])))
+        max_tokens = rng.randint(1, max(1, capacity - length))
+        owner = rng.choice(owners)
+        todo.append((i, prompt, max_tokens, rng.choice([b"", b"", b"key"]), owner))
     alive: set[int] = set()
     for _ in range(50_000):
         if not todo and not world.scheduler.has_work():
@@ -273,7 +278,7 @@ def test_an_urgent_sequence_keeps_its_memory_though_it_came_last() -> None:
     step = world.scheduler.schedule()
     world.scheduler.update(step, sampled(step))
     world.scheduler.add(2, [2] * 2, (late.params,), priority=-1)
-    urgent = world.scheduler.waiting[0]
+    urgent = world.scheduler.waiting.first()
     while late in world.scheduler.running:
         step = world.scheduler.schedule()
         world.scheduler.update(step, sampled(step))
