@@ -111,8 +111,8 @@ class Add(msgspec.Struct, frozen=True, tag="add"):
     priority: int = 0
     """Of one owner's the lowest number is served first; equal ones in the order of their arrival."""
     owner: bytes = b""
-    """16 bytes that stand for whose it is, and say nothing about them. Seats, memory and the prompts' part of a step are
-    shared between owners."""
+    """16 bytes that stand for whose it is, and tell nothing of them. Owners share seats, memory, and the prompts' part
+    of a step."""
     level: int = 0
     """Between owners the lowest number is served first; equal ones in turn."""
 

@@ -19,6 +19,7 @@ from starlette.exceptions import HTTPException
 from gptq_api.api.invalid import first_invalid
 from gptq_api.api.messages_errors import MESSAGES, messages_error, messages_status
 from gptq_api.api.unknown_url import unknown_url
+from gptq_api.engine.places import PlacesTaken
 
 MAX_MESSAGE = 1000
 
@@ -77,9 +78,15 @@ def wrong_key(why: str) -> ApiError:
     return ApiError(401, message, code="invalid_api_key", headers={"www-authenticate": "Bearer"})
 
 
-def too_many(retry_after_s: float, message: str) -> ApiError:
+def too_many(retry_after_s: float, message: str, code: str) -> ApiError:
     headers = {"retry-after": str(math.ceil(retry_after_s)), "retry-after-ms": str(math.ceil(retry_after_s * 1000))}
-    return ApiError(429, message, code="server_full", headers=headers)
+    return ApiError(429, message, code=code, headers=headers)
+
+
+def server_full(taken: PlacesTaken) -> ApiError:
+    if taken.share:
+        return too_many(taken.retry_after_s, f"Your share of the server is full: {taken}.", "share_full")
+    return too_many(taken.retry_after_s, f"The server is full: {taken}.", "server_full")
 
 
 def unavailable(message: str, code: str, retry_after_s: int = 5) -> ApiError:
@@ -128,7 +135,7 @@ def error_response(
         request_id = request.scope["state"]["record"].request_id
         body = messages_error(status, error, request_id)
         headers = {**(headers or {}), "request-id": request_id}
-        return Response(msgspec.json.encode(body), messages_status(status), headers, "application/json")
+        return Response(msgspec.json.encode(body), messages_status(status, error["code"]), headers, "application/json")
     return Response(_body(error), status, headers, "application/json")
 
 

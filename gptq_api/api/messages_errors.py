@@ -17,14 +17,14 @@ _TYPES = {
 }
 
 
-def messages_status(status: int) -> int:
-    """A full server is 529 there; 429 means a limit of the key's own."""
-    return 529 if status == 429 else status
+def messages_status(status: int, code: str | None) -> int:
+    """A full server is 529 there; 429 means a limit of the caller's own."""
+    return 529 if code == "server_full" else status
 
 
 def messages_error(status: int, error: Mapping[str, Any], request_id: str) -> dict[str, Any]:
     """`error`: as this server spells errors otherwise."""
-    status = messages_status(status)
+    status = messages_status(status, error["code"])
     kind = _TYPES.get(status, "invalid_request_error" if status < 500 else "api_error")
     message = error["message"]
     if error["code"] == "context_length_exceeded" and error["param"] != "max_tokens":

@@ -24,6 +24,7 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000)
 _REASONS = ("stop", "length", "error", "too_complex")
+_REJECTIONS = ("server_full", "share_full", "unavailable")
 _CAUSES = ("disconnect", "slow_reader", "shutdown", "engine_stalled", "deadline")
 
 
@@ -50,9 +51,7 @@ class Metrics:
         self.prompt_tokens_cached = total("prompt_tokens_cached", "Prompt tokens served from the prefix cache.")
         self.generation_tokens = total("generation_tokens", "Tokens generated.")
         self.success = counter("vllm:request_success", "Finished sequences.", "finished_reason", _REASONS)
-        self.rejected = counter(
-            "vllm:admission_rejections", "Requests that were not admitted.", "reason", ("server_full", "unavailable")
-        )
+        self.rejected = counter("vllm:admission_rejections", "Requests that were not admitted.", "reason", _REJECTIONS)
         self.cancelled = counter("gptq_api:requests_cancelled", "Requests ended from outside.", "cause", _CAUSES)
         self.iteration_tokens = histogram("iteration_tokens_total", "Tokens computed per engine step.", _TOKENS)
         self.request_prompt_tokens = histogram("request_prompt_tokens", "Prompt tokens per request.", _TOKENS)

@@ -13,12 +13,13 @@ from typing import Annotated, TypeVar
 from fastapi import Depends, Request
 
 from gptq_api import __version__
-from gptq_api.api.errors import ApiError, too_many, unavailable
+from gptq_api.api.errors import ApiError, server_full, unavailable
 from gptq_api.api.metrics import Metrics
 from gptq_api.config import Settings
 from gptq_api.edge.auth import Authenticator
 from gptq_api.edge.request_log import RequestRecord
 from gptq_api.engine.client import EngineClient
+from gptq_api.engine.places import PlacesTaken
 from gptq_api.grammar.checker import GrammarChecker
 from gptq_api.text.chat_template import ChatTemplate
 from gptq_api.text.tokenizer import Tokenizer
@@ -34,8 +35,6 @@ class Service:
     template: ChatTemplate
     model_name: str
     draining: bool = False
-    num_preparing: int = 0
-    """requests on their way from the socket to admission"""
     metrics: Metrics = field(init=False)
     auth: Authenticator = field(init=False)
     fingerprint: str = field(init=False)
@@ -52,6 +51,7 @@ class Service:
         self.metrics = Metrics(self.model_name, self.engine)
         self.engine.on_step = self.metrics.on_step
         self.auth = Authenticator(self.settings.api_key)
+        self.engine.places.shared = self.auth.may_differ(self.settings.host)
         parts = (__version__, ready.checkpoint, ready.device, ready.dtype, self.settings.kv_cache_dtype)
         self.fingerprint = "fp_" + hashlib.sha256(" ".join(parts).encode()).hexdigest()[:10]
         self.max_tokens = ready.max_model_len
@@ -76,21 +76,28 @@ class Service:
             )
 
     @contextmanager
-    def preparing(self) -> Iterator[None]:
+    def preparing(self, record: RequestRecord) -> Iterator[None]:
         """Around the work before admission, so that a crowd at the door is refused before it costs anything.
 
-        Raises ApiError 503 where nothing is admitted any more, or not now; 429 where the house is full already.
+        Raises ApiError 503 where nothing is admitted any more, or not now; 429 where the house is full already, or the
+        caller's part of it.
         """
         if (refusal := self.refusal()) is not None:
             raise refusal
-        if self.engine.num_admitted + self.num_preparing >= self.settings.max_queued_requests:
-            self.metrics.rejected["server_full"].inc()
-            raise too_many(1.0, "The server is full: as many requests are running or waiting as it takes.")
-        self.num_preparing += 1
+        places, owner = self.engine.places, record.caller.owner
+        try:
+            places.come(owner)
+        except PlacesTaken as taken:
+            raise self.full(taken) from None
         try:
             yield
         finally:
-            self.num_preparing -= 1
+            places.arrive(owner)
+
+    def full(self, taken: PlacesTaken) -> ApiError:
+        """A 429 that is counted."""
+        self.metrics.rejected["share_full" if taken.share else "server_full"].inc()
+        return server_full(taken)
 
     def refusal(self) -> ApiError | None:
         """Why nothing is admitted, a 503 that is counted; None where it is."""

@@ -13,6 +13,7 @@ import structlog
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from gptq_api.edge.auth import NOBODY, Caller
 from gptq_api.edge.errors import ErrorBody
 
 log = structlog.get_logger()
@@ -28,8 +29,8 @@ class RequestRecord:
     request_id: str
     started: float = field(default_factory=time.monotonic)
     """time.monotonic()"""
-    key_id: bytes = b""
-    """whose key it came with, as Authenticator.check says"""
+    caller: Caller = NOBODY
+    """whose it is, as Authenticator.check says"""
     status: int = 0
     notes: dict[str, object] = field(default_factory=dict)
     """what the API adds to the line: how much work it was"""

@@ -15,7 +15,6 @@ import os
 import socket
 import subprocess
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from gptq_api.child import child_command
 from gptq_api.config import Settings
 from gptq_api.engine import wire
 from gptq_api.engine.generation import Generation
+from gptq_api.engine.places import Places
 from gptq_api.errors import UserError
 from gptq_api.logs import Style
 from gptq_api.types import (
@@ -59,14 +59,6 @@ class EngineStalled(RuntimeError):
     """The engine has been silent over its work for `EngineClient.timeout_s`; the sequence was given up."""
 
 
-class EngineFull(RuntimeError):
-    """As many sequences are admitted as the settings allow."""
-
-    def __init__(self, num_admitted: int, retry_after_s: float) -> None:
-        super().__init__(f"{num_admitted} requests are running or waiting; try again in {retry_after_s:.0f} s")
-        self.retry_after_s = retry_after_s
-
-
 @dataclass(slots=True, frozen=True)
 class Prompt:
     """One prompt and how each of its samples is drawn."""
@@ -86,6 +78,7 @@ class EngineClient:
         self.settings = settings
         self.alive = False
         self.stats = _NO_STATS
+        self.places = Places(settings.max_queued_requests)
         self.on_step: Callable[[StepOutput], None] | None = None
         """called with every step's output, for metrics"""
         self._stopping = False
@@ -95,12 +88,11 @@ class EngineClient:
         self._watch: asyncio.TimerHandle | None = None  # looks at _owed_since, where it is not None
         self._told_stalled = False
         self._next_id = 1
-        self._finish_times: deque[float] = deque(maxlen=64)
 
     @property
     def num_admitted(self) -> int:
         """Sequences that have a place now, running and waiting."""
-        return len(self._generations)
+        return self.places.num_held
 
     @property
     def stalled(self) -> bool:
@@ -160,11 +152,19 @@ class EngineClient:
         await self._dead.wait()
 
     @contextmanager
-    def submit(self, prompts: Sequence[Prompt], cache_salt: bytes = b"", priority: int = 0) -> Iterator[Generation]:
-        """Queue every sample of every prompt, or none: each is a sequence and takes a place. The lowest `priority` is
-        served first.
+    def submit(
+        self,
+        prompts: Sequence[Prompt],
+        cache_salt: bytes = b"",
+        priority: int = 0,
+        *,
+        owner: bytes = b"",
+        level: int = 0,
+    ) -> Iterator[Generation]:
+        """Queue every sample of every prompt, or none: each is a sequence and takes a place. The lowest `level` is
+        served first; within one owners take turns, and each has its lowest `priority` served first.
 
-        Raises EngineDead, EngineStalled, EngineFull; ValueError if one is longer than the context.
+        Raises EngineDead, EngineStalled, PlacesTaken; ValueError if one is longer than the context.
         """
         if not self.alive:
             raise EngineDead("the engine process is not running")
@@ -173,9 +173,8 @@ class EngineClient:
         for prompt in prompts:
             self._check_length(prompt)
         num_sequences = sum(len(prompt.params) for prompt in prompts)
-        if len(self._generations) + num_sequences > self.settings.max_queued_requests:
-            raise EngineFull(len(self._generations), self._retry_after_s())
-        generation = Generation(self._leave, self._next_id, num_sequences)
+        self.places.take(owner, num_sequences)
+        generation = Generation(self._leave, self._next_id, num_sequences, owner)
         sequence_ids = range(self._next_id, self._next_id + num_sequences)
         self._next_id += num_sequences
         self._generations |= dict.fromkeys(sequence_ids, generation)
@@ -183,8 +182,9 @@ class EngineClient:
         try:
             first_id = generation.first_id
             for prompt in prompts:
-                self._send(Add(first_id, pack_ids(prompt.token_ids), tuple(prompt.params), cache_salt, priority))
-                first_id += len(prompt.params)
+                params = tuple(prompt.params)
+                self._send(Add(first_id, pack_ids(prompt.token_ids), params, cache_salt, priority, owner, level))
+                first_id += len(params)
             yield generation
         finally:  # finished, stop string, client gone, error: one door
             self._leave(sequence_ids)
@@ -198,9 +198,13 @@ class EngineClient:
 
     def _leave(self, sequence_ids: Sequence[int]) -> None:
         """Their places are free. Those that have left already, or were given up, are passed over."""
-        left = [i for i in sequence_ids if self._generations.pop(i, None) is not None]
-        self._finish_times.extend([time.monotonic()] * len(left))
+        left = [i for i in sequence_ids if i in self._generations]
+        for sequence_id in left:
+            self._give_back(sequence_id)
         self._abort([i for i in left if i in self._unfinished])
+
+    def _give_back(self, sequence_id: int) -> None:
+        self.places.give_back(self._generations.pop(sequence_id).owner, 1)
 
     def _abort(self, sequence_ids: list[int]) -> None:
         self._unfinished.difference_update(sequence_ids)
@@ -240,7 +244,7 @@ class EngineClient:
         self._told_stalled = True
         self._tell(EngineStalled(self._silence()))
         for sequence_id in given_up:
-            del self._generations[sequence_id]
+            self._give_back(sequence_id)
         self._abort(given_up)
 
     def _tell(self, error: Exception) -> None:
@@ -250,13 +254,6 @@ class EngineClient:
 
     def _silence(self) -> str:
         return f"the engine has been silent over its work for {self.timeout_s:g} s"
-
-    def _retry_after_s(self) -> float:
-        """When a place should be free: from the rate at which generations ended lately; 1 to 60 s."""
-        if len(self._finish_times) < 2:
-            return 1.0
-        span = time.monotonic() - self._finish_times[0]
-        return min(max(span / len(self._finish_times), 1.0), 60.0)
 
     def _receive(self, message: FromEngine) -> None:
         match message:

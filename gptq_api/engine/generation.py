@@ -35,9 +35,9 @@ class Generation:
     The choices are numbered from 0; their sequences have consecutive ids from `first_id` on.
     """
 
-    def __init__(self, leave: Callable[[list[int]], None], first_id: int, num_choices: int) -> None:
-        """`leave`: gives the places of these sequences back."""
-        self.first_id = first_id
+    def __init__(self, leave: Callable[[list[int]], None], first_id: int, num_choices: int, owner: bytes = b"") -> None:
+        """`leave`: gives the places of these sequences back; `owner`: whose they are."""
+        self.first_id, self.owner = first_id, owner
         self.num_cached_tokens = [0] * num_choices
         """by choice, prompt tokens that came from the prefix cache; known with the first token"""
         self._leave = leave

@@ -81,7 +81,8 @@ class Scheduler:
         self._live: dict[int, Sequence] = {}
         self._free_seats = list(range(max_num_seqs - 1, -1, -1))
         self._in_flight: deque[list[Sequence]] = deque()  # those of each scheduled step, in its order
-        self._short: tuple[Sequence, int] | None = None  # who could not be admitted, and how many blocks have to be free
+        # who was not admitted for lack of blocks, and how many have to be free for it
+        self._short: tuple[Sequence, int] | None = None
         self._budget = max_num_batched_tokens  # less for a while after the device had no memory for a step
         self.counters = Counters()
 
@@ -186,6 +187,7 @@ class Scheduler:
                 self._short = seq, needed + len(self.running)
                 self.blocks.release(seq.block_table)
                 break
+            self._short = None
             self.waiting.take()
             self.running.append(seq)
             seq.seat = self._free_seats.pop()

@@ -19,7 +19,7 @@ rank = attrgetter("rank")
 
 
 @dataclass(slots=True, eq=False)
-class _Owner:
+class _Line:
     turn: int
     """when it last got a seat, or came"""
     waiting: list[Sequence] = field(default_factory=list)
@@ -31,7 +31,7 @@ class WaitingQueue:
     """Each operation takes the time of one look into a sorted list, however many wait."""
 
     def __init__(self) -> None:
-        self._owners: dict[bytes, _Owner] = {}
+        self._owners: dict[bytes, _Line] = {}
         self._order: list[tuple[int, int, int, bytes]] = []  # of those who wait: level, seats, turn, owner
         self._num_turns = 0
         self._num_waiting = 0
@@ -55,7 +55,7 @@ class WaitingQueue:
     def add(self, seq: Sequence) -> None:
         owner = self._owners.get(seq.owner)
         if owner is None:
-            owner = self._owners[seq.owner] = _Owner(self._next_turn())
+            owner = self._owners[seq.owner] = _Line(self._next_turn())
         self._leave_order(seq.owner, owner)
         insort(owner.waiting, seq, key=rank)
         self._num_waiting += 1
@@ -91,14 +91,14 @@ class WaitingQueue:
         self._num_turns += 1
         return self._num_turns
 
-    def _place(self, name: bytes, owner: _Owner) -> tuple[int, int, int, bytes]:
+    def _place(self, name: bytes, owner: _Line) -> tuple[int, int, int, bytes]:
         return owner.waiting[0].rank[0], owner.num_seats, owner.turn, name
 
-    def _leave_order(self, name: bytes, owner: _Owner) -> None:
+    def _leave_order(self, name: bytes, owner: _Line) -> None:
         if owner.waiting:
             del self._order[bisect_left(self._order, self._place(name, owner))]
 
-    def _enter_order(self, name: bytes, owner: _Owner) -> None:
+    def _enter_order(self, name: bytes, owner: _Line) -> None:
         if owner.waiting:
             insort(self._order, self._place(name, owner))
         elif not owner.num_seats:

@@ -273,4 +273,5 @@ def test_errors_in_their_words() -> None:
     kinds = [(401, "authentication_error"), (404, "not_found_error"), (413, "request_too_large"), (500, "api_error")]
     for status, kind in kinds:
         assert messages_error(status, ApiError(status, "x").error, "r")["error"]["type"] == kind
-    assert messages_status(429) == 529 and messages_status(400) == 400
+    assert messages_status(429, "server_full") == 529, "everybody's limit"
+    assert messages_status(429, "share_full") == 429 and messages_status(400, None) == 400

@@ -7,8 +7,9 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from gptq_api.engine.client import EngineDead, EngineFull, EngineStalled, Prompt
+from gptq_api.engine.client import EngineDead, EngineStalled, Prompt
 from gptq_api.engine.generation import Delta, Generation
+from gptq_api.engine.places import PlacesTaken
 from gptq_api.types import Abort, Add, SamplingParams, pack_ids
 from tests.support.hand_fed_engine import HandFedEngine
 
@@ -41,7 +42,7 @@ async def test_all_samples_of_all_prompts_are_admitted_or_none() -> None:
     with engine.submit([Prompt([1], samples(3))]):
         num_sent = len(engine.sent)
         with (
-            pytest.raises(EngineFull, match=r"^3 requests are running or waiting"),
+            pytest.raises(PlacesTaken, match=r"^3 of 8 requests are running or waiting"),
             engine.submit([Prompt([1], samples(3)), Prompt([2], samples(3))]),
         ):
             pass

@@ -11,15 +11,18 @@ from itertools import islice
 
 from gptq_api.api.answers.choice import Choice, Piece
 from gptq_api.api.answers.prompt_logprobs import Scoring
-from gptq_api.api.errors import ApiError, deadline_exceeded, too_many, unavailable
+from gptq_api.api.errors import ApiError, deadline_exceeded, unavailable
 from gptq_api.api.service import Service
 from gptq_api.api.terms import Terms
 from gptq_api.edge.request_log import RequestRecord
-from gptq_api.engine.client import EngineDead, EngineFull, EngineStalled, Prompt
+from gptq_api.engine.client import EngineDead, EngineStalled, Prompt
 from gptq_api.engine.generation import Delta, Generation
+from gptq_api.engine.places import PlacesTaken
 from gptq_api.text.parts import StoppedReader
 from gptq_api.text.stream import TextStream
 
+HIGHEST_LEVEL = 0
+"""A priority below it is before the caller's others, but not before those of other callers"""
 _GIVEN_UP = {
     "error": "The model produced numbers that are not finite; the answer was given up.",
     "too_complex": "The grammar of the answer became too complex to be followed; the answer was given up.",
@@ -196,7 +199,8 @@ def admitted(
 
     `new_text`: makes the text of each choice; `new_reader`: what finds thoughts and calls of tools in it.
     """
-    salt = record.key_id + (b"" if terms.cache_salt is None else b"/" + terms.cache_salt.encode())
+    caller = record.caller
+    salt = caller.salt + (b"" if terms.cache_salt is None else b"/" + terms.cache_salt.encode())
     left_s = None if terms.timeout_s is None else record.started + terms.timeout_s - time.monotonic()
     if left_s is not None and left_s <= 0:
         record.outcome = "deadline"
@@ -206,10 +210,16 @@ def admitted(
         generation = None
         if prompts[0].params[0].max_tokens or scoring is not None:
             try:
-                generation = stack.enter_context(service.engine.submit(prompts, salt, terms.priority))
-            except EngineFull as error:
-                service.metrics.rejected["server_full"].inc()
-                raise too_many(error.retry_after_s, f"The server is full: {error}.") from None
+                submission = service.engine.submit(
+                    prompts,
+                    salt,
+                    terms.priority,
+                    owner=caller.owner,
+                    level=max(terms.priority, HIGHEST_LEVEL),
+                )
+                generation = stack.enter_context(submission)
+            except PlacesTaken as taken:
+                raise service.full(taken) from None
             except (EngineDead, EngineStalled):
                 refusal = service.refusal()
                 assert refusal is not None

@@ -114,10 +114,10 @@ async def _in_template(
 async def completion_prompts(service: Service, body: CompletionRequest) -> list[Prompt]:
     """Raises ApiError 400."""
     num_samples = max(body.num_choices, body.best_of or 1)
-    if len(body.prompt) * num_samples > service.settings.max_queued_requests:
+    if len(body.prompt) * num_samples > service.engine.places.most:
         raise bad_request(
             f"{len(body.prompt)} prompts of {num_samples} samples are more sequences than the "
-            f"{service.settings.max_queued_requests} this server takes at a time.",
+            f"{service.engine.places.most} this server takes at a time from one client.",
             "n" if num_samples > 1 else "prompt",
         )
     texts = [prompt for prompt in body.prompt if isinstance(prompt, str)]
@@ -175,10 +175,8 @@ def _prompt(
     """The one way of every prompt to the engine; where max_tokens is 0 there is nothing to run but for logprobs of the
     prompt. Raises ApiError 400."""
     _check_ids(service, ids, param)
-    if num_samples > service.settings.max_queued_requests:
-        raise bad_request(
-            f"Invalid value for 'n': this server takes {service.settings.max_queued_requests} sequences at a time.", "n"
-        )
+    if num_samples > (most := service.engine.places.most):
+        raise bad_request(f"Invalid value for 'n': this server takes {most} sequences at a time from one client.", "n")
     room = service.max_tokens - len(ids)
     limit, limit_param = body.answer_limit
     if room < (0 if limit == 0 else 1):

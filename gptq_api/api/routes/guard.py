@@ -39,10 +39,10 @@ class GuardedRoute(_Route):
 
         async def guarded(request: Request) -> Response:
             service = get_service(request)
-            key_id = service.auth.check(request.headers)
-            if key_id is None:
+            caller = service.auth.check(request.headers, request.client.host if request.client else "")
+            if caller is None:
                 raise wrong_key(why_refused(request.headers))
-            get_record(request).key_id = key_id
+            get_record(request).caller = caller
             if request.method == "POST":
                 request = _JsonRequest(request.scope, request.receive)
                 await request.load(service.settings.max_body_bytes)

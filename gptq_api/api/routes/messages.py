@@ -43,7 +43,7 @@ async def count_tokens(body: CountTokensRequest, service: ServiceDep, record: Re
     service.check_model(body.model)
     strict = service.settings.strict_params
     asked = body.translated(service.template, strict=strict)
-    with asked.names.used(), service.preparing():
+    with asked.names.used(), service.preparing(record):
         asked.chat.unknown(strict=strict)
         num_tokens = await _count(service, asked.chat)
     headers = {"request-id": record.request_id, **asked.headers()}

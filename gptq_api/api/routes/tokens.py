@@ -16,20 +16,20 @@ from gptq_api.api.requests.fields import unknown_header
 from gptq_api.api.requests.prompts import chat_ids, chat_text, check_fits, render
 from gptq_api.api.requests.tokens import DetokenizeRequest, TokenizeRequest
 from gptq_api.api.routes.guard import guarded_router
-from gptq_api.api.service import Service, ServiceDep
+from gptq_api.api.service import RecordDep, Service, ServiceDep
 
 router = guarded_router()
 
 
 @router.post("/tokenize", **answers("Tokens", errors=(*BODY, 404, *WORK)))
-async def tokenize(body: TokenizeRequest, service: ServiceDep) -> Response:
+async def tokenize(body: TokenizeRequest, service: ServiceDep, record: RecordDep) -> Response:
     """The token ids of a text, or of messages under the chat template."""
     service.check_model(body.model)
     strict = service.settings.strict_params
     unknown = body.unknown(strict=strict)
     if len(body.given) != 1:
         raise bad_request("Give one of 'prompt', 'messages' and 'content'.", "prompt")
-    with service.preparing():
+    with service.preparing(record):
         if body.messages is not None:
             unknown += check_messages(body.messages, strict=strict)
             generation_prompt = body.add_generation_prompt is not False and not body.continue_final_message
@@ -75,18 +75,18 @@ async def detokenize(body: DetokenizeRequest, service: ServiceDep) -> Response:
 
 
 @router.post("/apply-template", **answers("Prompt", errors=(*BODY, 404, *WORK)))
-async def apply_template(body: ChatCompletionRequest, service: ServiceDep) -> Response:
+async def apply_template(body: ChatCompletionRequest, service: ServiceDep, record: RecordDep) -> Response:
     """What the chat template makes of a conversation, as text: control tokens and their spelling look alike in it."""
     headers = check_chat(service, body)
-    with service.preparing():
+    with service.preparing(record):
         return json_response({"prompt": await chat_text(service, body)}, headers)
 
 
 @router.post("/v1/chat/completions/input_tokens", **answers("InputTokens", errors=(*BODY, 404, *WORK)))
-async def input_tokens(body: ChatCompletionRequest, service: ServiceDep) -> Response:
+async def input_tokens(body: ChatCompletionRequest, service: ServiceDep, record: RecordDep) -> Response:
     """How many tokens a conversation is, by the body that would be answered."""
     headers = check_chat(service, body)
-    with service.preparing():
+    with service.preparing(record):
         ids = await chat_ids(service, body)
     return json_response({"object": "response.input_tokens", "input_tokens": len(ids)}, headers)
 
