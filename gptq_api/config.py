@@ -116,7 +116,8 @@ class Settings(CommandSettings):
     """Tokens computed in one step; longer prompts are computed in chunks, which are smaller beside sequences that
     decode. Default: 512 on the CPU, 2048 on CUDA."""
     max_queued_requests: int = Field(512, ge=1)
-    """Sequences admitted at a time, running and waiting; beyond it requests get 429 with Retry-After."""
+    """Sequences admitted at a time, running and waiting; beyond it requests get 429 with Retry-After. Where there may
+    be several callers (keys, or addresses), an eighth is kept for those who hold few."""
     enable_prefix_caching: bool = True
     """Reuse the KV cache of prompts that begin alike."""
     num_threads: int | None = Field(None, ge=1)

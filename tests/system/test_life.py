@@ -19,7 +19,19 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.support.server import RawStream, Server, alive, chat_body, chunks, raw_request, stream_chunks, wait_for
+from tests.support.server import (
+    RawStream,
+    Server,
+    alive,
+    chat_body,
+    check_error,
+    chunks,
+    raw_request,
+    stream_chunks,
+    wait_for,
+)
+
+CHAT = "/v1/chat/completions"
 
 ENDLESS: dict[str, Any] = {"ignore_eos": True, "temperature": 0}
 
@@ -91,21 +103,30 @@ def test_a_reader_that_never_reads_is_cut_and_slows_nobody(strict_server: Server
     assert "Traceback" not in server.log()
 
 
+def check_full(refused: httpx.Response, code: str) -> None:
+    check_error(refused, 429, None, code)
+    assert refused.json()["error"]["type"] == "rate_limit_error"
+    assert 0 <= int(refused.headers["retry-after"]) * 1000 - int(refused.headers["retry-after-ms"]) < 1000
+
+
 def test_a_full_house_answers_429_before_any_header_of_a_stream(strict_server: Server) -> None:
     server = strict_server
     server.wait_idle()
-    slow = chat_body("Tell me a story.", n=4, stream=True, **ENDLESS)
-    with server.http.stream("POST", "/v1/chat/completions", json=slow) as occupied:
+    slow = chat_body("Tell me a story.", n=3, stream=True, **ENDLESS)
+    last = chat_body("Tell me a story.", stream=True, **ENDLESS)
+    second = {"authorization": "Bearer second-key"}
+    with server.http.stream("POST", CHAT, json=slow) as occupied:
         assert occupied.status_code == 200
-        wait_for(lambda: running(server) == 4, 5)
-        started = time.monotonic()
-        refused = server.chat(stream=True)
-        assert time.monotonic() - started < 1
-        assert refused.status_code == 429 and refused.json()["error"]["type"] == "rate_limit_error"
-        assert int(refused.headers["retry-after"]) >= 1
-        assert int(refused.headers["retry-after-ms"]) >= 1000
-        assert refused.headers["content-type"] == "application/json"
-        wait_for(lambda: server.metric("vllm:num_requests_waiting") == 2, 2)
+        wait_for(lambda: running(server) == 3, 5)
+        check_full(server.chat(stream=True), "share_full")
+        with server.http.stream("POST", CHAT, json=last, headers=second) as other:
+            assert other.status_code == 200, "the last place is kept for another key"
+            wait_for(lambda: running(server) == 4, 5)
+            for headers in ({}, second):
+                check_full(server.post(CHAT, chat_body(stream=True), **headers), "server_full")
+            wait_for(lambda: server.metric("vllm:num_requests_waiting") == 2, 2)
+            running_now = next(line for line in other.iter_lines() if "content" in line)
+            assert running_now, "a seat, though the first key has more than there are"
     server.wait_idle()
     assert server.chat(max_tokens=1).status_code == 200
     assert server.metric("vllm:admission_rejections_total", reason="server_full") >= 1

@@ -26,8 +26,9 @@ Timeout = Annotated[float, Ge(MIN_TIMEOUT_S), Le(MAX_TIMEOUT_S)]
 
 class ServingFields(SamplingFields):
     priority: Priority | None = None
-    """The lowest number is served first, and loses its memory last where memory is short. Default 0; the header
-    `X-Priority` says it too, and the field wins."""
+    """The lowest number is served first, and loses its memory last where memory is short. Default 0; numbers below it
+    go before the caller's other requests, not before those of other callers. The header `X-Priority` says it too, and
+    the field wins."""
     timeout: Timeout | None = None
     """Seconds for waiting, prompt and answer together. An answer that is not complete by then ends where it is, with
     `finish_reason` "length" and `stop_reason` "deadline"; without a token by then, it is a 504. The header
