@@ -2,12 +2,14 @@
 `GPTQ_API_MAX_NUM_SEQS` and the TOML key `max_num_seqs` or `max-num-seqs`; the docstring under it is its help text.
 
 Precedence: command line, environment, TOML file (`--config FILE` or `GPTQ_API_CONFIG`), default. Unknown flags, keys
-and GPTQ_API_* variables are refused by name. A list is split at commas; flags that are repeated add up.
+and GPTQ_API_* variables are refused by name; keys and variables that are settings of another command are passed over,
+its flags are not. A list is split at commas; flags that are repeated add up.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args, get_origin
 
@@ -34,6 +36,7 @@ class CommandSettings(BaseSettings):
         extra="forbid",
         use_attribute_docstrings=True,
         enable_decoding=False,  # lists are not JSON: _as_written splits them
+        allow_inf_nan=False,
         cli_kebab_case=True,
         cli_implicit_flags=True,
         cli_avoid_json=True,
@@ -54,21 +57,34 @@ class CommandSettings(BaseSettings):
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         return (init_settings,)
 
+    def check_given(self, on_command_line: Mapping[str, str], anywhere: Mapping[str, str]) -> None:
+        """Of fields that are given how they are written. ConfigError for a flag that would do nothing beside others;
+        variables and files may be those of several commands, and are passed over where they say nothing."""
+
     @field_validator("*", mode="before")
     @classmethod
     def _as_written(cls, value: object, info: ValidationInfo) -> object:
         """Flags and variables are text: lists are split, choices among numbers become numbers, nothing is no value."""
         assert info.field_name is not None
-        annotation = cls.model_fields[info.field_name].annotation
+        field = cls.model_fields[info.field_name]
+        annotation = field.annotation
+        if field.repr:  # keys have a rule of their own
+            _check_text(value)
         if takes_list(annotation):
-            return _items(value)
+            items = _items(value)
+            paths = info.field_name == "models" and isinstance(items, list)
+            return [_at_home(item) for item in items] if paths else items
         if isinstance(value, str) and not value.strip() and str not in (annotation, *get_args(annotation)):
             raise ValueError("is empty; leave it out for its default")
+        if info.field_name == "model_path" or Path in (annotation, *get_args(annotation)):
+            return _at_home(value)
+        if isinstance(value, bool) and {int, float} & {annotation, *get_args(annotation)}:
+            return str(value).lower()  # not 1
         return _number(value) if _chooses_number(annotation) else value
 
 
-class Settings(CommandSettings):
-    """The server for 4-bit GPTQ LLaMA checkpoints. Every option is also a GPTQ_API_* variable and a TOML key."""
+class ModelSettings(CommandSettings):
+    """Which checkpoint is loaded, and how: what runner/options.py hands on."""
 
     # The model
     model_path: str = Field("demo", min_length=1)
@@ -76,12 +92,6 @@ class Settings(CommandSettings):
     `TheBloke/vicuna-7B-1.1-GPTQ`. `demo` is the small model in the package."""
     revision: str | None = None
     """Branch, tag or commit of a model on the hub. Default: main."""
-    served_model_name: str | None = None
-    """Name in /v1/models and in requests. Default: the folder's name."""
-    model_alias: list[str] = []
-    """Other names that requests may give the model, separated by commas; answers have its own."""
-    accept_any_model: bool = False
-    """Serve requests for any model, for programs that have the name of another one written into them."""
     gptq_wbits: Literal[2, 3, 4, 8] | None = None
     """Expected bits. Read from the tensors anyway; a contradiction is an error."""
     gptq_groupsize: int | None = None
@@ -90,8 +100,6 @@ class Settings(CommandSettings):
     """The weights file, where the folder holds more than one."""
     gptq_act_order: bool | None = None
     """Expected act-order. Read from the tensors anyway; a contradiction is an error."""
-    chat_template: Path | None = None
-    """Jinja file used instead of the checkpoint's chat template, or a built-in one by name (vicuna_v1.1)."""
     max_model_len: int | None = Field(None, ge=1)
     """Longest prompt plus answer, tokens. Default: what the checkpoint was trained for."""
 
@@ -115,15 +123,49 @@ class Settings(CommandSettings):
     max_num_batched_tokens: int | None = Field(None, ge=1, le=2**18)
     """Tokens computed in one step; longer prompts are computed in chunks, which are smaller beside sequences that
     decode. Default: 512 on the CPU, 2048 on CUDA."""
+    num_threads: int | None = Field(None, ge=1, le=4096)
+    """CPU threads of the engine. Default: the cores this process may use."""
+    config: Path | None = None
+    """TOML file with any of these settings."""
+
+    @field_validator("gptq_groupsize")
+    @classmethod
+    def _groupsize(cls, value: int | None) -> int | None:
+        return None if value is None else _group_size(value)
+
+
+class EngineSettings(ModelSettings):
+    """What an engine that answers is told besides, in a server or in this terminal; sent to the engine process."""
+
+    served_model_name: str | None = None
+    """Name in /v1/models and in requests. Default: the folder's name."""
+    chat_template: Path | None = None
+    """Jinja file used instead of the checkpoint's chat template, or a built-in one by name (vicuna_v1.1)."""
     max_queued_requests: int = Field(512, ge=1)
     """Sequences admitted at a time, running and waiting; beyond it requests get 429 with Retry-After. Where there may
     be several callers (keys, or addresses), an eighth is kept for those who hold few."""
     enable_prefix_caching: bool = True
     """Reuse the KV cache of prompts that begin alike."""
-    num_threads: int | None = Field(None, ge=1)
-    """CPU threads of the engine. Default: the cores this process may use."""
+    engine_timeout_s: float | None = Field(None, gt=0)
+    """Seconds an engine that has work may be silent; then requests, running and new ones, get 503 engine_stalled, and
+    so do /health and /ready, until it speaks. Longer than any step. Default: 60 on CUDA, 600 on the CPU, where the
+    chunk of a large model's prompt takes minutes."""
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """Least severe messages that are logged."""
+    log_json: bool = False
+    """One JSON object per log line."""
+    trace: Path | None = None
+    """File for one line of JSON per step of the engine: its sizes and times, and the token ids of prompts and answers.
+    tools/replay.py runs it again."""
 
-    # The server
+
+class Settings(EngineSettings):
+    """The server for 4-bit GPTQ LLaMA checkpoints. Every option is also a GPTQ_API_* variable and a TOML key."""
+
+    model_alias: list[str] = []
+    """Other names that requests may give the model, separated by commas; answers have its own."""
+    accept_any_model: bool = False
+    """Serve requests for any model, for programs that have the name of another one written into them."""
     host: str = Field("127.0.0.1", min_length=1)
     """Address to listen on. Anything but loopback needs --api-key or --allow-unauthenticated."""
     port: int = Field(8000, ge=0, le=65535)
@@ -150,36 +192,13 @@ class Settings(CommandSettings):
     """Time a client may leave a stream unread before it is cancelled."""
     sse_ping_s: float = Field(15.0, gt=0)
     """Seconds between keep-alive comments in a stream."""
-    engine_timeout_s: float | None = Field(None, gt=0)
-    """Seconds an engine that has work may be silent; then requests, running and new ones, get 503 engine_stalled, and
-    so do /health and /ready, until it speaks. Longer than any step. Default: 60 on CUDA, 600 on the CPU, where the
-    chunk of a large model's prompt takes minutes."""
     drain_timeout_s: float = Field(30.0, ge=0)
     """Seconds running requests have to finish after SIGTERM or ^C."""
-    log_level: Literal["debug", "info", "warning", "error"] = "info"
-    """Least severe messages that are logged."""
-    log_json: bool = False
-    """One JSON object per log line."""
-    trace: Path | None = None
-    """File for one line of JSON per step of the engine: its sizes and times, and the token ids of prompts and answers.
-    tools/replay.py runs it again."""
-    config: Path | None = None
-    """TOML file with any of these settings."""
-
-    @field_validator("gptq_groupsize")
-    @classmethod
-    def _groupsize(cls, value: int | None) -> int | None:
-        return None if value is None else _group_size(value)
 
     @field_validator("api_key")
     @classmethod
     def _keys(cls, value: list[str]) -> list[str]:
-        if not all(key.isascii() and key.isprintable() and not {" ", ","} & set(key) for key in value):
-            raise ValueError(
-                "holds a key that no HTTP header carries as it is: a key is made of ASCII letters, digits and signs, "
-                "without spaces and commas"
-            )
-        return value
+        return _sendable(value)
 
     @field_validator("cors_origin")
     @classmethod
@@ -211,11 +230,18 @@ class Settings(CommandSettings):
         return self
 
 
-class ChatSettings(Settings):
+class ChatSettings(EngineSettings):
     """Chat with a GPTQ checkpoint in the terminal."""
+
+    AT_URL: ClassVar[frozenset[str]] = frozenset(
+        ("url", "api_key", "served_model_name", "system", "temperature", "top_p", "max_tokens", "seed", "config")
+    )
+    """what is left to say where a server has the model"""
 
     url: str | None = None
     """Talk to a running server (its /v1 address) instead of loading the model."""
+    api_key: list[str] = Field([], repr=False)
+    """Bearer token for the server at --url; of several, separated by commas, the first."""
     system: str | None = None
     """System prompt."""
     temperature: float = Field(0.7, ge=0, le=2)
@@ -224,11 +250,26 @@ class ChatSettings(Settings):
     """Nucleus sampling."""
     max_tokens: int | None = Field(None, ge=1)
     """Longest answer, tokens. Default: what the context leaves."""
-    seed: int | None = None
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     """Seed of the sampler."""
 
+    @field_validator("api_key")
+    @classmethod
+    def _keys(cls, value: list[str]) -> list[str]:
+        return _sendable(value)
 
-class InspectSettings(Settings):
+    def check_given(self, on_command_line: Mapping[str, str], anywhere: Mapping[str, str]) -> None:
+        url = anywhere.get("url")
+        for name, written in on_command_line.items():
+            if url is not None and name not in self.AT_URL:
+                raise ConfigError(
+                    f"{written} does nothing beside {url}, whose server has its own; leave one of them out"
+                )
+            if url is None and name == "api_key":
+                raise ConfigError(f"{written} does nothing without --url: the model is loaded here; leave it out")
+
+
+class InspectSettings(ModelSettings):
     """Print what a checkpoint is, without loading its weights."""
 
     json_output: bool = Field(False, validation_alias=AliasChoices("json", "json_output"))
@@ -285,7 +326,7 @@ class QuantizeSettings(CommandSettings):
     # The machine
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute."""
-    num_threads: int | None = Field(None, ge=1)
+    num_threads: int | None = Field(None, ge=1, le=4096)
     """CPU threads. Default: the cores this process may use."""
     config: Path | None = None
     """TOML file with any of these settings."""
@@ -294,6 +335,27 @@ class QuantizeSettings(CommandSettings):
     @classmethod
     def _size(cls, value: int) -> int:
         return _group_size(value)
+
+    @property
+    def leaves_groups_to_reorder(self) -> bool:
+        return not self._without_reordering
+
+    @property
+    def _without_reordering(self) -> list[str]:
+        given = {
+            "--act-order": self.act_order,
+            "--nearest": self.nearest,
+            "--group-size -1": self.group_size < 0,
+        }
+        return [option for option, is_given in given.items() if is_given]
+
+    def check_given(self, on_command_line: Mapping[str, str], anywhere: Mapping[str, str]) -> None:
+        if self.calibration is None and not self.nearest:
+            raise ConfigError("--calibration FILE is missing: a text, or JSONL, of what the model will be used for")
+        if self.group_aware and (against := self._without_reordering):
+            raise ConfigError(
+                f"--group-aware does not go with {against[0]}, which leaves it nothing to do; leave one out"
+            )
 
 
 class BenchSettings(CommandSettings):
@@ -327,7 +389,7 @@ class BenchSettings(CommandSettings):
     """Activation type, and the type of the unquantized weights. auto is bfloat16 on the CPU."""
     kv_cache_dtype: Literal["auto", "fp8"] = "auto"
     """Type of the KV cache on CUDA, for all rows: what fp8 costs in perplexity."""
-    num_threads: int | None = Field(None, ge=1)
+    num_threads: int | None = Field(None, ge=1, le=4096)
     """CPU threads, for all rows. Default: what the server takes for the first checkpoint."""
     json_file: Path | None = Field(None, validation_alias=AliasChoices("json", "json_file"))
     """Write the results to this JSON file."""
@@ -340,22 +402,53 @@ class BenchSettings(CommandSettings):
     @classmethod
     def _models(cls, value: list[str]) -> list[str]:
         if not value:
-            raise ValueError("names no model")
+            raise ValueError("names no model; leave it out for its default")
         return value
 
+    def check_given(self, on_command_line: Mapping[str, str], anywhere: Mapping[str, str]) -> None:
+        random = anywhere.get("synthetic")
+        for name in ("models", "fp16", "gptq_ckpt", "revision", "text", "context", "num_windows"):
+            if random is not None and name in on_command_line:
+                what = f"{on_command_line[name]} does nothing beside {random}"
+                raise ConfigError(f"{what}, which measures random weights; leave one of them out")
 
-ALL_SETTINGS: tuple[type[CommandSettings], ...] = (
-    Settings,
-    ChatSettings,
-    InspectSettings,
-    QuantizeSettings,
-    BenchSettings,
-)
+
+COMMANDS: dict[str, type[CommandSettings]] = {
+    "serve": Settings,
+    "chat": ChatSettings,
+    "inspect": InspectSettings,
+    "quantize": QuantizeSettings,
+    "bench": BenchSettings,
+}
+ALL_SETTINGS = tuple(COMMANDS.values())
 
 
 def takes_list(annotation: Any) -> bool:
     """Whether the setting is a list, or may be one."""
     return any(get_origin(kind) is list for kind in (annotation, *get_args(annotation)))
+
+
+def _check_text(value: object) -> None:
+    """Bytes of the command line and of variables that are not UTF-8 come as halves of surrogate pairs."""
+    if isinstance(value, list):
+        for item in value:
+            _check_text(item)
+    if isinstance(value, str) and "\0" in value:
+        raise ValueError("holds a NUL character, which no name has")
+    if isinstance(value, str) and any("\ud800" <= char <= "\udfff" for char in value):
+        raise ValueError("holds bytes that are not UTF-8; write it in UTF-8, or rename what it names")
+
+
+def _at_home(value: object) -> object:
+    """A path with its ~ replaced, which the shell does not do behind an equals sign, nor anybody in a file."""
+    if not isinstance(value, str) or not value.startswith("~"):
+        return value
+    try:
+        return str(Path(value).expanduser())
+    except RuntimeError:
+        raise ValueError(
+            "begins with the home folder of somebody who is not known here; write the whole path"
+        ) from None
 
 
 def _items(value: object) -> object:
@@ -379,6 +472,15 @@ def _chooses_number(annotation: Any) -> bool:
 def _number(value: object) -> object:
     """Literal[4] does not take the string that the environment and the command line give."""
     return int(value) if isinstance(value, str) and value.isdecimal() else value
+
+
+def _sendable(keys: list[str]) -> list[str]:
+    if not all(key.isascii() and key.isprintable() and not {" ", ","} & set(key) for key in keys):
+        raise ValueError(
+            "holds a key that no HTTP header carries as it is: a key is made of ASCII letters, digits and signs, "
+            "without spaces and commas"
+        )
+    return keys
 
 
 def _group_size(value: int) -> int:

@@ -21,3 +21,9 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror or error}") from None
+
+
+def printable(text: str) -> str:
+    """`text` on one line, with control characters and what is no text escaped: names of files and tensors come from
+    others, and are for no terminal to obey."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)

@@ -13,9 +13,12 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeVar
 
-from gptq_api.config import Settings
+from gptq_api.config import EngineSettings, ModelSettings
 from gptq_api.errors import UserError
+
+M = TypeVar("M", bound=ModelSettings)
 
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 _SHARD = re.compile(r"(?P<stem>.+)-\d{5}-of-\d{5}")
@@ -32,13 +35,15 @@ class HubError(UserError):
     """A model cannot be had: one sentence that says what was tried."""
 
 
-def with_local_model(settings: Settings) -> Settings:
+def with_local_model(settings: M) -> M:
     """The settings with a hub name replaced by its folder; downloads it. Raises HubError."""
     folder = local_model(settings.model_path, settings.revision, settings.gptq_ckpt)
     if folder == settings.model_path:
         return settings
-    name = settings.served_model_name or settings.model_path
-    return settings.model_copy(update={"model_path": folder, "served_model_name": name})
+    update = {"model_path": folder}
+    if isinstance(settings, EngineSettings) and settings.served_model_name is None:
+        update["served_model_name"] = settings.model_path
+    return settings.model_copy(update=update)
 
 
 def local_model(model_path: str, revision: str | None = None, ckpt: Path | None = None) -> str:

@@ -6,28 +6,24 @@ from __future__ import annotations
 import difflib
 import os
 import tomllib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar, cast, get_args
+from typing import Any, TypeVar, get_args
 
 from pydantic import ValidationError
-from pydantic_settings import (
-    BaseSettings,
-    CliSettingsSource,
-    InitSettingsSource,
-    PydanticBaseSettingsSource,
-    SettingsError,
-)
+from pydantic.fields import FieldInfo
+from pydantic_settings import CliSettingsSource
 
-from gptq_api.config import ALL_SETTINGS, ENV_PREFIX, CommandSettings, ConfigError, flag, takes_list
+from gptq_api.config import ALL_SETTINGS, COMMANDS, ENV_PREFIX, CommandSettings, ConfigError, flag, takes_list
+from gptq_api.settings_words import taken, wrong_value
 
 S = TypeVar("S", bound=CommandSettings)
 
 
 @dataclass(frozen=True, slots=True)
 class _Source:
-    """What the environment or the file says."""
+    """What the command line, the environment or the file says."""
 
     values: dict[str, Any] = field(default_factory=dict)
     """by the name of the field"""
@@ -41,29 +37,34 @@ def load_settings(cls: type[S], args: Sequence[str] = (), *, prog: str = "gptq-a
     Leading arguments without a flag fill `cls.positional`. Raises ConfigError; `--help` prints and raises
     SystemExit(0).
     """
-    flags = _flags(cls, args)
+    if {"-h", "--help"} & set(args):
+        CliSettingsSource(cls, cli_prog_name=prog, cli_parse_args=["--help"])
+    command_line = _command_line(cls, args, prog)
     environment = _environment(cls)
-    file = _config_file(flags, environment)
-    sources = [environment] if file is None else [environment, _toml(cls, file)]
-
-    class Sourced(cls):  # type: ignore[valid-type, misc]
-        __doc__ = cls.__doc__
-
-        @classmethod
-        def settings_customise_sources(
-            cls, settings_cls: type[BaseSettings], init_settings: PydanticBaseSettingsSource, **others: Any
-        ) -> tuple[PydanticBaseSettingsSource, ...]:
-            return init_settings, *(InitSettingsSource(settings_cls, source.values) for source in sources)
-
+    sources = [command_line, environment]
+    if named := command_line.values.get("config") or environment.values.get("config"):
+        sources.append(_toml(cls, Path(named)))  # an empty name is refused with the other values
+    values: dict[str, Any] = {}
+    written: dict[str, str] = {}
+    for source in reversed(sources):
+        values |= source.values
+        written |= source.written
     try:
-        cli: CliSettingsSource[Any] = CliSettingsSource(Sourced, cli_prog_name=prog, cli_exit_on_error=False)
-        merged = Sourced(_cli_settings_source=cli(args=flags))
+        settings = cls(**values)
     except ValidationError as error:
-        raise ConfigError(_first_error(cls, prog, error, flags, sources)) from None
-    except SettingsError as error:
-        raise ConfigError(str(error).splitlines()[0].removeprefix("error parsing CLI: ")) from None
-    values = {name: getattr(merged, name) for name in cls.model_fields}
-    return cast(S, cls.model_construct(_fields_set=merged.model_fields_set, **values))
+        raise ConfigError(_first_error(cls, prog, error, written)) from None
+    settings.check_given(command_line.written, written)
+    return settings
+
+
+def usage(cls: type[CommandSettings], prog: str) -> str:
+    """`gptq-api quantize MODEL OUT [OPTIONS]`."""
+    shown = []
+    for name in cls.positional:
+        word = name.removesuffix("_path").upper()
+        word = f"{word.removesuffix('S')}..." if takes_list(cls.model_fields[name].annotation) else word
+        shown.append(word if cls.model_fields[name].is_required() else f"[{word}]")
+    return " ".join([prog, *shown, "[OPTIONS]"])
 
 
 def _spellings(cls: type[CommandSettings]) -> dict[str, str]:
@@ -91,18 +92,22 @@ def _environment(cls: type[CommandSettings]) -> _Source:
 
 
 def _toml(cls: type[CommandSettings], file: Path) -> _Source:
-    """The keys of a file, spelled with underscores or like the flags. Raises ConfigError."""
+    """The keys of a file, spelled with underscores or like the flags; those of other commands are passed over. Raises
+    ConfigError."""
     try:
         content = tomllib.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"config file {file} cannot be read: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"config file {file} is not valid TOML: {error}") from None
+    known = {name for kind in ALL_SETTINGS for name in _spellings(kind)}
     spellings, found = _spellings(cls), []
     for key, value in content.items():
         plain = key.replace("-", "_").lower()
         if plain not in spellings:
-            hint = _did_you_mean(plain, set(spellings), _hyphens if "-" in key else str)
+            if plain in known:
+                continue
+            hint = _did_you_mean(plain, known, _hyphens if "-" in key else str)
             raise ConfigError(f"key {key} in {file} is not a setting{hint}")
         name = spellings[plain]
         if name == "config":
@@ -121,60 +126,82 @@ def _source(found: Iterable[tuple[str, str, Any]]) -> _Source:
     return source
 
 
-def _flags(cls: type[CommandSettings], args: Sequence[str]) -> list[str]:
-    """Arguments with leading positional ones spelled out as flags. Refuses unknown flags by name."""
-    rest = list(args)
-    flags: list[str] = []
+def _command_line(cls: type[CommandSettings], args: Sequence[str], prog: str) -> _Source:
+    """The flags, and leading arguments as those that they stand for. Of a flag that is repeated the last one counts,
+    and lists add up. Raises ConfigError."""
+    fields = {flag(name): name for name in cls.model_fields}
+    opposites = {"--no-" + flag(name)[2:]: name for name in cls.model_fields if _is_bool(cls.model_fields[name])}
+    rest, source = list(args), _Source()
+
+    def take(name: str, written: str, value: str) -> None:
+        if takes_list(cls.model_fields[name].annotation) and name in source.values:
+            value = f"{source.values[name]},{value}"
+        source.values[name], source.written[name] = value, written
+
     for name in cls.positional:
-        takes_all = takes_list(cls.model_fields[name].annotation)
         while rest and not rest[0].startswith("-"):
-            flags += [flag(name), rest.pop(0)]
-            if not takes_all:
+            take(name, flag(name), rest.pop(0))
+            if not takes_list(cls.model_fields[name].annotation):
                 break
-    flags += rest
-    known = {flag(name) for name in cls.model_fields} | {"--help"}
-    known |= {"--no-" + flag(name)[2:] for name, field in cls.model_fields.items() if _is_bool(field.annotation)}
-    for item in flags:
-        name = item.split("=", 1)[0]
-        if name.startswith("--") and name not in known:
-            raise ConfigError(f"{name} is not an option{_did_you_mean(name, known, str)}")
-    return flags
+    named_first = dict(source.values)
+    while rest:
+        item = rest.pop(0)
+        spelled, equals, value = item.partition("=")
+        if not item.startswith("-") or item in ("-", "--"):
+            raise ConfigError(f"{item!r} is not expected there: {usage(cls, prog)}")
+        if spelled not in fields.keys() | opposites.keys():
+            raise ConfigError(_unknown_flag(cls, spelled, {*fields, *opposites}, prog))
+        name = fields.get(spelled) or opposites[spelled]
+        if _is_bool(cls.model_fields[name]):
+            if equals and spelled in opposites:
+                raise ConfigError(f"{spelled} takes no value; leave {'=' + value!r} out")
+            if rest and not rest[0].startswith("-"):
+                raise ConfigError(f"{spelled} takes no value; leave {rest[0]!r} out")
+            take(name, spelled, value if equals else str(spelled in fields).lower())
+            continue
+        if not equals:
+            if not rest or rest[0].startswith("--"):
+                like = f" ({spelled}={rest[0]}, where that is the value)" if rest else ""
+                takes = taken(cls.model_fields[name])
+                raise ConfigError(f"{spelled} lacks its value{like}: it takes {takes}")
+            value = rest.pop(0)
+        if name in named_first and value != named_first[name] and not takes_list(cls.model_fields[name].annotation):
+            raise ConfigError(f"{named_first[name]!r} and {spelled} {value!r} are the same setting; keep one of them")
+        take(name, spelled, value)
+    return source
 
 
-def _is_bool(annotation: Any) -> bool:
-    return annotation is bool or bool in get_args(annotation)
+def _unknown_flag(cls: type[CommandSettings], spelled: str, known: set[str], prog: str) -> str:
+    """A sentence: the flag that was meant, or the commands that have it."""
+    others = [name for name, kind in COMMANDS.items() if kind is not cls and _has_flag(kind, spelled)]
+    here = f" of {prog}" if prog.startswith("gptq-api ") else ""
+    if others and here:
+        have = f"{', '.join(others[:-1])} and {others[-1]} have" if len(others) > 1 else f"{others[0]} has"
+        return f"{spelled} is not an option{here}; gptq-api {have} it"
+    hint = _did_you_mean(spelled, known, str)
+    return f"{spelled} is not an option{here}{hint or f'; {prog} --help lists them'}"
 
 
-def _config_file(flags: Sequence[str], environment: _Source) -> Path | None:
-    """The TOML file has to be known before the settings are: look for it in the two places that can name it."""
-    named: str | None = environment.values.get("config")
-    for i, item in enumerate(flags):
-        if item == "--config" and i + 1 < len(flags):
-            named = flags[i + 1]
-        elif item.startswith("--config="):
-            named = item.removeprefix("--config=")
-    return Path(named) if named else None  # an empty name is refused with the other values
+def _has_flag(cls: type[CommandSettings], spelled: str) -> bool:
+    return any(
+        spelled == flag(name) or (spelled == "--no-" + flag(name)[2:] and _is_bool(field))
+        for name, field in cls.model_fields.items()
+    )
 
 
-def _first_error(
-    cls: type[CommandSettings], prog: str, error: ValidationError, flags: Sequence[str], sources: Sequence[_Source]
-) -> str:
+def _is_bool(field: FieldInfo) -> bool:
+    return field.annotation is bool or bool in get_args(field.annotation)
+
+
+def _first_error(cls: type[CommandSettings], prog: str, error: ValidationError, written: Mapping[str, str]) -> str:
     """One sentence: which setting, where it came from, what is wrong."""
-    first = error.errors(include_url=False, include_context=False)[0]
-    message = first["msg"].removeprefix("Value error, ")
+    first = error.errors(include_url=False)[0]
     if not first["loc"]:
-        return message
+        return first["msg"].removeprefix("Value error, ")
     name = _spellings(cls)[str(first["loc"][0])]
     if first["type"] == "missing":
-        shown = " ".join(positional.removesuffix("_path").upper() for positional in cls.positional)
-        return f"{flag(name)} is missing: {prog} {shown}"
-    if any(item.split("=", 1)[0] == flag(name) for item in flags):
-        written = flag(name)
-    else:
-        written = next(source.written[name] for source in sources if name in source.written)
-    value = first["input"] if isinstance(first["input"], str | int | float | bool) else type(first["input"]).__name__
-    shown_value = f" (got {str(value)[:80]!r})" if value != "" and cls.model_fields[name].repr else ""
-    return f"{written}: {message}{shown_value}"
+        return f"{flag(name)} is missing: {usage(cls, prog)}"
+    return f"{written[name]}: {wrong_value(cls.model_fields[name], first)}"
 
 
 def _hyphens(name: str) -> str:

@@ -15,9 +15,11 @@ from typing import Any
 import msgspec
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from gptq_api import __version__
 from gptq_api.bench.row import EXIT_TOLD, Job, Kind, Row
+from gptq_api.cli.output import fail
 from gptq_api.config import BenchSettings
 from gptq_api.errors import UserError, writing
 from gptq_api.hub import is_hub_name, local_model
@@ -39,7 +41,7 @@ def run(settings: BenchSettings) -> int:
         _check_outputs(settings)
         _report(settings, [_measure(job) for job in _jobs(settings)])
     except UserError as error:
-        print(f"gptq-api bench: {error}", file=sys.stderr)
+        fail("bench", error)
         return 1
     except KeyboardInterrupt:
         print("\ngptq-api bench: stopped", file=sys.stderr)
@@ -48,7 +50,7 @@ def run(settings: BenchSettings) -> int:
 
 
 def _report(settings: BenchSettings, rows: list[Row]) -> None:
-    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
+    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False, markup=False)
     console.print(_table(rows))
     for note in _notes(rows, settings):
         console.print(note, soft_wrap=True)
@@ -79,12 +81,6 @@ def _jobs(settings: BenchSettings) -> list[Job]:
 
 def _synthetic_jobs(settings: BenchSettings) -> list[Job]:
     """The rows of GPTQ-for-LLaMa's own table."""
-    named = {"--fp16": settings.fp16, "--gptq-ckpt": settings.gptq_ckpt, "--revision": settings.revision}
-    for option, value in ({"--text": settings.text} | named).items():
-        if value is not None:
-            raise BenchError(f"--synthetic measures random weights, which {option} does not go with")
-    if settings.models != ["demo"]:
-        raise BenchError(f"--synthetic measures random weights and no models; leave out {settings.models[0]}")
     model = settings.synthetic
 
     def job(name: str, kind: Kind, group_size: int = 128, act_order: bool = False) -> Job:
@@ -147,7 +143,7 @@ def _model_jobs(settings: BenchSettings) -> list[Job]:
         )
 
     if settings.fp16 is not None:
-        reference = job(settings.fp16.resolve().name, settings.fp16.expanduser(), "dense")
+        reference = job(settings.fp16.resolve().name, settings.fp16, "dense")
     else:
         reference = job(first, folder, "dequantized")
     return [reference, *(job(name, folder, "gptq") for name, folder in folders.items())]
@@ -213,7 +209,7 @@ def _table(rows: list[Row]) -> Table:
     for column in table.columns[1:]:
         column.justify = "right"
     for row in rows:
-        table.add_row(*_cells(row, rows[0]))
+        table.add_row(*map(Text, _cells(row, rows[0])))  # a name may look like markup
     return table
 
 

@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.text import Text
 
 from gptq_api.cli.chat_models import ChatError, ChatModel, LocalModel, Message, RemoteModel, Report
+from gptq_api.cli.output import fail
 from gptq_api.config import ChatSettings
 
 HELP = """\
@@ -145,7 +146,7 @@ class Chat:
         self._notes.print(Text(_CONTROL.sub("", text), style="dim"), soft_wrap=True)
 
     def _fail(self, error: ChatError) -> None:
-        print(f"gptq-api chat: {_CONTROL.sub('', str(error))}", file=sys.stderr)
+        fail("chat", error)
 
 
 class _Timer:
@@ -190,7 +191,7 @@ def run(settings: ChatSettings) -> int:
     try:
         return asyncio.run(_chat(settings, interactive=interactive))
     except ChatError as error:
-        print(f"gptq-api chat: {error}", file=sys.stderr)
+        fail("chat", error)
         return 1
     except KeyboardInterrupt:
         return 130

@@ -4,10 +4,10 @@ weights."""
 from __future__ import annotations
 
 import json
-import sys
 from collections import Counter
 from typing import Any
 
+from gptq_api.cli.output import fail
 from gptq_api.config import InspectSettings
 from gptq_api.errors import UserError
 
@@ -17,7 +17,7 @@ def run(settings: InspectSettings) -> int:
     try:
         facts = inspect(settings)
     except UserError as error:
-        print(f"gptq-api inspect: {error}", file=sys.stderr)
+        fail("inspect", error)
         return 1
     if settings.json_output:
         print(json.dumps(facts, indent=2))

@@ -2,36 +2,30 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import sys
 from collections.abc import Callable, Sequence
 
 from gptq_api import __version__
-from gptq_api.config import (
-    BenchSettings,
-    ChatSettings,
-    CommandSettings,
-    ConfigError,
-    InspectSettings,
-    QuantizeSettings,
-    Settings,
-)
-from gptq_api.errors import UserError
+from gptq_api.cli.output import fail, prepare, with_output
+from gptq_api.config import COMMANDS, ChatSettings, CommandSettings, ConfigError, ModelSettings
+from gptq_api.errors import UserError, printable
 from gptq_api.hub import with_local_model
 from gptq_api.settings_source import load_settings
 
-COMMANDS: dict[str, tuple[type[CommandSettings], str]] = {
-    "serve": (Settings, "answer the OpenAI API from a GPTQ checkpoint"),
-    "chat": (ChatSettings, "chat with a GPTQ checkpoint in the terminal"),
-    "inspect": (InspectSettings, "say what a checkpoint is, without loading its weights"),
-    "quantize": (QuantizeSettings, "make a GPTQ checkpoint of an FP16 model"),
-    "bench": (BenchSettings, "memory, perplexity and speed of GPTQ checkpoints beside FP16"),
+_HELP = {
+    "serve": "answer the OpenAI API from a GPTQ checkpoint",
+    "chat": "chat with a GPTQ checkpoint in the terminal",
+    "inspect": "say what a checkpoint is, without loading its weights",
+    "quantize": "make a GPTQ checkpoint of an FP16 model",
+    "bench": "memory, perplexity and speed of GPTQ checkpoints beside FP16",
 }
-"""One module gptq_api.cli.NAME with run(settings) -> exit status for each."""
+"""One module gptq_api.cli.NAME with run(settings) -> exit status for each of COMMANDS."""
 
 
 def usage() -> str:
-    lines = [f"  {name:8} {help_text}" for name, (_, help_text) in COMMANDS.items()]
+    lines = [f"  {name:8} {help_text}" for name, help_text in _HELP.items()]
     return "\n".join(
         [
             "usage: gptq-api COMMAND [MODEL] [OPTIONS]",
@@ -48,30 +42,50 @@ def usage() -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Exit status: 0 well, 1 it failed (a sentence on stderr), 2 it was asked for wrongly."""
+    prepare()
     args = list(sys.argv[1:] if argv is None else argv)
-    if not args or args[0] in ("-h", "--help", "help"):
+    return with_output(args[0] if args else "", lambda: _main(args))
+
+
+def _main(args: list[str]) -> int:
+    if not args:
+        print(usage(), file=sys.stderr)
+        return 2
+    if args[0] in ("-h", "--help", "help"):
         print(usage())
-        return 0 if args else 2
+        return 0
     if args[0] in ("-V", "--version", "version"):
         print(f"gptq-api {__version__}")
         return 0
     name = args[0]
     if name not in COMMANDS:
-        print(f"gptq-api: {name} is not a command\n\n{usage()}", file=sys.stderr)
+        print(f"gptq-api: {_not_a_command(name)}", file=sys.stderr)
         return 2
     try:
-        settings = load_settings(COMMANDS[name][0], args[1:], prog=f"gptq-api {name}")
+        settings = load_settings(COMMANDS[name], args[1:], prog=f"gptq-api {name}")
     except ConfigError as error:
-        print(f"gptq-api {name}: {error}", file=sys.stderr)
+        fail(name, error)
         return 2
     try:
-        if isinstance(settings, Settings) and not (isinstance(settings, ChatSettings) and settings.url):
+        if isinstance(settings, ModelSettings) and not (isinstance(settings, ChatSettings) and settings.url):
             settings = with_local_model(settings)
     except UserError as error:
-        print(f"gptq-api {name}: {error}", file=sys.stderr)
+        fail(name, error)
         return 1
     except KeyboardInterrupt:
-        print(f"\ngptq-api {name}: stopped; the same command goes on with what is missing", file=sys.stderr)
+        print(file=sys.stderr)
+        fail(name, "stopped; the same command goes on with what is missing")
         return 130
     run: Callable[[CommandSettings], int] = importlib.import_module(f"gptq_api.cli.{name}").run
     return run(settings)
+
+
+def _not_a_command(name: str) -> str:
+    """A sentence: the command that was meant, or those there are."""
+    close = difflib.get_close_matches(name.lower(), [*COMMANDS, "help", "version"], 1)
+    shown = printable(name[:80])
+    if close:
+        return f"{shown} is not a command; did you mean gptq-api {close[0]}?"
+    if name.startswith("-"):
+        return f"{shown} comes before the command; options stand behind it, as in gptq-api serve {shown}"
+    return f"{shown} is not a command: {', '.join(COMMANDS)} are; gptq-api --help says what they do"

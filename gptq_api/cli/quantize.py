@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from gptq_api.config import ConfigError, QuantizeSettings
+from gptq_api.cli.output import fail
+from gptq_api.config import QuantizeSettings
 from gptq_api.errors import UserError
 from gptq_api.hub import is_hub_name, local_model
 from gptq_api.text.chat_template import load_chat_template
@@ -32,7 +33,7 @@ def run(settings: QuantizeSettings) -> int:
     try:
         _run(settings)
     except UserError as error:
-        print(f"gptq-api quantize: {error}", file=sys.stderr)
+        fail("quantize", error)
         return 1
     except KeyboardInterrupt:
         print("\ngptq-api quantize: stopped; the same command goes on with the layers that are left", file=sys.stderr)
@@ -51,9 +52,9 @@ def _run(settings: QuantizeSettings) -> None:
     from gptq_api.quantize.work import WorkFolder
     from gptq_api.runner.load import backend_of, resolve_device, set_threads
 
-    console = Console(stderr=True, highlight=False)
-    folder = Path(local_model(settings.model_path, settings.revision, settings.gptq_ckpt)).expanduser()
-    out = settings.out.expanduser()
+    console = Console(stderr=True, highlight=False, markup=False)
+    folder = Path(local_model(settings.model_path, settings.revision, settings.gptq_ckpt))
+    out = settings.out
     source = open_dense(folder, settings.gptq_ckpt)
     config = read_config(folder)
     check_shapes(config, settings.bits)
@@ -128,8 +129,6 @@ class _Texts:
             template = load_chat_template(folder, tokenizer) if chats else None
             return windows(encode_documents(documents, path, tokenizer, template, num_rows), length)
 
-        if settings.calibration is None and not settings.nearest:
-            raise SamplesError("--calibration FILE is missing: a text, or JSONL, of what the model will be used for")
         num, num_eval = settings.num_samples, settings.num_eval_samples
         if settings.eval_text is not None:
             found = read(settings.eval_text)
@@ -158,15 +157,9 @@ class _Texts:
 def _group_aware(settings: QuantizeSettings) -> bool:
     """In groups of 32, a small LLaMA's perplexity was lower on 16 of 18 calibration sets with 3 bits. With 4 bits it
     depends on the text it is measured on: better on 20 of 24 with one, on three of six with another."""
-    others = {
-        "--act-order": settings.act_order,
-        "--nearest": settings.nearest,
-        "--group-size -1": settings.group_size < 0,
-    }
-    against = [option for option, given in others.items() if given]
-    if settings.group_aware and against:
-        raise ConfigError(f"--group-aware does not go with {against[0]}, which leaves it nothing to do; leave one out")
-    return not against and (settings.bits < 4 if settings.group_aware is None else settings.group_aware)
+    return settings.leaves_groups_to_reorder and (
+        settings.bits < 4 if settings.group_aware is None else settings.group_aware
+    )
 
 
 def _count(texts: list[list[int]], length: int) -> str:

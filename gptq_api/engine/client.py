@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 from gptq_api import frames
 from gptq_api.child import child_command
-from gptq_api.config import Settings
+from gptq_api.config import EngineSettings
 from gptq_api.engine import wire
 from gptq_api.engine.generation import Generation
 from gptq_api.engine.places import Places
@@ -74,7 +74,7 @@ _NO_STATS = EngineStats(0, 0, 0, 0, 0, 0, 0, 0)
 class EngineClient:
     """Owns the engine process."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: EngineSettings) -> None:
         self.settings = settings
         self.alive = False
         self.stats = _NO_STATS
@@ -127,7 +127,9 @@ class EngineClient:
         except BaseException:
             self._stopping = True  # asyncio closes the socket, which ends the engine: nobody waits for its news
             raise
-        self._transport.write(frames.frame(self.settings.model_dump_json(include=set(Settings.model_fields)).encode()))
+        self._transport.write(
+            frames.frame(self.settings.model_dump_json(include=set(EngineSettings.model_fields)).encode())
+        )
         try:
             self.ready = await self._ready
         except BaseException:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from gptq_api import frames
-from gptq_api.config import Settings
+from gptq_api.config import EngineSettings
 from gptq_api.engine import wire
 from gptq_api.errors import UserError
 from gptq_api.types import Abort, Add, Failed, Ready, ToEngine
@@ -50,7 +50,7 @@ def main(fd: str) -> int:
     first = frames.read_payload(sock)
     if first is None:
         return 0
-    settings = Settings(**msgspec.json.decode(first))
+    settings = EngineSettings(**msgspec.json.decode(first))
     inbox: Inbox = queue.SimpleQueue()
     threading.Thread(target=_read, args=(sock, inbox), name="inbox", daemon=True).start()
     try:
@@ -71,7 +71,7 @@ def _read(sock: socket.socket, inbox: Inbox) -> None:
     os._exit(0)  # the main thread is deep in a long step or still loading, for nobody
 
 
-def _serve(sock: socket.socket, inbox: Inbox, settings: Settings) -> int:
+def _serve(sock: socket.socket, inbox: Inbox, settings: EngineSettings) -> int:
     import torch
 
     from gptq_api.engine.core import Engine

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from gptq_api.config import Settings
+from gptq_api.config import ModelSettings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,5 +30,5 @@ class LoadOptions:
     num_threads: int | None = None
 
     @classmethod
-    def of(cls, settings: Settings) -> LoadOptions:
+    def of(cls, settings: ModelSettings) -> LoadOptions:
         return cls(**{option.name: getattr(settings, option.name) for option in fields(cls)})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -15,10 +14,11 @@ from gptq_api.checkpoint.checkpoint import open_checkpoint
 from gptq_api.checkpoint.dense import open_dense
 from gptq_api.checkpoint.summary import summarise
 from gptq_api.cli import bench
-from gptq_api.config import BenchSettings
+from gptq_api.config import BenchSettings, ConfigError
 from gptq_api.kernels.reference import dequantize
 from gptq_api.runner.load import load_runner, make_runner
 from gptq_api.runner.options import LoadOptions
+from gptq_api.settings_source import load_settings
 from gptq_api.text.tokenizer import load_tokenizer
 
 TINY = {
@@ -116,7 +116,7 @@ def test_the_table_of_random_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(row.weights_mib < dense.weights_mib and row.shape == dense.shape for row in quantized)
 
 
-@pytest.mark.parametrize("more", [{"text": Path("a.txt")}, {"fp16": Path("a")}, {"models": ["a"]}, {"revision": "a"}])
-def test_random_weights_go_with_no_model(more: dict[str, Any]) -> None:
-    with pytest.raises(bench.BenchError, match="--synthetic measures random weights"):
-        bench._jobs(BenchSettings(synthetic="llama-7b", **more))
+@pytest.mark.parametrize("more", [["--text", "a"], ["--fp16", "a"], ["--models", "a"], ["--revision", "a"]])
+def test_random_weights_go_with_no_model(more: list[str]) -> None:
+    with pytest.raises(ConfigError, match=f"^{more[0]} does nothing beside --synthetic, which measures random weights"):
+        load_settings(BenchSettings, ["--synthetic", "llama-7b", *more])

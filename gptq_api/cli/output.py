@@ -1,0 +1,63 @@
+"""What commands print: sentences in one line each, and a standard output that may go away."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Callable
+from typing import Any, cast
+
+from gptq_api.errors import printable
+
+
+def fail(command: str, error: object) -> None:
+    """One line on standard error that says why the command ends."""
+    print(f"gptq-api {command}: {printable(str(error))}", file=sys.stderr, flush=True)
+
+
+def prepare() -> None:
+    """Once per process: a character that the terminal's encoding lacks is escaped and no error."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            cast(Any, stream).reconfigure(errors="backslashreplace")
+
+
+def with_output(command: str, work: Callable[[], int]) -> int:
+    """The exit status of `work`, whose output may find its reader gone (`| head`: nothing is said, 1) or its disk full
+    (a sentence, 1)."""
+    try:
+        status = work()
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        _discard()
+        return 1
+    except OSError as error:
+        if error.filename is not None or not _is_stuck():
+            raise
+        _discard()
+        with contextlib.suppress(OSError):
+            fail(command, f"standard output cannot be written: {error.strerror}")
+        return 1
+    return status
+
+
+def _is_stuck() -> bool:
+    """Whether standard output still holds what it cannot write."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        return True
+    return False
+
+
+def _discard() -> None:
+    """The interpreter's own flush at the end has nobody to fail at."""
+    with contextlib.suppress(OSError):
+        null = os.open(os.devnull, os.O_WRONLY)
+        for stream in (sys.stdout, sys.stderr):
+            try:
+                stream.flush()
+            except OSError:
+                os.dup2(null, stream.fileno())
