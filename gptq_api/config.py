@@ -72,8 +72,9 @@ class CommandSettings(BaseSettings):
             _check_text(value)
         if takes_list(annotation):
             items = _items(value)
-            paths = info.field_name == "models" and isinstance(items, list)
-            return [_at_home(item) for item in items] if paths else items
+            if info.field_name == "models" and isinstance(items, list):
+                return [_at_home(item) for item in items]
+            return items
         if isinstance(value, str) and not value.strip() and str not in (annotation, *get_args(annotation)):
             raise ValueError("is empty; leave it out for its default")
         if info.field_name == "model_path" or Path in (annotation, *get_args(annotation)):
