@@ -25,7 +25,8 @@ from gptq_api.api.app import build_app
 from gptq_api.api.errors import error_body
 from gptq_api.api.service import Service
 from gptq_api.config import Settings
-from gptq_api.edge.connection import MAX_HEADER_BYTES, edge_protocol
+from gptq_api.edge.accept import AT_ONCE, max_connections
+from gptq_api.edge.connection import MAX_HEADER_BYTES, EdgeProtocol, edge_protocol
 from gptq_api.edge.cors import ANY, CorsMiddleware
 from gptq_api.edge.hosts import HostMiddleware
 from gptq_api.edge.listen import bind, in_use
@@ -42,6 +43,8 @@ log = structlog.get_logger()
 EXIT_FAILED, EXIT_ENGINE_DEAD = 1, 70
 KEEP_ALIVE_S = 75
 """An idle connection's life: longer than the 60 s of usual proxies, so that they, who know, close first"""
+BACKLOG = 2048
+"""Connections that the kernel keeps until they are accepted"""
 FAREWELL_S = 1.0
 """How long clients have to read their error event, and probes to see a 503, before the process goes"""
 STOP_S = 0.5
@@ -138,6 +141,7 @@ async def _serve(service: Service, sockets: list[socket.socket], signals: _Signa
     stopped, dead = asyncio.ensure_future(signals.first()), asyncio.ensure_future(service.engine.wait_dead())
     await asyncio.wait({stopped, dead}, return_when=asyncio.FIRST_COMPLETED)
     if not dead.done():
+        server.drain()
         await _drain(service, requests, signals, dead)
     status = 0
     if dead.done():
@@ -213,10 +217,11 @@ class Server(uvicorn.Server):
 
     def __init__(self, app: ASGIApp, settings: Settings) -> None:
         self.host = settings.host
+        self.protocol = edge_protocol(settings.header_timeout_s, settings.body_timeout_s, error_body, max_connections())
         super().__init__(
             uvicorn.Config(
                 app,
-                http=edge_protocol(settings.header_timeout_s, settings.body_timeout_s, error_body),
+                http=self.protocol,
                 ws="none",
                 loop="asyncio",
                 lifespan="off",
@@ -226,6 +231,7 @@ class Server(uvicorn.Server):
                 date_header=False,  # uvicorn's is made by polling; the middleware's is not
                 access_log=False,
                 timeout_keep_alive=KEEP_ALIVE_S,
+                backlog=AT_ONCE,
                 log_config=None,
             )
         )
@@ -234,10 +240,18 @@ class Server(uvicorn.Server):
         """Accept connections. Raises PortError where another server listens since we bound."""
         self.config.load()
         self.lifespan = self.config.lifespan_class(self.config)
+        asyncio.get_running_loop().set_exception_handler(self.protocol.crowd.on_loop_error)
         try:
             await self.startup(sockets)
+            for sock in sockets:
+                sock.listen(BACKLOG)
         except OSError:
             raise in_use(self.host, sockets[0].getsockname()[1]) from None
+
+    def drain(self) -> None:
+        for connection in self.server_state.connections:
+            assert isinstance(connection, EdgeProtocol)
+            connection.drain()
 
     async def close(self) -> None:
         """No new connections; idle ones are closed, busy ones after their answer."""

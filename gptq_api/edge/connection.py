@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import sys
+from http import HTTPStatus
 from typing import Any
 
 import h11
@@ -17,6 +19,7 @@ from uvicorn.config import Config
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.server import ServerState
 
+from gptq_api.edge.accept import AT_ONCE, Crowd
 from gptq_api.edge.errors import ErrorBody
 from gptq_api.edge.framing import EdgeConnection
 from gptq_api.edge.transport import EdgeTransport
@@ -25,14 +28,23 @@ MAX_HEADER_BYTES = 32 * 1024
 SEND_BUFFER = 128 * 1024
 """bytes; small, so that what a slow reader has not read waits as merged tokens and not as megabytes in the kernel"""
 USER_TIMEOUT_MS = 30_000
+READ_BYTES = 16 * 1024
+"""that are read of a connection at a time: what one that is not parsed holds at most; asyncio would read 256 KiB"""
+_READ = bytearray(READ_BYTES)
+READER_GRACE_S = 2.0
+"""seconds without a byte read, after which nobody waits for a reader when the server leaves"""
 FIRST_PROBE_S, LAST_PROBE_S = 0.02, 5.0
 """seconds between two looks at whether a client that sends no more still reads, at first and in the end"""
 
 
-def edge_protocol(header_timeout_s: float, body_timeout_s: float, body_of: ErrorBody) -> type[asyncio.Protocol]:
-    """The protocol class for uvicorn's `http=`, which wants a class with its own constructor arguments."""
+def edge_protocol(
+    header_timeout_s: float, body_timeout_s: float, body_of: ErrorBody, num_allowed: int = sys.maxsize
+) -> type[EdgeProtocol]:
+    """The protocol class for uvicorn's `http=`, which wants a class with its own constructor arguments. `num_allowed`:
+    connections at a time."""
 
     class Edge(EdgeProtocol):
+        crowd = Crowd(num_allowed)
         header_timeout = header_timeout_s
         body_timeout = body_timeout_s
         error_body = staticmethod(body_of)
@@ -40,7 +52,8 @@ def edge_protocol(header_timeout_s: float, body_timeout_s: float, body_of: Error
     return Edge
 
 
-class EdgeProtocol(H11Protocol):
+class EdgeProtocol(H11Protocol, asyncio.BufferedProtocol):
+    crowd: Crowd
     header_timeout: float
     body_timeout: float
     error_body: ErrorBody
@@ -70,6 +83,20 @@ class EdgeProtocol(H11Protocol):
         super().connection_made(EdgeTransport(transport, self.conn, self._parse, self._watch))
         tune(transport.get_extra_info("socket"))
         self._watch()
+        if (num_more := len(self.connections) - self.crowd.most) > 0:
+            self.crowd.turned_away()
+            if num_more > AT_ONCE:
+                self.abort()
+            else:
+                self._refuse(503, "The server has as many open connections as it takes.")
+                self.transport.close(linger=True)
+
+    def get_buffer(self, sizehint: int) -> bytearray:
+        """asyncio reads into this and calls `buffer_updated` at once, so all connections share one."""
+        return _READ
+
+    def buffer_updated(self, nbytes: int) -> None:
+        self.data_received(bytes(_READ[:nbytes]))
 
     def data_received(self, data: bytes) -> None:
         self.transport.receive(data)
@@ -111,6 +138,19 @@ class EdgeProtocol(H11Protocol):
         assert cycle.response_started and not cycle.response_complete
         self.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
         return True
+
+    def drain(self) -> None:
+        """The server is about to leave: from now on a peer that does not read is not waited for."""
+        self._look_for_reader(0)
+
+    def _look_for_reader(self, num_left: int) -> None:
+        """`num_left`: bytes that waited for the peer at the last look, 0 where it took all there was."""
+        num_now = self.transport.get_write_buffer_size()
+        if self.flow.write_paused and 0 < num_left <= num_now:
+            return self.abort()
+        if not self.transport.is_closing() or num_now:
+            self.loop.call_later(READER_GRACE_S, self._look_for_reader, num_now)
+        return None
 
     def abort(self) -> None:
         """Cut the connection without waiting for the peer to read what is buffered."""
@@ -194,7 +234,9 @@ class EdgeProtocol(H11Protocol):
             (b"content-length", b"%d" % len(body)),
             (b"connection", b"close"),
         ]
-        reason = b"Request Timeout" if status == 408 else b"Bad Request"
+        if status == HTTPStatus.SERVICE_UNAVAILABLE:
+            headers.append((b"retry-after", b"1"))
+        reason = HTTPStatus(status).phrase.encode()
         for event in (h11.Response(status_code=status, headers=headers, reason=reason), h11.Data(data=body)):
             self.transport.write(self.conn.send(event) or b"")
         self.transport.write(self.conn.send(h11.EndOfMessage()) or b"")

@@ -1,4 +1,4 @@
-"""h11, and what it leaves to its user: which requests that it can read are not for us, and where they are meant to go."""
+"""h11, and what it leaves to its user: which requests that it can read are not for us, and where the others go."""
 
 from __future__ import annotations
 

@@ -117,11 +117,12 @@ class EdgeTransport(asyncio.Transport):
     def is_closing(self) -> bool:
         return self._lingering or self._transport.is_closing()
 
-    def close(self) -> None:
-        """Send what is buffered and close; linger where the client is in the middle of a body or of nonsense."""
+    def close(self, *, linger: bool = False) -> None:
+        """Send what is buffered and close; linger where the client is in the middle of a body or of nonsense, and where
+        `linger` says that it is about to send."""
         if self.is_closing():
             return
-        if not self._waiting and self._conn.their_state not in (h11.SEND_BODY, h11.ERROR):
+        if not linger and not self._waiting and self._conn.their_state not in (h11.SEND_BODY, h11.ERROR):
             self._transport.close()
             return
         self._lingering = True

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import resource
 import signal
 import socket
 import subprocess
@@ -12,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -21,6 +23,10 @@ import httpx
 START_S = 60
 ONE_THREAD = ("--num-threads", "1")
 """On a busy machine two threads of a small model wait for each other most of the time."""
+
+
+def limit_files(most: int) -> None:
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 class Server:
@@ -34,9 +40,10 @@ class Server:
         wait: bool = True,
         command: Sequence[str] | None = None,
         stderr: int = subprocess.STDOUT,
+        max_files: int | None = None,
     ) -> None:
         """`command`: all that stands after `gptq-api`, instead of `serve` with a free port, one thread and `flags`.
-        `stderr`: a descriptor for the log; without its lines there is nothing to wait for."""
+        `stderr`: a descriptor for the log; without its lines there is nothing to wait for. `max_files`: `ulimit -n`."""
         arguments = ["serve", "--port", str(port), *ONE_THREAD, *flags] if command is None else command
         self._log = tempfile.NamedTemporaryFile(suffix=".log")  # noqa: SIM115  (closed by close)
         self.process = subprocess.Popen(
@@ -46,6 +53,7 @@ class Server:
             stderr=stderr,
             env={**os.environ, **(env or {})},
             start_new_session=True,  # ^C in the test run is not for the server
+            preexec_fn=None if max_files is None else partial(limit_files, max_files),
         )
         self.port = port
         if wait:
