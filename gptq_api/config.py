@@ -193,6 +193,12 @@ class Settings(EngineSettings):
     """Time a client may leave a stream unread before it is cancelled."""
     sse_ping_s: float = Field(15.0, gt=0)
     """Seconds between keep-alive comments in a stream."""
+    on_engine_stall: Literal["wait", "kill"] = "wait"
+    """What is done with an engine that has been silent for --engine-timeout-s. wait: it may speak again. kill: it is
+    dead, see --restart-engine."""
+    restart_engine: int = Field(0, ge=0, le=1000)
+    """How often within ten minutes an engine that died is started again; meanwhile requests get 503 engine_loading.
+    Then the server leaves with exit status 70, by default at once."""
     drain_timeout_s: float = Field(30.0, ge=0)
     """Seconds running requests have to finish after SIGTERM or ^C."""
 

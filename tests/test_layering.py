@@ -10,7 +10,19 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1] / "gptq_api"
-FLOOR = {"errors", "config", "settings_source", "settings_words", "types", "step", "logs", "rates", "frames", "child"}
+FLOOR = {
+    "errors",
+    "config",
+    "settings_source",
+    "settings_words",
+    "types",
+    "step",
+    "logs",
+    "rates",
+    "frames",
+    "child",
+    "exits",
+}
 MAY_IMPORT = {
     "cli": {"api", "hub", "text", "engine", "quantize", "bench", "checkpoint", "model", "runner"},
     "bench": {"text", "runner", "model", "checkpoint"},

@@ -123,6 +123,7 @@ class _EngineCollector(Collector):
             "vllm:num_preemptions": ("Sequences thrown out of the KV cache and computed again.", stats.num_preemptions),
             "vllm:prefix_cache_queries": ("Prompt tokens looked up in the prefix cache.", stats.num_prefix_queries),
             "vllm:prefix_cache_hits": ("Prompt tokens found in the prefix cache.", stats.num_prefix_hits),
+            "gptq_api:engine_restarts": ("How often an engine that died was started again.", engine.num_restarts),
             "gptq_api:log_lines_dropped": (
                 "Log lines that were not written, because nobody read them or the disk was full.",
                 num_dropped() + stats.num_log_lines_dropped,

@@ -1,16 +1,18 @@
 """`run(settings)`: start, open the port, serve, drain, leave with the right exit status.
 
 loading ──ready──> serving ──signal──> draining ──all done──> 0
-   │ engine failed    │ engine died        │ drain_timeout_s: the rest get an error event ──> 0
-   └──> 1             └──> 70              └ second signal: the same, at once ──> 128 + signal
+   │ failed ──> 1     │ engine died        │ drain_timeout_s: the rest get an error event ──> 0
+   │ SIGTERM ──> 0    └──> 70              └ second signal: the same, at once ──> 128 + signal
+   └ ^C ──> 130
+
+An engine that may be started again (`--restart-engine`) is no matter of these states: the server goes on serving, with
+503 for requests, until the engine is ready or given up.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import gc
-import os
 import resource
 import signal
 import socket
@@ -20,7 +22,7 @@ import structlog
 import uvicorn
 from starlette.types import ASGIApp
 
-from gptq_api import __version__
+from gptq_api import __version__, exits
 from gptq_api.api.app import build_app
 from gptq_api.api.errors import error_body
 from gptq_api.api.service import Service
@@ -40,19 +42,18 @@ from gptq_api.text.tokenizer import Tokenizer, load_tokenizer
 
 log = structlog.get_logger()
 
-EXIT_FAILED, EXIT_ENGINE_DEAD = 1, 70
 KEEP_ALIVE_S = 75
 """An idle connection's life: longer than the 60 s of usual proxies, so that they, who know, close first"""
 BACKLOG = 2048
 """Connections that the kernel keeps until they are accepted"""
 FAREWELL_S = 1.0
 """How long clients have to read their error event, and probes to see a 503, before the process goes"""
-STOP_S = 0.5
-"""How long the engine has to leave when we are in a hurry"""
+EXIT_S, STOP_S = 10.0, 0.5
+"""How long the engine has to leave, and when we are in a hurry"""
 
 
 def run(settings: Settings) -> int:
-    """Serve until told to stop. Exit status: 0 drained, 1 could not start, 70 the engine died."""
+    """Serve until told to stop. Returns one of `exits`."""
     lines = configure(settings.log_level, settings.log_json)
     _allow_connections()
     try:
@@ -63,7 +64,7 @@ def run(settings: Settings) -> int:
             log.error(sentence)
         else:
             lines.msg(sentence)  # as every command says why it failed
-        return EXIT_FAILED
+        return exits.FAILED
 
 
 def _allow_connections() -> None:
@@ -76,14 +77,12 @@ async def _run(settings: Settings) -> int:
     started = time.monotonic()
     signals = _Signals()
     sockets = bind(settings.host, settings.port)  # taken now, so that a port in use is no surprise after the loading
-    engine = EngineClient(settings)
+    engine = EngineClient(settings, settings.restart_engine, kill_stalled=settings.on_engine_stall == "kill")
     loading = asyncio.ensure_future(_load(settings, engine))
     stopped = asyncio.ensure_future(signals.first())
     await asyncio.wait({loading, stopped}, return_when=asyncio.FIRST_COMPLETED)
     if not loading.done():
-        loading.cancel()
-        await asyncio.wait({loading}, timeout=STOP_S)
-        return 0
+        return await _stop_loading(loading, signals)
     stopped.cancel()
     service = loading.result()
     try:
@@ -97,7 +96,17 @@ async def _run(settings: Settings) -> int:
         return await _serve(service, sockets, signals, seconds)
     finally:
         service.close()
-        await _stop_engine(engine, in_a_hurry=signals.num_received > 1 or engine.stalled)
+        await engine.stop(STOP_S if signals.num_received > 1 or engine.fault else EXIT_S)
+
+
+async def _stop_loading(loading: asyncio.Future[Service], signals: _Signals) -> int:
+    loading.cancel()
+    await asyncio.wait({loading}, timeout=STOP_S)
+    if loading.done() and not loading.cancelled() and (error := loading.exception()):
+        raise error  # it was on its way already, and says more than that we were told to stop
+    status = exits.INTERRUPTED if signals.last == signal.SIGINT else exits.DONE
+    log.info("stopped while loading", exit_status=status)
+    return status
 
 
 async def _load(settings: Settings, engine: EngineClient) -> Service:
@@ -118,7 +127,7 @@ async def _load(settings: Settings, engine: EngineClient) -> Service:
         starting.cancel()
         await asyncio.gather(starting, return_exceptions=True)
         if engine.alive:
-            await _stop_engine(engine, in_a_hurry=True)
+            await engine.stop(STOP_S)
         raise
     return Service(settings, engine, tokenizer, template, name)
 
@@ -143,14 +152,14 @@ async def _serve(service: Service, sockets: list[socket.socket], signals: _Signa
     if not dead.done():
         server.drain()
         await _drain(service, requests, signals, dead)
-    status = 0
+    status = exits.DONE
     if dead.done():
-        log.error("the engine process died; every open request has been told")
+        log.error(f"{service.engine.why_dead}; every open request has been told")
         # streams are ending by themselves; for this long, probes see why
         await _within(FAREWELL_S, signals.second())
-        status = EXIT_ENGINE_DEAD
+        status = exits.ENGINE_DEAD
     elif signals.num_received > 1:
-        status = 128 + signals.last
+        status = exits.cut_short(signals.last)
     stopped.cancel()
     dead.cancel()
     await _within(0.3, server.close())
@@ -161,6 +170,7 @@ async def _serve(service: Service, sockets: list[socket.socket], signals: _Signa
 async def _drain(service: Service, requests: RequestMiddleware, signals: _Signals, dead: asyncio.Future[None]) -> None:
     """New requests are refused, running ones finish; what is left at the deadline is told so and cut."""
     service.draining = True
+    service.engine.end_restarts()
     seconds = service.settings.drain_timeout_s
     log.info(f"shutting down: {requests.num_requests} requests in flight have {seconds:g} s; ^C again to cut them off")
     idle, second = asyncio.ensure_future(requests.idle()), asyncio.ensure_future(signals.second())
@@ -168,19 +178,10 @@ async def _drain(service: Service, requests: RequestMiddleware, signals: _Signal
     second.cancel()
     if not idle.done() and not dead.done():
         log.warning(f"cutting {requests.num_requests} requests off")
-        stopping = asyncio.ensure_future(_stop_engine(service.engine, in_a_hurry=True))
+        stopping = asyncio.ensure_future(service.engine.stop(STOP_S))
         await asyncio.wait({idle}, timeout=STOP_S if signals.num_received > 1 else FAREWELL_S)
         await stopping
     idle.cancel()
-
-
-async def _stop_engine(engine: EngineClient, *, in_a_hurry: bool) -> None:
-    """Ask the engine to leave; in a hurry, a step that takes long is not waited for."""
-    try:
-        await asyncio.wait_for(engine.stop(), STOP_S if in_a_hurry else None)
-    except TimeoutError:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(engine.pid, signal.SIGKILL)
 
 
 async def _within(seconds: float, work: object) -> None:

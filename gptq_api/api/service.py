@@ -26,6 +26,12 @@ from gptq_api.text.tokenizer import Tokenizer
 
 T = TypeVar("T")
 
+_FAULTS = {
+    "dead": "The engine is not running.",
+    "loading": "The engine died and is being started again.",
+    "stalled": "The engine does not answer.",
+}
+
 
 @dataclass(slots=True, eq=False)
 class Service:
@@ -103,10 +109,8 @@ class Service:
         """Why nothing is admitted, a 503 that is counted; None where it is."""
         if self.draining:
             error = unavailable("The server is shutting down.", "server_shutting_down")
-        elif not self.engine.alive:
-            error = unavailable("The engine is not running.", "engine_dead")
-        elif self.engine.stalled:
-            error = unavailable("The engine does not answer.", "engine_stalled")
+        elif (fault := self.engine.fault) is not None:
+            error = unavailable(_FAULTS[fault], f"engine_{fault}", self.engine.retry_after_s)
         else:
             return None
         self.metrics.rejected["unavailable"].inc()

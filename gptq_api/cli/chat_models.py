@@ -12,7 +12,8 @@ import msgspec
 
 from gptq_api.api.answers.choice import Choice
 from gptq_api.config import ChatSettings
-from gptq_api.engine.client import EngineClient, EngineDead, EngineFailed, EngineStalled, Prompt
+from gptq_api.engine.client import EngineClient, EngineDead, EngineStalled, Prompt
+from gptq_api.engine.life import EngineFailed
 from gptq_api.errors import UserError
 from gptq_api.text.chat_template import load_chat_template
 from gptq_api.text.folder import checkpoint_folder
@@ -77,8 +78,7 @@ class LocalModel:
         self.description = "\n".join(filter(None, (self._ready.description, self._template.source, warning)))
 
     async def stop(self) -> None:
-        if self._client.alive:
-            await self._client.stop()
+        await self._client.stop()
 
     async def answer(self, messages: list[Message], report: Report) -> AsyncIterator[str]:
         """Text as it comes. Raises ChatError."""

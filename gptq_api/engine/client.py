@@ -11,44 +11,27 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
-import socket
-import subprocess
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Literal
 
-from gptq_api import frames
-from gptq_api.child import child_command
 from gptq_api.config import EngineSettings
-from gptq_api.engine import wire
 from gptq_api.engine.generation import Generation
+from gptq_api.engine.life import EngineFailed, EngineLife, EngineLost
 from gptq_api.engine.places import Places
-from gptq_api.errors import UserError
-from gptq_api.logs import Style
-from gptq_api.types import (
-    Abort,
-    Add,
-    EngineStats,
-    Failed,
-    FromEngine,
-    Ready,
-    SamplingParams,
-    StepOutput,
-    pack_ids,
-    unpack_ids,
-)
+from gptq_api.engine.restarts import Restarts, another_model, continued
+from gptq_api.engine.silence import SilenceWatch
+from gptq_api.types import Abort, Add, EngineStats, Ready, SamplingParams, StepOutput, pack_ids, unpack_ids
 
 _log = logging.getLogger(__name__)
 
 _CPU_TIMEOUT_S, _CUDA_TIMEOUT_S = 600.0, 60.0
-_LATE_S = 1.0
-"""A look at the clock that comes so late says that this process was stopped as well (^Z, a paused container)"""
-
-
-class EngineFailed(UserError):
-    """The engine could not start; the text is one sentence for the user."""
+_RETRY_AFTER_S = 5
+_MAX_PAUSE_S = 30.0
+"""before a new start, where engines die while they load"""
 
 
 class EngineDead(RuntimeError):
@@ -72,21 +55,31 @@ _NO_STATS = EngineStats(0, 0, 0, 0, 0, 0, 0, 0)
 
 
 class EngineClient:
-    """Owns the engine process."""
+    """Owns the engine: one process after the other, where it may be started again. What is admitted, and who reads it,
+    is kept here; what belongs to one process in `EngineLife`."""
 
-    def __init__(self, settings: EngineSettings) -> None:
+    def __init__(self, settings: EngineSettings, restarts: int = 0, *, kill_stalled: bool = False) -> None:
+        """`restarts`: how often within ten minutes an engine that died is followed by another; `kill_stalled`: whether
+        one that is silent for too long is killed."""
         self.settings = settings
         self.alive = False
-        self.stats = _NO_STATS
         self.places = Places(settings.max_queued_requests)
         self.on_step: Callable[[StepOutput], None] | None = None
         """called with every step's output, for metrics"""
-        self._stopping = False
+        self.num_restarts = 0
+        self.why_dead = ""
+        """a sentence without its period, once `wait_dead` returns"""
+        self._life: EngineLife | None = None
+        self._restarts, self._kill_stalled = Restarts(restarts), kill_stalled
+        self._renewal: asyncio.Task[None] | None = None  # puts a new engine in the place of one that died
+        self._loading_since: float | None = None  # where a new engine is on its way
+        self._load_s = 0.0  # what the last one took
+        self._dead = asyncio.Event()
+        self._stats, self._past_stats = _NO_STATS, _NO_STATS  # of this engine, of those that died
+        self._silence = SilenceWatch(lambda: self.timeout_s, self._give_up)
+        self._told_stalled = False
         self._generations: dict[int, Generation] = {}  # by sequence id: who has a place
         self._unfinished: set[int] = set()  # sequence ids of those the engine works on
-        self._owed_since: float | None = None  # when the engine last spoke, or was first spoken to; None: it is at rest
-        self._watch: asyncio.TimerHandle | None = None  # looks at _owed_since, where it is not None
-        self._told_stalled = False
         self._next_id = 1
 
     @property
@@ -95,10 +88,21 @@ class EngineClient:
         return self.places.num_held
 
     @property
+    def stats(self) -> EngineStats:
+        """What the engine said last, with the counters of those before it."""
+        return continued(self._past_stats, self._stats)
+
+    @property
+    def fault(self) -> Literal["loading", "dead", "stalled"] | None:
+        """Why nothing is admitted; None where it is."""
+        if not self.alive:
+            return "dead" if self._loading_since is None else "loading"
+        return "stalled" if self.stalled else None
+
+    @property
     def stalled(self) -> bool:
         """Whether the engine has work and has not been heard of for `timeout_s`."""
-        owed_since = self._owed_since
-        return owed_since is not None and time.monotonic() - owed_since >= self.timeout_s
+        return self._silence.stalled
 
     @property
     def timeout_s(self) -> float:
@@ -108,50 +112,79 @@ class EngineClient:
         return _CPU_TIMEOUT_S if self.ready.device == "cpu" else _CUDA_TIMEOUT_S
 
     @property
-    def pid(self) -> int:
-        return self._process.pid
+    def retry_after_s(self) -> int:
+        """When it is worth asking again, with a `fault`: an engine that loads is there after as long as the last."""
+        if self._loading_since is None:
+            return _RETRY_AFTER_S
+        return max(math.ceil(self._loading_since + self._load_s - time.monotonic()), 1)
 
     async def start(self) -> Ready:
         """Start the process and wait until the model is loaded. Raises EngineFailed."""
-        loop = asyncio.get_running_loop()
-        ours, theirs = socket.socketpair()
-        with theirs:
-            style = Style(self.settings.log_level, self.settings.log_json)
-            command = child_command("gptq_api.engine.process", str(theirs.fileno()), style=style)
-            # not in a thread: cancelled there, it would start the engine with a descriptor that is closed already
-            self._process = _spawn(command, theirs.fileno())
-        self._dead = asyncio.Event()
-        self._ready: asyncio.Future[Ready] = loop.create_future()
-        try:
-            self._transport, _ = await loop.create_connection(lambda: _Connection(self), sock=ours)
-        except BaseException:
-            self._stopping = True  # asyncio closes the socket, which ends the engine: nobody waits for its news
-            raise
-        self._transport.write(
-            frames.frame(self.settings.model_dump_json(include=set(EngineSettings.model_fields)).encode())
-        )
-        try:
-            self.ready = await self._ready
-        except BaseException:
-            await self.stop()
-            raise
-        self.alive = True
+        self._begin(await self._load())
         return self.ready
 
-    async def stop(self) -> None:
-        """Close the socket, which ends the engine, and wait for it. Generations still open fail with EngineDead."""
-        self._stopping = True
+    async def stop(self, within_s: float = 10.0) -> None:
+        """Close the socket, which ends the engine, and wait for it; kill it after `within_s`. Generations still open
+        fail with EngineDead."""
+        if self._renewal is not None:
+            self._renewal.cancel()
+            await asyncio.gather(self._renewal, return_exceptions=True)
         self._lose("the server is shutting down")
-        self._transport.close()
-        try:
-            await asyncio.to_thread(self._process.wait, 10)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            await asyncio.to_thread(self._process.wait)
+        if self._life is not None:
+            await self._life.stop(within_s)
+
+    def end_restarts(self) -> None:
+        """Where the engine dies from now on, no other takes its place."""
+        self._restarts.end()
 
     async def wait_dead(self) -> None:
-        """Returns when the engine is gone without having been asked to."""
+        """Returns when the engine is gone for good without having been asked to."""
         await self._dead.wait()
+
+    async def _load(self) -> Ready:
+        self._loading_since = time.monotonic()
+        self._life = EngineLife(self.settings, self._deliver, self._died)
+        try:
+            ready = await self._life.start()
+            self._load_s = time.monotonic() - self._loading_since
+            return ready
+        finally:
+            self._loading_since = None
+
+    def _begin(self, ready: Ready) -> None:
+        self.ready, self.alive = ready, True
+
+    def _died(self) -> None:
+        """The engine is gone without having been asked to."""
+        self._lose("the engine process died")
+        self._loading_since = time.monotonic() if self._restarts.take() else None
+        self._renewal = asyncio.ensure_future(self._renew())
+
+    async def _renew(self) -> None:
+        """Another engine in place of the one that died, as often as the settings allow."""
+        assert self._life is not None
+        self.why_dead, num_lost = f"the engine process {await self._life.ended()}", 0
+        while self._loading_since is not None:
+            if self._life.is_running:  # what it holds of the device is not free
+                break
+            _log.error("%s; it is started again", self.why_dead)
+            self.num_restarts += 1
+            try:
+                await asyncio.sleep(min(2**num_lost - 1, _MAX_PAUSE_S))
+                ready = await self._load()
+                if another := another_model(self.ready, ready):
+                    await self._life.stop()
+                    raise EngineFailed(another)
+                self._begin(ready)
+                _log.warning("the engine is ready again after %.1f s", self._load_s)
+                return
+            except EngineLost as error:
+                self.why_dead, num_lost = str(error), num_lost + 1
+                self._loading_since = time.monotonic() if self._restarts.take() else None
+            except EngineFailed as error:
+                self.why_dead = str(error)
+        self._loading_since = None
+        self._dead.set()
 
     @contextmanager
     def submit(
@@ -171,7 +204,7 @@ class EngineClient:
         if not self.alive:
             raise EngineDead("the engine process is not running")
         if self.stalled:
-            raise EngineStalled(self._silence())
+            raise EngineStalled(self._how_silent())
         for prompt in prompts:
             self._check_length(prompt)
         num_sequences = sum(len(prompt.params) for prompt in prompts)
@@ -215,61 +248,38 @@ class EngineClient:
 
     def _send(self, message: Add | Abort) -> None:
         """Everything that is sent is answered: by a step's output, or by its state when the engine comes to rest."""
-        if self._owed_since is None:
-            self._owed(time.monotonic())
-        self._transport.write(wire.encode(message))
-
-    def _owed(self, since: float | None) -> None:
-        """Called with every step. The one timer is not moved: it looks again when it fires."""
-        self._owed_since = since
-        if since is not None and self._watch is None:
-            due = since + self.timeout_s
-            self._watch = asyncio.get_running_loop().call_at(due, self._look, due)
-
-    def _look(self, due: float) -> None:
-        self._watch = None
-        if self._owed_since is None or not self.alive:
-            return
-        now = time.monotonic()
-        if now - due > _LATE_S:
-            self._owed(now)  # the engine gets its time once more
-        elif self.stalled:
-            self._give_up()
-        else:
-            self._owed(self._owed_since)
+        assert self._life is not None
+        self._silence.spoken_to()
+        self._life.send(message)
 
     def _give_up(self) -> None:
-        """Tell the reader of every unfinished sequence, and give back its place: a reader may be slow to leave. An
-        engine that wakes up finds the aborts and forgets them."""
+        """Tell the reader of every unfinished sequence, and give back its place. An engine that wakes up finds the
+        aborts and forgets them; or it is killed."""
         given_up = sorted(self._unfinished)
-        _log.error("%s; %d sequences are given up", self._silence(), len(given_up))
+        _log.error("%s; %d sequences are given up", self._how_silent(), len(given_up))
         self._told_stalled = True
-        self._tell(EngineStalled(self._silence()))
-        for sequence_id in given_up:
-            self._give_back(sequence_id)
-        self._abort(given_up)
+        self._abort(self._fail(EngineStalled(self._how_silent())))
+        if self._kill_stalled:
+            assert self._life is not None
+            _log.error("the engine is killed")
+            self._life.kill()
 
-    def _tell(self, error: Exception) -> None:
-        """Every reader of an unfinished sequence, once."""
-        for generation in {self._generations[sequence_id] for sequence_id in self._unfinished}:
+    def _fail(self, error: Exception) -> list[int]:
+        """Tell every reader of an unfinished sequence, once, and give back its place: a reader may be slow to leave.
+        Which sequences they are."""
+        failed = sorted(self._unfinished)
+        self._unfinished.clear()
+        for generation in {self._generations[sequence_id] for sequence_id in failed}:
             generation.fail(error)
+        for sequence_id in failed:
+            self._give_back(sequence_id)
+        return failed
 
-    def _silence(self) -> str:
+    def _how_silent(self) -> str:
         return f"the engine has been silent over its work for {self.timeout_s:g} s"
 
-    def _receive(self, message: FromEngine) -> None:
-        match message:
-            case StepOutput():
-                self._deliver(message)
-            case Ready():
-                if not self._ready.done():
-                    self._ready.set_result(message)
-            case Failed(text):
-                if not self._ready.done():
-                    self._ready.set_exception(EngineFailed(text))
-
     def _deliver(self, step: StepOutput) -> None:
-        self.stats = step.stats
+        self._stats = step.stats
         generations = self._generations
         for sequence_id, num_cached in step.cached_tokens.items():
             if generation := generations.get(sequence_id):
@@ -287,47 +297,16 @@ class EngineClient:
                 generation.finish(sequence_id, reason)
                 self._unfinished.discard(sequence_id)
         at_rest = not (self._unfinished or step.stats.num_running or step.stats.num_waiting)
-        self._owed(None if at_rest else time.monotonic())
+        self._silence.spoke(at_rest=at_rest)
         if self._told_stalled:
             self._told_stalled = False
             _log.warning("the engine speaks again")
         if self.on_step is not None:
             self.on_step(step)
 
-    def _disconnected(self) -> None:
-        if not self._stopping:
-            loading = not self._ready.done()
-            self._lose(
-                "the engine process died" + (" while loading the model; its last words are above" if loading else "")
-            )
-            self._dead.set()
-
     def _lose(self, why: str) -> None:
-        """The engine is out of reach: every reader is told."""
-        self.alive = False
-        if self._watch is not None:
-            self._watch.cancel()
-        self._tell(EngineDead(why))
-        if not self._ready.done():
-            self._ready.set_exception(EngineFailed(why))
-
-
-def _spawn(command: list[str], fd: int) -> subprocess.Popen[bytes]:
-    """OpenMP threads that spin while they wait cost nothing on idle cores and a factor of 30 to 80 on busy ones, where
-    they burn the time slice of the thread they wait for (measured: 4 against 350 tokens/s beside a busy process)."""
-    env = {"OMP_WAIT_POLICY": "passive"} | os.environ
-    return subprocess.Popen(command, pass_fds=[fd], stdin=subprocess.DEVNULL, env=env, start_new_session=True)
-
-
-class _Connection(asyncio.Protocol):
-    """Bytes from the engine -> messages."""
-
-    def __init__(self, client: EngineClient) -> None:
-        self._client, self._frames = client, frames.FrameBuffer()
-
-    def data_received(self, data: bytes) -> None:
-        for payload in self._frames.feed(data):
-            self._client._receive(wire.decode_from_engine(payload))
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._client._disconnected()
+        """The engine is out of reach: every reader is told, and what we knew of it is forgotten."""
+        self.alive = self._told_stalled = False
+        self._silence.close()
+        self._past_stats, self._stats = self.stats, _NO_STATS
+        self._fail(EngineDead(why))

@@ -8,6 +8,7 @@ engine that cannot read it.
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import queue
 import socket
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from llguidance import LLTokenizer
 
     from gptq_api.grammar.matchers import Compiled
+
+_log = logging.getLogger(__name__)
 
 GRACE_S = 1.5
 """How long a step (or a load) may still take after the API process is gone."""
@@ -98,6 +101,12 @@ def _serve(sock: socket.socket, inbox: Inbox, settings: EngineSettings) -> int:
         return 1
     except MemoryError:
         sock.sendall(wire.encode(Failed("there is not enough memory to load the model")))
+        return 1
+    except Exception as error:
+        _log.exception("loading the model failed by a bug")
+        (line, *_) = str(error).splitlines() or [""]
+        told = f"loading the model failed by a bug, told above: {type(error).__name__}: {line}"
+        sock.sendall(wire.encode(Failed(told[:500])))
         return 1
     budget = token_budget(options, torch.device(runner.device))
     vocab_size, ends = runner.vocab_size, runner.eos_token_ids

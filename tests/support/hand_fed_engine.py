@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from types import SimpleNamespace
 
 from gptq_api.config import Settings
@@ -25,14 +24,12 @@ class HandFedEngine(EngineClient):
             )
         )
         self.sent: list[ToEngine] = []
-        self._transport = SimpleNamespace(  # type: ignore[assignment]
-            write=lambda frame: self.sent.append(wire.decode_to_engine(frame[4:]))
+        self._life = SimpleNamespace(  # type: ignore[assignment]
+            send=lambda message: self.sent.append(wire.decode_to_engine(wire.encode(message)[4:]))
         )
         self.ready = SimpleNamespace(  # type: ignore[assignment]
             max_model_len=100, vocab_size=100, device="cpu", dtype="float32", checkpoint="", checkpoint_written=0
         )
-        self._ready = asyncio.get_running_loop().create_future()
-        self._ready.set_result(self.ready)
         self.alive = True
 
     def die(self) -> None:
@@ -56,4 +53,6 @@ class HandFedEngine(EngineClient):
             stats=EngineStats(num_running, 0, 0, 0, 0, 0, 0, 1),
             prompt_logprobs=prompt_logprobs or {},
         )
-        self._receive(wire.decode_from_engine(wire.encode(output)[4:]))
+        message = wire.decode_from_engine(wire.encode(output)[4:])
+        assert isinstance(message, StepOutput)
+        self._deliver(message)

@@ -18,6 +18,7 @@ import pytest
 
 from gptq_api.config import Settings
 from gptq_api.engine.client import EngineClient, EngineStalled, Prompt
+from gptq_api.engine.silence import SilenceWatch
 from gptq_api.types import SamplingParams
 from tests.support.hand_fed_engine import HandFedEngine
 from tests.support.server import RawStream, Server, alive, chat_body, check_error, chunks, wait_for
@@ -182,13 +183,13 @@ def test_how_long_an_engine_may_be_silent(device: str, asked: float | None, seco
 async def test_a_lively_engine_costs_no_timer_per_step(monkeypatch: pytest.MonkeyPatch) -> None:
     client = HandFedEngine(0.2)
     looks: list[float] = []
-    look = client._look
+    look = SilenceWatch._look
 
-    def noted(due: float) -> None:
+    def noted(watch: SilenceWatch, due: float) -> None:
         looks.append(due)
-        look(due)
+        look(watch, due)
 
-    monkeypatch.setattr(client, "_look", noted)
+    monkeypatch.setattr(SilenceWatch, "_look", noted)
     with client.submit([Prompt([1], [SamplingParams(max_tokens=5)])]):
         for _ in range(100):
             client.step(num_running=1)
@@ -196,7 +197,7 @@ async def test_a_lively_engine_costs_no_timer_per_step(monkeypatch: pytest.Monke
         assert 1 <= len(looks) <= 8 and not client.stalled
     client.step(num_running=0)
     await asyncio.sleep(0.3)
-    assert client._watch is None, "nothing is owed, so nobody looks"
+    assert client._silence._timer is None, "nothing is owed, so nobody looks"
 
 
 async def test_who_was_stopped_together_with_its_engine_gives_it_its_time() -> None:

@@ -19,7 +19,7 @@ MEANING = {
     415: "The body is compressed.",
     429: "The server is full: try again after `retry-after` seconds.",
     500: "The model produced numbers that are not finite.",
-    503: "The server is shutting down, or its engine is gone or silent.",
+    503: "The server is shutting down, or its engine is gone, being started again, or silent.",
     504: "The request's own timeout was over before the first token.",
     529: "The server is full: try again after `retry-after` seconds.",
 }
@@ -73,7 +73,11 @@ def answers(
         headers["x-unsupported-params"] = {"$ref": "#/components/headers/x-unsupported-params"}
     responses: dict[int, Any] = {200: {"description": description, "headers": headers, "content": content}}
     for status in also:
-        responses[status] = {"description": MEANING[status], "headers": _COMMON, "content": content}
+        responses[status] = {
+            "description": MEANING[status],
+            "headers": {**_COMMON, **_HEADERS.get(status, {})},
+            "content": content,
+        }
     responses |= {status: error_answer(status, error) for status in sorted(errors)}
     return {"response_class": Response, "responses": responses}
 

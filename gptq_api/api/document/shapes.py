@@ -166,7 +166,7 @@ SHAPES: dict[str, Schema] = {
         add_bos_token=FLAG,
         chat_template_source=TEXT,
     ),
-    "Probe": shape(status=const("ok", "ready", "shutting down", "engine dead", "engine stalled")),
+    "Probe": shape(status=const("ok", "ready", "shutting down", "engine dead", "engine loading", "engine stalled")),
     "Metrics": TEXT,
     "Page": TEXT,
     "OpenApi": {"type": "object", "required": ["openapi", "info", "paths"]},

@@ -9,35 +9,33 @@ from gptq_api.api.answers.encoding import json_response
 from gptq_api.api.document.declare import answers
 from gptq_api.api.metrics import CONTENT_TYPE
 from gptq_api.api.routes.guard import guarded_router, public_router
-from gptq_api.api.service import ServiceDep
+from gptq_api.api.service import Service, ServiceDep
 
 public = public_router()
 router = guarded_router()
 
 
-def _probe(status: str, code: int) -> Response:
-    return json_response({"status": status}, status=code)
+def _probe(service: Service, status: str, fault: str | None) -> Response:
+    if fault is None:
+        return json_response({"status": status})
+    return json_response({"status": fault}, {"retry-after": str(service.engine.retry_after_s)}, 503)
 
 
 @public.get("/health", **answers("Probe", also=(503,)))
 async def health(service: ServiceDep) -> Response:
-    """Liveness: 503 when the engine is gone, or has been silent for too long over its work: a restart
-    helps, unless it wakes up."""
-    fault = _fault(service)
-    return _probe(fault, 503) if fault else _probe("ok", 200)
+    """Liveness: 503 when the engine is gone, is being started again, or has been silent for too long over its work."""
+    return _probe(service, "ok", _fault(service))
 
 
 @public.get("/ready", **answers("Probe", also=(503,)))
 async def ready(service: ServiceDep) -> Response:
     """Readiness: 503 also while the server finishes its last requests."""
-    fault = "shutting down" if service.draining else _fault(service)
-    return _probe(fault, 503) if fault else _probe("ready", 200)
+    return _probe(service, "ready", "shutting down" if service.draining else _fault(service))
 
 
-def _fault(service: ServiceDep) -> str | None:
-    if not service.engine.alive:
-        return "engine dead"
-    return "engine stalled" if service.engine.stalled else None
+def _fault(service: Service) -> str | None:
+    fault = service.engine.fault
+    return fault and f"engine {fault}"
 
 
 @router.get("/metrics", **answers("Metrics", media_type=CONTENT_TYPE))
