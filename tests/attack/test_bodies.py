@@ -10,7 +10,8 @@ import pytest
 
 from tests.attack.bodies import Generator, faults, statuses
 from tests.attack.client import ask_all
-from tests.support.server import Server, wait_for
+from tests.attack.clients import check_free
+from tests.support.server import Server
 
 SEED = 20261129
 
@@ -30,17 +31,11 @@ def attack(count: int, seed: int) -> None:
         assert "Traceback" not in server.log()
 
 
-def check_free(server: Server) -> None:
-    """Nobody is served and nothing is held."""
-    wait_for(lambda: server.metric("vllm:num_requests_running", "vllm:num_requests_waiting") == 0, 10)
-    wait_for(lambda: server.metric("vllm:kv_cache_usage_perc") == 0, 10)
-
-
 def test_two_thousand_bodies() -> None:
     attack(2000, SEED)
 
 
 @pytest.mark.attack
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_twenty_thousand_bodies() -> None:
     attack(20_000, time.time_ns())
