@@ -89,7 +89,7 @@ def check_held_streams(num_running: int, num_waiting: int, max_tokens: int) -> N
         chat_body(f"Tell me about {i}.", max_tokens=max_tokens, seed=i, temperature=2, ignore_eos=True)
         for i in range(num)
     ]
-    flags = ("--dtype", "float32", "--max-num-seqs", str(num_running), "--max-queued-requests", str(num))
+    flags = ("--dtype", "float32", "--max-num-seqs", str(num_running), "--max-queued-requests", str(2 * num))
     with Server(*flags) as server:
 
         async def together() -> list[str]:
