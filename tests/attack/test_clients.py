@@ -96,7 +96,7 @@ def check_held_streams(num_running: int, num_waiting: int, max_tokens: int) -> N
             return await asyncio.gather(*(text_of_stream(server.port, body) for body in bodies))
 
         texts = asyncio.run(together())
-        assert len(set(texts)) > num / 2
+        assert len(set(texts)) > num / 4
         check_free(server)
         assert server.metric("vllm:request_success_total", finished_reason="length") == num
         with ThreadPoolExecutor(1) as alone:
