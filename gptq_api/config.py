@@ -101,7 +101,7 @@ class ModelSettings(CommandSettings):
     """The weights file, where the folder holds more than one."""
     gptq_act_order: bool | None = None
     """Expected act-order. Read from the tensors anyway; a contradiction is an error."""
-    max_model_len: int | None = Field(None, ge=1)
+    max_model_len: int | None = Field(None, ge=1, le=2**24)
     """Longest prompt plus answer, tokens. Default: what the checkpoint was trained for."""
 
     # The engine
@@ -111,9 +111,9 @@ class ModelSettings(CommandSettings):
     """Activation type. float32 is the exact path; auto is bfloat16 on the CPU and the checkpoint's type on CUDA."""
     block_size: int = Field(16, ge=1, le=256)
     """Tokens per KV cache block."""
-    num_blocks: int | None = Field(None, ge=1)
+    num_blocks: int | None = Field(None, ge=1, lt=2**31)
     """KV cache blocks. Default: what the memory setting of the device allows."""
-    kv_cache_mib: int = Field(512, ge=1)
+    kv_cache_mib: int = Field(512, ge=1, le=2**24)
     """Memory for the KV cache on the CPU, MiB."""
     kv_cache_dtype: Literal["auto", "fp8"] = "auto"
     """Type of the KV cache on CUDA. auto is that of the activations; fp8 (e4m3) takes half the memory and bandwidth."""
@@ -142,7 +142,7 @@ class EngineSettings(ModelSettings):
     """Name in /v1/models and in requests. Default: the folder's name."""
     chat_template: Path | None = None
     """Jinja file used instead of the checkpoint's chat template, or a built-in one by name (vicuna_v1.1)."""
-    max_queued_requests: int = Field(512, ge=1)
+    max_queued_requests: int = Field(512, ge=1, le=10**6)
     """Sequences admitted at a time, running and waiting; beyond it requests get 429 with Retry-After. Where there may
     be several callers (keys, or addresses), an eighth is kept for those who hold few."""
     enable_prefix_caching: bool = True

@@ -134,7 +134,8 @@ def test_a_value_that_cannot_be_is_told_in_our_words(
     ("kind", "name", "words"),
     [
         (Settings, "port", "a whole number from 0 to 65535"),
-        (Settings, "max_model_len", "a whole number of at least 1"),
+        (Settings, "max_model_len", "a whole number from 1 to 16,777,216"),
+        (Settings, "max_body_bytes", "a whole number of at least 1024"),
         (Settings, "gpu_memory_utilization", "a number above 0 and of at most 1"),
         (Settings, "drain_timeout_s", "a number of at least 0"),
         (Settings, "gptq_wbits", "2, 3, 4 or 8"),

@@ -33,7 +33,7 @@ def inspect(settings: InspectSettings) -> dict[str, Any]:
     from gptq_api.model.loader import has_head
     from gptq_api.model.plan import plan_serving
     from gptq_api.runner.load import choose_backend, open_model, resolve_device
-    from gptq_api.runner.memory import num_cache_blocks
+    from gptq_api.runner.memory import longest_text, plan_cache
     from gptq_api.runner.options import LoadOptions
 
     options = LoadOptions.of(settings)
@@ -42,11 +42,10 @@ def inspect(settings: InspectSettings) -> dict[str, Any]:
     backend = choose_backend(options, checkpoint, config, device)
     plan = plan_serving(checkpoint, config, backend)
     summary = summarise(checkpoint)
-    length = options.max_model_len or config.max_position_embeddings
     memory = backend.cache_memory(options, plan.weight_bytes)
     token_bytes = config.kv_elements_per_token * backend.cache_dtype(options.kv_cache_dtype).itemsize
     block_bytes = token_bytes * settings.block_size
-    num_blocks = num_cache_blocks(options, block_bytes, length, memory)
+    cache = plan_cache(options, config, backend, longest_text(options, config), memory)
     return {
         "path": str(checkpoint.folder),
         "layout": checkpoint.layout,
@@ -82,10 +81,10 @@ def inspect(settings: InspectSettings) -> dict[str, Any]:
         "paths": plan.kernels,
         "weight_bytes": plan.weight_bytes,
         "kv_bytes_per_token": token_bytes,
-        "kv_cache_bytes": num_blocks * block_bytes,
-        "kv_cache_tokens": num_blocks * settings.block_size,
-        "max_model_len": length,
-        "warnings": list(checkpoint.warnings),
+        "kv_cache_bytes": cache.num_blocks * block_bytes,
+        "kv_cache_tokens": cache.num_blocks * settings.block_size,
+        "max_model_len": cache.max_model_len,
+        "warnings": [*checkpoint.warnings, *cache.notes],
     }
 
 

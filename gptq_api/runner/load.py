@@ -20,7 +20,7 @@ from gptq_api.model.weights import LlamaWeights
 from gptq_api.runner.cpu.backend import CpuBackend
 from gptq_api.runner.cuda.backend import CudaBackend, refusal
 from gptq_api.runner.loaded import LoadedRunner
-from gptq_api.runner.memory import CacheOwner
+from gptq_api.runner.memory import CacheOwner, longest_text
 from gptq_api.runner.options import LoadOptions
 from gptq_api.runner.solo import Solo, step_of
 from gptq_api.types import SamplingParams
@@ -93,7 +93,7 @@ def make_runner(options: LoadOptions, checkpoint: Checkpoint, device: torch.devi
     config = read_config(checkpoint.folder)
     backend = choose_backend(options, checkpoint, config, device)
     backend.cache_dtype(options.kv_cache_dtype)  # a refusal comes before the weights are read
-    max_model_len = options.max_model_len or config.max_position_embeddings
+    max_model_len = longest_text(options, config)
     weights, report = load_llama(checkpoint, config, max_model_len, backend)
     runner = backend.runner(weights, options, max_model_len)
     for warning in report.warnings:

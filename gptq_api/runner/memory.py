@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -24,36 +25,89 @@ class CacheOwner(Protocol):
         """The setting to turn where memory does not suffice, as it stands."""
 
 
-def num_cache_blocks(options: LoadOptions, block_bytes: int, max_model_len: int, memory_bytes: int) -> int:
-    """As many as asked for, or as fit the memory, but no more than max_num_seqs full sequences can use."""
-    most = options.max_num_seqs * -(-max_model_len // options.block_size)
-    return options.num_blocks or min(most, memory_bytes // block_bytes)
+@dataclass(frozen=True)
+class CachePlan:
+    """How large the cache is, and what that says about the settings."""
+
+    num_blocks: int
+    max_model_len: int
+    """cut to what the cache holds"""
+    notes: tuple[str, ...]
+    """sentences: where less is done than a setting says"""
+
+
+def longest_text(options: LoadOptions, config: LlamaConfig) -> int:
+    """Prompt plus answer, tokens. ConfigError where more is asked for than the model's positions go."""
+    asked, rope = options.max_model_len, config.rope
+    longest = config.max_position_embeddings
+    if rope.rope_type == "dynamic":  # stretches as far as it is asked to, and is made for its factor
+        longest = int(longest * rope.factor)
+    if asked is not None and asked > longest:
+        raise ConfigError(
+            f"--max-model-len {asked} is more than the {longest} tokens this model was made for "
+            "(max_position_embeddings and rope scaling in config.json); lower it, or leave it out"
+        )
+    return asked or config.max_position_embeddings
 
 
 def plan_cache(
     options: LoadOptions, config: LlamaConfig, owner: CacheOwner, max_model_len: int, memory: int
-) -> tuple[int, int]:
-    """(number of blocks, max_model_len) for a cache of at most `memory` bytes.
+) -> CachePlan:
+    """A cache of at most `memory` bytes, as many blocks as are asked for or as fit, but no more than max_num_seqs full
+    sequences can use.
 
     The length is cut to what the cache holds, unless the user asked for it; ConfigError names the knob to turn.
     """
-    dtype, knob = owner.cache_dtype(options.kv_cache_dtype), owner.memory_knob(options)
+    dtype, knob = owner.cache_dtype(options.kv_cache_dtype), _knob(options, owner)
     block_bytes = config.kv_elements_per_token * options.block_size * dtype.itemsize
-    num_blocks = num_cache_blocks(options, block_bytes, max_model_len, memory)
+    blocks_each = -(-max_model_len // options.block_size)
+    most = options.max_num_seqs * blocks_each
+    fitting = memory // block_bytes
+    num_blocks = options.num_blocks or min(most, fitting)
     if num_blocks < 1:
         raise ConfigError(f"{knob} does not hold one KV cache block of {block_bytes / 2**20:.1f} MiB; raise it")
     capacity = num_blocks * options.block_size
     if capacity < max_model_len and options.max_model_len is not None:
         raise ConfigError(
-            f"--max-model-len {max_model_len} needs {-(-max_model_len // options.block_size)} KV cache blocks, "
-            f"{num_blocks} are there; lower it or raise {knob}"
+            f"--max-model-len {max_model_len} needs {blocks_each} KV cache blocks, {num_blocks} are there; lower it or "
+            f"raise {knob}"
         )
-    return num_blocks, min(max_model_len, capacity)
+    notes = _without_effect(options, owner)
+    if options.num_blocks is None and fitting > most and options.kv_cache_mib != LoadOptions.kv_cache_mib and not notes:
+        notes.append(
+            f"the KV cache takes {most * block_bytes / 2**20:.0f} MiB and not {knob}: {options.max_num_seqs} sequences "
+            f"(--max-num-seqs) of {max_model_len} tokens fill no more"
+        )
+    if capacity < max_model_len:
+        notes.append(
+            f"prompt and answer have {capacity} tokens together, not the model's {max_model_len}: that is what the KV "
+            f"cache holds; raise {knob}"
+        )
+    return CachePlan(num_blocks, min(max_model_len, capacity), tuple(notes))
+
+
+def _knob(options: LoadOptions, owner: CacheOwner) -> str:
+    return owner.memory_knob(options) if options.num_blocks is None else f"--num-blocks {options.num_blocks}"
+
+
+def _without_effect(options: LoadOptions, owner: CacheOwner) -> list[str]:
+    """Of the settings of the cache's size that are not their defaults those that something else overrules."""
+    share = LoadOptions.gpu_memory_utilization
+    settings = {
+        "--kv-cache-mib": (f"{options.kv_cache_mib}", options.kv_cache_mib != LoadOptions.kv_cache_mib),
+        "--gpu-memory-utilization": (f"{options.gpu_memory_utilization:g}", options.gpu_memory_utilization != share),
+    }
+    knob = _knob(options, owner)
+    return [
+        f"{name} {value} changes nothing: here {knob} says how large the KV cache is"
+        for name, (value, is_given) in settings.items()
+        if is_given and not knob.startswith(name)
+    ]
 
 
 def does_not_fit(options: LoadOptions, owner: CacheOwner) -> ConfigError:
     """The memory that was planned with is not there."""
-    return ConfigError(f"the KV cache does not fit in memory; lower {owner.memory_knob(options)}")
+    return ConfigError(f"the KV cache does not fit in memory; lower {_knob(options, owner)}")
 
 
 def free_memory(device: torch.device, utilization: float, to_come: int) -> int:

@@ -252,6 +252,39 @@ def test_the_cache_is_as_large_as_allowed_and_no_larger_than_useful(folder: Path
         load_runner(settings(folder, num_blocks=7, max_model_len=512))
 
 
+def test_a_cache_that_is_another_than_asked_for_is_said(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def notes(**more: Any) -> str:
+        caplog.clear()
+        load_runner(settings(folder, **more))
+        return caplog.text
+
+    defaults = {"kv_cache_mib": LoadOptions.kv_cache_mib, "max_num_seqs": 3}
+    assert notes(**defaults) == ""
+    told = notes(**defaults | {"kv_cache_mib": 2000})
+    assert "MiB and not --kv-cache-mib 2000: 3 sequences (--max-num-seqs) of 512 tokens fill no more" in told
+    told = notes(**defaults | {"num_blocks": 7})
+    assert f"prompt and answer have {7 * BLOCK} tokens together, not the model's 512" in told
+    assert "raise --num-blocks 7" in told
+    told = notes(**defaults | {"num_blocks": 96, "kv_cache_mib": 2000, "gpu_memory_utilization": 0.5})
+    assert "--kv-cache-mib 2000 changes nothing: here --num-blocks 96 says how large the KV cache is" in told
+    assert "--gpu-memory-utilization 0.5 changes nothing" in told
+    with pytest.raises(ConfigError, match="does not fit in memory; lower --num-blocks 2147483647"):
+        load_runner(settings(folder, num_blocks=2**31 - 1))
+
+
+def test_a_text_longer_than_the_model_was_made_for_is_refused(folder: Path, tmp_path: Path) -> None:
+    for asked in (513, 2**24):
+        with pytest.raises(ConfigError, match=f"^--max-model-len {asked} is more than the 512 tokens this model was"):
+            load_runner(settings(folder, max_model_len=asked))
+    assert load_runner(settings(folder, max_model_len=512)).max_model_len == 512
+    dynamic = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    stretched = random_model(Recipe(rope=dynamic, max_position_embeddings=64))
+    write_checkpoint(tmp_path, stretched)
+    assert load_runner(settings(tmp_path, max_model_len=128)).max_model_len == 128
+    with pytest.raises(ConfigError, match="more than the 128 tokens"):
+        load_runner(settings(tmp_path, max_model_len=129))
+
+
 def test_settings_that_do_not_fit_the_machine_are_refused(folder: Path) -> None:
     with pytest.raises(ConfigError, match=r"float16 .* use bfloat16"):
         load_runner(settings(folder, dtype="float16"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import resource
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -23,6 +24,7 @@ from gptq_api.runner.cpu.runner import CpuRunner
 from gptq_api.runner.memory import does_not_fit, free_memory, gpu_knob, plan_cache
 from gptq_api.runner.options import LoadOptions
 
+_log = logging.getLogger(__name__)
 _EXACT = "reference (exact)"
 
 
@@ -115,12 +117,14 @@ class CpuBackend:
     def runner(self, weights: LlamaWeights, options: LoadOptions, max_model_len: int) -> CpuRunner:
         config, size = weights.config, options.block_size
         memory = self.cache_memory(options, 0)
-        num_blocks, max_model_len = plan_cache(options, config, self, max_model_len, memory)
+        plan = plan_cache(options, config, self, max_model_len, memory)
         try:
-            cache = KVCache(self._zeros(_cache_shape(config, num_blocks, size)))
+            cache = KVCache(self._zeros(_cache_shape(config, plan.num_blocks, size)))
         except (RuntimeError, OSError):
             raise does_not_fit(options, self) from None
-        return CpuRunner(PlainLlama(weights), cache, max_model_len, self.dtype)
+        for note in plan.notes:
+            _log.warning("%s", note)
+        return CpuRunner(PlainLlama(weights), cache, plan.max_model_len, self.dtype)
 
 
 def _cache_shape(config: LlamaConfig, num_blocks: int, block_size: int) -> tuple[int, ...]:

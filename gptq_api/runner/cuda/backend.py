@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from contextlib import AbstractContextManager
 
 import numpy as np
@@ -24,6 +25,7 @@ from gptq_api.runner.inputs import StepInputs, StepShape, num_words, write_idle
 from gptq_api.runner.memory import does_not_fit, free_memory, gpu_knob, plan_cache
 from gptq_api.runner.options import LoadOptions
 
+_log = logging.getLogger(__name__)
 _GRAPH_BYTES = 256 * 2**20
 """left free for captured graphs and for what libraries allocate late"""
 
@@ -131,11 +133,13 @@ class CudaBackend:
             state = state_bytes(num_seqs, num_rows, max_model_len, options.block_size)
             workspace = torch.cuda.memory_allocated(device) - before + transient + state
             memory = self.cache_memory(options, _GRAPH_BYTES + transient + state)
-            num_blocks, max_model_len = plan_cache(options, config, self, max_model_len, memory)
-            cache = CudaKVCache(config, num_blocks, options.block_size, kv_dtype, device)
+            plan = plan_cache(options, config, self, max_model_len, memory)
+            cache = CudaKVCache(config, plan.num_blocks, options.block_size, kv_dtype, device)
         except torch.cuda.OutOfMemoryError:
             raise does_not_fit(options, self) from None
-        runner = CudaRunner(cuda, cache, num_seqs, num_rows, max_model_len, workspace)
+        for note in plan.notes:
+            _log.warning("%s", note)
+        runner = CudaRunner(cuda, cache, num_seqs, num_rows, plan.max_model_len, workspace)
         runner.warm_up()
         return runner
 
