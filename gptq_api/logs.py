@@ -13,10 +13,13 @@ import queue
 import select
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, MutableMapping
 from dataclasses import dataclass
+from typing import Any
 
 import structlog
+
+from gptq_api.errors import printable
 
 MAX_QUEUED_BYTES = 128 * 1024
 """What waits for a slow reader: a thousand lines, more than one for each request that is admitted at a time. In bytes,
@@ -146,7 +149,7 @@ def configure(level: str, as_json: bool) -> Writer:
         processors=[
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso" if as_json else "%H:%M:%S", utc=as_json),
-            *([structlog.processors.format_exc_info] if as_json else []),
+            *([structlog.processors.format_exc_info] if as_json else [_escaped]),
             renderer,
         ],
         wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[level.upper()]),
@@ -159,6 +162,14 @@ def configure(level: str, as_json: bool) -> Writer:
     logging.captureWarnings(True)
     _catch_exceptions()
     return writer
+
+
+def _escaped(_: object, __: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    """Names of files and models may hold what a terminal obeys, or a line that looks like one of ours."""
+    for name, value in event.items():
+        if isinstance(value, str):
+            event[name] = printable(value)
+    return event
 
 
 def _catch_exceptions() -> None:
@@ -184,6 +195,13 @@ def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
     else:
         structlog.get_logger().info(text)
+
+
+def answer(text: str, **values: Any) -> None:
+    """What the program was started to say, in the form of the log and whatever its level."""
+    structlog.wrap_logger(_writer, wrapper_class=structlog.make_filtering_bound_logger(logging.INFO)).info(
+        text, **values
+    )
 
 
 def num_dropped() -> int:

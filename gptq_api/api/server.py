@@ -34,8 +34,8 @@ from gptq_api.edge.hosts import HostMiddleware
 from gptq_api.edge.listen import bind, in_use
 from gptq_api.edge.request_log import RequestMiddleware
 from gptq_api.engine.client import EngineClient
-from gptq_api.errors import UserError
-from gptq_api.logs import configure
+from gptq_api.errors import UserError, printable
+from gptq_api.logs import answer, configure
 from gptq_api.text.chat_template import ChatTemplate, load_chat_template
 from gptq_api.text.folder import checkpoint_folder
 from gptq_api.text.tokenizer import Tokenizer, load_tokenizer
@@ -63,7 +63,7 @@ def run(settings: Settings) -> int:
         if settings.log_json:
             log.error(sentence)
         else:
-            lines.msg(sentence)  # as every command says why it failed
+            lines.msg(printable(sentence))  # as every command says why it failed
         return exits.FAILED
 
 
@@ -146,7 +146,7 @@ async def _serve(service: Service, sockets: list[socket.socket], signals: _Signa
     shown = f"[{host}]" if ":" in host else host
     if ANY in service.settings.cors_origin and not service.settings.api_key:
         log.warning("every web page that a browser here shows may use this server: --cors-origin * without --api-key")
-    log.info(f"serving {service.model_name} at http://{shown}:{port}/v1", ready_after=load_time)
+    answer(f"serving {service.model_name} at http://{shown}:{port}/v1", ready_after=load_time)
     stopped, dead = asyncio.ensure_future(signals.first()), asyncio.ensure_future(service.engine.wait_dead())
     await asyncio.wait({stopped, dead}, return_when=asyncio.FIRST_COMPLETED)
     if not dead.done():

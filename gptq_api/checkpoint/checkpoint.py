@@ -64,6 +64,18 @@ class Checkpoint:
 
     def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """An unquantized tensor in memory of its own, finite, of the given shape."""
+        self.check(name, shape)
+        tensor = self.store.read(name)
+        if not tensor.is_cuda:
+            tensor = tensor.clone()
+        if not _is_finite(tensor):
+            raise CheckpointError(
+                f"{self.store.file(name)}: tensor {name} holds NaN or infinity; download the file again"
+            )
+        return tensor
+
+    def check(self, name: str, shape: tuple[int, ...]) -> None:
+        """CheckpointError where the header has no such unquantized tensor."""
         if name not in self.store:
             raise CheckpointError(f"{self.files[0]}: tensor {name} is missing; download the checkpoint again")
         if self.store.shape(name) != shape:
@@ -76,14 +88,6 @@ class Checkpoint:
                 f"{self.store.file(name)}: tensor {name} is {self.store.dtype_name(name)} where a float type is "
                 "expected; use a GPTQ checkpoint whose other tensors are float16, bfloat16 or float32"
             )
-        tensor = self.store.read(name)
-        if not tensor.is_cuda:
-            tensor = tensor.clone()
-        if not _is_finite(tensor):
-            raise CheckpointError(
-                f"{self.store.file(name)}: tensor {name} holds NaN or infinity; download the file again"
-            )
-        return tensor
 
     def bias(self, module: str) -> Tensor | None:
         """The bias of an unquantized module; None where absent or all zeros."""

@@ -4,7 +4,9 @@ weights."""
 from __future__ import annotations
 
 import json
+import sys
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 from gptq_api.cli.output import fail
@@ -13,7 +15,8 @@ from gptq_api.errors import UserError
 
 
 def run(settings: InspectSettings) -> int:
-    """Print the facts. Exit status: 0 a checkpoint we serve, 1 not one (a sentence on stderr says why)."""
+    """Print the facts. Exit status: 0 a checkpoint we serve, 1 not one (a sentence on stderr says why, behind the facts
+    where only its text is what cannot be served)."""
     try:
         facts = inspect(settings)
     except UserError as error:
@@ -23,6 +26,10 @@ def run(settings: InspectSettings) -> int:
         print(json.dumps(facts, indent=2))
     else:
         print(_as_text(facts))
+    if facts["refused"] is not None:
+        sys.stdout.flush()
+        fail("inspect", facts["refused"])
+        return 1
     return 0
 
 
@@ -46,6 +53,7 @@ def inspect(settings: InspectSettings) -> dict[str, Any]:
     token_bytes = config.kv_elements_per_token * backend.cache_dtype(options.kv_cache_dtype).itemsize
     block_bytes = token_bytes * settings.block_size
     cache = plan_cache(options, config, backend, longest_text(options, config), memory)
+    template, refused, without_rows = _text(checkpoint.folder, config.vocab_size)
     return {
         "path": str(checkpoint.folder),
         "layout": checkpoint.layout,
@@ -84,8 +92,24 @@ def inspect(settings: InspectSettings) -> dict[str, Any]:
         "kv_cache_bytes": cache.num_blocks * block_bytes,
         "kv_cache_tokens": cache.num_blocks * settings.block_size,
         "max_model_len": cache.max_model_len,
-        "warnings": [*checkpoint.warnings, *cache.notes],
+        "chat_template": template,
+        "warnings": [*checkpoint.warnings, *cache.notes, *without_rows],
+        "refused": refused,
     }
+
+
+def _text(folder: Path, vocab_size: int) -> tuple[str | None, str | None, list[str]]:
+    """(where the chat template is from, why the text cannot be served, warnings)."""
+    from gptq_api.text.chat_template import load_chat_template
+    from gptq_api.text.tokenizer import load_tokenizer
+
+    try:
+        tokenizer = load_tokenizer(folder)
+        template = load_chat_template(folder, tokenizer)
+    except UserError as error:
+        return None, str(error), []
+    warning = tokenizer.without_rows(vocab_size)
+    return template.source, None, [warning] if warning else []
 
 
 def _as_text(facts: dict[str, Any]) -> str:
@@ -122,6 +146,7 @@ def _as_text(facts: dict[str, Any]) -> str:
             f"{facts['kv_cache_tokens']} tokens in {facts['kv_cache_bytes'] / 2**20:.0f} MiB: "
             f"{lengths:.1f} sequences of {facts['max_model_len']}",
         ),
+        ("text", facts["chat_template"] or "cannot be served"),
         *(("warning", warning) for warning in facts["warnings"]),
     ]
     return "\n".join(f"{name:<14}{value}" for name, value in rows)

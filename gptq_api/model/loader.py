@@ -18,7 +18,7 @@ from gptq_api.model.layers.linear import Linear, SplitLinear
 from gptq_api.model.layers.norm import HeadNorm, RMSNorm
 from gptq_api.model.layers.rotary import Rotary
 from gptq_api.model.merge import merge, merge_dense, mergeable
-from gptq_api.model.modules import Joint, Module, layer_prefix, parts
+from gptq_api.model.modules import Joint, Module, layer_prefix, norm_shapes, parts
 from gptq_api.model.progress import LoadProgress
 from gptq_api.model.weights import LayerWeights, LlamaWeights
 
@@ -108,11 +108,7 @@ class _Loader:
         return self.backend.head(self.tensor("lm_head.weight", shape))
 
     def _tied(self, embedding: Tensor, shape: tuple[int, int]) -> Linear:
-        if self.config.tie_word_embeddings is False:
-            raise CheckpointError(
-                f"{self.checkpoint.files[0]}: tensor lm_head.weight is missing and config.json says that "
-                "tie_word_embeddings is false; download the checkpoint again, or set it if the model ties them"
-            )
+        check_head(self.checkpoint, self.config)
         if self.config.tie_word_embeddings is None:
             self.warnings.append(
                 "the embedding serves as the head: there is no lm_head.weight, and config.json does not say "
@@ -129,11 +125,7 @@ class _Loader:
 
     def _read(self, name: str, module: Module) -> GPTQTensors | _Dense:
         self.used.update(f"{name}.{part}" for part in _PARTS)
-        if module.has_bias and not self.checkpoint.has(f"{name}.bias"):
-            raise CheckpointError(
-                f"{self.checkpoint.files[0]}: tensor {name}.bias is missing, and {self.config.family.title} with this "
-                "config.json has it; download the checkpoint again"
-            )
+        check_bias(self.checkpoint, self.config, name, module)
         shape = self.checkpoint.modules.get(name)
         if shape is None:
             weight = self.checkpoint.tensor(f"{name}.weight", (module.out_features, module.in_features))
@@ -144,12 +136,7 @@ class _Loader:
                     f"({module.out_features},); use the config.json of this model"
                 )
             return weight, bias
-        if (shape.in_features, shape.out_features) != (module.in_features, module.out_features):
-            file = self.checkpoint.store.file(f"{name}.qweight")
-            raise CheckpointError(
-                f"{file}: tensor {name}.qweight has {shape.in_features} inputs and {shape.out_features} outputs, "
-                f"config.json gives {module.in_features} and {module.out_features}; use the config.json of this model"
-            )
+        check_module(self.checkpoint, name, module)
         return self.checkpoint.gptq(name)
 
     def _one(self, found: GPTQTensors | _Dense, name: str) -> Linear:
@@ -168,18 +155,7 @@ class _Loader:
             raise CheckpointError(f"{file}: {names[0]}: {error}") from None
 
     def finish(self) -> LoadReport:
-        for name in sorted(self.checkpoint.store.names):
-            layer = _LAYER.match(name)
-            if layer and int(layer[1]) >= self.config.num_hidden_layers:
-                raise CheckpointError(
-                    f"{self.checkpoint.store.file(name)}: tensor {name} is beyond the {self.config.num_hidden_layers} "
-                    "layers that config.json gives; use the config.json of this model"
-                )
-            if layer and name not in self.used and name.endswith("norm.weight"):
-                raise CheckpointError(
-                    f"{self.checkpoint.store.file(name)}: tensor {name} is unknown to {self.config.family.title}, "
-                    "which config.json says it is; use the config.json of this model"
-                )
+        check_layers(self.checkpoint, self.config)
         unused = sorted(n for n in self.checkpoint.store.names - self.used if not n.endswith(_IGNORED))
         if unused:
             more = f" and {len(unused) - 1} more" if len(unused) > 1 else ""
@@ -187,6 +163,52 @@ class _Loader:
         for reason, kinds in self.slow.items():
             self.warnings.append(f"{', '.join(kinds)} ({kinds.total()} modules) take the slow path: {reason}")
         return LoadReport(tuple(self.warnings), dict(self.kernels))
+
+
+def check_module(checkpoint: Checkpoint, name: str, module: Module) -> None:
+    """CheckpointError where a quantized module is not as large as config.json says."""
+    shape = checkpoint.modules[name]
+    if (shape.in_features, shape.out_features) != (module.in_features, module.out_features):
+        raise CheckpointError(
+            f"{checkpoint.store.file(f'{name}.qweight')}: tensor {name}.qweight has {shape.in_features} inputs and "
+            f"{shape.out_features} outputs, config.json gives {module.in_features} and {module.out_features}; use the "
+            "config.json of this model"
+        )
+
+
+def check_bias(checkpoint: Checkpoint, config: LlamaConfig, name: str, module: Module) -> None:
+    """CheckpointError where a bias is missing that the family has."""
+    if module.has_bias and not checkpoint.has(f"{name}.bias"):
+        raise CheckpointError(
+            f"{checkpoint.files[0]}: tensor {name}.bias is missing, and {config.family.title} with this "
+            "config.json has it; download the checkpoint again"
+        )
+
+
+def check_head(checkpoint: Checkpoint, config: LlamaConfig) -> None:
+    """CheckpointError where there is no head and the embedding may not be it."""
+    if config.tie_word_embeddings is False and not has_head(checkpoint):
+        raise CheckpointError(
+            f"{checkpoint.files[0]}: tensor lm_head.weight is missing and config.json says that "
+            "tie_word_embeddings is false; download the checkpoint again, or set it if the model ties them"
+        )
+
+
+def check_layers(checkpoint: Checkpoint, config: LlamaConfig) -> None:
+    """CheckpointError for layers and norms that config.json knows nothing of."""
+    norms = norm_shapes(config)
+    for name in sorted(checkpoint.store.names):
+        layer = _LAYER.match(name)
+        if layer and int(layer[1]) >= config.num_hidden_layers:
+            raise CheckpointError(
+                f"{checkpoint.store.file(name)}: tensor {name} is beyond the {config.num_hidden_layers} "
+                "layers that config.json gives; use the config.json of this model"
+            )
+        if layer and name.endswith("norm.weight") and name not in norms:
+            raise CheckpointError(
+                f"{checkpoint.store.file(name)}: tensor {name} is unknown to {config.family.title}, "
+                "which config.json says it is; use the config.json of this model"
+            )
 
 
 def load_llama(

@@ -83,3 +83,17 @@ def all_modules(config: LlamaConfig) -> Iterator[tuple[str, Module]]:
     for index in range(config.num_hidden_layers):
         for module in table:
             yield layer_prefix(index) + module.name, module
+
+
+def norm_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
+    """The weights of every norm by their names."""
+    wide: tuple[int, ...] = (config.hidden_size,)
+    each = {"input_layernorm": wide, "post_attention_layernorm": wide}
+    if config.family.qk_norm:
+        each |= {"self_attn.q_norm": (config.head_dim,), "self_attn.k_norm": (config.head_dim,)}
+    shapes = {
+        f"{layer_prefix(index)}{name}.weight": shape
+        for index in range(config.num_hidden_layers)
+        for name, shape in each.items()
+    }
+    return shapes | {"model.norm.weight": wide}

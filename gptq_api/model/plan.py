@@ -5,12 +5,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from gptq_api.checkpoint.checkpoint import Checkpoint, CheckpointError
+from gptq_api.checkpoint.checkpoint import Checkpoint
 from gptq_api.checkpoint.module import ModuleShape, infer_group_size
 from gptq_api.model.backend import Backend, KernelChoice
 from gptq_api.model.config import LlamaConfig
-from gptq_api.model.loader import has_head
-from gptq_api.model.modules import all_modules
+from gptq_api.model.loader import check_bias, check_head, check_layers, check_module, has_head
+from gptq_api.model.modules import all_modules, norm_shapes
 
 
 @dataclass(frozen=True)
@@ -31,17 +31,21 @@ def plan_serving(checkpoint: Checkpoint, config: LlamaConfig, backend: Backend) 
         kind = name.rsplit(".", 1)[-1]
         k, n = module.in_features, module.out_features
         if shape is None:
-            _check_dense(checkpoint, f"{name}.weight", (n, k))
+            checkpoint.check(f"{name}.weight", (n, k))
             dtype = backend.dtype
             choice = KernelChoice(f"dense {str(dtype).removeprefix('torch.')}", k * n * dtype.itemsize)
         else:
-            _check_quantized(checkpoint, name, shape, k, n)
+            check_module(checkpoint, name, module)
             choice = _choice(shape, backend)
         found = kernels.setdefault(kind, [])
         if str(choice) not in found:
             found.append(str(choice))
         total += choice.num_bytes
+        check_bias(checkpoint, config, name, module)
+    for name, norm in norm_shapes(config).items():
+        checkpoint.check(name, norm)
     total += _ends(checkpoint, config, backend)
+    check_layers(checkpoint, config)
     return ServingPlan({kind: "; ".join(found) for kind, found in kernels.items()}, total)
 
 
@@ -53,30 +57,13 @@ def _choice(shape: ModuleShape, backend: Backend) -> KernelChoice:
 def _ends(checkpoint: Checkpoint, config: LlamaConfig, backend: Backend) -> int:
     """Embedding and head, once where they are tied."""
     elements = config.vocab_size * config.hidden_size
-    _check_dense(checkpoint, "model.embed_tokens.weight", (config.vocab_size, config.hidden_size))
+    checkpoint.check("model.embed_tokens.weight", (config.vocab_size, config.hidden_size))
+    check_head(checkpoint, config)
     tied = config.ties_head(has_head(checkpoint))
     embedding = elements * backend.embedding_dtype(checkpoint.float_dtype, tied).itemsize
     if tied:
         return embedding
     if "lm_head" in checkpoint.modules:
         return embedding + _choice(checkpoint.modules["lm_head"], backend).num_bytes
-    _check_dense(checkpoint, "lm_head.weight", (config.vocab_size, config.hidden_size))
+    checkpoint.check("lm_head.weight", (config.vocab_size, config.hidden_size))
     return embedding + elements * backend.head_dtype.itemsize
-
-
-def _check_dense(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> None:
-    if not checkpoint.has(name):
-        raise CheckpointError(f"{checkpoint.files[0]}: tensor {name} is missing; download the checkpoint again")
-    if checkpoint.store.shape(name) != shape:
-        raise CheckpointError(
-            f"{checkpoint.store.file(name)}: tensor {name} is {checkpoint.store.shape(name)}, "
-            f"config.json gives {shape}; use the config.json of this model"
-        )
-
-
-def _check_quantized(checkpoint: Checkpoint, name: str, shape: ModuleShape, k: int, n: int) -> None:
-    if (shape.in_features, shape.out_features) != (k, n):
-        raise CheckpointError(
-            f"{checkpoint.store.file(f'{name}.qweight')}: tensor {name}.qweight has {shape.in_features} inputs and "
-            f"{shape.out_features} outputs, config.json gives {k} and {n}; use the right one"
-        )

@@ -15,6 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from gptq_api.checkpoint.checkpoint import CheckpointError, Expected, open_checkpoint
 from gptq_api.checkpoint.summary import summarise
+from gptq_api.cli.inspect import inspect
+from gptq_api.config import InspectSettings
 from gptq_api.runner.load import load_runner
 from gptq_api.runner.options import LoadOptions
 from tests.support.checkpoints import RandomModel, Recipe, random_model, write_checkpoint
@@ -39,11 +41,16 @@ def load(folder: Path, **more: Any) -> Any:
 
 
 def refused(folder: Path, *words: str, **more: Any) -> None:
-    """Loading raises a CheckpointError of one line that holds all the words."""
+    """Loading raises a CheckpointError of one line that holds all the words, and so does `inspect`, which does not read
+    the weights."""
     with pytest.raises(CheckpointError) as caught:
         load(folder, **more)
     message = str(caught.value)
     assert "\n" not in message
+    if not message.endswith("norm.weight holds NaN or infinity; download the file again"):
+        with pytest.raises(CheckpointError) as told:
+            inspect(InspectSettings(model_path=str(folder), device="cpu", **more))
+        assert str(told.value) == message
     for word in words:
         assert word in message, message
 

@@ -16,13 +16,16 @@ from gptq_api.runner.load import load_runner
 from gptq_api.runner.options import LoadOptions
 from tests.support.checkpoints import Recipe, random_model, write_checkpoint
 from tests.support.layouts import LAYOUTS
+from tests.support.server import Server
+from tests.support.text_tokenizers import byte_level
 
 RECIPE = Recipe(act_order=True, sym=False, mixed_bits={"down_proj": 8}, hidden_size=128, intermediate_size=256)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_checkpoint(tmp_path_factory.mktemp("inspect") / "tiny", random_model(RECIPE), container="sharded")
+    folder = tmp_path_factory.mktemp("inspect") / "tiny"
+    return byte_level(write_checkpoint(folder, random_model(RECIPE), container="sharded"))
 
 
 def test_as_text(folder: Path) -> None:
@@ -62,7 +65,7 @@ def test_windows_and_families_and_old_zeros_are_told(tmp_path: Path) -> None:
     assert facts["quantization"]["zero_version"] == {"float": 7} and facts["architecture"]["name"] == "LLaMA"
     windowed = {"use_sliding_window": True, "sliding_window": 24, "max_window_layers": 1}
     qwen = random_model(Recipe(family="qwen3", head_dim=32, more_config=windowed))
-    settings = InspectSettings(model_path=str(write_checkpoint(tmp_path / "qwen", qwen)), device="cpu")
+    settings = InspectSettings(model_path=str(byte_level(write_checkpoint(tmp_path / "qwen", qwen))), device="cpu")
     facts = inspect(settings)
     assert facts["architecture"]["name"] == "Qwen3" and facts["architecture"]["eos_token_ids"] == (2,)
     assert facts["architecture"]["sliding_window"] == [{"window": None, "layers": 1}, {"window": 24, "layers": 1}]
@@ -73,6 +76,32 @@ def test_a_broken_checkpoint_is_one_sentence_and_status_1(folder: Path, capsys: 
     assert run(InspectSettings(model_path=str(folder), device="cpu", gptq_groupsize=128)) == 1
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1 and "--gptq-groupsize 128 contradicts" in err
+
+
+def test_text_that_cannot_be_served_is_told_behind_the_facts_as_serve_tells_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_checkpoint(tmp_path, random_model(Recipe()))
+
+    def inspected() -> str:
+        assert run(InspectSettings(model_path=str(folder), device="cpu")) == 1
+        out, err = capsys.readouterr()
+        assert "act-order" in out and err.count("\n") == 1
+        assert run(InspectSettings(model_path=str(folder), device="cpu", json_output=True)) == 1
+        assert json.loads(capsys.readouterr().out)["refused"] in err
+        return err.partition(": ")[2]
+
+    def served() -> str:
+        with Server(str(folder), wait=False, command=["serve", str(folder), "--port", "0"]) as server:
+            assert server.wait(60) == 1
+            return server.log().splitlines()[-1].partition(": ")[2] + "\n"
+
+    sentence = inspected()
+    assert "holds neither tokenizer.json nor tokenizer.model" in sentence and sentence == served()
+    byte_level(folder)
+    (folder / "chat_template.jinja").write_text("{% for %}")
+    sentence = inspected()
+    assert "chat_template.jinja" in sentence and sentence == served()
 
 
 def test_the_weights_are_not_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -273,3 +273,28 @@ def test_a_pipe_that_does_not_block_is_waited_for() -> None:
     writer.close()
     assert writer.num_dropped == 0
     os.close(writing)
+
+
+@pytest.mark.parametrize("flags", [("--log-level", "error"), ("--log-level", "warning", "--log-json")])
+def test_the_address_is_told_at_every_level(flags: tuple[str, ...]) -> None:
+    """Port 0 is nobody's otherwise."""
+    with Server(*flags) as server:
+        assert server.http.get("/ready").status_code == 200
+        (line,) = server.log().splitlines()
+        assert f"http://127.0.0.1:{server.port}/v1" in line
+        assert "--log-json" not in flags or json.loads(line)["event"].startswith("serving demo at ")
+
+
+def test_names_do_not_command_a_terminal_nor_forge_lines(tmp_path: Path) -> None:
+    folder = tmp_path / "\x1b[31mred\n12:00:00[info]forged"
+    shutil.copytree(DEMO_PATH, folder)
+    with Server("--model-path", str(folder)) as server:
+        log = server.log()
+    assert "\x1b" not in log and "\n12:00:00[info]forged" not in log
+    assert log.count(r"\x1b[31mred\n12:00:00[info]forged") == 3
+    gone = Server(command=["serve", str(folder / "none\x1b[0m"), "--port", "0"], wait=False)
+    try:
+        assert gone.wait(60) == 1
+        assert "\x1b" not in gone.log() and gone.log().count("\n") <= 2
+    finally:
+        gone.close()
