@@ -172,7 +172,11 @@ class Settings(EngineSettings):
     port: int = Field(8000, ge=0, le=65535)
     """Port to listen on; 0 picks a free one and prints it."""
     api_key: list[str] = Field([], repr=False)
-    """Accepted bearer tokens, separated by commas; none: no authentication."""
+    """Accepted bearer tokens, separated by commas; none: no authentication. Every user of the machine sees the flag's
+    value in `ps`: --api-key-file and the variable keep it secret."""
+    api_key_file: Path | None = None
+    """File with accepted keys: one a line, or TOML with a name, a role and limits for each. Read again when it changes,
+    and at SIGHUP."""
     allow_unauthenticated: bool = False
     """Listen on a non-loopback address without an API key."""
     allowed_host: list[str] = Field([], examples=[["models.example.com", "*.internal"]])
@@ -230,11 +234,17 @@ class Settings(EngineSettings):
     @model_validator(mode="after")
     def _exposure(self) -> Settings:
         loopback = self.host in ("localhost", "::1") or self.host.startswith("127.")
-        if not loopback and not self.api_key and not self.allow_unauthenticated:
+        if not loopback and not self.has_keys and not self.allow_unauthenticated:
             raise ValueError(
-                f"host {self.host} is reachable from other machines: set --api-key KEY, or --allow-unauthenticated"
+                f"host {self.host} is reachable from other machines: set --api-key KEY or --api-key-file FILE, or "
+                "--allow-unauthenticated"
             )
         return self
+
+    @property
+    def has_keys(self) -> bool:
+        """Whether requests need a key."""
+        return bool(self.api_key) or self.api_key_file is not None
 
 
 class ChatSettings(EngineSettings):

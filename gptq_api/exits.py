@@ -9,7 +9,7 @@ DONE = 0
 FAILED = 1
 """a sentence on stderr says why; trying again changes nothing unless something else does"""
 WRONG_USE = 2
-"""a command, flag, variable or key of the settings file is wrong"""
+"""a command, flag, variable, key of the settings file or file of API keys is wrong"""
 ENGINE_DEAD = 70
 """the server's engine died, as often as --restart-engine allows: start the server again"""
 INTERRUPTED = 128 + signal.SIGINT

@@ -18,6 +18,7 @@ ROUTERS = (
     ops.public,
     docs.public,
     ops.router,
+    ops.watching,
     models.router,
     chat.router,
     completions.router,
@@ -51,7 +52,8 @@ def build_app(service: Service) -> FastAPI:
         {route.path for route in routes if isinstance(route, PublicRoute)},
         title=app.title,
         version=app.version,
-        keyed=bool(service.settings.api_key),
+        keyed=service.auth.has_keys,
+        with_roles=service.settings.api_key_file is not None,
         any_model=service.settings.accept_any_model,
     )
     for router in ROUTERS:

@@ -19,11 +19,18 @@ from starlette.exceptions import HTTPException
 from gptq_api.api.invalid import first_invalid
 from gptq_api.api.messages_errors import MESSAGES, messages_error, messages_status
 from gptq_api.api.unknown_url import unknown_url
+from gptq_api.edge.limits import LimitReached
 from gptq_api.engine.places import PlacesTaken
 
 MAX_MESSAGE = 1000
 
-_TYPES = {400: "invalid_request_error", 401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+_TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    429: "rate_limit_error",
+}
 
 
 class ApiError(HTTPException):
@@ -78,9 +85,20 @@ def wrong_key(why: str) -> ApiError:
     return ApiError(401, message, code="invalid_api_key", headers={"www-authenticate": "Bearer"})
 
 
+def wrong_role(role: str, needed: str) -> ApiError:
+    message = f"The role of this key is '{role}', and this needs '{needed}' or 'admin'."
+    return ApiError(403, message, code="insufficient_permissions")
+
+
 def too_many(retry_after_s: float, message: str, code: str) -> ApiError:
     headers = {"retry-after": str(math.ceil(retry_after_s)), "retry-after-ms": str(math.ceil(retry_after_s * 1000))}
     return ApiError(429, message, code=code, headers=headers)
+
+
+def rate_limited(reached: LimitReached) -> ApiError:
+    error = too_many(reached.retry_after_s, str(reached), "rate_limit_exceeded")
+    error.error["type"] = "tokens" if reached.kind == "tokens" else "requests"  # OpenAI's words for it
+    return error
 
 
 def server_full(taken: PlacesTaken) -> ApiError:

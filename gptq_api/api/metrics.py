@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import accumulate
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics, generate_latest
@@ -15,6 +15,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
+from gptq_api.edge.auth import Authenticator
+from gptq_api.edge.limits import Usage
 from gptq_api.engine.client import EngineClient
 from gptq_api.logs import num_dropped
 from gptq_api.types import StepOutput
@@ -24,17 +26,19 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000)
 _REASONS = ("stop", "length", "error", "too_complex")
-_REJECTIONS = ("server_full", "share_full", "unavailable")
+_REJECTIONS = ("server_full", "share_full", "rate_limit", "unavailable")
 _CAUSES = ("disconnect", "slow_reader", "shutdown", "engine_stalled", "deadline")
 
 
 class Metrics:
-    """One registry per server; label `model_name` only, so the number of series is fixed."""
+    """One registry per server; the label is `model_name`, so that the number of series is fixed; and `key` in what
+    named keys have used, of which there are so many and no more."""
 
-    def __init__(self, model_name: str, engine: EngineClient) -> None:
+    def __init__(self, model_name: str, engine: EngineClient, auth: Authenticator) -> None:
         disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for each of them, which nobody reads
         self.registry = CollectorRegistry()
         self.registry.register(_EngineCollector(model_name, engine))
+        self.registry.register(_KeyCollector(model_name, auth))
 
         def histogram(name: str, help_text: str, buckets: tuple[float, ...]) -> Histogram:
             metric = Histogram(f"vllm:{name}", help_text, ["model_name"], buckets=buckets, registry=self.registry)
@@ -97,6 +101,39 @@ class ManyValues(Collector):
         up_to = zip(map(floatToGoString, self._bounds), accumulate(self._counts), strict=True)
         family.add_metric([self._model_name], [(bound, float(count)) for bound, count in up_to], self._sum)
         yield family
+
+
+class _KeyCollector(Collector):
+    """What named keys have used."""
+
+    def __init__(self, model_name: str, auth: Authenticator) -> None:
+        self._model_name, self._auth = model_name, auth
+
+    def collect(self) -> Iterator[Metric]:
+        accounts = self._auth.accounts
+        if not accounts:
+            return
+        totals: dict[str, tuple[str, Callable[[Usage], int]]] = {
+            "requests": ("Requests that were admitted.", lambda usage: usage.requests),
+            "prompt_tokens": ("Prompt tokens of ended requests.", lambda usage: usage.prompt_tokens),
+            "generation_tokens": ("Tokens generated for ended requests.", lambda usage: usage.generation_tokens),
+        }
+        for name, (text, read) in totals.items():
+            counter = CounterMetricFamily(f"gptq_api:key_{name}", text, labels=["model_name", "key"])
+            for key, account in accounts.items():
+                counter.add_metric([self._model_name, key], read(account.usage))
+            yield counter
+        text = "Requests that were refused for a limit of the key."
+        refused = CounterMetricFamily("gptq_api:key_rejections", text, labels=["model_name", "key", "limit"])
+        running = GaugeMetricFamily(
+            "gptq_api:key_requests_running", "Requests being answered.", labels=["model_name", "key"]
+        )
+        for key, account in accounts.items():
+            running.add_metric([self._model_name, key], account.num_concurrent)
+            for kind, num in account.usage.refused.items():
+                refused.add_metric([self._model_name, key, kind], num)
+        yield refused
+        yield running
 
 
 class _EngineCollector(Collector):

@@ -28,9 +28,11 @@ from gptq_api.api.errors import error_body
 from gptq_api.api.service import Service
 from gptq_api.config import Settings
 from gptq_api.edge.accept import AT_ONCE, max_connections
+from gptq_api.edge.auth import Authenticator
 from gptq_api.edge.connection import MAX_HEADER_BYTES, EdgeProtocol, edge_protocol
 from gptq_api.edge.cors import ANY, CorsMiddleware
 from gptq_api.edge.hosts import HostMiddleware
+from gptq_api.edge.keys import KeyFile, KeyFileError
 from gptq_api.edge.listen import bind, in_use
 from gptq_api.edge.request_log import RequestMiddleware
 from gptq_api.engine.client import EngineClient
@@ -57,14 +59,14 @@ def run(settings: Settings) -> int:
     lines = configure(settings.log_level, settings.log_json)
     _allow_connections()
     try:
-        return asyncio.run(_run(settings))
+        return asyncio.run(_run(settings, _authenticator(settings)))
     except UserError as error:
         sentence = f"gptq-api serve: {error}"
         if settings.log_json:
             log.error(sentence)
         else:
             lines.msg(printable(sentence))  # as every command says why it failed
-        return exits.FAILED
+        return exits.WRONG_USE if isinstance(error, KeyFileError) else exits.FAILED
 
 
 def _allow_connections() -> None:
@@ -73,12 +75,24 @@ def _allow_connections() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
-async def _run(settings: Settings) -> int:
+def _authenticator(settings: Settings) -> Authenticator:
+    """Raises KeyFileError."""
+    if settings.api_key_file is None:
+        return Authenticator(settings.api_key)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until the file is watched
+    file = KeyFile(settings.api_key_file)
+    auth = Authenticator(settings.api_key, file)
+    if file.is_open_to_all():
+        log.warning(f"every user of this machine may read the keys in {file.path}: chmod o-r {file.path}")
+    return auth
+
+
+async def _run(settings: Settings, auth: Authenticator) -> int:
     started = time.monotonic()
     signals = _Signals()
     sockets = bind(settings.host, settings.port)  # taken now, so that a port in use is no surprise after the loading
     engine = EngineClient(settings, settings.restart_engine, kill_stalled=settings.on_engine_stall == "kill")
-    loading = asyncio.ensure_future(_load(settings, engine))
+    loading = asyncio.ensure_future(_load(settings, engine, auth))
     stopped = asyncio.ensure_future(signals.first())
     await asyncio.wait({loading, stopped}, return_when=asyncio.FIRST_COMPLETED)
     if not loading.done():
@@ -109,7 +123,7 @@ async def _stop_loading(loading: asyncio.Future[Service], signals: _Signals) -> 
     return status
 
 
-async def _load(settings: Settings, engine: EngineClient) -> Service:
+async def _load(settings: Settings, engine: EngineClient, auth: Authenticator) -> Service:
     """The tokenizer here and the weights there, at the same time."""
     folder = checkpoint_folder(settings.model_path)
     name = settings.served_model_name or ("demo" if settings.model_path == "demo" else folder.resolve().name)
@@ -129,14 +143,14 @@ async def _load(settings: Settings, engine: EngineClient) -> Service:
         if engine.alive:
             await engine.stop(STOP_S)
         raise
-    return Service(settings, engine, tokenizer, template, name)
+    return Service(settings, engine, tokenizer, template, name, auth)
 
 
 async def _serve(service: Service, sockets: list[socket.socket], signals: _Signals, load_time: str) -> int:
     app: ASGIApp = build_app(service)
     if service.settings.cors_origin:
         app = CorsMiddleware(app, service.settings.cors_origin, error_body)
-    if not service.settings.api_key:
+    if not service.settings.has_keys:
         allowed, origins = service.settings.allowed_host, service.settings.cors_origin
         app = HostMiddleware(app, service.settings.host, allowed, origins, error_body)
     requests = RequestMiddleware(app, error_body)
@@ -144,9 +158,10 @@ async def _serve(service: Service, sockets: list[socket.socket], signals: _Signa
     await server.open(sockets)
     host, port = service.settings.host, sockets[0].getsockname()[1]
     shown = f"[{host}]" if ":" in host else host
-    if ANY in service.settings.cors_origin and not service.settings.api_key:
+    if ANY in service.settings.cors_origin and not service.settings.has_keys:
         log.warning("every web page that a browser here shows may use this server: --cors-origin * without --api-key")
     answer(f"serving {service.model_name} at http://{shown}:{port}/v1", ready_after=load_time)
+    watching = asyncio.ensure_future(service.watch_keys())
     stopped, dead = asyncio.ensure_future(signals.first()), asyncio.ensure_future(service.engine.wait_dead())
     await asyncio.wait({stopped, dead}, return_when=asyncio.FIRST_COMPLETED)
     if not dead.done():
@@ -162,6 +177,7 @@ async def _serve(service: Service, sockets: list[socket.socket], signals: _Signa
         status = exits.cut_short(signals.last)
     stopped.cancel()
     dead.cancel()
+    watching.cancel()
     await _within(0.3, server.close())
     log.info("stopped", exit_status=status)
     return status

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -13,10 +14,11 @@ from typing import Annotated, TypeVar
 from fastapi import Depends, Request
 
 from gptq_api import __version__
-from gptq_api.api.errors import ApiError, server_full, unavailable
+from gptq_api.api.errors import ApiError, rate_limited, server_full, unavailable
 from gptq_api.api.metrics import Metrics
 from gptq_api.config import Settings
 from gptq_api.edge.auth import Authenticator
+from gptq_api.edge.limits import LimitReached
 from gptq_api.edge.request_log import RequestRecord
 from gptq_api.engine.client import EngineClient
 from gptq_api.engine.places import PlacesTaken
@@ -40,9 +42,9 @@ class Service:
     tokenizer: Tokenizer
     template: ChatTemplate
     model_name: str
+    auth: Authenticator = field(default_factory=Authenticator)
     draining: bool = False
     metrics: Metrics = field(init=False)
-    auth: Authenticator = field(init=False)
     fingerprint: str = field(init=False)
     """of all that decides which text a seed gives: this program, the checkpoint, device, types"""
     max_tokens: int = field(init=False)
@@ -54,10 +56,9 @@ class Service:
 
     def __post_init__(self) -> None:
         ready = self.engine.ready
-        self.metrics = Metrics(self.model_name, self.engine)
+        self.metrics = Metrics(self.model_name, self.engine, self.auth)
         self.engine.on_step = self.metrics.on_step
-        self.auth = Authenticator(self.settings.api_key)
-        self.engine.places.shared = self.auth.may_differ(self.settings.host)
+        self._keys_changed()
         parts = (__version__, ready.checkpoint, ready.device, ready.dtype, self.settings.kv_cache_dtype)
         self.fingerprint = "fp_" + hashlib.sha256(" ".join(parts).encode()).hexdigest()[:10]
         self.max_tokens = ready.max_model_len
@@ -81,24 +82,57 @@ class Service:
                 code="model_not_found",
             )
 
+    async def watch_keys(self) -> None:
+        """Returns when it is cancelled, or at once where keys do not change."""
+        await self.auth.watch(self._keys_changed)
+
+    def _keys_changed(self) -> None:
+        self.engine.places.shared = self.auth.may_differ(self.settings.host)
+
     @contextmanager
     def preparing(self, record: RequestRecord) -> Iterator[None]:
         """Around the work before admission, so that a crowd at the door is refused before it costs anything.
 
         Raises ApiError 503 where nothing is admitted any more, or not now; 429 where the house is full already, or the
-        caller's part of it.
+        caller's part of it, or a limit of the caller's key is reached.
         """
         if (refusal := self.refusal()) is not None:
             raise refusal
         places, owner = self.engine.places, record.caller.owner
+        with self._accounted(record):
+            try:
+                places.come(owner)
+            except PlacesTaken as taken:
+                raise self.full(taken) from None
+            try:
+                yield
+            finally:
+                places.arrive(owner)
+
+    @contextmanager
+    def _accounted(self, record: RequestRecord) -> Iterator[None]:
+        """A request of a named key. Where it is refused though nothing is wrong with it, it does not count."""
+        account = record.caller.account
+        if account is None:
+            yield
+            return
         try:
-            places.come(owner)
-        except PlacesTaken as taken:
-            raise self.full(taken) from None
+            account.begin(time.monotonic())
+        except LimitReached as reached:
+            raise self.limited(reached) from None
         try:
             yield
-        finally:
-            places.arrive(owner)
+        except BaseException as error:
+            refused = isinstance(error, ApiError) and error.status_code in (429, 503)
+            account.give_up(time.monotonic(), counts=not refused)
+            raise
+        account.usage.requests += 1
+        record.at_end.callback(lambda: account.end(time.monotonic()))
+
+    def limited(self, reached: LimitReached) -> ApiError:
+        """A 429 that is counted."""
+        self.metrics.rejected["rate_limit"].inc()
+        return rate_limited(reached)
 
     def full(self, taken: PlacesTaken) -> ApiError:
         """A 429 that is counted."""

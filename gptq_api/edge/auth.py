@@ -6,12 +6,15 @@ import hashlib
 import hmac
 import ipaddress
 import os
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from starlette.datastructures import Headers
 
 from gptq_api.edge.hosts import is_loopback
+from gptq_api.edge.keys import Key, KeyFile, Role, digest_of, plain_keys
+from gptq_api.edge.limits import Account
 
 IPV6_PREFIX = 64
 """bits of an IPv6 address that are one network's: whoever has one address there has all of them"""
@@ -19,38 +22,89 @@ IPV6_PREFIX = 64
 
 @dataclass(slots=True, frozen=True, eq=False)
 class Caller:
-    """Whose request it is. Both may be stored: neither tells the key or the address."""
+    """Whose request it is, and what they may. Owner and salt may be stored: neither tells the key or the address."""
 
     owner: bytes = b""
     """16 bytes, of the key or without keys of the address: who shares the server with whom"""
     salt: bytes = b""
     """8 bytes derived from the key: who shares cached prefixes; empty where no key is configured"""
+    role: Role = "admin"
+    level: int = 0
+    """between callers the lowest number is served first"""
+    account: Account | None = None
+    """of a key that has a name"""
+
+    def may(self, role: Role) -> bool:
+        """Whether it may do what the role is for."""
+        return self.role in (role, "admin")
+
+    def headers(self) -> list[tuple[bytes, bytes]]:
+        """Of an answer to it: what is left of its limits."""
+        return [] if self.account is None else self.account.headers(time.monotonic())
 
 
 NOBODY = Caller()
 
 
 class Authenticator:
-    """Knows the SHA-256 of the accepted keys, never the keys."""
+    """Knows the SHA-256 of the accepted keys, never the keys. Those of a file may change."""
 
-    def __init__(self, keys: Iterable[str]) -> None:
-        digests = {hashlib.sha256(key.encode()).digest() for key in keys}
+    def __init__(self, keys: Iterable[str] = (), file: KeyFile | None = None) -> None:
+        """Raises KeyFileError."""
+        self._fixed, self._file = plain_keys(keys), file
         self._secret = os.urandom(16)
-        self._callers = {
-            digest: Caller(self._owner(digest), hashlib.sha256(digest).digest()[:8]) for digest in sorted(digests)
-        }
+        self._callers: dict[bytes, Caller] = {}  # by digest
+        self.accounts: dict[str, Account] = {}
+        """by the names of keys"""
+        self._use([] if file is None else file.read())
+
+    @property
+    def has_keys(self) -> bool:
+        return bool(self._callers)
 
     def may_differ(self, host: str) -> bool:
         """Whether a server that listens on `host` may have callers that are not one and the same."""
-        return len(self._callers) > 1 if self._callers else not is_loopback(host)
+        if not self._callers:
+            return not is_loopback(host)
+        return sum(caller.may("user") for caller in self._callers.values()) > 1
 
     def check(self, headers: Headers, address: str) -> Caller | None:
         """None where the key is missing or wrong. All keys are compared, whatever the first comparison said."""
         if not self._callers:
             return Caller(self._owner(_network(address)))
-        presented = {hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest() for key in _presented(headers)}
+        presented = {digest_of(key) for key in _presented(headers)}
         found = {digest for digest in presented for known in self._callers if hmac.compare_digest(digest, known)}
         return self._callers[found.pop()] if len(found) == 1 else None
+
+    async def watch(self, on_change: Callable[[], None]) -> None:
+        """Follows the file, where there is one, until it is cancelled. Requests that run go on as they are."""
+
+        def use(keys: list[Key]) -> None:
+            self._use(keys)
+            on_change()
+
+        if self._file is not None:
+            await self._file.watch(use)
+
+    def _use(self, keys: list[Key]) -> None:
+        """Beside those that stay. What a key has used is kept with its name."""
+        now = time.monotonic()
+        accounts = dict[str, Account]()
+        for key in keys:
+            if key.name is None:
+                continue
+            if (account := self.accounts.get(key.name)) is None:
+                account = Account(key, now)
+            else:
+                account.change(key, now)
+            accounts[key.name] = account
+        callers = {key.digest: self._caller(key, accounts) for key in (*self._fixed, *keys)}
+        self._callers, self.accounts = callers, accounts
+
+    def _caller(self, key: Key, accounts: dict[str, Account]) -> Caller:
+        whose = key.digest if key.name is None else key.name.encode()
+        account = None if key.name is None else accounts[key.name]
+        return Caller(self._owner(whose), hashlib.sha256(key.digest).digest()[:8], key.role, key.level, account)
 
     def _owner(self, what: bytes) -> bytes:
         return hashlib.blake2b(what, digest_size=16, key=self._secret).digest()

@@ -17,7 +17,9 @@ from gptq_api.edge.errors import ErrorBody
 ANY = "*"
 EXPOSED = (
     "x-request-id, openai-processing-ms, retry-after, retry-after-ms, x-unsupported-params, x-max-tokens, "
-    "x-dropped-system-line, request-id, x-should-retry, www-authenticate"
+    "x-dropped-system-line, request-id, x-should-retry, www-authenticate, "
+    "x-ratelimit-limit-requests, x-ratelimit-remaining-requests, x-ratelimit-reset-requests, "
+    "x-ratelimit-limit-tokens, x-ratelimit-remaining-tokens, x-ratelimit-reset-tokens"
 )
 """headers of answers that a page may read, besides those that every page may"""
 METHODS = "GET, HEAD, POST"

@@ -6,6 +6,7 @@ import asyncio
 import re
 import time
 import uuid
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from email.utils import formatdate
 
@@ -34,6 +35,8 @@ class RequestRecord:
     status: int = 0
     notes: dict[str, object] = field(default_factory=dict)
     """what the API adds to the line: how much work it was"""
+    at_end: ExitStack = field(default_factory=ExitStack)
+    """closed when the answer is sent, or will not be"""
     outcome: str | None = None
     """why it did not end well: disconnect, slow_reader, engine_dead ..."""
 
@@ -69,6 +72,7 @@ class RequestMiddleware:
                     (b"date", formatdate(usegmt=True).encode()),
                     (b"x-request-id", record.request_id.encode()),
                     (b"openai-processing-ms", b"%d" % round((time.monotonic() - record.started) * 1000)),
+                    *record.caller.headers(),
                 ]
             await send(message)
 
@@ -85,6 +89,7 @@ class RequestMiddleware:
             self.num_requests -= 1
             if not self.num_requests:
                 self._idle.set()
+            record.at_end.close()
             self._log(scope, record)
 
     async def _send_500(self, send: Send) -> None:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import time
+from pathlib import Path
+
 import pytest
 from starlette.datastructures import Headers
 
 from gptq_api.edge.auth import Authenticator, Caller
+from gptq_api.edge.keys import KeyFile
 
 
 def caller(auth: Authenticator, address: str = "", key: str = "") -> Caller:
@@ -68,3 +72,29 @@ def test_nothing_of_an_owner_can_be_looked_up() -> None:
 )
 def test_whether_callers_may_differ(keys: list[str], host: str, answer: bool) -> None:
     assert Authenticator(keys).may_differ(host) is answer
+
+
+def test_a_key_that_may_only_read_metrics_is_no_other_caller(tmp_path: Path) -> None:
+    file = tmp_path / "keys.toml"
+    user, watcher = ('[[key]]\nname = "a"\nkey = "1"\n', '[[key]]\nname = "b"\nkey = "2"\nrole = "metrics"\n')
+    file.write_text(user + watcher)
+    assert not Authenticator([], KeyFile(file)).may_differ("0.0.0.0")
+    assert Authenticator(["3"], KeyFile(file)).may_differ("0.0.0.0")
+
+
+def test_a_key_that_is_replaced_goes_on_under_its_name(tmp_path: Path) -> None:
+    file = tmp_path / "keys.toml"
+    file.write_text('[[key]]\nname = "a"\nkey = "old"\nrequests_per_minute = 5\n[[key]]\nname = "b"\nkey = "b"\n')
+    auth = Authenticator(["fixed"], KeyFile(file))
+    old, fixed = caller(auth, key="old"), caller(auth, key="fixed")
+    assert old.account is not None and fixed.account is None and auth.accounts.keys() == {"a", "b"}
+    old.account.begin(time.monotonic())
+    file.write_text('[[key]]\nname = "a"\nkey = "new"\nrequests_per_minute = 6\npriority = -3\n')
+    auth._use(KeyFile(file).read())
+    new = caller(auth, key="new")
+    assert auth.check(Headers({"x-api-key": "old"}), "") is None and auth.check(Headers({"x-api-key": "b"}), "") is None
+    assert new.account is old.account and new.owner == old.owner and new.level == -3
+    assert new.salt != old.salt, "what its holder saw is not for the new one"
+    assert caller(auth, key="fixed").owner == fixed.owner
+    old.account.end(time.monotonic())
+    assert (b"x-ratelimit-limit-requests", b"6") in new.headers() and auth.accounts.keys() == {"a"}

@@ -87,8 +87,13 @@ def test_answers_are_what_the_document_says(server: Server) -> None:
 def test_every_documented_status_comes_and_no_other(tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text(FAULTS)
     env = {"PYTHONPATH": os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")]))}
-    flags = ("--api-key", "key", "--body-timeout-s", "0.5", "--max-queued-requests", "1", "--engine-timeout-s", "5")
-    with Server(*flags, env=env) as server:
+    keys = {"key": "admin", "user": "user", "watcher": "metrics", "spent": "user"}
+    file = tmp_path / "keys"
+    file.write_text("".join(f'[[key]]\nname = "{key}"\nkey = "{key}"\nrole = "{role}"\n' for key, role in keys.items()))
+    with file.open("a") as last:
+        last.write("requests_per_minute = 1\n")
+    flags = ("--body-timeout-s", "0.5", "--max-queued-requests", "1", "--engine-timeout-s", "5")
+    with Server("--api-key-file", str(file), *flags, env=env) as server:
         server.http.headers["authorization"] = "Bearer key"
         document = document_of(server)
         came = _provoked(server, document)
@@ -113,7 +118,10 @@ def _provoked(server: Server, document: Document) -> dict[tuple[str, str], set[i
                 ask(path, method, json=BODIES[path] if method == "post" else None, headers=headers)
 
     everywhere()
-    everywhere(headers={"authorization": "Bearer wrong"})
+    for key in ("wrong", "user", "watcher"):
+        everywhere(headers={"authorization": f"Bearer {key}"})
+    for path, body in BODIES.items():
+        ask(path, "post", json=body, headers={"authorization": "Bearer spent"})
     for path, place in NAMED.items():
         for method in document["paths"][path]:
             ask(path, method, place=place.format("nope"))

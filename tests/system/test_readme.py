@@ -14,6 +14,7 @@ import httpx
 import pytest
 
 from gptq_api.demo import DEMO_PATH
+from gptq_api.edge.keys import KeyFile
 from tests.support.server import Server
 
 ROOT = Path(__file__).parents[2]
@@ -117,3 +118,11 @@ def test_every_flag_it_names_exists() -> None:
         for item in re.findall(r"(?<!\S)--[a-z0-9-]+", line)
     }
     assert named and named <= known, named - known
+
+
+def test_the_key_file_is_one(tmp_path: Path) -> None:
+    (text,) = [block for block in blocks("toml") if "[[key]]" in block]
+    file = tmp_path / "keys.toml"
+    file.write_text(text)
+    alice, batch, prometheus = KeyFile(file).read()
+    assert (alice.name, alice.tokens_per_minute, batch.level, prometheus.role) == ("alice", 20000, 10, "metrics")

@@ -14,6 +14,7 @@ from gptq_api.api.answers.prompt_logprobs import Scoring
 from gptq_api.api.errors import ApiError, deadline_exceeded, unavailable
 from gptq_api.api.service import Service
 from gptq_api.api.terms import Terms
+from gptq_api.edge.limits import Account, LimitReached
 from gptq_api.edge.request_log import RequestRecord
 from gptq_api.engine.client import EngineDead, EngineStalled, Prompt
 from gptq_api.engine.generation import Delta, Generation
@@ -21,8 +22,6 @@ from gptq_api.engine.places import PlacesTaken
 from gptq_api.text.parts import StoppedReader
 from gptq_api.text.stream import TextStream
 
-HIGHEST_LEVEL = 0
-"""A priority below it is before the caller's others, but not before those of other callers"""
 _GIVEN_UP = {
     "error": "The model produced numbers that are not finite; the answer was given up.",
     "too_complex": "The grammar of the answer became too complex to be followed; the answer was given up.",
@@ -207,6 +206,7 @@ def admitted(
         service.metrics.cancelled["deadline"].inc()
         raise deadline_exceeded()
     with ExitStack() as stack:
+        spent = stack.enter_context(_reserved(service, caller.account, prompts))
         generation = None
         if prompts[0].params[0].max_tokens or scoring is not None:
             try:
@@ -215,7 +215,7 @@ def admitted(
                     salt,
                     terms.priority,
                     owner=caller.owner,
-                    level=max(terms.priority, HIGHEST_LEVEL),
+                    level=caller.level + max(terms.priority, 0),
                 )
                 generation = stack.enter_context(submission)
             except PlacesTaken as taken:
@@ -233,10 +233,39 @@ def admitted(
         if left_s is not None and generation is not None:
             stack.callback(asyncio.get_running_loop().call_later(left_s, work.expire).cancel)
         _count(service, prompts)
+        spent.prompt = sum(len(prompt.token_ids) for prompt in prompts)
         try:
             yield work
         finally:
+            spent.generation = work.num_completion_tokens
             work.finish()
+
+
+@dataclass(slots=True)
+class _Spent:
+    """Tokens."""
+
+    prompt: int = 0
+    generation: int = 0
+
+
+@contextmanager
+def _reserved(service: Service, account: Account | None, prompts: list[Prompt]) -> Iterator[_Spent]:
+    """The most tokens that a request of a named key may use, given back but for those that are spent by the end. Raises
+    ApiError 429."""
+    spent = _Spent()
+    if account is None:
+        yield spent
+        return
+    most = sum(len(prompt.token_ids) + sum(params.max_tokens for params in prompt.params) for prompt in prompts)
+    try:
+        reserved = account.reserve(most, time.monotonic())
+    except LimitReached as reached:
+        raise service.limited(reached) from None
+    try:
+        yield spent
+    finally:
+        account.settle(reserved, spent.prompt, spent.generation, time.monotonic())
 
 
 def _count(service: Service, prompts: list[Prompt]) -> None:

@@ -135,8 +135,10 @@ _MESSAGES_ERROR = shape(
         type=const(
             "invalid_request_error",
             "authentication_error",
+            "permission_error",
             "not_found_error",
             "request_too_large",
+            "rate_limit_error",
             "overloaded_error",
             "api_error",
         ),

@@ -13,11 +13,12 @@ from gptq_api.api.document.shapes import SHAPES
 MEANING = {
     400: "The request is wrong: the error names the field and the remedy.",
     401: "No key was sent, or none that this server knows.",
+    403: "The key's role does not allow it.",
     404: "That model is not served here.",
     408: "The body did not arrive in time.",
     413: "The body is too large.",
     415: "The body is compressed.",
-    429: "The server is full: try again after `retry-after` seconds.",
+    429: "The server, the caller's share of it or a limit of its key is full: try again after `retry-after` seconds.",
     500: "The model produced numbers that are not finite.",
     503: "The server is shutting down, or its engine is gone, being started again, or silent.",
     504: "The request's own timeout was over before the first token.",

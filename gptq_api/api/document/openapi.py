@@ -23,9 +23,17 @@ _SCHEMES = {
 
 
 def openapi_document(
-    routes: Sequence[APIRoute], public: Collection[str], *, title: str, version: str, keyed: bool, any_model: bool
+    routes: Sequence[APIRoute],
+    public: Collection[str],
+    *,
+    title: str,
+    version: str,
+    keyed: bool,
+    any_model: bool,
+    with_roles: bool = False,
 ) -> dict[str, Any]:
-    """`public`: paths that need no key; `keyed`: whether the others need one; `any_model`: whether no name is wrong."""
+    """`public`: paths that need no key; `keyed`: whether the others need one; `with_roles`: whether a key may be for
+    some of them only; `any_model`: whether no name is wrong."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # GET and HEAD of one route have one name until we give them two
         document: dict[str, Any] = _plain(
@@ -43,7 +51,8 @@ def openapi_document(
     for path, operations in document["paths"].items():
         for operation in operations.values():
             error = "MessagesError" if path.startswith(MESSAGES) else "Error"
-            _finish(operation, guarded=keyed and path not in public, any_model=any_model, error=error)
+            guarded = (401, 403) if with_roles else (401,)
+            _finish(operation, guarded if keyed and path not in public else (), any_model=any_model, error=error)
         if "get" in operations:
             operations["head"] = _head_of(operations["get"])
     return document
@@ -60,13 +69,14 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _finish(operation: dict[str, Any], *, guarded: bool, any_model: bool, error: str) -> None:
+def _finish(operation: dict[str, Any], guarded: Sequence[int], *, any_model: bool, error: str) -> None:
+    """`guarded`: the statuses that come of keys."""
     responses = operation["responses"]
     responses.pop("422", None)  # every wrong body is a 400 here
     if any_model:
         responses.pop("404", None)
     if guarded:
-        responses["401"] = error_answer(401, error)
+        responses |= {str(status): error_answer(status, error) for status in guarded}
         operation["security"] = [{name: []} for name in _SCHEMES]
     operation["responses"] = dict(sorted(responses.items()))
 

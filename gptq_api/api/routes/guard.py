@@ -1,7 +1,7 @@
 """The two kinds of routes there are: guarded ones, which is what a router makes, and the few public ones.
 
-A guarded route checks the key before it reads a byte of the body, then reads the body within the limit and parses it.
-Authentication is what a route is, not what its path looks like.
+A guarded route checks the key and its role before it reads a byte of the body, then reads the body within the limit
+and parses it. Authentication is what a route is, not what its path looks like.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 from fastapi.routing import APIRoute
 
-from gptq_api.api.errors import ApiError, wrong_key
+from gptq_api.api.errors import ApiError, wrong_key, wrong_role
 from gptq_api.api.service import get_record, get_service
 from gptq_api.edge.auth import why_refused
+from gptq_api.edge.keys import Role
 
 
 class _Route(APIRoute):
@@ -34,6 +35,9 @@ class PublicRoute(_Route):
 class GuardedRoute(_Route):
     """For everything else."""
 
+    role: Role = "user"
+    """which keys may use it, besides those that may all"""
+
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handle = super().get_route_handler()
 
@@ -42,7 +46,12 @@ class GuardedRoute(_Route):
             caller = service.auth.check(request.headers, request.client.host if request.client else "")
             if caller is None:
                 raise wrong_key(why_refused(request.headers))
-            get_record(request).caller = caller
+            record = get_record(request)
+            record.caller = caller
+            if caller.account is not None:
+                record.notes["key"] = caller.account.name
+            if not caller.may(self.role):
+                raise wrong_role(caller.role, self.role)
             if request.method == "POST":
                 request = _JsonRequest(request.scope, request.receive)
                 await request.load(service.settings.max_body_bytes)
@@ -51,8 +60,18 @@ class GuardedRoute(_Route):
         return guarded
 
 
+class MetricsRoute(GuardedRoute):
+    """For what watches the server: it tells of everybody's use."""
+
+    role = "metrics"
+
+
 def guarded_router() -> APIRouter:
     return APIRouter(route_class=GuardedRoute)
+
+
+def metrics_router() -> APIRouter:
+    return APIRouter(route_class=MetricsRoute)
 
 
 def public_router() -> APIRouter:

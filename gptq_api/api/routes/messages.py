@@ -16,7 +16,7 @@ from gptq_api.api.routes.guard import guarded_router
 from gptq_api.api.service import RecordDep, Service, ServiceDep
 
 router = guarded_router()
-_ERRORS = (404, 503, 529)
+_ERRORS = (404, 429, 503, 529)
 
 
 @router.post(

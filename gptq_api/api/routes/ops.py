@@ -8,11 +8,12 @@ from gptq_api import __version__
 from gptq_api.api.answers.encoding import json_response
 from gptq_api.api.document.declare import answers
 from gptq_api.api.metrics import CONTENT_TYPE
-from gptq_api.api.routes.guard import guarded_router, public_router
+from gptq_api.api.routes.guard import guarded_router, metrics_router, public_router
 from gptq_api.api.service import Service, ServiceDep
 
 public = public_router()
 router = guarded_router()
+watching = metrics_router()
 
 
 def _probe(service: Service, status: str, fault: str | None) -> Response:
@@ -38,7 +39,7 @@ def _fault(service: Service) -> str | None:
     return fault and f"engine {fault}"
 
 
-@router.get("/metrics", **answers("Metrics", media_type=CONTENT_TYPE))
+@watching.get("/metrics", **answers("Metrics", media_type=CONTENT_TYPE))
 async def metrics(service: ServiceDep) -> Response:
     """Prometheus text format, under vLLM's names."""
     return Response(service.metrics.render(), media_type=CONTENT_TYPE)
