@@ -12,6 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[1] / "gptq_api"
 FLOOR = {
     "errors",
+    "on_disk",
     "config",
     "settings_source",
     "settings_words",

@@ -15,6 +15,7 @@ from gptq_api.checkpoint.files import WeightFiles, candidates, read_json
 from gptq_api.checkpoint.packing import unpack_qweight
 from gptq_api.checkpoint.quant_config import QuantConfig
 from gptq_api.checkpoint.tensors import TensorStore
+from gptq_api.on_disk import is_there
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -27,10 +28,10 @@ def open_dense(folder: Path, ckpt: Path | None = None) -> Checkpoint:
     """
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is no folder; name the folder of an FP16, BF16 or FP32 model")
-    if not (folder / "config.json").is_file():
+    if not is_there(folder / "config.json"):
         raise CheckpointError(f"{folder} has no config.json; is it the folder of a model?")
     quantized = read_json(folder / "config.json").get("quantization_config")
-    if quantized is not None or (folder / "quantize_config.json").is_file():
+    if quantized is not None or is_there(folder / "quantize_config.json"):
         method = quantized.get("quant_method") if isinstance(quantized, dict) else None
         raise CheckpointError(
             f"{folder} is quantized already ({method or 'quantize_config.json'}); use the FP16 model it was made of"

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from gptq_api.checkpoint.errors import CheckpointError
+from gptq_api.on_disk import FolderError, cannot_be_read, is_there, model_folder, unreadable, without_mark
 
 _SHARD = re.compile(r"^(?P<stem>.+)-(?P<number>\d{5})-of-(?P<total>\d{5})$")
 _PICKLES = (".pt", ".pth", ".bin")
@@ -27,15 +29,14 @@ class WeightFiles:
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a checkpoint folder. CheckpointError where it cannot be read or is something else."""
+    refuse_unreadable(path)
     try:
         if path.stat().st_size > _MAX_JSON_BYTES:
             raise CheckpointError(f"{path} is larger than {_MAX_JSON_BYTES >> 20} MiB; it is not a configuration file")
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(without_mark(path.read_bytes()).decode("utf-8"))
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from None
+        raise CheckpointError(cannot_be_read(path, error)) from None
     except (ValueError, RecursionError) as error:
-        if isinstance(error, CheckpointError):
-            raise
         raise CheckpointError(f"{path} is not valid JSON ({error}); download it again") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds a JSON {type(value).__name__} where an object is expected")
@@ -44,9 +45,17 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def checkpoint_folder(path: Path) -> Path:
     """The folder a model path means: itself, or the folder of the weights file it names."""
-    if not path.exists():
-        raise CheckpointError(f"{path} does not exist; --model-path takes a checkpoint folder or `demo`")
-    return path if path.is_dir() else path.parent
+    try:
+        return model_folder(path)
+    except FolderError as error:
+        raise CheckpointError(str(error)) from None
+
+
+def refuse_unreadable(path: Path) -> None:
+    """CheckpointError where the content of a file cannot be had, whatever it would be."""
+    sentence = unreadable(path)
+    if sentence is not None:
+        raise CheckpointError(sentence)
 
 
 def candidates(path: Path, ckpt: Path | None = None) -> list[WeightFiles]:
@@ -55,7 +64,7 @@ def candidates(path: Path, ckpt: Path | None = None) -> list[WeightFiles]:
     CheckpointError where there is none, a shard is missing, or only formats of other programs are there.
     """
     folder = checkpoint_folder(path)
-    if ckpt is None and path.is_file():
+    if ckpt is None and not path.is_dir():
         ckpt = path
     if ckpt is not None:
         return [_named(folder, ckpt)]
@@ -63,7 +72,8 @@ def candidates(path: Path, ckpt: Path | None = None) -> list[WeightFiles]:
     found = [_from_index(folder, index) for index in indexes]
     claimed = {file for weights in found for file in weights.files}
     for suffix in (".safetensors", *_PICKLES):
-        files = [f for f in sorted(folder.glob(f"*{suffix}")) if f.is_file() and f not in claimed]
+        # A link into nothing is a file that is missing, not one that never was.
+        files = [f for f in sorted(folder.glob(f"*{suffix}")) if not f.is_dir() and f not in claimed]
         found.extend(_group_shards(folder, files))
     if not found:
         raise CheckpointError(_nothing_found(folder))
@@ -72,8 +82,8 @@ def candidates(path: Path, ckpt: Path | None = None) -> list[WeightFiles]:
 
 
 def _named(folder: Path, ckpt: Path) -> WeightFiles:
-    file = ckpt if ckpt.is_file() else folder / ckpt
-    if not file.is_file():
+    file = ckpt if os.path.isfile(ckpt) else folder / ckpt
+    if not is_there(file):
         raise CheckpointError(f"--gptq-ckpt {ckpt}: no such file, neither as given nor in {folder}")
     if file.name.endswith(".index.json"):
         return _from_index(folder, file)
@@ -105,7 +115,7 @@ def _from_index(folder: Path, index: Path) -> WeightFiles:
     for name in names:
         if Path(name).name != name:
             raise CheckpointError(f"{index} points outside its folder ({name!r}); download it again")
-        if not (folder / name).is_file():
+        if not is_there(folder / name):
             raise CheckpointError(f"{folder} lacks the shard {name} that {index.name} names; download it")
         files.append(folder / name)
     return WeightFiles(folder, tuple(files), f"{len(files)} shards with an index")

@@ -12,6 +12,7 @@ from gptq_api.checkpoint.errors import CheckpointError
 from gptq_api.checkpoint.files import read_json
 from gptq_api.checkpoint.packing import ZeroVersion
 from gptq_api.checkpoint.tensors import TensorStore
+from gptq_api.on_disk import is_there
 
 _GPTQ_INSTEAD = "use a GPTQ checkpoint of the model"
 _METHODS = {
@@ -63,10 +64,10 @@ def read_quant_config(folder: Path, store: TensorStore | None = None) -> QuantCo
     CheckpointError for other quantization methods and formats, by name, and for files that are not JSON objects.
     """
     for name in ("quantize_config.json", "quant_config.json"):
-        if (folder / name).is_file():
+        if is_there(folder / name):
             return parse_quant_config(read_json(folder / name), str(folder / name))
     config = folder / "config.json"
-    if config.is_file():
+    if is_there(config):
         inner = read_json(config).get("quantization_config")
         if isinstance(inner, dict):
             return parse_quant_config(inner, f"{config} (quantization_config)")

@@ -6,7 +6,10 @@ all, and a page fault per 4 KiB costs several times what a read does.
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +18,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from gptq_api.checkpoint.errors import CheckpointError
+from gptq_api.checkpoint.files import refuse_unreadable
+from gptq_api.on_disk import cannot_be_read
 
+_OS_ERROR = re.compile(
+    r"os error (\d{1,3})\b|unable to mmap .{0,9999}\((\d{1,3})\)|can't allocate memory.{0,200}code (\d{1,3})"
+)
+_OF_THE_SYSTEM = (errno.ENOMEM, errno.EACCES, errno.EPERM, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ESTALE)
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -51,6 +60,7 @@ class SafetensorsFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        refuse_unreadable(path)
         try:
             # As numpy: torch would map the file writable, for which there must be memory.
             with safe_open(str(path), framework="numpy"):
@@ -58,7 +68,10 @@ class SafetensorsFile:
             with path.open("rb") as file:
                 length = int.from_bytes(file.read(8), "little")
                 header = json.loads(file.read(length))
-        except (SafetensorError, OSError, RuntimeError, ValueError) as error:
+        except (SafetensorError, OSError, MemoryError, RuntimeError, ValueError) as error:
+            refused = system_error(error)
+            if refused is not None:
+                raise CheckpointError(cannot_be_read(path, refused)) from None
             raise CheckpointError(
                 f"{path} is not a complete safetensors file ({first_line(error)}); download it again"
             ) from None
@@ -73,7 +86,13 @@ class SafetensorsFile:
         entry = self.entries[name]
         if entry.dtype is None:
             raise CheckpointError(f"{self.path}: tensor {name} is {entry.raw_dtype}, a type that is not read")
-        tensor = torch.empty(entry.shape, dtype=entry.dtype)
+        try:
+            tensor = torch.empty(entry.shape, dtype=entry.dtype)
+        except RuntimeError as error:
+            refused = system_error(error)
+            if refused is None:
+                raise
+            raise CheckpointError(cannot_be_read(self.path, refused)) from None
         if not tensor.numel():
             return tensor
         read_into(self.path, name, entry.begin, tensor.view(-1).view(torch.uint8).numpy().data)
@@ -88,10 +107,24 @@ def read_into(path: Path, name: str, begin: int, target: memoryview) -> None:
             while target:
                 count = file.readinto(target)
                 if not count:
-                    raise OSError("it has become shorter")
+                    raise CheckpointError(
+                        f"{path}: tensor {name} cannot be read (it has become shorter); download the file again"
+                    )
                 target = target[count:]
     except OSError as error:
-        raise CheckpointError(f"{path}: tensor {name} cannot be read ({error}); download the file again") from None
+        raise CheckpointError(cannot_be_read(path, error)) from None
+
+
+def system_error(error: BaseException) -> OSError | None:
+    """What the system refused, whatever the file holds, where that is what a library's error is about: both libraries
+    map files, and say "Cannot allocate memory" and the like in errors of their own."""
+    found = _OS_ERROR.search(str(error))
+    number = int(next(filter(None, found.groups()), 0)) if found else 0
+    if isinstance(error, MemoryError):
+        number = errno.ENOMEM
+    elif isinstance(error, OSError) and error.errno:
+        number = error.errno
+    return OSError(number, os.strerror(number)) if number in _OF_THE_SYSTEM else None
 
 
 def first_line(error: BaseException) -> str:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import math
 import re
+import warnings
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,10 +17,12 @@ from torch import Tensor
 
 from gptq_api.checkpoint.device_reader import DeviceReader, Fetch
 from gptq_api.checkpoint.errors import CheckpointError
-from gptq_api.checkpoint.files import WeightFiles
-from gptq_api.checkpoint.safetensors_file import SafetensorsFile, first_line
+from gptq_api.checkpoint.files import WeightFiles, refuse_unreadable
+from gptq_api.checkpoint.safetensors_file import SafetensorsFile, first_line, system_error
+from gptq_api.on_disk import cannot_be_read
 
 _PREFIX = re.compile(r"^(?:(?:base_model\.model|_orig_mod|module)\.)+")
+_CODE = re.compile(r"(?i:unsupported (?:global: global|global|class))\s+([\w.<>]+)")
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """what can be computed with; the 8-bit types of other quantizations cannot"""
 
@@ -133,17 +136,12 @@ class TensorStore:
             self._entries[name] = (file, key)
 
     def _open_pickle(self, file: Path) -> None:
+        refuse_unreadable(file)
         try:
             state = _load_pickle(file)
         except Exception as error:
             # torch.load raises whatever its parsers stumble on (UnpicklingError, EOFError, KeyError, struct.error ...).
-            if any(f"Unsupported {what}" in str(error) for what in ("global", "class", "operand")):
-                raise CheckpointError(
-                    f"{file} holds pickled code, which is never run; use a .safetensors file or its state_dict"
-                ) from None
-            raise CheckpointError(
-                f"{file} is not a readable torch file ({first_line(error)}); download it again"
-            ) from None
+            raise CheckpointError(_refusal(file, error)) from None
         if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
             state = state["state_dict"]
         if not isinstance(state, dict):
@@ -169,7 +167,21 @@ def _load_pickle(file: Path) -> Any:
             # torch never compresses: a compressed entry could be a thousand times its size in memory.
             if any(entry.compress_type != zipfile.ZIP_STORED for entry in container.infolist()):
                 raise ValueError("a compressed zip file")
-    return torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
+    with warnings.catch_warnings(action="ignore"):  # about the pickle's protocol
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
+
+
+def _refusal(file: Path, error: Exception) -> str:
+    """Why torch could not read a pickle, without its advice to turn the protection off."""
+    refused = system_error(error)
+    if refused is not None:
+        return cannot_be_read(file, refused)
+    code = _CODE.search(str(error))
+    if code is not None:
+        what = f"pickled code ({code[1][:100]}), which is never run"
+        return f"{file} holds {what}; use a .safetensors file or its state_dict"
+    why = "its pickle is damaged, or not torch.save's" if "weights_only" in str(error) else first_line(error)
+    return f"{file} is not a readable torch file ({why}); download it again"
 
 
 def _plain(value: Tensor, name: str, file: Path) -> Tensor:

@@ -6,8 +6,10 @@ import difflib
 import importlib
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from gptq_api import __version__
+from gptq_api.checkpoint.files import candidates
 from gptq_api.cli.output import fail, prepare, with_output
 from gptq_api.config import COMMANDS, ChatSettings, CommandSettings, ConfigError, ModelSettings
 from gptq_api.errors import UserError, printable
@@ -69,6 +71,7 @@ def _main(args: list[str]) -> int:
     try:
         if isinstance(settings, ModelSettings) and not (isinstance(settings, ChatSettings) and settings.url):
             settings = with_local_model(settings)
+            refuse_without_weights(settings)
     except UserError as error:
         fail(name, error)
         return 1
@@ -78,6 +81,12 @@ def _main(args: list[str]) -> int:
         return 130
     run: Callable[[CommandSettings], int] = importlib.import_module(f"gptq_api.cli.{name}").run
     return run(settings)
+
+
+def refuse_without_weights(settings: ModelSettings) -> None:
+    """CheckpointError for a path that holds no weights, before anything else in it is looked at."""
+    if settings.model_path != "demo":
+        candidates(Path(settings.model_path).expanduser(), settings.gptq_ckpt)
 
 
 def _not_a_command(name: str) -> str:

@@ -12,6 +12,7 @@ from gptq_api.checkpoint.files import read_json
 from gptq_api.model.families import Family, layer_windows, read_family
 from gptq_api.model.keys import Keys
 from gptq_api.model.layers.rotary import RopeParameters, RopeType
+from gptq_api.on_disk import is_there
 
 _ROPE_TYPES: dict[str, RopeType] = {
     "default": "default",
@@ -63,10 +64,10 @@ def read_config(folder: Path) -> LlamaConfig:
     """Parse config.json and generation_config.json. CheckpointError names the file, the key and the value, or what the
     forward pass lacks for such a model."""
     path = folder / "config.json"
-    if not path.is_file():
+    if not is_there(path):
         raise CheckpointError(f"{folder} has no config.json; copy it from the model the checkpoint was made of")
     generation = folder / "generation_config.json"
-    config = parse_config(read_json(path), str(path), read_json(generation) if generation.is_file() else {})
+    config = parse_config(read_json(path), str(path), read_json(generation) if is_there(generation) else {})
     if config.family.missing is not None:
         raise CheckpointError(f"{path}: {config.family.title} is not served: {config.family.missing}")
     return config

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
@@ -12,6 +15,7 @@ import torch
 
 from gptq_api.checkpoint.checkpoint import Checkpoint, CheckpointError, Expected, open_checkpoint
 from gptq_api.checkpoint.identity import Identity, identity
+from gptq_api.checkpoint.safetensors_file import system_error
 from gptq_api.config import ConfigError
 from gptq_api.model.backend import Backend
 from gptq_api.model.config import LlamaConfig, read_config
@@ -94,7 +98,8 @@ def make_runner(options: LoadOptions, checkpoint: Checkpoint, device: torch.devi
     backend = choose_backend(options, checkpoint, config, device)
     backend.cache_dtype(options.kv_cache_dtype)  # a refusal comes before the weights are read
     max_model_len = longest_text(options, config)
-    weights, report = load_llama(checkpoint, config, max_model_len, backend)
+    with _enough_memory(checkpoint):
+        weights, report = load_llama(checkpoint, config, max_model_len, backend)
     runner = backend.runner(weights, options, max_model_len)
     for warning in report.warnings:
         _log.warning("%s", warning)
@@ -103,6 +108,22 @@ def make_runner(options: LoadOptions, checkpoint: Checkpoint, device: torch.devi
     seconds = time.monotonic() - started
     runner.description = f"{name}: {_described(checkpoint, config, report, runner)}; loaded in {seconds:.1f} s"
     return runner
+
+
+@contextmanager
+def _enough_memory(checkpoint: Checkpoint) -> Iterator[None]:
+    """The host's memory refused in the middle of loading is told as what it is, with what was being loaded."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        refused = system_error(error)
+        if refused is None or refused.errno != errno.ENOMEM:
+            raise
+        size = sum(file.stat().st_size for file in checkpoint.files) / 2**20
+        raise CheckpointError(
+            f"{checkpoint.files[0]}: there is not enough memory to load its {size:.0f} MiB of weights; free some, "
+            "raise the limit this process runs under (ulimit -v), or serve a smaller model"
+        ) from None
 
 
 def choose_backend(

@@ -268,7 +268,7 @@ def load_chat_template(
     if override is not None:
         path = Path(override).expanduser()
         if path.is_file():
-            jinja = path.read_text(encoding="utf-8", errors="replace")
+            jinja = path.read_text(encoding="utf-8-sig", errors="replace")
             return ChatTemplate(jinja, tokenizer, source=f"chat template: {path}", special_tokens=special)
         name, why = str(override), "as asked for"
         if name not in BUILTIN:
@@ -293,7 +293,7 @@ def _own_template(folder: Path) -> tuple[str, str] | None:
     """(template, file name), in the order in which transformers lets them win."""
     jinja = folder / "chat_template.jinja"
     if jinja.is_file():
-        return jinja.read_text(encoding="utf-8", errors="replace"), jinja.name
+        return jinja.read_text(encoding="utf-8-sig", errors="replace"), jinja.name
     for name in ("tokenizer_config.json", "chat_template.json"):
         template = read_json(folder / name).get("chat_template")
         if isinstance(template, list):

@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 from tokenizers import AddedToken, Tokenizer
 
-from gptq_api.text.tokenizer_config import TokenizerConfig, TokenizerError, is_marker
+from gptq_api.text.tokenizer_config import TokenizerConfig, TokenizerError, is_marker, read_file
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
@@ -33,6 +33,7 @@ class JsonVocabulary:
         self._lock = threading.Lock()  # one object serves both ways of encoding, by a flag on it
         self._decoding = _Decoding.of(head.decoder, origin)
         self.strips_leading_space = self._decoding.strips_leading_space
+        self.separator = self._decoding.separator
         added = tokenizer.get_added_tokens_decoder()
         declared = config.special | {token.content for token in config.added.values() if token.special}
         self.special = {
@@ -56,7 +57,7 @@ class JsonVocabulary:
     @classmethod
     def load(cls, path: Path, config: TokenizerConfig) -> JsonVocabulary:
         try:
-            data = path.read_bytes()
+            data = read_file(path)
             return cls(Tokenizer.from_buffer(data), msgspec.json.decode(data, type=_Head), config, origin=str(path))
         except TokenizerError:
             raise
@@ -112,12 +113,14 @@ class _Decoding:
     """token string -> bytes, for the decoders LLaMA tokenizers are published with.
 
     ByteLevel (Llama 3, Qwen), the sequence Replace / ByteFallback / Fuse / Strip (LLaMA 1 and 2, Mistral), Metaspace.
+    Where the file has none, the library joins the tokens by spaces.
     """
 
     def __init__(self) -> None:
         self.byte_level = False
         self.byte_fallback = False
         self.strips_leading_space = False
+        self.separator = b""
         self.replacements: list[tuple[str, str]] = []
 
     @classmethod
@@ -130,9 +133,7 @@ class _Decoding:
                     "use the tokenizer.json or tokenizer.model of the original model"
                 )
         if decoder is None:
-            raise TokenizerError(
-                f"{origin} has no decoder: use the tokenizer.json or tokenizer.model of the original model"
-            )
+            decoding.separator, decoding.strips_leading_space = b" ", True
         return decoding
 
     def _take(self, part: Mapping[str, Any]) -> bool:
@@ -170,7 +171,7 @@ class _Decoding:
             return bytes.fromhex(match[1])
         for old, new in self.replacements:
             token = token.replace(old, new)
-        return token.encode()
+        return self.separator + token.encode()
 
 
 def _parts(component: Mapping[str, Any] | None, key: str) -> Sequence[dict[str, Any]]:

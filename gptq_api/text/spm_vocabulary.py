@@ -11,7 +11,7 @@ from pathlib import Path
 
 import sentencepiece
 
-from gptq_api.text.tokenizer_config import TokenizerConfig, TokenizerError
+from gptq_api.text.tokenizer_config import TokenizerConfig, TokenizerError, read_file
 
 _SPACE = "▁"
 _NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
@@ -20,6 +20,8 @@ _NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
 
 class SpmVocabulary:
     """A sentencepiece model and the tokens a fine-tune added behind it ([PAD], <|im_start|> ...)."""
+
+    separator = b""
 
     def __init__(self, processor: sentencepiece.SentencePieceProcessor, config: TokenizerConfig) -> None:
         self._processor = processor
@@ -39,11 +41,11 @@ class SpmVocabulary:
     @classmethod
     def load(cls, path: Path, config: TokenizerConfig) -> SpmVocabulary:
         try:
-            data = path.read_bytes()
+            data = read_file(path)
             if not data:  # which the library takes for a model without pieces
                 raise RuntimeError("it is empty")
             processor = sentencepiece.SentencePieceProcessor(model_proto=data)
-        except (OSError, RuntimeError) as error:
+        except RuntimeError as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else "damaged"
             raise TokenizerError(
                 f"{path} is not a sentencepiece model ({reason}): copy it again from the original model"

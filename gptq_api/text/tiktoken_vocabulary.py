@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from gptq_api.text.json_vocabulary import JsonVocabulary, build, byte_level_alphabet
-from gptq_api.text.tokenizer_config import TokenizerConfig, TokenizerError
+from gptq_api.text.tokenizer_config import TokenizerConfig, TokenizerError, read_file
 
 _PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -30,13 +30,12 @@ _NAMED = {
 
 def is_tiktoken(path: Path) -> bool:
     """Rank files are text lines `base64 rank`; sentencepiece models are protobuf."""
-    with path.open("rb") as file:
-        return _rank(file.readline(1024)) is not None
+    return _rank(read_file(path).partition(b"\n")[0][:1024]) is not None
 
 
 def load(path: Path, config: TokenizerConfig) -> JsonVocabulary:
     ranks: dict[bytes, int] = {}
-    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+    for number, line in enumerate(read_file(path).splitlines(), 1):
         if not line:
             continue
         entry = _rank(line)

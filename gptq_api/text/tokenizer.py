@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Protocol
 
 from gptq_api.errors import UserError
+from gptq_api.on_disk import is_there
 from gptq_api.text import tiktoken_vocabulary
 from gptq_api.text.json_vocabulary import JsonVocabulary
 from gptq_api.text.spm_vocabulary import SpmVocabulary
@@ -36,6 +37,9 @@ class Vocabulary(Protocol):
     strips_leading_space: bool
     """decoding drops one space at the very start of a text, which encoding had put there"""
 
+    separator: bytes
+    """what decoding puts in front of every token, control tokens included"""
+
     def encode_plain(self, text: str, *, continues: bool = False) -> list[int]: ...
     def encode_parsed(self, text: str) -> list[int] | None: ...
     def token_to_id(self, token: str) -> int | None: ...
@@ -55,6 +59,7 @@ class Tokenizer:
         self._pieces: dict[int, bytes] = {}
         self.vocab_size = vocabulary.vocab_size
         self.strips_leading_space = vocabulary.strips_leading_space
+        self._separator = vocabulary.separator
         self.bos_token_id = None if bos is None else vocabulary.token_to_id(bos)
         self.eos_token_id = None if eos is None else vocabulary.token_to_id(eos)
         self.adds_bos = adds_bos and self.bos_token_id is not None
@@ -158,7 +163,7 @@ class Tokenizer:
     def piece(self, token_id: int, *, skip_special: bool) -> bytes:
         """`token_bytes`, and for control tokens their name unless they are skipped."""
         if not skip_special and token_id in self._special:
-            return self._special[token_id].encode()
+            return self._separator + self._special[token_id].encode()
         return self.token_bytes(token_id)
 
     def id_to_token(self, token_id: int) -> str:
@@ -188,9 +193,9 @@ def load_tokenizer(model_path: Path) -> Tokenizer:
     config = read_tokenizer_config(model_path)
     roles = config.roles
     json_path, model_file = model_path / "tokenizer.json", model_path / "tokenizer.model"
-    if json_path.is_file():
+    if is_there(json_path):
         return _from_json(JsonVocabulary.load(json_path, config), config, model_path)
-    if not model_file.is_file():
+    if not is_there(model_file):
         raise TokenizerError(
             f"{model_path} holds neither tokenizer.json nor tokenizer.model: copy one from the original model"
         )

@@ -14,6 +14,7 @@ from typing import Any
 import msgspec
 
 from gptq_api.errors import UserError
+from gptq_api.on_disk import cannot_be_read, is_there, unreadable, without_mark
 
 ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
 _MARKER = re.compile(r"<\|[^\s]+\|>")
@@ -77,15 +78,26 @@ def read_tokenizer_config(folder: Path) -> TokenizerConfig:
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object, {} where the file is absent. Raises TokenizerError naming the file."""
-    try:
-        value = msgspec.json.decode(path.read_bytes())
-    except FileNotFoundError:
+    if not is_there(path):
         return {}
-    except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
+    try:
+        value = msgspec.json.decode(read_file(path))
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise TokenizerError(f"{path} is not readable JSON ({error}): copy it again from the original model") from None
     if not isinstance(value, dict):
         raise TokenizerError(f"{path} holds no JSON object: copy it again from the original model")
     return value
+
+
+def read_file(path: Path) -> bytes:
+    """Its content without a byte order mark. TokenizerError where it cannot be had."""
+    sentence = unreadable(path)
+    if sentence is not None:
+        raise TokenizerError(sentence)
+    try:
+        return without_mark(path.read_bytes())
+    except OSError as error:
+        raise TokenizerError(cannot_be_read(path, error)) from None
 
 
 def _content(value: object) -> str | None:

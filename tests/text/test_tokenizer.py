@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 import regex
 import sentencepiece
-from tokenizers import AddedToken
+from tokenizers import AddedToken, models, pre_tokenizers
 from tokenizers import Tokenizer as HFTokenizer
 
+from gptq_api.text.stream import TextStream
 from gptq_api.text.tokenizer import Tokenizer, TokenizerError, load_tokenizer
 from tests.support.text_tokenizers import KINDS, TEXT, byte_level, llama_json, spm, tiktoken, tiktoken_ranks
 
@@ -224,6 +225,23 @@ def test_a_decoder_of_another_family_is_refused_by_name(tmp_path: Path) -> None:
     (folder / "tokenizer.json").write_text(json.dumps(state))
     with pytest.raises(TokenizerError, match="WordPiece"):
         load_tokenizer(folder)
+
+
+def test_without_a_decoder_tokens_are_joined_by_spaces_as_the_library_does(tmp_path: Path) -> None:
+    folder = byte_level(tmp_path)
+    words = HFTokenizer(models.WordLevel({"<unk>": 0, "</s>": 1, "once": 2, "upon": 3, "a": 4, ",": 5}, "<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    words.add_special_tokens(["</s>"])
+    assert words.decoder is None
+    words.save(str(folder / "tokenizer.json"))
+    tokenizer = load_tokenizer(folder)
+    ids = tokenizer.encode("once upon, a")
+    assert tokenizer.decode(ids) == words.decode(ids) == "once upon , a"
+    for several in itertools.product(range(1, 6), repeat=3):
+        for skip in (True, False):
+            assert tokenizer.decode(several, skip_special=skip) == words.decode(several, skip_special_tokens=skip)
+    stream = TextStream(tokenizer)
+    assert "".join([*(stream.push([i]) for i in ids), stream.finish()]) == "once upon , a"
 
 
 def test_loading_imports_neither_torch_nor_transformers(tmp_path: Path) -> None:
