@@ -69,6 +69,8 @@ def _read(sock: socket.socket, inbox: Inbox) -> None:
             inbox.put(wire.decode_to_engine(payload))
     except OSError:
         pass
+    except (frames.WireError, msgspec.MsgspecError):
+        _log.exception("the API process sent what is no message of ours")
     inbox.put(None)
     time.sleep(GRACE_S)
     os._exit(0)  # the main thread is deep in a long step or still loading, for nobody

@@ -12,8 +12,11 @@ from gptq_api.runner.cpu.forward import PlainLlama
 from gptq_api.runner.cpu.prompt_logprobs import SLICE_ROWS, packed, scored
 from gptq_api.runner.cpu.sampler import sample
 from gptq_api.runner.seats import Seat, Seats
-from gptq_api.step import Masks, PromptRows, Sampled, Step
+from gptq_api.step import DeviceMemoryError, Masks, PromptRows, Sampled, Step
 from gptq_api.types import PromptLogprobs
+
+_NO_MEMORY = "DefaultCPUAllocator"
+"""in what torch says where the system gives it no memory, as a plain RuntimeError"""
 
 
 @dataclass(slots=True)
@@ -53,11 +56,21 @@ class CpuRunner:
     @torch.inference_mode()
     def launch(self, step: Step) -> Computed:
         """Compute the step's new tokens and sample where it says so. On the CPU all is done when it returns, but for
-        what waits for masks.
+        what waits for masks. Raises DeviceMemoryError.
 
         K and V of all new tokens are written in each layer before attention reads, so sequences of one step may share
         blocks that are filled in it. Token ids must be below vocab_size and block tables long enough.
         """
+        try:
+            return self._launch(step)
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            raise DeviceMemoryError(str(error).partition("\n")[0]) from None
+        except RuntimeError as error:
+            if _NO_MEMORY not in str(error):
+                raise
+            raise DeviceMemoryError(str(error).partition("\n")[0]) from None
+
+    def _launch(self, step: Step) -> Computed:
         seats = self._seats.take_in(step)
         if not seats:
             return Computed(step, sampled=Sampled([], []))
