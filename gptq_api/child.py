@@ -33,14 +33,14 @@ def main(parent: str, level: str, kind: str, module: str, *args: str) -> int:
     # ^C and a signal to the whole group are for the parent, whose end is ours
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    _end_with(int(parent))
+    end_with(int(parent))
     logs.configure(level, kind == "json")
     run: Callable[..., int] = importlib.import_module(module).main
     return run(*args)
 
 
-def _end_with(parent: int) -> None:
-    """Have the kernel send us SIGKILL when `parent`, which started us, is gone; leave where it is already."""
+def end_with(parent: int) -> None:
+    """Have the kernel send this process SIGKILL when `parent`, which started us, is gone; leave where it is already."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent:

@@ -203,10 +203,13 @@ def test_no_torch_and_no_pickle_by_name(package: str) -> None:
         assert not roots & {"torch", "pickle", "marshal", "shelve"}, path
 
 
-def test_the_api_process_loads_neither_torch_nor_transformers() -> None:
+def test_the_server_s_processes_load_nothing_that_runs_what_a_checkpoint_brought() -> None:
     code = (
         "import sys, gptq_api.api.server, gptq_api.cli.main, gptq_api.cli.serve, gptq_api.cli.chat\n"
-        "print([m for m in ('torch', 'transformers') if m in sys.modules])"
+        "libraries = ['torch', 'transformers', 'tokenizers', 'sentencepiece', 'jinja2']\n"
+        "print([m for m in libraries if m in sys.modules])\n"
+        "import gptq_api.engine.process, gptq_api.engine.core, gptq_api.grammar.vocabulary, gptq_api.text.process\n"
+        "sys.exit(any(m in sys.modules for m in libraries[2:]))\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

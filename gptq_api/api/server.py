@@ -38,9 +38,8 @@ from gptq_api.edge.request_log import RequestMiddleware
 from gptq_api.engine.client import EngineClient
 from gptq_api.errors import UserError, printable
 from gptq_api.logs import answer, configure
-from gptq_api.text.chat_template import ChatTemplate, load_chat_template
 from gptq_api.text.folder import checkpoint_folder
-from gptq_api.text.tokenizer import Tokenizer, load_tokenizer
+from gptq_api.text.process import TextProcess
 
 log = structlog.get_logger()
 
@@ -129,21 +128,19 @@ async def _load(settings: Settings, engine: EngineClient, auth: Authenticator) -
     name = settings.served_model_name or ("demo" if settings.model_path == "demo" else folder.resolve().name)
     log.info(f"loading {name}", version=__version__)
 
-    def load_text() -> tuple[Tokenizer, ChatTemplate]:
-        tokenizer = load_tokenizer(folder)
-        return tokenizer, load_chat_template(folder, tokenizer, override=settings.chat_template, model_name=name)
-
+    text = TextProcess(folder, template=settings.chat_template, model_name=name)
     starting = asyncio.ensure_future(engine.start())
     try:
-        tokenizer, template = await asyncio.to_thread(load_text)
+        tokens, template = await text.start()
         await starting
     except BaseException:
         starting.cancel()
         await asyncio.gather(starting, return_exceptions=True)
         if engine.alive:
             await engine.stop(STOP_S)
+        text.close()
         raise
-    return Service(settings, engine, tokenizer, template, name, auth)
+    return Service(settings, engine, text, tokens, template, name, auth)
 
 
 async def _serve(service: Service, sockets: list[socket.socket], signals: _Signals, load_time: str) -> int:

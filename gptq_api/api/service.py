@@ -23,8 +23,9 @@ from gptq_api.edge.request_log import RequestRecord
 from gptq_api.engine.client import EngineClient
 from gptq_api.engine.places import PlacesTaken
 from gptq_api.grammar.checker import GrammarChecker
-from gptq_api.text.chat_template import ChatTemplate
-from gptq_api.text.tokenizer import Tokenizer
+from gptq_api.text.chat import TemplateFacts
+from gptq_api.text.process import TextProcess
+from gptq_api.text.tokens import Tokens
 
 T = TypeVar("T")
 
@@ -39,8 +40,9 @@ _FAULTS = {
 class Service:
     settings: Settings
     engine: EngineClient
-    tokenizer: Tokenizer
-    template: ChatTemplate
+    text: TextProcess
+    tokenizer: Tokens
+    template: TemplateFacts
     model_name: str
     auth: Authenticator = field(default_factory=Authenticator)
     draining: bool = False
@@ -49,8 +51,6 @@ class Service:
     """of all that decides which text a seed gives: this program, the checkpoint, device, types"""
     max_tokens: int = field(init=False)
     """longest prompt plus answer that can ever run"""
-    max_token_bytes: int = field(init=False)
-    """UTF-8 bytes of the longest token: so many bytes are at least so many tokens"""
     grammars: GrammarChecker = field(init=False)
     _text_thread: ThreadPoolExecutor = field(init=False)
 
@@ -62,9 +62,8 @@ class Service:
         parts = (__version__, ready.checkpoint, ready.device, ready.dtype, self.settings.kv_cache_dtype)
         self.fingerprint = "fp_" + hashlib.sha256(" ".join(parts).encode()).hexdigest()[:10]
         self.max_tokens = ready.max_model_len
-        self.max_token_bytes = max(len(self.tokenizer.token_bytes(i)) for i in range(self.tokenizer.vocab_size))
         self.grammars = GrammarChecker(self.tokenizer.special_contents)
-        # one thread: rendering and encoding must not stand on the event loop, nor take the engine's cores
+        # one thread: long texts are not spelled on the event loop
         self._text_thread = ThreadPoolExecutor(1, thread_name_prefix="text")
 
     @property
@@ -155,6 +154,7 @@ class Service:
 
     def close(self) -> None:
         self.grammars.close()
+        self.text.close()
         self._text_thread.shutdown(wait=False, cancel_futures=True)
 
 

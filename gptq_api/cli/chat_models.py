@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -13,12 +14,10 @@ import msgspec
 from gptq_api.api.answers.choice import Choice
 from gptq_api.config import ChatSettings
 from gptq_api.engine.client import EngineClient, EngineDead, EngineStalled, Prompt
-from gptq_api.engine.life import EngineFailed
 from gptq_api.errors import UserError
-from gptq_api.text.chat_template import load_chat_template
 from gptq_api.text.folder import checkpoint_folder
+from gptq_api.text.process import TextProcess
 from gptq_api.text.stream import TextStream
-from gptq_api.text.tokenizer import load_tokenizer
 from gptq_api.types import SamplingParams
 
 Message = dict[str, Any]
@@ -55,34 +54,38 @@ class LocalModel:
     """Loads the checkpoint and runs the engine as a child process."""
 
     def __init__(self, settings: ChatSettings) -> None:
-        """Reads the tokenizer and the chat template. Raises ChatError."""
+        """Raises ChatError where there is no such checkpoint."""
         self._settings = settings
         try:
             folder = checkpoint_folder(settings.model_path)
-            self._tokenizer = load_tokenizer(folder)
-            name = settings.served_model_name or ""
-            self._template = load_chat_template(
-                folder, self._tokenizer, override=settings.chat_template, model_name=name
-            )
         except UserError as error:
             raise ChatError(str(error), fatal=True) from None
+        self._text = TextProcess(folder, template=settings.chat_template, model_name=settings.served_model_name or "")
         self._client = EngineClient(settings)
         self.description = ""
 
     async def start(self) -> None:
+        starting = asyncio.ensure_future(self._client.start())
         try:
-            self._ready = await self._client.start()
-        except EngineFailed as error:
-            raise ChatError(str(error), fatal=True) from None
+            self._tokenizer, self._template = await self._text.start()
+            self._ready = await starting
+        except BaseException as error:
+            starting.cancel()
+            await asyncio.gather(starting, return_exceptions=True)
+            await self.stop()
+            if isinstance(error, UserError):
+                raise ChatError(str(error), fatal=True) from None
+            raise
         warning = self._tokenizer.without_rows(self._ready.vocab_size)
         self.description = "\n".join(filter(None, (self._ready.description, self._template.source, warning)))
 
     async def stop(self) -> None:
+        self._text.close()
         await self._client.stop()
 
     async def answer(self, messages: list[Message], report: Report) -> AsyncIterator[str]:
         """Text as it comes. Raises ChatError."""
-        prompt = self._fit(messages, report)
+        prompt = await self._fit(messages, report)
         room = self._ready.max_model_len - len(prompt)
         settings, tokenizer, template = self._settings, self._tokenizer, self._template
         ends = tokenizer.end_ids(self._ready.eos_token_ids, self._ready.vocab_size, template.stop_token_ids)
@@ -112,13 +115,13 @@ class LocalModel:
         except EngineDead as error:
             raise ChatError(str(error), fatal=True) from None
 
-    def _fit(self, messages: list[Message], report: Report) -> list[int]:
+    async def _fit(self, messages: list[Message], report: Report) -> list[int]:
         """The prompt, without as many of the oldest turns as it takes to leave room for an answer."""
         limit = self._ready.max_model_len
         room = min(self._settings.max_tokens or 256, max(limit // 4, 1))
         while True:
             try:
-                prompt = self._template.render(_without_oldest(messages, report.num_dropped))
+                prompt = await self._text.render(_without_oldest(messages, report.num_dropped))
                 self._tokenizer.check_rows(prompt, self._ready.vocab_size)
             except UserError as error:
                 raise ChatError(str(error)) from None

@@ -3,6 +3,7 @@ weights."""
 
 from __future__ import annotations
 
+import asyncio
 import json
 import sys
 from collections import Counter
@@ -12,6 +13,8 @@ from typing import Any
 from gptq_api.cli.output import fail
 from gptq_api.config import InspectSettings
 from gptq_api.errors import UserError
+from gptq_api.text.chat import TemplateFacts
+from gptq_api.text.tokens import Tokens
 
 
 def run(settings: InspectSettings) -> int:
@@ -100,15 +103,20 @@ def inspect(settings: InspectSettings) -> dict[str, Any]:
 
 def _text(folder: Path, vocab_size: int) -> tuple[str | None, str | None, list[str]]:
     """(where the chat template is from, why the text cannot be served, warnings)."""
-    from gptq_api.text.chat_template import load_chat_template
-    from gptq_api.text.tokenizer import load_tokenizer
+    from gptq_api.text.process import TextProcess
+
+    async def started() -> tuple[Tokens, TemplateFacts]:
+        text = TextProcess(folder)
+        try:
+            return await text.start()
+        finally:
+            text.close()
 
     try:
-        tokenizer = load_tokenizer(folder)
-        template = load_chat_template(folder, tokenizer)
+        tokens, template = asyncio.run(started())
     except UserError as error:
         return None, str(error), []
-    warning = tokenizer.without_rows(vocab_size)
+    warning = tokens.without_rows(vocab_size)
     return template.source, None, [warning] if warning else []
 
 

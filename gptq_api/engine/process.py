@@ -88,7 +88,7 @@ def _serve(sock: socket.socket, inbox: Inbox, settings: EngineSettings) -> int:
     from gptq_api.scheduler.blocks import BlockManager
     from gptq_api.scheduler.scheduler import Scheduler
     from gptq_api.text.folder import checkpoint_folder
-    from gptq_api.text.tokenizer import load_tokenizer
+    from gptq_api.text.process import BlockingTokenizer
 
     try:
         options = LoadOptions.of(settings)
@@ -114,7 +114,7 @@ def _serve(sock: socket.socket, inbox: Inbox, settings: EngineSettings) -> int:
     vocab_size, ends = runner.vocab_size, runner.eos_token_ids
 
     def load_vocabulary() -> LLTokenizer:
-        tokenizer = load_tokenizer(checkpoint_folder(settings.model_path))
+        tokenizer = BlockingTokenizer(checkpoint_folder(settings.model_path))
         return vocabulary(tokenizer, vocab_size, tokenizer.end_ids(ends, vocab_size) or (0,))
 
     grammars = Grammars(load_vocabulary, vocab_size)

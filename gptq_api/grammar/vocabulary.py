@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 from llguidance import LLTokenizer, TokenizerWrapper
 
-from gptq_api.text.tokenizer import Tokenizer
+from gptq_api.errors import UserError
 from gptq_api.text.tools.patterns.spelling import control_name
 
 
@@ -30,12 +30,19 @@ def byte_vocabulary(special: Sequence[str]) -> LLTokenizer:
     return LLTokenizer(cast(TokenizerWrapper, _Bytes(special)), slices=[])
 
 
+if TYPE_CHECKING:
+    from gptq_api.text.process import BlockingTokenizer
+    from gptq_api.text.tokenizer import Tokenizer
+
+    Encoder = Tokenizer | BlockingTokenizer
+
+
 class _Tokens:
     """A checkpoint's tokens, as many as its model has rows."""
 
     is_tokenizer_wrapper = True
 
-    def __init__(self, tokenizer: Tokenizer, num_rows: int, ends: Sequence[int]) -> None:
+    def __init__(self, tokenizer: Encoder, num_rows: int, ends: Sequence[int]) -> None:
         self._tokenizer = tokenizer
         texts = [tokenizer.token_bytes(i) if i < tokenizer.vocab_size else b"" for i in range(num_rows)]
         # Without text: control tokens, and rows that stand for nothing. A grammar reaches the first by their names.
@@ -50,10 +57,15 @@ class _Tokens:
         return (control_name(name) if name else f"<unused {token_id}>").encode()
 
     def __call__(self, text: bytes | str) -> list[int]:
-        return self._tokenizer.encode(text.decode("utf-8", "replace") if isinstance(text, bytes) else text)
+        """A text that a grammar demands, in the tokens that the model would write it in; none where that costs too
+        much, which leaves the choice to the model."""
+        try:
+            return self._tokenizer.encode(text.decode("utf-8", "replace") if isinstance(text, bytes) else text)
+        except UserError:
+            return []
 
 
-def vocabulary(tokenizer: Tokenizer, num_rows: int, ends: Sequence[int]) -> LLTokenizer:
+def vocabulary(tokenizer: Encoder, num_rows: int, ends: Sequence[int]) -> LLTokenizer:
     """`num_rows`: ids that the model can produce; `ends`: those that end a text, at least one. Takes some 30 us per
     token."""
     return LLTokenizer(

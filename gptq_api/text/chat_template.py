@@ -14,25 +14,25 @@ import json
 import re
 import secrets
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
-
-from gptq_api.errors import UserError
 from gptq_api.text.builtin_templates import BUILTIN, choose_builtin
+from gptq_api.text.chat import ChatTemplateError, TemplateFacts, joined_parts
 from gptq_api.text.sandbox import CompiledTemplate, TemplateRaised
 from gptq_api.text.tokenizer import Tokenizer
 from gptq_api.text.tokenizer_config import read_json, read_tokenizer_config
 from gptq_api.text.tools.layouts import layout_of
+from gptq_api.text.tools.reader import THINK
 
 _ROLE = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,63}")
 _TURN_MARKER = re.compile(r"\s*(<\|[^\s|]+\|>)")
 _LLAMA_3_ENDS = ("<|eot_id|>", "<|eom_id|>", "<|end_of_text|>")
 
 
-class ChatTemplateError(UserError):
-    """These messages cannot be rendered (the text is for the client), or the template cannot be used at all."""
+MAX_CHARS, MAX_GROWTH = 1_000_000, 8
+"""of a prompt: so many characters, and so many for every character that went in"""
 
 
 class ChatTemplate:
@@ -48,34 +48,34 @@ class ChatTemplate:
         special_tokens: dict[str, str] | None = None,
     ) -> None:
         """`special_tokens`: the variables bos_token, eos_token ... of the template. Raises ChatTemplateError."""
-        self.jinja = jinja
-        self.source = source
-        """what was chosen and why, one line"""
         self._tokenizer = tokenizer
         self._variables = {"tools": None, "documents": None, **(special_tokens or {})}
         try:
             self._template = CompiledTemplate(jinja)
-        except (TemplateError, RecursionError) as error:
+        except Exception as error:  # not only Jinja's own: Python compiles what Jinja made of it
             raise ChatTemplateError(
                 f"the chat template ({source}) is not usable: {_reason(error)}; name another one with --chat-template"
             ) from None
-        ours = {"messages", "add_generation_prompt", *self._variables}
-        self.variables = self._template.variables - ours
-        """names that a request may set, because the template reads them: `enable_thinking`, `date_string` ..."""
-        self.calls = layout_of(jinja, self._template.variables)
-        """how the model writes tool calls"""
-        self.reads_documents = "documents" in self._template.variables
         self._edges = {
             fragment
             for content in tokenizer.special_contents
             for length in range(1, len(content))
             for fragment in (content[:length], content[length:])
         }
+        ours = {"messages", "add_generation_prompt", *self._variables}
         ends, strings = self._answer_ends()
-        self.stop_token_ids: tuple[int, ...] = ends
-        """end-of-turn tokens besides EOS"""
-        self.stop: tuple[str, ...] = (*stop, *strings)
-        """stop strings of formats whose turns end in plain text"""
+        self.facts = TemplateFacts(
+            source=source,
+            variables=self._template.variables - ours,
+            reads_documents="documents" in self._template.variables,
+            names_thoughts=THINK in jinja,
+            calls=layout_of(jinja, self._template.variables),
+            stop_token_ids=ends,
+            stop=(*stop, *strings),
+            takes_system=self._takes("system", "user"),
+            takes_system_later=self._takes("system", "user", "system", "user"),
+            takes_user_twice=self._takes("user", "user"),
+        )
 
     def render(
         self,
@@ -90,17 +90,7 @@ class ChatTemplate:
         `continue_final_message`: the prompt ends with the last message's content, so that the answer goes on from it.
         `variables`: further ones of the template, JSON values that a client chose; control tokens in them stay text.
         """
-        text, marks = self._render(messages, add_generation_prompt, continue_final_message, variables or {})
-        tokenizer = self._tokenizer
-        parts = tokenizer.split_special(text)
-        if not marks.found_in(text):
-            ids = tokenizer.encode(text, parse_special=True)
-            # A normalizer can make control tokens of look-alikes (full-width letters) that no mark stands for.
-            found = [i for i in ids if i in tokenizer.special_token_ids]
-            if found == [part for part in parts if isinstance(part, int)]:
-                return tokenizer.with_bos(ids)
-        parts = [part if isinstance(part, int) else marks.restore(part) for part in parts]
-        return tokenizer.with_bos(tokenizer.encode_parts(parts))
+        return self.rendered(messages, add_generation_prompt, continue_final_message, variables).ids()
 
     def render_text(
         self,
@@ -111,19 +101,20 @@ class ChatTemplate:
         variables: Mapping[str, Any] | None = None,
     ) -> str:
         """The prompt as text, for people to look at: in it a control token and its spelling look alike."""
-        text, marks = self._render(messages, add_generation_prompt, continue_final_message, variables or {})
-        return marks.restore(text)
+        return self.rendered(messages, add_generation_prompt, continue_final_message, variables).text()
 
-    def _render(
+    def rendered(
         self,
         messages: list[dict[str, Any]],
         add_generation_prompt: bool,
         continue_final_message: bool,
-        variables: Mapping[str, Any],
-    ) -> tuple[str, _Marks]:
+        variables: Mapping[str, Any] | None = None,
+    ) -> Rendered:
+        """What the template made of them, for `render` and `render_text`. Raises ChatTemplateError."""
         if add_generation_prompt and continue_final_message:
             raise ChatTemplateError("add_generation_prompt and continue_final_message exclude each other")
-        marks = _Marks(self._tokenizer, self._edges, _strings([messages, dict(variables)]))
+        variables = dict(variables or {})
+        marks = _Marks(self._tokenizer, self._edges, _strings([messages, variables]))
         plain = [_normalised(message, marks) for message in messages]
         end = ""
         if continue_final_message:
@@ -131,25 +122,38 @@ class ChatTemplate:
                 raise ChatTemplateError("continue_final_message needs a last message of role assistant with content")
             end = marks.sentinel
             plain[-1]["content"] += end
-        text = self._run(plain, add_generation_prompt, _hidden(dict(variables), marks))
+        text = self._run(plain, add_generation_prompt, _hidden(variables, marks))
         if end:
             text, found, _ = text.partition(end)
             if not found:
                 raise ChatTemplateError("the chat template leaves out the last message, so it cannot be continued")
-        return text, marks
+        return Rendered(text, marks, self._tokenizer)
 
     def _run(
         self, messages: list[dict[str, Any]], add_generation_prompt: bool, more: Mapping[str, Any] | None = None
     ) -> str:
         ours = {"messages": messages, "add_generation_prompt": add_generation_prompt}
         variables = {**self._variables, **(more or {}), **ours}
-        room = 1_000_000 + 8 * sum(map(len, _strings(variables)))
+        room = MAX_CHARS + MAX_GROWTH * sum(map(len, _strings(variables)))
         try:
-            return self._template.render(variables, max_chars=room)
+            text = self._template.render(variables)
         except TemplateRaised as error:
             raise ChatTemplateError(error.message or "the chat template refuses these messages") from None
         except Exception as error:  # a template can fail in any way that Python can
             raise ChatTemplateError(f"the chat template cannot render these messages: {_reason(error)}") from None
+        if len(text) > room:
+            raise ChatTemplateError("the chat template makes far more text of these messages than they hold")
+        return text
+
+    def _takes(self, *roles: str) -> bool:
+        """Whether a conversation of these roles is rendered with all that was said."""
+        contents = [f"said{index}by" for index in range(len(roles))]
+        messages = [{"role": role, "content": content} for role, content in zip(roles, contents, strict=True)]
+        try:
+            text = self._run(messages, True)
+        except ChatTemplateError:
+            return False
+        return all(content in text for content in contents)
 
     def _answer_ends(self) -> tuple[tuple[int, ...], tuple[str, ...]]:
         """What the template writes behind an assistant's message is what the model will end its answer with."""
@@ -166,6 +170,31 @@ class ChatTemplate:
             return tuple(i for i in dict.fromkeys(ids) if i != self._tokenizer.eos_token_id), ()
         marker = _TURN_MARKER.match(after)
         return (), (marker[1],) if marker else ()
+
+
+@dataclass(slots=True, frozen=True)
+class Rendered:
+    """A template's output, in which marks stand for the control tokens that users typed."""
+
+    marked: str
+    _marks: _Marks
+    _tokenizer: Tokenizer
+
+    def text(self) -> str:
+        return self._marks.restore(self.marked)
+
+    def ids(self) -> list[int]:
+        """BOS exactly once where the model uses it."""
+        tokenizer, marks = self._tokenizer, self._marks
+        parts = tokenizer.split_special(self.marked)
+        if not marks.found_in(self.marked):
+            ids = tokenizer.encode(self.marked, parse_special=True)
+            # A normalizer can make control tokens of look-alikes (full-width letters) that no mark stands for.
+            found = [i for i in ids if i in tokenizer.special_token_ids]
+            if found == [part for part in parts if isinstance(part, int)]:
+                return tokenizer.with_bos(ids)
+        parts = [part if isinstance(part, int) else marks.restore(part) for part in parts]
+        return tokenizer.with_bos(tokenizer.encode_parts(parts))
 
 
 class _Marks:
@@ -224,12 +253,6 @@ def _normalised(message: dict[str, Any], marks: _Marks) -> dict[str, Any]:
             except ValueError:
                 continue  # the template prints what the client sent
     return result
-
-
-def joined_parts(parts: Sequence[Any]) -> str:
-    """The texts of OpenAI's content parts as one text with a line for each, since templates expect one; whatever is no
-    text part is left out."""
-    return "\n".join(part["text"] for part in parts if isinstance(part, dict) and isinstance(part.get("text"), str))
 
 
 def _hidden(value: Any, marks: _Marks) -> Any:

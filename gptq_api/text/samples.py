@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from gptq_api.errors import UserError
-from gptq_api.text.chat_template import ChatTemplate, ChatTemplateError
-from gptq_api.text.tokenizer import NoRowError, Tokenizer
+from gptq_api.text.chat import ChatTemplateError
+from gptq_api.text.chat_template import ChatTemplate
+from gptq_api.text.tokenizer import Tokenizer
+from gptq_api.text.tokens import NoRowError
 
 _SEPARATOR = "<|endoftext|>"
 

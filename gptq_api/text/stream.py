@@ -10,7 +10,7 @@ from __future__ import annotations
 import codecs
 from collections.abc import Sequence
 
-from gptq_api.text.tokenizer import Tokenizer
+from gptq_api.text.tokens import Tokens
 
 
 class TextStream:
@@ -24,7 +24,7 @@ class TextStream:
 
     def __init__(
         self,
-        tokenizer: Tokenizer,
+        tokenizer: Tokens,
         *,
         stop: Sequence[str] = (),
         include_stop: bool = False,

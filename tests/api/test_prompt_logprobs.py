@@ -19,6 +19,7 @@ from gptq_api.api.terms import Terms
 from gptq_api.edge.request_log import RequestRecord
 from gptq_api.engine.client import Prompt
 from gptq_api.text.folder import checkpoint_folder
+from gptq_api.text.process import TextProcess
 from gptq_api.text.stream import TextStream
 from gptq_api.text.tokenizer import Tokenizer, load_tokenizer
 from gptq_api.types import PromptLogprobs, SamplingParams, pack_ids
@@ -42,7 +43,7 @@ def told(first: int, *logprobs: float) -> PromptLogprobs:
 
 @contextmanager
 def work_of(engine: HandFedEngine, num_prompts: int = 1, num_samples: int = 2) -> Iterator[Work]:
-    service = Service(engine.settings, engine, tokenizer(), None, "demo")  # type: ignore[arg-type]
+    service = Service(engine.settings, engine, TextProcess(checkpoint_folder("demo")), tokenizer(), None, "demo")  # type: ignore[arg-type]
     prompts = [Prompt(IDS, [SamplingParams(max_tokens=20)] * num_samples) for _ in range(num_prompts)]
     scoring = Scoring(service, prompts, ["echo"] * num_prompts, 2, 1)
     new_text = partial(TextStream, tokenizer(), continues=True)

@@ -19,7 +19,7 @@ from gptq_api.api.requests.responses import ResponsesRequest
 from gptq_api.api.requests.translated import Names, Translated
 from gptq_api.api.requests.turns import fitted
 from gptq_api.api.tool_names import Origin, Toolbox, custom_input, model_name
-from gptq_api.text.chat_template import ChatTemplate
+from gptq_api.text.chat import TemplateFacts
 from gptq_api.text.parts import CallDelta
 from tests.support.agents import ALTERNATING, PLAIN, template, work
 
@@ -27,12 +27,12 @@ EVENTS: TypeAdapter[Any] = TypeAdapter(ResponseStreamEvent)
 FUNCTION = {"type": "function", "name": "look", "description": "Looks.", "parameters": {"type": "object"}}
 
 
-def translated(chosen: ChatTemplate | None = None, **fields: Any) -> Translated:
+def translated(chosen: TemplateFacts | None = None, **fields: Any) -> Translated:
     body = ResponsesRequest.model_validate({"input": "Hello", **fields})
     return body.translated(chosen or template(PLAIN), strict=False)
 
 
-def messages(*items: Any, chosen: ChatTemplate | None = None, **fields: Any) -> list[dict[str, Any]]:
+def messages(*items: Any, chosen: TemplateFacts | None = None, **fields: Any) -> list[dict[str, Any]]:
     """As the chat pipeline gets them, before it looks at them."""
     body = ResponsesRequest.model_validate({"input": list(items), **fields})
     return fitted(body._messages([]), chosen or template(PLAIN))

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 from gptq_api.api.service import Service
 from gptq_api.text.folder import checkpoint_folder
+from gptq_api.text.process import TextProcess
 from gptq_api.text.tokenizer import Tokenizer, load_tokenizer
 from tests.support.hand_fed_engine import HandFedEngine
 
@@ -21,7 +22,7 @@ async def test_the_fingerprint_knows_checkpoint_and_types() -> None:
         engine = HandFedEngine()
         engine.ready = SimpleNamespace(**{**vars(engine.ready), **ready})  # type: ignore[assignment]
         settings = engine.settings.model_copy(update={"kv_cache_dtype": cache})
-        service = Service(settings, engine, tokenizer(), None, "demo")  # type: ignore[arg-type]
+        service = Service(settings, engine, TextProcess(checkpoint_folder("demo")), tokenizer(), None, "demo")  # type: ignore[arg-type]
         service.close()
         return service.fingerprint
 

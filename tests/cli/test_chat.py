@@ -348,7 +348,8 @@ def test_the_engine_dies(checkpoint: Path) -> None:
         if " tokens" in line and "first after" in line:
             break
     tasks = Path(f"/proc/{process.pid}/task").glob("*/children")
-    (engine,) = " ".join(task.read_text() for task in tasks).split()
+    children = " ".join(task.read_text() for task in tasks).split()
+    (engine,) = (pid for pid in children if b"engine.process" in Path(f"/proc/{pid}/cmdline").read_bytes())
     os.kill(int(engine), signal.SIGKILL)
     output, errors = process.communicate("again\nnever\n", timeout=30)
     assert process.returncode == 1

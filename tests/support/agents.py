@@ -11,8 +11,10 @@ from gptq_api.api.service import Service
 from gptq_api.api.terms import Terms
 from gptq_api.edge.request_log import RequestRecord
 from gptq_api.engine.client import Prompt
+from gptq_api.text.chat import TemplateFacts
 from gptq_api.text.chat_template import ChatTemplate
 from gptq_api.text.folder import checkpoint_folder
+from gptq_api.text.process import TextProcess
 from gptq_api.text.stream import TextStream
 from gptq_api.text.tokenizer import Tokenizer, load_tokenizer
 from gptq_api.types import SamplingParams
@@ -31,15 +33,15 @@ def tokenizer() -> Tokenizer:
 
 
 @cache
-def template(jinja: str) -> ChatTemplate:
-    return ChatTemplate(jinja, tokenizer(), source="a test")
+def template(jinja: str) -> TemplateFacts:
+    return ChatTemplate(jinja, tokenizer(), source="a test").facts
 
 
 @contextmanager
 def work(stop: tuple[str, ...] = ()) -> Iterator[Work]:
     """One choice of a prompt of three tokens, whose pieces the test makes."""
     engine = HandFedEngine()
-    service = Service(engine.settings, engine, tokenizer(), None, "demo")  # type: ignore[arg-type]
+    service = Service(engine.settings, engine, TextProcess(checkpoint_folder("demo")), tokenizer(), None, "demo")  # type: ignore[arg-type]
     new_text = partial(TextStream, tokenizer(), stop=stop, continues=True)
     prompt = Prompt([1, 2, 3], [SamplingParams(max_tokens=20)])
     with admitted(service, RequestRecord("req"), [prompt], new_text, Terms()) as asked:

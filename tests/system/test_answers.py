@@ -22,6 +22,7 @@ from gptq_api.api.terms import Terms
 from gptq_api.edge.request_log import RequestRecord
 from gptq_api.engine.client import Prompt
 from gptq_api.text.folder import checkpoint_folder
+from gptq_api.text.process import TextProcess
 from gptq_api.text.stream import TextStream
 from gptq_api.text.tokenizer import Tokenizer, load_tokenizer
 from gptq_api.types import Abort, SamplingParams
@@ -43,7 +44,7 @@ def ids(text: str) -> list[int]:
 
 @contextmanager
 def work_of(engine: HandFedEngine, num_samples: int, stop: tuple[str, ...] = ()) -> Iterator[Work]:
-    service = Service(engine.settings, engine, tokenizer(), None, "demo")  # type: ignore[arg-type]
+    service = Service(engine.settings, engine, TextProcess(checkpoint_folder("demo")), tokenizer(), None, "demo")  # type: ignore[arg-type]
     prompt = Prompt([1, 2, 3], [SamplingParams(max_tokens=20, seed=seed) for seed in range(num_samples)])
     new_text = partial(TextStream, tokenizer(), stop=stop, continues=True)
     with admitted(service, RequestRecord("req"), [prompt], new_text, Terms()) as work:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
 import time
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,8 @@ from typing import Any
 import pytest
 
 from gptq_api.text.builtin_templates import BUILTIN
-from gptq_api.text.chat_template import ChatTemplate, ChatTemplateError, load_chat_template
+from gptq_api.text.chat import ChatTemplateError
+from gptq_api.text.chat_template import ChatTemplate, load_chat_template
 from gptq_api.text.tokenizer import Tokenizer, TokenizerError, load_tokenizer
 from tests.support.text_tokenizers import DEMO_SPECIAL, LLAMA_3_SPECIAL, byte_level, llama_json, spm, tiktoken
 
@@ -128,7 +128,7 @@ def test_built_in_formats_to_the_token(name: str, tmp_path: Path) -> None:
         expected += [1] if part.startswith("<s>") else []
         expected += tokenizer.encode(part.removeprefix("<s>"))  # the library's own sentencepiece, part by part
     assert template.render(TURNS) == expected
-    assert template.stop == BUILTIN[name].stop
+    assert template.facts.stop == BUILTIN[name].stop
 
 
 def test_system_messages_replace_the_built_in_one(tmp_path: Path) -> None:
@@ -149,8 +149,8 @@ def test_an_open_assistant_turn_is_not_opened_twice(tmp_path: Path) -> None:
 
 def test_llama_3_to_the_token(tmp_path: Path) -> None:
     tokenizer, template = load(tiktoken(tmp_path))
-    assert "llama-3" in template.source
-    assert "<|eot_id|>" in template.source
+    assert "llama-3" in template.facts.source
+    assert "<|eot_id|>" in template.facts.source
     base = tokenizer.vocab_size - 256
     begin, end, start_header, end_header, eom, eot = (base + offset for offset in (0, 1, 6, 7, 8, 9))
 
@@ -160,9 +160,9 @@ def test_llama_3_to_the_token(tmp_path: Path) -> None:
 
     expected = [begin, *turn("user", "Hello!"), *turn("assistant", "Hi!"), *turn("user", "How are you?")]
     assert template.render(TURNS) == expected + turn("assistant", "")[:-1]
-    assert set(template.stop_token_ids) == {eot, eom}
+    assert set(template.facts.stop_token_ids) == {eot, eom}
     assert tokenizer.eos_token_id == end
-    assert template.stop == ()
+    assert template.facts.stop == ()
 
 
 @pytest.mark.parametrize(
@@ -181,9 +181,9 @@ def test_a_checkpoint_without_template_is_judged_by_its_name(name: str, expected
     folder = tmp_path / name
     folder.mkdir()
     _, template = load(spm(folder))
-    assert f"built-in {expected} " in template.source
+    assert f"built-in {expected} " in template.facts.source
     _, template = load(spm(tmp_path), model_name=name)
-    assert f"built-in {expected} " in template.source
+    assert f"built-in {expected} " in template.facts.source
 
 
 def test_where_templates_are_found(tmp_path: Path) -> None:
@@ -195,7 +195,7 @@ def test_where_templates_are_found(tmp_path: Path) -> None:
     set_template(tmp_path, "string")
     _, template = load(tmp_path)
     assert template.render_text(TURNS) == "string"
-    assert "tokenizer_config.json" in template.source
+    assert "tokenizer_config.json" in template.facts.source
     (tmp_path / "chat_template.jinja").write_text("jinja")
     assert load(tmp_path)[1].render_text(TURNS) == "jinja"
     (tmp_path / "mine").write_text("mine")
@@ -219,12 +219,12 @@ def test_templates_that_do_not_compile_are_refused_at_the_start(tmp_path: Path) 
 def test_end_of_turn_is_read_off_the_template(tmp_path: Path) -> None:
     own = "{% for m in messages %}<|user|>{{ m.content }}<|end|>\n{% endfor %}"
     tokenizer, template = load(set_template(byte_level(tmp_path), own))
-    assert template.stop_token_ids == (tokenizer.token_to_id("<|end|>"),)
-    assert template.stop == ()
+    assert template.facts.stop_token_ids == (tokenizer.token_to_id("<|end|>"),)
+    assert template.facts.stop == ()
     text_only = "{% for m in messages %}{{ m.content }}<|im_end|>\n{% endfor %}"  # no such token in this vocabulary
     _, template = load(set_template(tmp_path, text_only))
-    assert template.stop_token_ids == ()
-    assert template.stop == ("<|im_end|>",)
+    assert template.facts.stop_token_ids == ()
+    assert template.facts.stop == ("<|im_end|>",)
 
 
 @pytest.mark.parametrize("template", ["{{ bos_token }}{{ messages[0].content }}", "{{ messages[0].content }}"])
@@ -365,52 +365,6 @@ def test_helpers_of_published_templates(tmp_path: Path) -> None:
     text = template.render_text([{"role": "user", "content": "hello"}])
     year = time.strftime("%Y")
     assert text == (f'{year} {{"a": "é<"}} {{\n  "a": 1\n}}[heLLo]a-bx\n  y[\'user\']1Truenoneababab1024hi!A1')
-
-
-BOMBS = {
-    "repetition": "{{ 'a' * 10**10 }}",
-    "repetition of lists": "{{ [0] * 10**10 }}",
-    "in a constant": "{% set x = 'a' * 10000000000 %}",
-    "nested loops": "{% for a in range(9999) %}{% for b in range(9999) %}{% endfor %}{% endfor %}",
-    "long range": "{% for a in range(10**12) %}{% endfor %}",
-    "doubling ~": "{% set n = namespace(x='a'*99) %}{% for i in range(99) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
-    "doubling +": "{% set n = namespace(x='a'*99) %}{% for i in range(99) %}{% set n.x = n.x + n.x %}{% endfor %}",
-    "doubling set": "{% set n = namespace(x=1) %}{% for i in range(99) %}"
-    "{% set n.x %}{{ n.x }}{{ n.x }}{% endset %}{% endfor %}",
-    "exponential recursion": "{% macro f(n) %}{% if n %}{{ f(n-1) }}{{ f(n-1) }}{% endif %}{% endmacro %}{{ f(60) }}",
-    "endless recursion": "{% macro f(n) %}{{ f(n) }}{% endmacro %}{{ f(1) }}",
-    "padding": "{{ 'a'.ljust(10**10) }}",
-    "percent width": "{{ '%9999999999d' % 1 }}",
-    "format width": "{{ '{:>9999999999}'.format(1) }}",
-    "nested format width": "{{ '{:{w}}'.format(1, w=10**10) }}",
-    "replace": "{{ ('a' * 1000000).replace('a', 'b' * 1000000) }}",
-    "replace filter": "{{ ('a' * 1000000) | replace('a', 'b' * 1000000) }}",
-    "join": "{{ ('b' * 1000000).join(range(9999) | map('string') | list) }}",
-    "join filter": "{{ range(9999) | join('b' * 1000000) }}",
-    "indent": "{{ ('a\n' * 1000000) | indent(1000000) }}",
-    "json indent": "{{ messages | tojson(indent=10**10) }}",
-    "text in a loop": "{% for a in range(9999) %}" + "x" * 100_000 + "{% endfor %}",
-    "power": "{{ 2 ** 64 ** 64 ** 64 }}",
-    "bytes": "{{ (1).to_bytes(10**10, 'big') }}",
-    "kept lists": "{% for i in range(9999) %}{% set x = [0] * 4000000 %}{% endfor %}",
-    "attributes": "{{ ''.__class__.__mro__[1].__subclasses__() }}",
-    "globals": "{{ cycler.__init__.__globals__.os.system('true') }}",
-    "format attributes": "{{ '{0.__class__.__mro__}'.format('') }}",
-    "mutation": "{{ messages.append(1) }}",
-    "the budget": "{% set _budget = 1 %}{% for a in range(9999) %}{% for b in range(9999) %}{% endfor %}{% endfor %}",
-}
-
-
-@pytest.mark.parametrize("name", BOMBS)
-def test_hostile_templates_end_in_an_error_quickly(name: str, tmp_path: Path) -> None:
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    tokenizer = load_tokenizer(byte_level(tmp_path))
-    start = time.perf_counter()
-    with pytest.raises(ChatTemplateError) as caught:
-        ChatTemplate(BOMBS[name], tokenizer, source="a test").render(TURNS)
-    assert time.perf_counter() - start < 4  # twice the limit of one rendering, and a busy machine
-    assert "\n" not in str(caught.value)
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 128 * 1024  # KiB
 
 
 def test_long_conversations_are_within_the_budget(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Any
 
-from gptq_api.text.tokenizer import Tokenizer
+from gptq_api.text.tokens import Tokens
 from gptq_api.types import TokenLogprobs
 
 LOWEST = -9999.0
@@ -23,7 +23,7 @@ class TokenEntry:
     logprobs: TokenLogprobs
 
 
-def chat_logprobs(tokenizer: Tokenizer, entries: list[TokenEntry], num_top: int) -> dict[str, Any]:
+def chat_logprobs(tokenizer: Tokens, entries: list[TokenEntry], num_top: int) -> dict[str, Any]:
     content = [
         {
             **_spelled(tokenizer, entry.token_id, entry.logprobs.logprob),
@@ -34,7 +34,7 @@ def chat_logprobs(tokenizer: Tokenizer, entries: list[TokenEntry], num_top: int)
     return {"content": content, "refusal": None}
 
 
-def completion_logprobs(tokenizer: Tokenizer, entries: list[TokenEntry], num_top: int) -> dict[str, Any]:
+def completion_logprobs(tokenizer: Tokens, entries: list[TokenEntry], num_top: int) -> dict[str, Any]:
     """`top_logprobs` holds the sampled token besides the `num_top` best, with the very same number."""
     tops = []
     for entry in entries:
@@ -49,7 +49,7 @@ def completion_logprobs(tokenizer: Tokenizer, entries: list[TokenEntry], num_top
     }
 
 
-def token_text(tokenizer: Tokenizer, token_id: int) -> str:
+def token_text(tokenizer: Tokens, token_id: int) -> str:
     """A token's own text; `bytes:\\xf0\\x9f` where it is a part of a character, so that no two look alike."""
     if token_id in tokenizer.special_token_ids:
         return tokenizer.id_to_token(token_id)
@@ -60,7 +60,7 @@ def token_text(tokenizer: Tokenizer, token_id: int) -> str:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
 
 
-def _spelled(tokenizer: Tokenizer, token_id: int, logprob: float) -> dict[str, Any]:
+def _spelled(tokenizer: Tokens, token_id: int, logprob: float) -> dict[str, Any]:
     data = tokenizer.token_bytes(token_id)
     # a control token stands for no text, which OpenAI's specification spells null
     return {"token": token_text(tokenizer, token_id), "logprob": shown_logprob(logprob), "bytes": list(data) or None}

@@ -14,7 +14,7 @@ from gptq_api.api.service import Service
 from gptq_api.engine.client import Prompt
 from gptq_api.engine.generation import Delta
 from gptq_api.text.stream import TextStream
-from gptq_api.text.tokenizer import Tokenizer
+from gptq_api.text.tokens import Tokens
 from gptq_api.types import PromptLogprobs, TokenLogprobs
 
 Columns = dict[str, list[Any] | None]
@@ -111,7 +111,7 @@ def _merge(held: Delta, delta: Delta) -> None:
     held.finish_reason = delta.finish_reason
 
 
-def echoed(tokenizer: Tokenizer, ids: list[int], text: str, told: Told, num_top: int) -> Columns:
+def echoed(tokenizer: Tokens, ids: list[int], text: str, told: Told, num_top: int) -> Columns:
     """The columns of a prompt that stands at the head of an answer as `text`."""
     offsets = text_offsets(tokenizer, ids, text)
     entries = [
@@ -123,7 +123,7 @@ def echoed(tokenizer: Tokenizer, ids: list[int], text: str, told: Told, num_top:
     return {name: None if column is None else [first.get(name), *column] for name, column in columns.items()}
 
 
-def text_offsets(tokenizer: Tokenizer, ids: list[int], text: str) -> list[int]:
+def text_offsets(tokenizer: Tokens, ids: list[int], text: str) -> list[int]:
     """Where in `text` each token of a prompt begins. A BOS that we put before the text has no place of its own."""
     first = ids[0]
     hidden = first == tokenizer.bos_token_id and not text.startswith(token_text(tokenizer, first))
@@ -132,7 +132,7 @@ def text_offsets(tokenizer: Tokenizer, ids: list[int], text: str) -> list[int]:
     return [min(start, len(text)) for start in [0] * hidden + starts]
 
 
-def listed(tokenizer: Tokenizer, ids: list[int], told: Told, num_top: int) -> list[Any]:
+def listed(tokenizer: Tokens, ids: list[int], told: Told, num_top: int) -> list[Any]:
     """The prompt's tokens in vLLM's shape."""
     found: list[Any] = [None]
     for token, (logprobs, rank) in zip(ids[1:], told, strict=True):
@@ -143,5 +143,5 @@ def listed(tokenizer: Tokenizer, ids: list[int], told: Told, num_top: int) -> li
     return found
 
 
-def _listed(tokenizer: Tokenizer, token: int, logprob: float, rank: int) -> dict[str, Any]:
+def _listed(tokenizer: Tokens, token: int, logprob: float, rank: int) -> dict[str, Any]:
     return {"logprob": shown_logprob(logprob), "rank": rank, "decoded_token": token_text(tokenizer, token)}

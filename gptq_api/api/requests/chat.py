@@ -23,7 +23,7 @@ from gptq_api.api.requests.refused import REFUSED_IN_MESSAGES
 from gptq_api.api.requests.serving import ServingFields
 from gptq_api.api.requests.template import EffortFields
 from gptq_api.api.requests.tools import MAX_TOOLS, ToolCall, ToolFields
-from gptq_api.text.chat_template import joined_parts
+from gptq_api.text.chat import joined_parts
 
 MAX_PARTS = 1024
 

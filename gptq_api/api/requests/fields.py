@@ -18,7 +18,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from gptq_api.api.errors import ApiError, bad_request
 from gptq_api.api.requests.refused import REFUSED, refuse
 from gptq_api.text.stream import TextStream
-from gptq_api.text.tokenizer import Tokenizer
+from gptq_api.text.tokens import Tokens
 
 MAX_TEXT = 8 * 2**20
 """characters of one text; the body limit is what usually bounds it"""
@@ -206,7 +206,7 @@ class SamplingFields(Body):
 
     def text_streams(
         self,
-        tokenizer: Tokenizer,
+        tokenizer: Tokens,
         *,
         more_stop: Sequence[str] = (),
         continues: bool,

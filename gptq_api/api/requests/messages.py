@@ -17,7 +17,7 @@ from gptq_api.api.requests.responses import MAX_TOOLS, Object
 from gptq_api.api.requests.translated import Names, Translated, chat_request
 from gptq_api.api.requests.turns import fitted
 from gptq_api.api.tool_names import Origin, Toolbox, call, model_name
-from gptq_api.text.chat_template import ChatTemplate
+from gptq_api.text.chat import TemplateFacts
 
 ATTRIBUTION = "x-anthropic-billing-header:"
 """Claude Code begins its system prompt with such a line, which is another one in every request."""
@@ -68,7 +68,7 @@ class CountTokensRequest(OwnFields):
         """Of a chat completion request, besides the conversation and tools."""
         return {"max_tokens": 1}
 
-    def translated(self, template: ChatTemplate, *, strict: bool) -> Translated:
+    def translated(self, template: TemplateFacts, *, strict: bool) -> Translated:
         """Raises ApiError 400."""
         skipped = [*self.unknown(strict=strict), *self.skipped_fields()]
         names = Names({"stop": "stop_sequences"})

@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import secrets
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import msgspec
 
-from gptq_api.api.errors import bad_request, context_exceeded
+from gptq_api.api.errors import bad_request, context_exceeded, unavailable
 from gptq_api.api.requests.chat import ChatCompletionRequest, ChatMessage
 from gptq_api.api.requests.completions import CompletionRequest
 from gptq_api.api.requests.constraints import ConstrainedFields
@@ -19,8 +20,9 @@ from gptq_api.api.requests.template import TemplateFields, document_texts
 from gptq_api.api.requests.tools import Reading, ToolFields, reading
 from gptq_api.api.service import Service
 from gptq_api.engine.client import Prompt
-from gptq_api.text.chat_template import ChatTemplateError
-from gptq_api.text.tokenizer import NoRowError
+from gptq_api.text.chat import ChatTemplateError
+from gptq_api.text.process import TextError, TextProcessGone
+from gptq_api.text.tokens import NoRowError
 from gptq_api.text.tools.history import has_many_calls, one_call_a_message, with_tools
 from gptq_api.types import SamplingParams
 
@@ -47,7 +49,7 @@ async def chat_ids(service: Service, body: ChatCompletionRequest) -> list[int]:
 
 async def chat_text(service: Service, body: ChatCompletionRequest) -> str:
     """The same for people. Raises ApiError 400."""
-    return await _in_template(service, body, body.messages, *_ending(body), service.template.render_text)
+    return await _in_template(service, body, body.messages, *_ending(body), service.text.render_text)
 
 
 def _ending(body: ChatCompletionRequest) -> tuple[bool, bool]:
@@ -66,8 +68,9 @@ async def render(
 ) -> list[int]:
     """Messages -> token ids. Raises ApiError 400 where they are too long or the template refuses them or the body's
     variables."""
-    template = service.template
-    return await _in_template(service, body, messages, add_generation_prompt, continue_final_message, template.render)
+    return await _in_template(
+        service, body, messages, add_generation_prompt, continue_final_message, service.text.render
+    )
 
 
 async def _in_template(
@@ -76,7 +79,7 @@ async def _in_template(
     messages: list[ChatMessage],
     add_generation_prompt: bool,
     continue_final_message: bool,
-    render: Callable[..., T],
+    render: Callable[..., Awaitable[T]],
 ) -> T:
     body.check_template(service.template)
     variables = body.template_variables(service.template)
@@ -89,26 +92,34 @@ async def _in_template(
     if tools and layout.told_by_template:
         variables["tools"] = tools
 
-    def attempt(messages: list[dict[str, Any]]) -> T:
-        return render(
+    async def attempt(messages: list[dict[str, Any]]) -> T:
+        return await render(
             messages,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
             variables=variables,
         )
 
-    def rendering() -> T:
+    with refused_text("messages"):
         try:
-            return attempt(rendered)
+            return await attempt(rendered)
         except ChatTemplateError:
             if has_many_calls(rendered):
-                return attempt(one_call_a_message(rendered))
+                return await attempt(one_call_a_message(rendered))
             raise
 
+
+@contextmanager
+def refused_text(param: str) -> Iterator[None]:
+    """Around what is asked of the process that encodes and renders: what it refuses is an ApiError, 400."""
     try:
-        return await service.in_text_thread(rendering)
+        yield
     except ChatTemplateError as error:
-        raise bad_request(f"The chat template refused the messages: {str(error)[:300]}", "messages") from None
+        raise bad_request(f"The chat template refused the messages: {str(error)[:300]}", param) from None
+    except TextError as error:
+        raise bad_request(f"Invalid value for '{param}': {str(error)[:300]}.", param) from None
+    except TextProcessGone as error:
+        raise unavailable(f"The prompt cannot be encoded: {error}.", "tokenizer_unavailable") from None
 
 
 async def completion_prompts(service: Service, body: CompletionRequest) -> list[Prompt]:
@@ -123,11 +134,8 @@ async def completion_prompts(service: Service, body: CompletionRequest) -> list[
     texts = [prompt for prompt in body.prompt if isinstance(prompt, str)]
     check_fits(service, texts, "prompt", each=True)
     add_bos = body.add_special_tokens is not False
-    encode = service.tokenizer.encode
-    # the whole prompt is the caller's, control tokens included
-    encoded = iter(
-        await service.in_text_thread(lambda: [encode(text, add_bos=add_bos, parse_special=True) for text in texts])
-    )
+    with refused_text("prompt"):  # the whole prompt is the caller's, control tokens included
+        encoded = iter(await service.text.encode(texts, add_bos=add_bos, parse_special=True) if texts else [])
     num_top = body.logprobs
     if num_top is None and body.best_of is not None and body.best_of > body.num_choices:
         num_top = 0  # ranked by them
@@ -156,7 +164,7 @@ def check_fits(service: Service, texts: list[str], param: str, each: bool = Fals
     """Refuse what cannot fit by its length alone, before any time goes into encoding it."""
     sizes = [len(text.encode()) for text in texts]
     size = max(sizes, default=0) if each else sum(sizes)
-    least = size // max(service.max_token_bytes, 1)
+    least = size // max(service.tokenizer.max_token_bytes, 1)
     if least > service.max_tokens:
         raise context_exceeded(service.max_tokens, least, 0, what=param, param=param, at_least=True)
 

@@ -15,7 +15,7 @@ from gptq_api.api.requests.responses_items import Items
 from gptq_api.api.requests.translated import Names, Translated, chat_request
 from gptq_api.api.requests.turns import fitted
 from gptq_api.api.tool_names import CUSTOM_PARAMETERS, Origin, Toolbox, model_name
-from gptq_api.text.chat_template import ChatTemplate
+from gptq_api.text.chat import TemplateFacts
 
 MAX_ITEMS = 8192
 MAX_TOOLS = 1024
@@ -88,7 +88,7 @@ class ResponsesRequest(OwnFields):
     def wants_logprobs(self) -> bool:
         return _LOGPROBS in (self.include or ()) or bool(self.top_logprobs)
 
-    def translated(self, template: ChatTemplate, *, strict: bool) -> Translated:
+    def translated(self, template: TemplateFacts, *, strict: bool) -> Translated:
         """Raises ApiError 400."""
         skipped = self.unknown(strict=strict)
         names = Names({"messages": "input", "max_tokens": "max_output_tokens", "logprobs": "include"})

@@ -9,7 +9,7 @@ from pydantic import PlainValidator, WithJsonSchema
 
 from gptq_api.api.errors import bad_request, not_supported
 from gptq_api.api.requests.fields import MAX_TEXT, Body, check_text
-from gptq_api.text.chat_template import ChatTemplate
+from gptq_api.text.chat import TemplateFacts
 
 MAX_NAMES = 64
 """variables, or fields of one document"""
@@ -102,7 +102,7 @@ class TemplateFields(Body):
     documents: Documents | None = None
     """Texts to answer from, each an object such as `{"title": ..., "text": ...}`, for templates that read them."""
 
-    def check_template(self, template: ChatTemplate) -> None:
+    def check_template(self, template: TemplateFacts) -> None:
         """Raises ApiError 400 for a variable that the template does not read."""
         for name in self.chat_template_kwargs or {}:
             if name not in template.variables:
@@ -114,7 +114,7 @@ class TemplateFields(Body):
         if self.documents and not template.reads_documents:
             raise not_supported("documents", "are not read by the model's chat template")
 
-    def template_variables(self, template: ChatTemplate) -> dict[str, Any]:
+    def template_variables(self, template: TemplateFacts) -> dict[str, Any]:
         """For ChatTemplate.render, behind `check_template`."""
         documents = {"documents": self.documents} if self.documents else {}
         return {**(self.chat_template_kwargs or {}), **documents}
@@ -128,10 +128,10 @@ class EffortFields(TemplateFields):
     verbosity: Literal["low", "medium", "high"] | None = None
     """Handed to a chat template that reads it."""
 
-    def template_variables(self, template: ChatTemplate) -> dict[str, Any]:
+    def template_variables(self, template: TemplateFacts) -> dict[str, Any]:
         return {**self._efforts(template), **super().template_variables(template)}
 
-    def without_effect(self, template: ChatTemplate, *, strict: bool) -> list[str]:
+    def without_effect(self, template: TemplateFacts, *, strict: bool) -> list[str]:
         """Fields that are set and that the template does not read. Raises ApiError 400 for one with `strict`."""
         read = self._efforts(template)
         names = []
@@ -143,7 +143,7 @@ class EffortFields(TemplateFields):
             raise not_supported(names[0], "is not read by the model's chat template")
         return names
 
-    def _efforts(self, template: ChatTemplate) -> Mapping[str, Any]:
+    def _efforts(self, template: TemplateFacts) -> Mapping[str, Any]:
         efforts: dict[str, Any] = {"reasoning_effort": self.reasoning_effort, "verbosity": self.verbosity}
         read = {name: value for name, value in efforts.items() if value is not None and name in template.variables}
         thinks = "enable_thinking" in template.variables and "reasoning_effort" not in template.variables

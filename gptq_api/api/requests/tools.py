@@ -197,7 +197,7 @@ def _read_by_pattern(service: Service, body: ToolFields, pattern: Spelling, foun
 
 def _thinks(service: Service, prompt_ids: list[int]) -> Literal["", "may", "does"]:
     """Whether this model thinks before it speaks: by its template and vocabulary, and the end of the prompt."""
-    if THINK not in service.template.jinja and service.tokenizer.token_to_id(THINK) is None:
+    if not service.template.names_thoughts and service.tokenizer.token_to_id(THINK) is None:
         return ""
     end = service.tokenizer.decode(prompt_ids[-8:], skip_special=False).rstrip()
     return "does" if end.endswith(THINK) else "may"

@@ -7,41 +7,27 @@ alternate behind one system message, some drop what they do not expect.
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any
 
-from gptq_api.text.chat_template import ChatTemplate, ChatTemplateError
+from gptq_api.text.chat import TemplateFacts
 
 Message = dict[str, Any]
 _GAP = "\n\n"
 
 
-@lru_cache(maxsize=64)
-def takes(template: ChatTemplate, roles: tuple[str, ...]) -> bool:
-    """Whether a conversation of these roles is rendered with all that was said."""
-    contents = [f"said{index}by" for index in range(len(roles))]
-    try:
-        text = template.render_text(
-            [{"role": role, "content": content} for role, content in zip(roles, contents, strict=True)]
-        )
-    except ChatTemplateError:
-        return False
-    return all(content in text for content in contents)
-
-
-def fitted(messages: list[Message], template: ChatTemplate) -> list[Message]:
+def fitted(messages: list[Message], template: TemplateFacts) -> list[Message]:
     """System messages at the head become one. One that comes later stays at its place, which keeps what is before it in
     the prefix cache: as a system message where the template takes it there, as the user's otherwise."""
     head = 0
     while head < len(messages) and messages[head]["role"] == "system":
         head += 1
     told = messages[:head]
-    if head and not takes(template, ("system", "user")):
+    if head and not template.takes_system:
         told = [{**message, "role": "user"} for message in told]
     rest = messages[head:]
-    if not takes(template, ("system", "user", "system", "user")):
+    if not template.takes_system_later:
         rest = [{**message, "role": "user"} if message["role"] == "system" else message for message in rest]
-    joins = {"assistant"} if takes(template, ("user", "user")) else {"assistant", "user"}
+    joins = {"assistant"} if template.takes_user_twice else {"assistant", "user"}
     found: list[Message] = []
     for index, message in enumerate([*told, *rest]):
         role = message["role"]

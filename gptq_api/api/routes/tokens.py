@@ -13,7 +13,7 @@ from gptq_api.api.document.declare import BODY, WORK, answers
 from gptq_api.api.errors import bad_request
 from gptq_api.api.requests.chat import ChatCompletionRequest, check_messages
 from gptq_api.api.requests.fields import unknown_header
-from gptq_api.api.requests.prompts import chat_ids, chat_text, check_fits, render
+from gptq_api.api.requests.prompts import chat_ids, chat_text, check_fits, refused_text, render
 from gptq_api.api.requests.tokens import DetokenizeRequest, TokenizeRequest
 from gptq_api.api.routes.guard import guarded_router
 from gptq_api.api.service import RecordDep, Service, ServiceDep
@@ -50,8 +50,8 @@ async def tokenize(body: TokenizeRequest, service: ServiceDep, record: RecordDep
 
 async def _encoded(service: Service, text: str, param: str, add_bos: bool, parse_special: bool) -> list[int]:
     check_fits(service, [text], param)
-    encode = service.tokenizer.encode
-    return await service.in_text_thread(lambda: encode(text, add_bos=add_bos, parse_special=parse_special))
+    with refused_text(param):
+        return (await service.text.encode([text], add_bos=add_bos, parse_special=parse_special))[0]
 
 
 def _piece(service: Service, token_id: int) -> dict[str, Any]:

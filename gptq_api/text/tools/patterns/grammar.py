@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from gptq_api.text.tokenizer import Tokenizer
+from gptq_api.text.tokens import Tokens
 from gptq_api.text.tools.patterns.spelling import MAX_CALLS, Spelling, control_name, escaped, items, rule
 
 Embed = Callable[[Any], str]
@@ -33,13 +33,13 @@ class Demand:
     """the schema that an answer without calls has to follow; None: any text"""
 
 
-def write(spelling: Spelling, tokenizer: Tokenizer, demand: Demand, embed: Embed) -> str:
+def write(spelling: Spelling, tokenizer: Tokens, demand: Demand, embed: Embed) -> str:
     """The grammar of one answer."""
     return _Writer(spelling, tokenizer, demand, embed).text()
 
 
 class _Writer:
-    def __init__(self, spelling: Spelling, tokenizer: Tokenizer, demand: Demand, embed: Embed) -> None:
+    def __init__(self, spelling: Spelling, tokenizer: Tokens, demand: Demand, embed: Embed) -> None:
         self._spelling, self._tokenizer, self._demand, self._embed = spelling, tokenizer, demand, embed
         self._rules: list[str] = ["%llguidance {}"]
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from gptq_api.text.tokenizer import Tokenizer
+from gptq_api.text.tokens import Tokens
 
 Item = tuple[Literal["text", "control", "space", "name", "arguments"], str]
 """one element of a pattern; the text of a text or a control token"""
@@ -68,7 +68,7 @@ def control_name(content: str) -> str:
     return "<|" + re.sub(r"[^\w.:-]", "_", content.strip("[]<>| ")) + "|>"
 
 
-def items(pattern: str, tokenizer: Tokenizer | None = None) -> list[Item]:
+def items(pattern: str, tokenizer: Tokens | None = None) -> list[Item]:
     """Without a tokenizer everything is text, as it is to whoever reads an answer."""
     found: list[Item] = []
     for part in re.split(r"(%n|%a| )", pattern):
@@ -85,7 +85,7 @@ def items(pattern: str, tokenizer: Tokenizer | None = None) -> list[Item]:
     return found
 
 
-def controls(spelling: Spelling, tokenizer: Tokenizer) -> frozenset[int]:
+def controls(spelling: Spelling, tokenizer: Tokens) -> frozenset[int]:
     """Ids of the control tokens that have to stand in the text that is read."""
     patterns = (spelling.opening, spelling.call, spelling.between, spelling.closing, spelling.also, spelling.trigger)
     parts = [part for pattern in patterns for part in tokenizer.split_special(pattern.replace(" ", ""))]
