@@ -24,7 +24,7 @@ from gptq_api.checkpoint.checkpoint import Checkpoint, CheckpointError, open_che
 from gptq_api.checkpoint.dense import dequantized, open_dense
 from gptq_api.checkpoint.summary import summarise
 from gptq_api.errors import UserError
-from gptq_api.model.config import read_config
+from gptq_api.model.modules import config_of
 from gptq_api.runner.load import backend_of, make_runner, resolve_device
 from gptq_api.runner.loaded import LoadedRunner
 from gptq_api.runner.options import LoadOptions
@@ -70,7 +70,7 @@ def _measure(job: Job, source: Checkpoint, checkpoint: Checkpoint) -> Row:
     )
     device = resolve_device(options.device)
     started = time.monotonic()
-    config = read_config(checkpoint.folder)
+    config = config_of(checkpoint)
     limit = config.max_position_embeddings
     window = job.context or min(_LONGEST_WINDOW, limit)
     longest = max(job.prompt_tokens + job.num_tokens + _WARM_UP, window if job.text else 0)

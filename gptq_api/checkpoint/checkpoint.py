@@ -34,7 +34,8 @@ class Checkpoint:
     config: QuantConfig
     modules: dict[str, ModuleShape]
     """every quantized module, by name, from the headers"""
-    default_zero_version: ZeroVersion
+    zero_version: ZeroVersion
+    """of all modules"""
     warnings: tuple[str, ...]
 
     @property
@@ -60,7 +61,7 @@ class Checkpoint:
 
     def gptq(self, module: str) -> GPTQTensors:
         """The decoded tensors of one quantized module."""
-        return read_module(self.store, module, self.modules[module], self.default_zero_version)
+        return read_module(self.store, module, self.modules[module], self.zero_version)
 
     def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """An unquantized tensor in memory of its own, finite, of the given shape."""
@@ -124,7 +125,7 @@ def open_checkpoint(path: Path, ckpt: Path | None = None, expected: Expected | N
     warnings = [*zeros.warnings, *contradictions(store, shapes, config, zeros)]
     if expected is not None:
         check_flags(store, shapes, config, expected)
-    return Checkpoint(folder, store, config, shapes, zeros.default_version, tuple(warnings))
+    return Checkpoint(folder, store, config, shapes, zeros.version, tuple(warnings))
 
 
 def _is_finite(tensor: Tensor) -> bool:

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
 from gptq_api.checkpoint.claims import ClaimTable
 from gptq_api.checkpoint.errors import CheckpointError
 from gptq_api.checkpoint.module import ModuleShape, infer_group_size, is_permuted
 from gptq_api.checkpoint.packing import ZeroVersion
 from gptq_api.checkpoint.quant_config import QuantConfig
 from gptq_api.checkpoint.tensors import TensorStore
-from gptq_api.checkpoint.zeros import ZeroStatistics, histogram, sniff_zero_version
+from gptq_api.checkpoint.zeros import Evidence, sniff_zero_version
 
 
 @dataclass(frozen=True)
@@ -28,38 +26,47 @@ class Expected:
 class Zeros:
     """What the zero points of all modules together say."""
 
-    default_version: ZeroVersion
-    """for modules that do not show their own"""
-    shown: dict[str, ZeroVersion]
-    """the modules that do"""
+    version: ZeroVersion
+    """one for the checkpoint: no writer mixes them"""
+    sym: frozenset[str]
+    """the modules whose zero points are all in the middle"""
     warnings: tuple[str, ...]
 
 
 def look_at_zeros(store: TensorStore, shapes: dict[str, ModuleShape], config: QuantConfig) -> Zeros:
-    """The zero version, and warnings where the tensors contradict the config or look like neither version."""
-    packed = {module: shape for module, shape in shapes.items() if not shape.float_zeros}
-    shown: dict[str, ZeroVersion] = {}
-    for module, shape in packed.items():
-        version = sniff_zero_version(store.read(f"{module}.qzeros"), shape.bits)
-        if version is not None:
-            shown[module] = version
-    found = set(shown.values())
-    warnings = []
+    """The zero version, and warnings where the tensors contradict the config or look like neither version.
+
+    Zero points that are all alike, in every module, show it whatever a config says. Else the config knows, and where it
+    says nothing all modules are asked together: one module alone shows nothing, its zero points may all be 7 by chance.
+    """
+    evidence = Evidence()
+    alike: dict[str, ZeroVersion] = {}
+    for module, shape in shapes.items():
+        if not shape.float_zeros:
+            words = store.read(f"{module}.qzeros")
+            version = sniff_zero_version(words, shape.bits)
+            evidence.add(words, shape.bits, version)
+            if version is not None:
+                alike[module] = version
+    unanimous = evidence.unanimous
     claimed: ZeroVersion | None = config.zero_version or (1 if config.source else None)
-    if found and claimed is not None and found != {claimed}:
+    decided: ZeroVersion = unanimous or config.zero_version or evidence.likelier
+    warnings = []
+    if claimed is not None and decided != claimed:
         said = f"{config.source} says" if config.zero_version else f"{config.source} says nothing, which means"
-        warnings.append(f"{said} zero points are v{claimed} but the tensors show v{3 - claimed}; the tensors decide")
-    default: ZeroVersion = config.zero_version or (found.pop() if len(found) == 1 else 1)
-    counts: dict[int, torch.Tensor] = {}
-    for module, shape in packed.items():
-        if module not in shown:
-            new = histogram(store.read(f"{module}.qzeros"), shape.bits, default)
-            counts[shape.bits] = counts[shape.bits] + new if shape.bits in counts else new
-    for bits, total in sorted(counts.items()):
-        complaint = ZeroStatistics(bits, default, total).complaint()
-        if complaint is not None:
-            warnings.append(complaint)
-    return Zeros(default, shown, tuple(warnings))
+        warnings.append(f"{said} zero points are v{claimed} but the tensors show v{decided}; the tensors decide")
+    if claimed is None and unanimous is None and decided == 2:
+        warnings.append("no config says so, but by all zero points together they are v2, as which they are read")
+    sym = frozenset(module for module, version in alike.items() if version == decided)
+    if config.zero_version is not None and len(sym) < len(alike):
+        others = [module for module in alike if module not in sym]
+        those = others[0] if len(others) == 1 else f"{others[0]} and {len(others) - 1} more"
+        warnings.append(
+            f"{config.source} says zero points are v{decided}, and those of {those} look like v{3 - decided}; the "
+            "config decides"
+        )
+    warnings += evidence.complaints(decided)
+    return Zeros(decided, sym, tuple(warnings))
 
 
 def contradictions(store: TensorStore, shapes: dict[str, ModuleShape], config: QuantConfig, zeros: Zeros) -> list[str]:
@@ -78,7 +85,7 @@ def contradictions(store: TensorStore, shapes: dict[str, ModuleShape], config: Q
             warnings.setdefault("group", f"group size {claim.group_size} but {module} has {_describe_group(shape)}")
         if claim.desc_act is False and is_permuted(store, module, shape):
             warnings.setdefault("order", f"desc_act is false but g_idx is permuted in {module}")
-        if claim.sym is True and module not in zeros.shown and not shape.float_zeros:
+        if claim.sym is True and module not in zeros.sym and not shape.float_zeros:
             warnings.setdefault("sym", f"sym is true but the zero points of {module} differ")
     if config.lm_head is not None and config.lm_head != ("lm_head" in shapes) and not config.rules:
         state = "is" if config.lm_head else "is not"

@@ -90,4 +90,4 @@ class DequantizedCheckpoint(Checkpoint):
 
 def dequantized(checkpoint: Checkpoint) -> DequantizedCheckpoint:
     c = checkpoint
-    return DequantizedCheckpoint(c.folder, c.store, c.config, {}, c.default_zero_version, c.warnings, c)
+    return DequantizedCheckpoint(c.folder, c.store, c.config, {}, c.zero_version, c.warnings, c)

@@ -13,7 +13,7 @@ from gptq_api.checkpoint.errors import CheckpointError
 from gptq_api.checkpoint.foreign import foreign_module
 from gptq_api.checkpoint.packing import SUPPORTED_BITS, ZeroVersion, unpack_qzeros, values_per_unit
 from gptq_api.checkpoint.tensors import TensorStore
-from gptq_api.checkpoint.zeros import sniff_zero_version, whole_zeros
+from gptq_api.checkpoint.zeros import whole_zeros
 
 _GROUP_SIZES = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
 
@@ -177,21 +177,19 @@ def _check_g_idx(store: TensorStore, module: str, in_features: int) -> None:
     )
 
 
-def read_module(store: TensorStore, module: str, shape: ModuleShape, default_version: ZeroVersion) -> GPTQTensors:
-    """Decode one module. `default_version` is used where the zero points themselves do not show their version.
+def read_module(store: TensorStore, module: str, shape: ModuleShape, zero_version: ZeroVersion) -> GPTQTensors:
+    """Decode one module, its zero points as of `zero_version`, which is one for the checkpoint.
 
     CheckpointError naming the tensor for non-finite scales, zero points that are none, g_idx out of range or
     unbalanced.
     """
     scales = read_scales(store, module).clone()
-    version: ZeroVersion | None = None
+    version = None if shape.float_zeros else zero_version
     if shape.float_zeros:
         zeros = _read_float_zeros(store, module, shape, scales)
         scales = scales.t().contiguous()
     else:
-        words = store.read(f"{module}.qzeros")
-        version = sniff_zero_version(words, shape.bits) or default_version
-        zeros = unpack_qzeros(words, shape.bits, version)
+        zeros = unpack_qzeros(store.read(f"{module}.qzeros"), shape.bits, zero_version)
     g_idx, group_size, act_order = read_groups(store, module, shape)
     return GPTQTensors(
         qweight=store.read(f"{module}.qweight"),

@@ -55,10 +55,9 @@ def summarise(checkpoint: Checkpoint) -> Summary:
             found = Counter(tensors.zeros.flatten().tolist())
         else:
             words = checkpoint.store.read(f"{module}.qzeros")
-            shown = sniff_zero_version(words, shape.bits)
-            version = shown or checkpoint.default_zero_version
+            version = checkpoint.zero_version
             versions[f"v{version}"] += 1
-            sym += shown is not None
+            sym += sniff_zero_version(words, shape.bits) == version
             found = Counter(dict(enumerate(histogram(words, shape.bits, version).tolist())))
         zero_points.setdefault(shape.bits, Counter()).update(found)
     return Summary(

@@ -11,6 +11,8 @@ from torch import Tensor
 from gptq_api.checkpoint.packing import ZeroVersion, pack_qzeros, unpack_qzeros, values_per_unit
 
 _SAMPLE_WORDS = 4096
+_SHOWING = 256
+"""zero points that it takes to show anything"""
 _WHOLE = 1e-2
 """how far from a whole number a zero point may be that was multiplied with its scale in float32 or float16"""
 
@@ -43,6 +45,67 @@ def histogram(qzeros: Tensor, bits: int, version: ZeroVersion) -> Tensor:
     return torch.bincount(unpack_qzeros(sample, bits, version).flatten().to(torch.int64), minlength=1 << bits)
 
 
+class Evidence:
+    """What the zero points of all modules say about their version, module by module taken in."""
+
+    def __init__(self) -> None:
+        self._alike: dict[ZeroVersion, int] = {1: 0, 2: 0}
+        """zero points of modules that have the symmetric value of a version and no other"""
+        self._mixed: dict[int, int] = {}
+        """bits -> zero points of the other modules"""
+        self._counts: dict[tuple[int, ZeroVersion], Tensor] = {}
+        """(bits, read as) -> how often each of those occurs, of a sample"""
+
+    def add(self, qzeros: Tensor, bits: int, shown: ZeroVersion | None) -> None:
+        """One module's; `shown` is what `sniff_zero_version` says of it."""
+        num = qzeros.numel() * 32 // bits
+        if shown is not None:
+            self._alike[shown] += num
+            return
+        self._mixed[bits] = self._mixed.get(bits, 0) + num
+        versions: tuple[ZeroVersion, ...] = (1, 2)
+        for version in versions:
+            found = histogram(qzeros, bits, version)
+            known = self._counts.get((bits, version))
+            self._counts[bits, version] = found if known is None else known + found
+
+    @property
+    def unanimous(self) -> ZeroVersion | None:
+        """The version that every zero point of the checkpoint has the symmetric value of. A few that happen to be alike
+        show nothing."""
+        if self._mixed:
+            return None
+        version = self._most_alike
+        return version if self._alike[version] >= _SHOWING and not self._alike[other(version)] else None
+
+    @property
+    def likelier(self) -> ZeroVersion:
+        """By the number of zero points that speak for it: those that are symmetric by it, and those whose mean it puts
+        in the middle while the other does not. v1 where nothing speaks."""
+        votes = dict(self._alike)
+        for bits, num in self._mixed.items():
+            for version in votes:
+                if self._statistics(bits, other(version)).suggests == version:
+                    votes[version] += num
+        return 2 if votes[2] > votes[1] else 1
+
+    def complaints(self, version: ZeroVersion) -> list[str]:
+        """Sentences about zero points that look like nothing when read as `version`."""
+        found = (self._statistics(bits, version).complaint() for bits in sorted(self._mixed))
+        return [text for text in found if text is not None]
+
+    @property
+    def _most_alike(self) -> ZeroVersion:
+        return 2 if self._alike[2] > self._alike[1] else 1
+
+    def _statistics(self, bits: int, version: ZeroVersion) -> ZeroStatistics:
+        return ZeroStatistics(bits, version, self._counts[bits, version])
+
+
+def other(version: ZeroVersion) -> ZeroVersion:
+    return 2 if version == 1 else 1
+
+
 @dataclass(frozen=True)
 class ZeroStatistics:
     """The zero points of all modules with the same bits that do not show their version."""
@@ -62,25 +125,37 @@ class ZeroStatistics:
     def mode(self) -> int:
         return int(self.counts.argmax())
 
-    def complaint(self) -> str | None:
-        """A sentence where they are not what asymmetric quantization gives: weights are about as often negative as
-        positive, so zero points lie around the middle, (2**bits - 1) / 2, and the wrong version moves them by one.
+    @property
+    def _middle(self) -> float:
+        return ((1 << self.bits) - 1) / 2
 
-        Nothing is said of 8 bits, where a step does not show.
-        """
-        middle = ((1 << self.bits) - 1) / 2
-        off = self.mean - middle
-        if self.bits == 8 or int(self.counts.sum()) < 256 or abs(off) <= 0.6:
+    @property
+    def strange(self) -> bool:
+        """Whether they are not what asymmetric quantization gives: weights are about as often negative as positive, so
+        zero points lie around the middle, (2**bits - 1) / 2, and the wrong version moves them by one. With 8 bits, that
+        does not show."""
+        return self.bits != 8 and int(self.counts.sum()) >= _SHOWING and abs(self.mean - self._middle) > 0.6
+
+    @property
+    def suggests(self) -> ZeroVersion | None:
+        """The other version, where these are strange and it would not be."""
+        # v1 adds one to what is stored: a v2 file read as v1 lies too high, a v1 file read as v2 too low.
+        step = -1 if self.version == 1 else 1
+        fits = self.strange and abs(self.mean - self._middle + step) < 0.45
+        return other(self.version) if fits else None
+
+    def complaint(self) -> str | None:
+        """A sentence where they are strange, with the other version where that explains it."""
+        if not self.strange:
             return None
+        middle = self._middle
         text = (
             f"{self.bits}-bit zero points read as v{self.version} are mostly {self.mode} and {self.mean:.1f} on average"
         )
-        # v1 adds one to what is stored: a v2 file read as v1 lies too high, a v1 file read as v2 too low.
-        other, step = (2, -1) if self.version == 1 else (1, 1)
-        if abs(off + step) < 0.45:
-            form = "gptq_v2" if other == 2 else "gptq"
+        if (better := self.suggests) is not None:
+            form = "gptq_v2" if better == 2 else "gptq"
             return (
-                f"{text}, where v{other} would give the usual {middle:g}; if answers are nonsense, set "
+                f"{text}, where v{better} would give the usual {middle:g}; if answers are nonsense, set "
                 f'"checkpoint_format": "{form}" in quantize_config.json'
             )
         return (

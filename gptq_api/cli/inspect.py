@@ -39,8 +39,8 @@ def run(settings: InspectSettings) -> int:
 def inspect(settings: InspectSettings) -> dict[str, Any]:
     """The facts as JSON values; sizes are in bytes. Raises CheckpointError or ConfigError."""
     from gptq_api.checkpoint.summary import summarise
-    from gptq_api.model.config import read_config
     from gptq_api.model.loader import has_head
+    from gptq_api.model.modules import config_of
     from gptq_api.model.plan import plan_serving
     from gptq_api.runner.load import choose_backend, open_model, resolve_device
     from gptq_api.runner.memory import longest_text, plan_cache
@@ -48,7 +48,7 @@ def inspect(settings: InspectSettings) -> dict[str, Any]:
 
     options = LoadOptions.of(settings)
     device, checkpoint = resolve_device(options.device), open_model(options)
-    config = read_config(checkpoint.folder)
+    config = config_of(checkpoint)
     backend = choose_backend(options, checkpoint, config, device)
     plan = plan_serving(checkpoint, config, backend)
     summary = summarise(checkpoint)

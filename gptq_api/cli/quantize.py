@@ -43,7 +43,7 @@ def run(settings: QuantizeSettings) -> int:
 
 def _run(settings: QuantizeSettings) -> None:
     from gptq_api.checkpoint.dense import open_dense
-    from gptq_api.model.config import read_config
+    from gptq_api.model.modules import config_of, modules
     from gptq_api.quantize import gptq as quantizer
     from gptq_api.quantize.block import batches
     from gptq_api.quantize.card import TextsInWords, low_zeros_warning, model_card
@@ -56,7 +56,7 @@ def _run(settings: QuantizeSettings) -> None:
     folder = Path(local_model(settings.model_path, settings.revision, settings.gptq_ckpt))
     out = settings.out
     source = open_dense(folder, settings.gptq_ckpt)
-    config = read_config(folder)
+    config = config_of(source)
     check_shapes(config, settings.bits)
     tokenizer = load_tokenizer(folder)
     device = resolve_device(settings.device)
@@ -83,7 +83,7 @@ def _run(settings: QuantizeSettings) -> None:
     with WorkFolder(out, _fingerprint(source, recipe, texts, backend_of(device).kind)) as work:
         for sentence in texts.sentences:
             console.print(sentence, soft_wrap=True)
-        with _Bar(console, 7 * config.num_hidden_layers) as bar:
+        with _Bar(console, len(modules(config)), config.num_hidden_layers) as bar:
             outcome = quantize_model(
                 source,
                 config,
@@ -189,7 +189,8 @@ def _fingerprint(source: Checkpoint, recipe: Recipe, texts: _Texts, device: str)
 class _Bar:
     """Progress on a terminal; a line per layer elsewhere."""
 
-    def __init__(self, console: Console, num_modules: int) -> None:
+    def __init__(self, console: Console, modules_per_layer: int, num_layers: int) -> None:
+        self._per_layer = modules_per_layer
         self._console = console
         self._progress = Progress(
             TextColumn("{task.description:<36}"),
@@ -201,7 +202,7 @@ class _Bar:
             console=console,
             disable=not console.is_terminal,
         )
-        self._task = self._progress.add_task("reading", total=num_modules)
+        self._task = self._progress.add_task("reading", total=modules_per_layer * num_layers)
         self._layer: list[ModuleReport] = []
 
     def __enter__(self) -> _Bar:
@@ -216,7 +217,7 @@ class _Bar:
         cost = "" if report.error is None else f" error {100 * report.error:.3f} %"
         self._progress.update(self._task, advance=1, description=f"layer {index} {module.split('.')[-1]}{cost}")
         self._layer.append(report)
-        if len(self._layer) == 7:
+        if len(self._layer) == self._per_layer:
             parts = [f"{r.module.rsplit('.', 1)[-1]} {100 * (r.error or 0):.3f} %" for r in self._layer]
             shown = ", ".join(parts) if report.error is not None else "rounded"
             self._console.print(f"layer {index}: {shown}", soft_wrap=True)

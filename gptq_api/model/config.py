@@ -47,6 +47,8 @@ class LlamaConfig:
     tie_word_embeddings: bool | None
     """None: the file does not say"""
     eos_token_ids: tuple[int, ...]
+    fused: frozenset[str]
+    """which of "qkv" and "gate_up" are stored as one Linear; of other families than Phi-3, `as_stored` knows"""
     num_experts: int
     """of a mixture in place of the feed-forward network; 0: there is none"""
     torch_dtype: str | None
@@ -114,6 +116,7 @@ def parse_config(raw: dict[str, Any], source: str, generation: dict[str, Any] | 
         mlp_bias=keys.flag("mlp_bias", False),
         tie_word_embeddings=keys.optional_flag("tie_word_embeddings"),
         eos_token_ids=_eos(raw, source, generation or {}, vocab_size),
+        fused=frozenset(("qkv", "gate_up") if family.fused else ()),
         num_experts=keys.integer("num_local_experts", 0, 1024, default=0),
         torch_dtype=str(raw.get("dtype") or raw.get("torch_dtype") or "") or None,
     )

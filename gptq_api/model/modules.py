@@ -5,10 +5,11 @@ read it."""
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
-from gptq_api.model.config import LlamaConfig
+from gptq_api.checkpoint.checkpoint import Checkpoint
+from gptq_api.model.config import LlamaConfig, read_config
 
 Joint = Literal["qkv", "o", "gate_up", "down", "experts", "router"]
 
@@ -43,7 +44,7 @@ def modules(config: LlamaConfig) -> tuple[Module, ...]:
     heads, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     hidden, ffn = config.hidden_size, config.intermediate_size
     qkv_bias, mlp_bias = config.attention_bias, config.mlp_bias
-    if config.family.fused:
+    if "qkv" in config.fused:
         attention: tuple[Module, ...] = (Module("self_attn.qkv_proj", hidden, heads + 2 * kv, "qkv", qkv_bias),)
     else:
         sizes = (("q", heads), ("k", kv), ("v", kv))
@@ -60,11 +61,31 @@ def modules(config: LlamaConfig) -> tuple[Module, ...]:
             )
         ]
         return (*attention, Module("block_sparse_moe.gate", hidden, config.num_experts, "router"), *experts)
-    if config.family.fused:
+    if "gate_up" in config.fused:
         gate_up: tuple[Module, ...] = (Module("mlp.gate_up_proj", hidden, 2 * ffn, "gate_up", mlp_bias),)
     else:
         gate_up = tuple(Module(f"mlp.{part}_proj", hidden, ffn, "gate_up", mlp_bias) for part in ("gate", "up"))
     return (*attention, *gate_up, Module("mlp.down_proj", ffn, hidden, "down", mlp_bias))
+
+
+_FUSED = {"qkv": ("self_attn.qkv_proj", "self_attn.q_proj"), "gate_up": ("mlp.gate_up_proj", "mlp.gate_proj")}
+
+
+def as_stored(config: LlamaConfig, names: frozenset[str]) -> LlamaConfig:
+    """The config for a file with these tensors: some programs store q, k and v (and gate and up) side by side in the
+    order of the forward pass, whatever the family does."""
+
+    def has(module: str) -> bool:
+        return any(f"{layer_prefix(0)}{module}.{part}" in names for part in ("qweight", "weight"))
+
+    fused = {joint for joint, (one, first) in _FUSED.items() if has(one) and not has(first)}
+    return replace(config, fused=config.fused | fused)
+
+
+def config_of(checkpoint: Checkpoint) -> LlamaConfig:
+    """What config.json says of a checkpoint's model, with its Linears as they are stored. CheckpointError as
+    `read_config`."""
+    return as_stored(read_config(checkpoint.folder), checkpoint.store.names)
 
 
 def parts(config: LlamaConfig, joint: Joint) -> list[Module]:

@@ -18,8 +18,9 @@ from gptq_api.checkpoint.identity import Identity, identity
 from gptq_api.checkpoint.safetensors_file import system_error
 from gptq_api.config import ConfigError
 from gptq_api.model.backend import Backend
-from gptq_api.model.config import LlamaConfig, read_config
+from gptq_api.model.config import LlamaConfig
 from gptq_api.model.loader import LoadReport, load_llama
+from gptq_api.model.modules import config_of
 from gptq_api.model.weights import LlamaWeights
 from gptq_api.runner.cpu.backend import CpuBackend
 from gptq_api.runner.cuda.backend import CudaBackend, refusal
@@ -94,7 +95,7 @@ def make_runner(options: LoadOptions, checkpoint: Checkpoint, device: torch.devi
     started = time.monotonic()
     if device.type == "cpu":
         torch.set_num_threads(options.num_threads or _default_threads(checkpoint))
-    config = read_config(checkpoint.folder)
+    config = config_of(checkpoint)
     backend = choose_backend(options, checkpoint, config, device)
     backend.cache_dtype(options.kv_cache_dtype)  # a refusal comes before the weights are read
     max_model_len = longest_text(options, config)

@@ -15,6 +15,7 @@ from gptq_api.checkpoint.checkpoint import CheckpointError, open_checkpoint
 from gptq_api.checkpoint.claims import Claim, ClaimTable, parse_dynamic, parse_extra_config
 from gptq_api.checkpoint.packing import ZeroVersion, pack_qzeros
 from gptq_api.checkpoint.quant_config import QuantConfig, parse_quant_config, read_quant_config
+from gptq_api.checkpoint.summary import summarise
 from gptq_api.checkpoint.zeros import ZeroStatistics, sniff_zero_version
 from tests.checkpoint.test_checkpoint import load
 from tests.support.checkpoints import RandomModel, Recipe, random_model, write_checkpoint
@@ -130,6 +131,50 @@ def test_zero_points_off_the_middle_name_the_other_version(
         # 2 bits: what is one too low wraps around, so that reading v1 as v2 may look right.
         assert len(warnings) == 1
         assert f"read as v{said}" in warnings[0] and f'"checkpoint_format": "{forms[written]}"' in warnings[0]
+
+
+SAID: dict[str, dict[str, Any] | None] = {
+    "config": {"bits": 4, "format": ""},
+    "silent config": {"bits": 4},
+    "none": None,
+}
+
+
+@pytest.mark.parametrize("said", SAID)
+@pytest.mark.parametrize("written", [1, 2])
+def test_the_version_is_one_for_the_checkpoint(written: ZeroVersion, said: str, tmp_path: Path) -> None:
+    """A module whose zero points are all 7 looks symmetric in a v2 file when seen alone (9 in a v1 file)."""
+    model = random_model(Recipe(num_layers=1, sym=False))
+    lone = "model.layers.0.self_attn.k_proj"
+    module = model.modules[lone]
+    model.modules[lone] = replace(module, zeros=torch.full_like(module.zeros, 7 if written == 2 else 9))
+    quant = SAID[said]
+    if quant is not None and "format" in quant:
+        quant = quant | {"format": "gptq_v2" if written == 2 else "gptq"}
+    checkpoint = open_checkpoint(write_checkpoint(tmp_path, model, zero_version=written, quant_config=quant))
+    for name, source in model.modules.items():
+        assert torch.equal(checkpoint.gptq(name).zeros, source.zeros), name
+    assert summarise(checkpoint).zero_versions == {f"v{written}": 7} and summarise(checkpoint).num_sym == 0
+    warnings = " ".join(checkpoint.warnings)
+    if said == "config":
+        assert f"those of {lone} look like v{3 - written}; the config decides" in warnings
+    elif written == 2:
+        assert (
+            "the tensors show v2" in warnings if said == "silent config" else "by all zero points together" in warnings
+        )
+    else:
+        assert warnings == ""
+
+
+def test_a_few_zero_points_that_are_alike_show_nothing(tmp_path: Path) -> None:
+    """One module with 32 of them, under a config that knows."""
+    dense = ("q_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    model = random_model(Recipe(num_layers=1, group_size=-1, dense=dense))
+    (name,) = model.modules
+    model.modules[name] = replace(model.modules[name], zeros=torch.full_like(model.modules[name].zeros, 7))
+    quant = {"bits": 4, "checkpoint_format": "gptq_v2"}
+    folder = write_checkpoint(tmp_path, model, zero_version=2, quant_config=quant)
+    assert int(open_checkpoint(folder).gptq(name).zeros.max()) == 7
 
 
 def test_zero_points_far_from_any_middle() -> None:

@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from gptq_api.checkpoint.checkpoint import CheckpointError
+from gptq_api.cli.inspect import inspect
+from gptq_api.config import InspectSettings
 from gptq_api.model.config import parse_config
 from gptq_api.runner.solo import Solo, step_of
 from gptq_api.types import SamplingParams
@@ -140,3 +142,36 @@ def test_what_a_family_needs_is_missed_by_name(recipe: Recipe, missing: str, tmp
     del tensors[f"model.layers.0.{missing}"]
     with pytest.raises(CheckpointError, match=rf"model.layers.0.{missing} is missing"):
         load(write_checkpoint(tmp_path, model, tensors=tensors))
+
+
+def _fused(tensors: dict[str, torch.Tensor], joints: dict[str, tuple[str, ...]]) -> dict[str, torch.Tensor]:
+    """Outputs side by side, as some programs save what they run; g_idx is one for all."""
+    for layer in range(2):
+        for one, names in joints.items():
+            for part in ("qweight", "qzeros", "scales", "weight"):
+                found = [tensors.pop(f"model.layers.{layer}.{name}.{part}", None) for name in names]
+                if found[0] is not None:
+                    tensors[f"model.layers.{layer}.{one}.{part}"] = torch.cat(found, 0 if part == "weight" else 1)
+            g_idx = [tensors.pop(f"model.layers.{layer}.{name}.g_idx", None) for name in names]
+            if g_idx[0] is not None:
+                tensors[f"model.layers.{layer}.{one}.g_idx"] = g_idx[0]
+    return tensors
+
+
+QKV = {"self_attn.qkv_proj": tuple(f"self_attn.{part}_proj" for part in "qkv")}
+GATE_UP = {"mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj")}
+
+
+@pytest.mark.parametrize("joints", [QKV, GATE_UP, QKV | GATE_UP], ids=["qkv", "gate_up", "both"])
+@pytest.mark.parametrize("dense", [(), ("gate_proj", "up_proj")], ids=["quantized", "partly"])
+def test_a_llama_may_have_its_linears_fused(
+    joints: dict[str, tuple[str, ...]], dense: tuple[str, ...], tmp_path: Path
+) -> None:
+    model = random_model(Recipe(act_order=True, sym=False, dense=dense))
+    folder = write_checkpoint(tmp_path, model, tensors=_fused(model.tensors(), joints))
+    assert (all_logits(load(folder), SHORT) - model.reference_logits(SHORT)).abs().max() < 1e-3
+    facts = inspect(InspectSettings(model_path=str(folder), device="cpu"))
+    assert {name.rpartition(".")[2] for name in joints} <= set(facts["paths"])
+    assert facts["quantization"]["modules"] == sum(
+        name.endswith(".qweight") for name in _fused(model.tensors(), joints)
+    )
