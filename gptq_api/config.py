@@ -187,8 +187,9 @@ class Settings(EngineSettings):
     default."""
     strict_params: bool = False
     """Answer 400 to unknown request fields instead of naming them in the x-unsupported-params header."""
-    max_body_bytes: int = Field(8 * 2**20, ge=1024)
-    """Largest request body; more is answered 413."""
+    max_body_bytes: int | None = Field(None, ge=1024)
+    """Largest request body; more is answered 413. Default: 64 bytes for every token of the context, at least 2 MiB. All
+    bodies that are being read together hold at most 32 MiB, or four times this."""
     header_timeout_s: float = Field(10.0, gt=0)
     """Time a client has to send a request's headers."""
     body_timeout_s: float = Field(30.0, gt=0)

@@ -44,10 +44,11 @@ MAY_IMPORT = {
 IN_API_MAY_IMPORT = {
     "server": {"app", "service", "errors"},
     "app": {"document", "routes", "service", "errors"},
-    "routes": {"answers", "document", "requests", "service", "metrics", "errors"},
+    "body": {"service", "errors"},
+    "routes": {"answers", "body", "document", "requests", "service", "metrics", "errors"},
     "answers": {"service", "errors", "messages_errors", "terms", "tool_names"},
     "document": {"messages_errors"},
-    "requests": {"service", "errors", "terms", "tool_names"},
+    "requests": {"body", "service", "errors", "terms", "tool_names"},
     "service": {"metrics", "errors"},
     "metrics": set(),
     "errors": {"invalid", "messages_errors", "unknown_url"},

@@ -107,6 +107,19 @@ def server_full(taken: PlacesTaken) -> ApiError:
     return too_many(taken.retry_after_s, f"The server is full: {taken}.", "server_full")
 
 
+def bodies_full() -> ApiError:
+    message = "The server holds as many bytes of unfinished request bodies as it may; try again in 1 s."
+    return too_many(1.0, message, "server_full")
+
+
+def shutting_down() -> ApiError:
+    return unavailable("The server is shutting down.", "server_shutting_down")
+
+
+def body_stalled() -> ApiError:
+    return ApiError(408, "The body of the request stopped arriving, and others needed its room.", code="body_stalled")
+
+
 def unavailable(message: str, code: str, retry_after_s: int = 5) -> ApiError:
     return ApiError(503, message, code=code, headers={"retry-after": str(retry_after_s)})
 

@@ -24,7 +24,7 @@ from starlette.types import ASGIApp
 
 from gptq_api import __version__, exits
 from gptq_api.api.app import build_app
-from gptq_api.api.errors import error_body
+from gptq_api.api.errors import error_body, shutting_down
 from gptq_api.api.service import Service
 from gptq_api.config import Settings
 from gptq_api.edge.accept import AT_ONCE, max_connections
@@ -184,6 +184,7 @@ async def _drain(service: Service, requests: RequestMiddleware, signals: _Signal
     """New requests are refused, running ones finish; what is left at the deadline is told so and cut."""
     service.draining = True
     service.engine.end_restarts()
+    service.bodies.cut(shutting_down)
     seconds = service.settings.drain_timeout_s
     log.info(f"shutting down: {requests.num_requests} requests in flight have {seconds:g} s; ^C again to cut them off")
     idle, second = asyncio.ensure_future(requests.idle()), asyncio.ensure_future(signals.second())

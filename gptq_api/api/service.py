@@ -14,10 +14,11 @@ from typing import Annotated, TypeVar
 from fastapi import Depends, Request
 
 from gptq_api import __version__
-from gptq_api.api.errors import ApiError, rate_limited, server_full, unavailable
+from gptq_api.api.errors import ApiError, body_stalled, rate_limited, server_full, shutting_down, unavailable
 from gptq_api.api.metrics import Metrics
 from gptq_api.config import Settings
 from gptq_api.edge.auth import Authenticator
+from gptq_api.edge.in_flight import Bodies
 from gptq_api.edge.limits import LimitReached
 from gptq_api.edge.request_log import RequestRecord
 from gptq_api.engine.client import EngineClient
@@ -28,6 +29,12 @@ from gptq_api.text.process import TextProcess
 from gptq_api.text.tokens import Tokens
 
 T = TypeVar("T")
+BODY_BYTES_PER_TOKEN = 64
+"""of the longest prompt: a word and a half, all of it in the longest escapes, and what stands around it"""
+MIN_BODY_BYTES = 2 * 2**20
+"""that a body may have whatever the context is: many prompts, tools, blocks that are skipped"""
+MIN_BYTES_OF_BODIES = 32 * 2**20
+"""that bodies may hold together, unless four of them are more"""
 
 _FAULTS = {
     "dead": "The engine is not running.",
@@ -51,6 +58,8 @@ class Service:
     """of all that decides which text a seed gives: this program, the checkpoint, device, types"""
     max_tokens: int = field(init=False)
     """longest prompt plus answer that can ever run"""
+    max_body_bytes: int = field(init=False)
+    bodies: Bodies = field(init=False)
     grammars: GrammarChecker = field(init=False)
     _text_thread: ThreadPoolExecutor = field(init=False)
 
@@ -62,6 +71,10 @@ class Service:
         parts = (__version__, ready.checkpoint, ready.device, ready.dtype, self.settings.kv_cache_dtype)
         self.fingerprint = "fp_" + hashlib.sha256(" ".join(parts).encode()).hexdigest()[:10]
         self.max_tokens = ready.max_model_len
+        self.max_body_bytes = self.settings.max_body_bytes or max(
+            MIN_BODY_BYTES, BODY_BYTES_PER_TOKEN * self.max_tokens
+        )
+        self.bodies = Bodies(max(MIN_BYTES_OF_BODIES, 4 * self.max_body_bytes), body_stalled)
         self.grammars = GrammarChecker(self.tokenizer.special_contents)
         # one thread: long texts are not spelled on the event loop
         self._text_thread = ThreadPoolExecutor(1, thread_name_prefix="text")
@@ -133,6 +146,11 @@ class Service:
         self.metrics.rejected["rate_limit"].inc()
         return rate_limited(reached)
 
+    def check_room(self, record: RequestRecord) -> None:
+        """Raises what `preparing` would raise now."""
+        with self.preparing(record):
+            pass
+
     def full(self, taken: PlacesTaken) -> ApiError:
         """A 429 that is counted."""
         self.metrics.rejected["share_full" if taken.share else "server_full"].inc()
@@ -141,7 +159,7 @@ class Service:
     def refusal(self) -> ApiError | None:
         """Why nothing is admitted, a 503 that is counted; None where it is."""
         if self.draining:
-            error = unavailable("The server is shutting down.", "server_shutting_down")
+            error = shutting_down()
         elif (fault := self.engine.fault) is not None:
             error = unavailable(_FAULTS[fault], f"engine_{fault}", self.engine.retry_after_s)
         else:

@@ -47,6 +47,7 @@ def json_schema(schema: Any) -> str:
     Raises GrammarError for what is no schema, too large, or counts what cannot be counted; other keywords are looked at
     when it is compiled.
     """
+    _bounded(json.dumps(schema))  # before anything is done with one that is far too large
     return _bounded(LLMatcher.grammar_from_json_schema(json.dumps(_checked(schema)), overrides=_options()))
 
 

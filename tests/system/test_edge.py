@@ -237,7 +237,7 @@ def test_what_waits_for_us_is_no_fault_of_the_client(strict_server: Server) -> N
     body += b" " * (99_000 - len(body))
     chunked = b"".join(b"1\r\n%c\r\n" % byte for byte in body) + b"0\r\n\r\n"
     request = head("/v1/chat/completions", b"Content-Type: application/json", b"Authorization: Bearer first-key")
-    socks = [connect(strict_server) for _ in range(4)]
+    socks = [connect(strict_server) for _ in range(3)]  # as many as one of two keys may hold of four places
     senders = [threading.Thread(target=sock.sendall, args=(request + chunked,)) for sock in socks]
     for sender in senders:
         sender.start()

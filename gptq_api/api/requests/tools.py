@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
 
+from gptq_api.api.body import count_text
 from gptq_api.api.errors import ApiError, bad_request
 from gptq_api.api.requests.constraints import ConstrainedFields, Constraint, Schema
 from gptq_api.api.requests.fields import Body, Name, check_text
@@ -54,6 +55,7 @@ class NamedChoice(Body):
 def _arguments(value: str) -> str:
     """What an assistant's message says that a function was called with: templates want the object."""
     check_text(value)
+    count_text(value)
     try:
         found = json.loads(value or "{}")
     except (ValueError, RecursionError):

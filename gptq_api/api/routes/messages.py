@@ -6,6 +6,7 @@ from fastapi import Request, Response
 
 from gptq_api.api.answers.encoding import json_response
 from gptq_api.api.answers.messages import MessagesShape
+from gptq_api.api.body import beside
 from gptq_api.api.document.declare import BODY, answers
 from gptq_api.api.errors import ApiError
 from gptq_api.api.requests.chat import ChatCompletionRequest
@@ -27,7 +28,7 @@ async def messages(body: MessagesRequest, request: Request, service: ServiceDep,
     """The next message of a conversation, whole or as a stream of server-sent events."""
     service.check_model(body.model)
     strict = service.settings.strict_params
-    asked = body.translated(service.template, strict=strict)
+    asked = await beside(request, service, lambda: body.translated(service.template, strict=strict))
     shape = MessagesShape(
         service.model_name, asked.tools.origin, body.stop_sequences or (), thinking=body.wants_thinking
     )
@@ -38,11 +39,11 @@ async def messages(body: MessagesRequest, request: Request, service: ServiceDep,
 
 
 @router.post("/v1/messages/count_tokens", **answers("MessageTokens", errors=(*BODY, *_ERRORS), error="MessagesError"))
-async def count_tokens(body: CountTokensRequest, service: ServiceDep, record: RecordDep) -> Response:
+async def count_tokens(body: CountTokensRequest, request: Request, service: ServiceDep, record: RecordDep) -> Response:
     """How many tokens a conversation is, with all that the chat template puts around it."""
     service.check_model(body.model)
     strict = service.settings.strict_params
-    asked = body.translated(service.template, strict=strict)
+    asked = await beside(request, service, lambda: body.translated(service.template, strict=strict))
     with asked.names.used(), service.preparing(record):
         asked.chat.unknown(strict=strict)
         num_tokens = await _count(service, asked.chat)

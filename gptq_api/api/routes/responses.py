@@ -8,6 +8,7 @@ from fastapi import Request, Response
 
 from gptq_api.api.answers.logprobs import TokenEntry, chat_logprobs
 from gptq_api.api.answers.responses import ResponsesShape
+from gptq_api.api.body import beside
 from gptq_api.api.document.declare import BODY, WORK, answers
 from gptq_api.api.errors import ApiError
 from gptq_api.api.requests.responses import ResponsesRequest
@@ -25,7 +26,7 @@ async def responses(body: ResponsesRequest, request: Request, service: ServiceDe
     """The answer to items, whole or as a stream of server-sent events. Nothing is stored."""
     service.check_model(body.model)
     strict = service.settings.strict_params
-    asked = body.translated(service.template, strict=strict)
+    asked = await beside(request, service, lambda: body.translated(service.template, strict=strict))
     spelled = _logprobs(service, body.top_logprobs or 0) if body.wants_logprobs else None
     shape = ResponsesShape(_echoed(service, body), asked.tools.origin, spelled)
     with asked.names.used():

@@ -62,7 +62,7 @@ def _piece(service: Service, token_id: int) -> dict[str, Any]:
         return {"id": token_id, "piece": list(data)}
 
 
-@router.post("/detokenize", **answers("Text", errors=(*BODY, 404)))
+@router.post("/detokenize", **answers("Text", errors=(*BODY, 404, *WORK)))
 async def detokenize(body: DetokenizeRequest, service: ServiceDep) -> Response:
     """The text of token ids, control tokens written out, under vLLM's name and llama.cpp's: both send the same body."""
     service.check_model(body.model)

@@ -1,0 +1,111 @@
+"""Request bodies on their way: what they hold together is bounded, and what is unfinished can be cut off.
+
+A client that is slow, or has stopped, holds what it has sent for as long as its deadline lets it. So the bytes of all
+bodies are counted, and where a body finds no room, those that have not grown for a while make it. Small bodies have
+as much room again: what is short is not refused because of what is long.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from types import TracebackType
+
+SMALL = 64 * 1024
+"""bytes up to which a body costs so little that nobody asks first"""
+STALLED_S = 2.0
+"""seconds without growth after which a body makes room for others"""
+
+Error = Callable[[], Exception]
+
+
+class NoRoomError(Exception):
+    """Bodies hold as much as they may."""
+
+
+class Bodies:
+    def __init__(self, most: int, stalled: Error) -> None:
+        """`most`: bytes that they may hold together; `stalled`: what a body is cut off with that makes room."""
+        self.most = most
+        self.num_bytes = 0
+        self.turn = asyncio.Lock()
+        """for what occupies the event loop with a large body: one at a time"""
+        self._stalled = stalled
+        self._unfinished: dict[Arriving, None] = {}
+
+    def cut(self, error: Error) -> None:
+        """Whoever waits for the rest of a body gets the error now."""
+        for body in list(self._unfinished):
+            body.cut(error())
+
+    def room_for(self, size: int) -> bool:
+        """Whether a body may grow by so much, or could by others' leaving."""
+        return self.num_bytes + size <= self.most or self._idle_bytes() >= self.num_bytes + size - self.most
+
+    def _idle_bytes(self) -> int:
+        since = time.monotonic() - STALLED_S
+        return sum(body.size for body in self._unfinished if body.grown_at < since)
+
+    def _make_room(self, size: int) -> None:
+        since = time.monotonic() - STALLED_S
+        for body in [body for body in self._unfinished if body.size and body.grown_at < since]:
+            if self.num_bytes + size <= self.most:
+                return
+            body.cut(self._stalled())
+
+    def _take(self, size: int, most: int) -> None:
+        if self.num_bytes + size > most:
+            self._make_room(size)
+        if self.num_bytes + size > most:
+            raise NoRoomError
+        self.num_bytes += size
+
+
+class Arriving:
+    """`with Arriving(bodies) as body:` around the reading of one body and its parsing. At its end the error is raised
+    that the body was cut off with."""
+
+    def __init__(self, bodies: Bodies) -> None:
+        self.size = 0
+        self.grown_at = time.monotonic()
+        self._bodies = bodies
+        self._error: Exception | None = None
+
+    def __enter__(self) -> Arriving:
+        task = asyncio.current_task()
+        assert task is not None
+        self._task = task
+        self._cancelling = task.cancelling()
+        self._bodies._unfinished[self] = None
+        return self
+
+    def grow(self, size: int) -> None:
+        """Raises NoRoomError."""
+        bodies = self._bodies
+        bodies._take(size, bodies.most if self.size + size > SMALL else 2 * bodies.most)
+        self.size += size
+        self.grown_at = time.monotonic()
+
+    def finish(self) -> None:
+        """All of it is here: it is not cut off any more."""
+        self._bodies._unfinished.pop(self, None)
+
+    def cut(self, error: Exception) -> None:
+        """Its room is free at once; whoever reads it is woken up."""
+        self._error = error
+        self._release()
+        self._task.cancel()
+
+    def _release(self) -> None:
+        self.finish()
+        self._bodies.num_bytes -= self.size
+        self.size = 0
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._release()
+        # as asyncio.timeout does: what others have cancelled stays cancelled
+        if self._error is not None and self._task.uncancel() <= self._cancelling and kind is asyncio.CancelledError:
+            raise self._error from None
