@@ -47,6 +47,8 @@ KEEP_ALIVE_S = 75
 """An idle connection's life: longer than the 60 s of usual proxies, so that they, who know, close first"""
 BACKLOG = 2048
 """Connections that the kernel keeps until they are accepted"""
+CLOSE_S = 0.3
+"""How long connections have to close when we are in a hurry"""
 FAREWELL_S = 1.0
 """How long clients have to read their error event, and probes to see a 503, before the process goes"""
 EXIT_S, STOP_S = 10.0, 0.5
@@ -161,6 +163,7 @@ async def _serve(service: Service, sockets: list[socket.socket], signals: _Signa
     watching = asyncio.ensure_future(service.watch_keys())
     stopped, dead = asyncio.ensure_future(signals.first()), asyncio.ensure_future(service.engine.wait_dead())
     await asyncio.wait({stopped, dead}, return_when=asyncio.FIRST_COMPLETED)
+    until = time.monotonic() + service.settings.drain_timeout_s
     if not dead.done():
         server.drain()
         await _drain(service, requests, signals, dead)
@@ -175,7 +178,7 @@ async def _serve(service: Service, sockets: list[socket.socket], signals: _Signa
     stopped.cancel()
     dead.cancel()
     watching.cancel()
-    await _within(0.3, server.close())
+    await _close(server, signals, until - time.monotonic() if status == exits.DONE else 0)
     log.info("stopped", exit_status=status)
     return status
 
@@ -196,6 +199,15 @@ async def _drain(service: Service, requests: RequestMiddleware, signals: _Signal
         await asyncio.wait({idle}, timeout=STOP_S if signals.num_received > 1 else FAREWELL_S)
         await stopping
     idle.cancel()
+
+
+async def _close(server: Server, signals: _Signals, seconds: float) -> None:
+    """Answers that are whole have so long to be read, unless a second signal comes."""
+    closing, second = asyncio.ensure_future(server.close()), asyncio.ensure_future(signals.second())
+    await asyncio.wait({closing}, timeout=CLOSE_S)
+    await asyncio.wait({closing, second}, timeout=max(0, seconds - CLOSE_S), return_when=asyncio.FIRST_COMPLETED)
+    closing.cancel()
+    second.cancel()
 
 
 async def _within(seconds: float, work: object) -> None:

@@ -110,16 +110,33 @@ class Service:
         """
         if (refusal := self.refusal()) is not None:
             raise refusal
+        with self._accounted(record), self._coming(record):
+            yield
+
+    def check_room(self, record: RequestRecord) -> None:
+        """Raises what `preparing` would raise now, without counting as a request."""
+        if (refusal := self.refusal()) is not None:
+            raise refusal
+        if (account := record.caller.account) is not None:
+            try:
+                account.begin(time.monotonic())
+            except LimitReached as reached:
+                raise self.limited(reached) from None
+            account.give_up(time.monotonic(), counts=False)
+        with self._coming(record):
+            pass
+
+    @contextmanager
+    def _coming(self, record: RequestRecord) -> Iterator[None]:
         places, owner = self.engine.places, record.caller.owner
-        with self._accounted(record):
-            try:
-                places.come(owner)
-            except PlacesTaken as taken:
-                raise self.full(taken) from None
-            try:
-                yield
-            finally:
-                places.arrive(owner)
+        try:
+            places.come(owner)
+        except PlacesTaken as taken:
+            raise self.full(taken) from None
+        try:
+            yield
+        finally:
+            places.arrive(owner)
 
     @contextmanager
     def _accounted(self, record: RequestRecord) -> Iterator[None]:
@@ -145,11 +162,6 @@ class Service:
         """A 429 that is counted."""
         self.metrics.rejected["rate_limit"].inc()
         return rate_limited(reached)
-
-    def check_room(self, record: RequestRecord) -> None:
-        """Raises what `preparing` would raise now."""
-        with self.preparing(record):
-            pass
 
     def full(self, taken: PlacesTaken) -> ApiError:
         """A 429 that is counted."""

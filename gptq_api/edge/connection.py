@@ -9,8 +9,10 @@ body that nobody wants any more, is EdgeTransport's business.
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import socket
 import sys
+import termios
 from http import HTTPStatus
 from typing import Any
 
@@ -76,6 +78,8 @@ class EdgeProtocol(H11Protocol, asyncio.BufferedProtocol):
         self._deadline: asyncio.TimerHandle | None = None
         """while these seconds run"""
         self._probe: asyncio.TimerHandle | None = None
+        self._num_unread = 0
+        """bytes that waited for the peer at the last look, while the server is about to leave"""
         self.filler = b""
         """what may stand between any two pieces of the running answer; set by who sends it"""
 
@@ -141,16 +145,22 @@ class EdgeProtocol(H11Protocol, asyncio.BufferedProtocol):
 
     def drain(self) -> None:
         """The server is about to leave: from now on a peer that does not read is not waited for."""
-        self._look_for_reader(0)
+        self._look_for_reader()
 
-    def _look_for_reader(self, num_left: int) -> None:
-        """`num_left`: bytes that waited for the peer at the last look, 0 where it took all there was."""
-        num_now = self.transport.get_write_buffer_size()
-        if self.flow.write_paused and 0 < num_left <= num_now:
-            return self.abort()
-        if not self.transport.is_closing() or num_now:
-            self.loop.call_later(READER_GRACE_S, self._look_for_reader, num_now)
-        return None
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._num_unread = 0
+
+    def _look_for_reader(self) -> None:
+        num_unread = 0
+        if self.flow.write_paused or self.transport.is_closing():  # so that nothing is added between two looks
+            num_unread = self.transport.get_write_buffer_size()
+            num_unread += in_kernel(self.transport.get_extra_info("socket")) if num_unread else 0
+        if 0 < self._num_unread <= num_unread:
+            self.abort()
+        elif self in self.connections:
+            self._num_unread = num_unread
+            self.loop.call_later(READER_GRACE_S, self._look_for_reader)
 
     def abort(self) -> None:
         """Cut the connection without waiting for the peer to read what is buffered."""
@@ -254,3 +264,12 @@ def tune(sock: socket.socket) -> None:
     ):
         if (option := getattr(socket, name, None)) is not None:  # not every system has every one of them
             sock.setsockopt(socket.IPPROTO_TCP, option, value)
+
+
+def in_kernel(sock: socket.socket) -> int:
+    """Bytes that were sent and that the peer's kernel has not acknowledged; 0 where the system does not tell."""
+    try:
+        answer = fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, bytes(4))
+    except OSError:
+        return 0
+    return int.from_bytes(answer, sys.byteorder)

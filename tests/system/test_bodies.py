@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import select
 import statistics
 import time
-
-import pytest
 
 from tests.support.heavy_bodies import (
     CHAT,
@@ -28,7 +25,7 @@ def test_heavy_bodies_do_not_stop_the_event_loop(server: Server) -> None:
     """/health beside three senders of each; where all of it was done on the loop, 0.3 to 2 s."""
     for name, request in heavy_requests().items():
         with senders(server, request, 3):
-            seconds = health_seconds(server, 60, 4)
+            seconds = health_seconds(server, 40, 4)
         assert statistics.median(seconds) < 0.15, name
     assert server.chat(max_tokens=2).status_code == 200
 
@@ -59,20 +56,18 @@ def test_a_large_body_is_wrong_in_the_words_of_a_small_one(server: Server) -> No
         assert small.status_code == 400 and small.json() == large.json()
 
 
-@pytest.mark.parametrize("chunked", [False, True])
-def test_unfinished_bodies_hold_little_and_make_room(chunked: bool) -> None:
+def test_unfinished_bodies_hold_little_and_make_room() -> None:
     with Server() as server:
         assert server.chat(max_tokens=2).status_code == 200
         before = resident(server.process.pid)
-        with unfinished_bodies(server, 100, 2 * MIB - 10, chunked=chunked) as socks:
+        with unfinished_bodies(server, 50, 2 * MIB - 10):
             assert resident(server.process.pid) - before < 64 * MIB
             assert server.chat(max_tokens=2).status_code == 200, "small ones have room"
             large = raw_request(CHAT, json.dumps(chat_body("x" * MIB)).encode())
-            assert b" 429 " in first_line(server, large)
-            # read, and refused as too long a prompt, once others have stalled
-            wait_for(lambda: b" 400 " in first_line(server, large), 10)
-            told = {sock.recv(12) for sock in socks if select.select([sock], [], [], 0)[0]}
-            assert told == {b"HTTP/1.1 429", b"HTTP/1.1 408"}
+            with unfinished_bodies(server, 16, 2 * MIB - 10, chunked=True):  # whatever room there is
+                # read, and refused as too long a prompt, at the latest when others have stalled
+                wait_for(lambda: b" 400 " in first_line(server, large), 20)
+            assert server.log().count("status=429") > 20
         wait_for(lambda: b" 400 " in first_line(server, large), 10)
 
 
@@ -87,7 +82,8 @@ def test_nothing_is_read_where_there_is_no_place() -> None:
     with Server("--max-queued-requests", "1", "--max-num-seqs", "1") as server:
         endless = chat_body(ignore_eos=True, stream=True)
         with server.http.stream("POST", CHAT, json=endless) as stream:
-            next(stream.iter_lines())
+            lines = stream.iter_lines()
+            next(lines)
             for extra in (["Content-Length: 1000000"], ["Content-Length: 1000000", "Expect: 100-continue"]):
                 head = ["POST /v1/chat/completions HTTP/1.1", "Host: localhost", "Content-Type: application/json"]
                 sock = connect(server)
