@@ -326,8 +326,9 @@ class QuantizeSettings(CommandSettings):
     """Share of the Hessian's mean diagonal that is added to it; raised where that is not enough."""
     nearest: bool = False
     """Round to nearest instead of GPTQ: no better than its name, for comparison."""
-    format: Literal["gptq", "gptq_v2"] = "gptq"
-    """How zero points are stored. gptq (v1) is what every program reads."""
+    format: Literal["gptq", "gptq_v2"] | None = None
+    """How zero points are stored. Default: gptq (v1), which every program reads; with --no-sym gptq_v2, since GPTQModel
+    refuses fitted zero points in v1."""
 
     # The text
     calibration: Path | None = None
@@ -353,6 +354,10 @@ class QuantizeSettings(CommandSettings):
     @classmethod
     def _size(cls, value: int) -> int:
         return _group_size(value)
+
+    @property
+    def stored_format(self) -> Literal["gptq", "gptq_v2"]:
+        return self.format or ("gptq" if self.sym else "gptq_v2")
 
     @property
     def leaves_groups_to_reorder(self) -> bool:

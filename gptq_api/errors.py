@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,12 +17,28 @@ class UserError(Exception):
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Around what writes to `path`: an error of the file system becomes a UserError that names it."""
+def writing(path: Path, num_bytes: int = 0, afterwards: str = "") -> Iterator[None]:
+    """Around what writes to `path`: an error of the file system becomes a UserError that names it.
+
+    Where there is no room: with the `num_bytes` that are needed and what there is, and what happens `afterwards`, when
+    there is.
+    """
     try:
         yield
     except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror or error}") from None
+        sentence = f"{path} cannot be written: {error.strerror or error}"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT) and num_bytes:
+            free = shutil.disk_usage(path.parent).free
+            sentence += f"; it needs {_mib(num_bytes)} MiB and {_mib(free)} are free"
+        elif error.errno == errno.EFBIG and num_bytes:
+            sentence += f"; it needs {_mib(num_bytes)} MiB, and ulimit -f is lower"
+        if afterwards:
+            sentence += f"; {afterwards}"
+        raise UserError(sentence) from None
+
+
+def _mib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**20:.{0 if num_bytes >= 10 * 2**20 else 2}f}"
 
 
 def printable(text: str) -> str:

@@ -78,5 +78,6 @@ def test_a_disk_that_is_full_is_a_sentence_and_the_run_goes_on_later(limit: int,
     last = done.stderr.strip().splitlines()[-1]
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
     assert last.startswith("gptq-api quantize: ") and "cannot be written: File too large" in last
+    assert "MiB, and ulimit -f is lower; the same command goes on with what is left" in last
     assert not out.exists()
     assert subprocess.run(command, capture_output=True, check=False).returncode == 0 and out.is_dir()

@@ -61,17 +61,18 @@ def _run(settings: QuantizeSettings) -> None:
     tokenizer = load_tokenizer(folder)
     device = resolve_device(settings.device)
     set_threads(device, settings.num_threads)
+    group_size, about_groups = _group_size(settings, max(module.in_features for module in modules(config)))
     recipe = Recipe(
         quantizer.QuantizeOptions(
             bits=settings.bits,
-            group_size=settings.group_size,
+            group_size=group_size,
             sym=settings.sym,
             desc_act=settings.act_order,
             static_groups=settings.static_groups,
-            act_group_aware=_group_aware(settings),
+            act_group_aware=group_size > 0 and _group_aware(settings),
             damp_percent=settings.damp_percent,
         ),
-        2 if settings.format == "gptq_v2" else 1,
+        2 if settings.stored_format == "gptq_v2" else 1,
         settings.nearest,
     )
     length = settings.sample_length or min(_LONGEST_SAMPLE, config.max_position_embeddings)
@@ -81,7 +82,7 @@ def _run(settings: QuantizeSettings) -> None:
         )
     texts = _Texts(settings, folder, tokenizer, length, config.vocab_size)
     with WorkFolder(out, _fingerprint(source, recipe, texts, backend_of(device).kind)) as work:
-        for sentence in texts.sentences:
+        for sentence in (*about_groups, *texts.sentences):
             console.print(sentence, soft_wrap=True)
         with _Bar(console, len(modules(config)), config.num_hidden_layers) as bar:
             outcome = quantize_model(
@@ -99,7 +100,7 @@ def _run(settings: QuantizeSettings) -> None:
         card = model_card(out.resolve().name, name, recipe, words, outcome)
         write_checkpoint(source, config, recipe, card, work, MAX_SHARD_BYTES)
     low = sum(report.num_low_zeros for report in outcome.reports)
-    if low and not settings.sym and settings.format == "gptq":
+    if low and not settings.sym and settings.stored_format == "gptq":
         console.print(f"warning: {low_zeros_warning(low)}", soft_wrap=True)
     if outcome.perplexity_before is not None:
         console.print(
@@ -152,6 +153,20 @@ class _Texts:
             self.calibration = spread(found, num)
             self.calibration_words = f"{_count(self.calibration, length)} of {settings.calibration.name}"
         self.sentences = (f"calibration: {self.calibration_words}", f"perplexity on: {self.evaluation_words}")
+
+
+def _group_size(settings: QuantizeSettings, most_inputs: int) -> tuple[int, list[str]]:
+    """-> (the size to store, what to say about it). A size that no module fills is that of one group, and is stored as
+    such; one that no kernel takes is made all the same, and said."""
+    size = settings.group_size
+    if size >= most_inputs:
+        return -1, [
+            f"--group-size {size}: no module has more than {most_inputs} inputs, so each output has one group (-1)"
+        ]
+    if size > 0 and size not in (32, 64) and size % 128:
+        reads = "32, 64, multiples of 128 and -1 are what kernels take"
+        return size, [f"warning: --group-size {size} is served slowly here, and refused by other programs; {reads}"]
+    return size, []
 
 
 def _group_aware(settings: QuantizeSettings) -> bool:

@@ -19,7 +19,7 @@ from gptq_api.model.config import LlamaConfig
 from gptq_api.model.loader import has_head
 from gptq_api.model.modules import all_modules, layer_prefix
 from gptq_api.quantize.driver import Recipe, stored_dtype
-from gptq_api.quantize.work import WorkFolder, save_tensors
+from gptq_api.quantize.work import GOES_ON, WorkFolder, save_tensors
 
 MAX_SHARD_BYTES = 4 * 2**30
 _COPIED = (
@@ -41,8 +41,15 @@ def write_checkpoint(
 ) -> None:
     """Out of the finished layers in `work`. At most one shard is in memory."""
     folder = work.path / "checkpoint"
-    with writing(folder):
-        _write_files(source, config, recipe, card, work, folder, max_shard_bytes)
+    rest = sum(2 * source.store.numel(name) for name in source.store.names) - sum(
+        2 * module.in_features * module.out_features for _, module in all_modules(config)
+    )
+    with writing(folder, rest + work.num_bytes, GOES_ON):
+        try:
+            _write_files(source, config, recipe, card, work, folder, max_shard_bytes)
+        except OSError:
+            shutil.rmtree(folder, ignore_errors=True)  # half a checkpoint only takes room
+            raise
     work.finish(folder)
 
 
@@ -66,8 +73,9 @@ def _write_files(
 
 
 def quantization_config(recipe: Recipe) -> dict[str, Any]:
-    """The keys of AutoGPTQ, which GPTQModel and transformers read too."""
+    """The keys of AutoGPTQ, which GPTQModel and transformers read too; GPTQModel calls two of them by other names."""
     s = recipe.settings
+    form = "gptq" if recipe.zero_version == 1 else "gptq_v2"
     return {
         "bits": s.bits,
         "group_size": s.group_size,
@@ -78,8 +86,11 @@ def quantization_config(recipe: Recipe) -> dict[str, Any]:
         "true_sequential": True,
         "damp_percent": s.damp_percent,
         "lm_head": False,
+        "pack_dtype": "int32",
         "quant_method": "gptq",
-        "checkpoint_format": "gptq" if recipe.zero_version == 1 else "gptq_v2",
+        "method": "gptq",
+        "checkpoint_format": form,
+        "format": form,
         "meta": {"quantizer": [f"gptq-api:{__version__}"]},
     }
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from gptq_api.errors import UserError, writing
 
+GOES_ON = "the same command goes on with what is left"
 _RUN = "run.json"
 
 
@@ -115,9 +116,18 @@ class WorkFolder:
         """All of a layer or nothing: what a killed run leaves is a file with another name."""
         file = self.layer_file(index)
         unfinished = file.with_suffix(".unfinished")
-        with writing(file):
-            save_tensors(tensors, unfinished, {"reports": json.dumps([asdict(report) for report in reports])})
+        with writing(file, sum(tensor.nbytes for tensor in tensors.values()), GOES_ON):
+            try:
+                save_tensors(tensors, unfinished, {"reports": json.dumps([asdict(report) for report in reports])})
+            except OSError:
+                unfinished.unlink(missing_ok=True)
+                raise
             os.replace(unfinished, file)
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the layers that are finished."""
+        return sum(file.stat().st_size for file in self.path.glob("layer-*.safetensors"))
 
     def finish(self, checkpoint: Path) -> None:
         """`checkpoint`, a folder in this one, becomes OUT; the rest is deleted."""

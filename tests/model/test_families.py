@@ -149,8 +149,9 @@ def _fused(tensors: dict[str, torch.Tensor], joints: dict[str, tuple[str, ...]])
     for layer in range(2):
         for one, names in joints.items():
             for part in ("qweight", "qzeros", "scales", "weight"):
-                found = [tensors.pop(f"model.layers.{layer}.{name}.{part}", None) for name in names]
-                if found[0] is not None:
+                whole = [f"model.layers.{layer}.{name}.{part}" for name in names]
+                if whole[0] in tensors:
+                    found = [tensors.pop(name) for name in whole]
                     tensors[f"model.layers.{layer}.{one}.{part}"] = torch.cat(found, 0 if part == "weight" else 1)
             g_idx = [tensors.pop(f"model.layers.{layer}.{name}.g_idx", None) for name in names]
             if g_idx[0] is not None:

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from gptq_api import __version__
 from gptq_api.checkpoint.checkpoint import open_checkpoint
 from gptq_api.checkpoint.dense import dequantized, open_dense
 from gptq_api.cli.quantize import run
@@ -110,7 +112,8 @@ def test_what_is_written_is_what_was_measured(trained: Path, tmp_path: Path, val
     assert run(settings(trained, out, **values)) == 0
     checkpoint = open_checkpoint(out)
     assert not checkpoint.warnings
-    wanted = {"group_size": 32, "act_order": False, "static_groups": False, "sym": True, "format": "gptq", **values}
+    wanted = {"group_size": 32, "act_order": False, "static_groups": False, "sym": True, **values}
+    wanted.setdefault("format", "gptq" if wanted["sym"] else "gptq_v2")
     for name in checkpoint.modules:
         module = checkpoint.gptq(name)
         size = wanted["group_size"] if 0 < wanted["group_size"] < module.in_features else -1
@@ -209,6 +212,80 @@ def test_a_killed_run_goes_on_and_ends_in_the_same_files(trained: Path, tmp_path
     assert files == sorted(file.name for file in resumed.iterdir())
     for name in files:
         assert (whole / name).read_bytes() == (resumed / name).read_bytes(), name
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of its own, which root can make."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    made = shutil.which("mount") and os.geteuid() == 0
+    if not made or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8k", "none", disk], check=False).returncode:
+        pytest.skip("no file system can be mounted here")
+    try:
+        yield disk
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_a_full_disk_says_how_much_it_needs_and_the_run_goes_on(
+    small_disk: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In the first layer, in the second, in the checkpoint."""
+    model, out = random_folder(tmp_path / "model"), small_disk / "out"
+    partial = small_disk / "out.partial"
+    for size, name, words in (
+        (8, "layer-00000.safetensors", "0.03 MiB and 0.00 are free"),
+        (44, "layer-00001.safetensors", "0.03 MiB and 0.01 are free"),
+        (200, "checkpoint", "0.56 MiB and 0.13 are free"),
+    ):
+        subprocess.run(["mount", "-o", f"remount,size={size}k", small_disk], check=True)
+        assert run(settings(model, out)) == 1
+        told = capsys.readouterr().err.splitlines()[-1]
+        assert told.startswith(
+            f"gptq-api quantize: {partial / name} cannot be written: No space left on device; it needs "
+        )
+        assert told.endswith(f"{words}; the same command goes on with what is left")
+        assert not out.exists() and not list(partial.glob("*.unfinished")) and not (partial / "checkpoint").exists()
+    subprocess.run(["mount", "-o", "remount,size=8m", small_disk], check=True)
+    assert run(settings(model, out)) == 0
+    assert run(settings(model, tmp_path / "whole")) == 0
+    assert (out / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("size", "stored", "words"),
+    [
+        (160, -1, "--group-size 160: no module has more than 160 inputs, so each output has one group (-1)"),
+        (1_000_000, -1, "no module has more than 160 inputs"),
+        (24, 24, "warning: --group-size 24 is served slowly here, and refused by other programs; 32, 64,"),
+        (64, 64, None),
+    ],
+)
+def test_group_sizes_that_mean_something_else_are_said(
+    size: int, stored: int, words: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = random_folder(tmp_path / "model")
+    assert run(settings(model, tmp_path / "out", nearest=True, calibration=None, group_size=size)) == 0
+    err = capsys.readouterr().err
+    assert (words in err) if words else "--group-size" not in err
+    quantization = json.loads((tmp_path / "out" / "quantize_config.json").read_text())
+    assert quantization["group_size"] == stored
+    assert not open_checkpoint(tmp_path / "out").warnings
+
+
+@pytest.mark.parametrize(
+    ("values", "form"), [({}, "gptq"), ({"sym": False}, "gptq_v2"), ({"sym": False, "format": "gptq"}, "gptq")]
+)
+def test_fitted_zero_points_are_stored_as_others_read_them(values: dict[str, Any], form: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert run(settings(random_folder(tmp_path / "model"), out, nearest=True, calibration=None, **values)) == 0
+    quantization = json.loads((out / "quantize_config.json").read_text())
+    assert quantization["checkpoint_format"] == quantization["format"] == form
+    assert quantization["method"] == quantization["quant_method"] == "gptq"
+    assert quantization["meta"]["quantizer"] == [f"gptq-api:{__version__}"]
+    checkpoint = open_checkpoint(out)
+    assert checkpoint.zero_version == (2 if form == "gptq_v2" else 1) and not checkpoint.warnings
 
 
 def test_finished_layers_are_not_done_again(tmp_path: Path) -> None:
