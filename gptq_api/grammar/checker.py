@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import signal
 from collections import OrderedDict
 from collections.abc import Sequence
 
 from gptq_api.child import child_command
-from gptq_api.grammar.worker import LENGTH
+from gptq_api.grammar.worker import LENGTH, MAX_S
 
-TIMEOUT_S = 0.5
+SILENCE_S = 30.0
+"""A process that was stopped from outside is given up after this"""
 _START_TIMEOUT_S = 30.0
 _MAX_KEPT = 1024
 """answers that are remembered"""
+_NOBODY, _MEMORY = "nobody could try it out", "it takes too much memory to compile"
+_CHANCE = (_NOBODY, _MEMORY)
+"""which say as much of the process as of the grammar, and are not remembered"""
 
 
 class GrammarChecker:
@@ -31,8 +36,10 @@ class GrammarChecker:
         found = self._known.get(grammar)
         if found is None:
             async with self._turn:
-                found = self._known[grammar] = await self._ask(grammar)
-        self._known.move_to_end(grammar)
+                found = await self._ask(grammar)
+        if found not in _CHANCE:
+            self._known[grammar] = found
+            self._known.move_to_end(grammar)
         while len(self._known) > _MAX_KEPT:
             self._known.popitem(last=False)
         return found
@@ -40,14 +47,17 @@ class GrammarChecker:
     async def _ask(self, grammar: str) -> str:
         try:
             process = await self._running()
-            async with asyncio.timeout(TIMEOUT_S):
+            async with asyncio.timeout(SILENCE_S):
                 return await _exchange(process, grammar)
         except TimeoutError:
             self.close()
-            return f"it takes more than {TIMEOUT_S:g} s to compile"
+            return _NOBODY
         except (OSError, asyncio.IncompleteReadError):
+            ended = self._process
             self.close()
-            return "it takes too much memory to compile"
+            if ended is not None and await ended.wait() == -signal.SIGPROF:
+                return f"it takes more than {MAX_S:g} s to compile"
+            return _MEMORY
         except asyncio.CancelledError:  # who waits next must not read our answer
             self.close()
             raise

@@ -1,17 +1,20 @@
 """The child process that tries grammars out, so that one that is hostile stops nothing else.
 
 A frame in is a grammar, a frame out why it is refused, "" where it is not; both are 4 bytes of length, little-endian,
-and UTF-8. End of file ends the process.
+and UTF-8. End of file ends the process, and so does a grammar that takes too much processor time, by SIGPROF.
 """
 
 from __future__ import annotations
 
 import resource
+import signal
 import struct
 import sys
 
 MAX_BYTES = 2**30
 """of address space"""
+MAX_S = 0.5
+"""of processor time for one grammar: a busy machine refuses none"""
 LENGTH = struct.Struct("<I")
 
 
@@ -29,8 +32,10 @@ def main() -> int:
         if tokenizer is None:  # the first frame: the names of the control tokens
             tokenizer = byte_vocabulary(frame.split("\0") if frame else [])
         else:
+            signal.setitimer(signal.ITIMER_PROF, MAX_S)
             matcher = LLMatcher(tokenizer, frame, limits=limits(), log_level=0)
             matcher.compute_bitmask()  # what is built lazily is built with the first mask
+            signal.setitimer(signal.ITIMER_PROF, 0)
             error = matcher.get_error()
         _write(error[:4096])
     return 0

@@ -40,11 +40,17 @@ async def test_a_child_that_hangs_costs_one_request(checker: GrammarChecker, mon
     assert await checker.check(grammars.regex("a")) == ""
     first = pid_of(checker)
     os.kill(first, signal.SIGSTOP)
-    monkeypatch.setattr(checker_module, "TIMEOUT_S", 0.1)
-    assert "0.1 s" in await checker.check(grammars.regex("b"))
-    monkeypatch.setattr(checker_module, "TIMEOUT_S", 30.0)
+    monkeypatch.setattr(checker_module, "SILENCE_S", 0.1)
+    assert "nobody" in await checker.check(grammars.regex("b"))
+    monkeypatch.setattr(checker_module, "SILENCE_S", 30.0)
     assert await checker.check(grammars.regex("c")) == ""
     assert pid_of(checker) != first
+
+
+async def test_a_grammar_that_takes_too_long_costs_one_request(checker: GrammarChecker) -> None:
+    slow = grammars.json_schema({"properties": {f"k{i}": {"type": "string"} for i in range(9_000)}})
+    assert await checker.check(slow) == "it takes more than 0.5 s to compile"
+    assert await checker.check(grammars.regex("c")) == ""
 
 
 async def test_a_child_that_dies_costs_one_request(checker: GrammarChecker) -> None:

@@ -166,6 +166,8 @@ async def reading(service: Service, body: ToolFields, prompt_ids: list[int]) -> 
             found.grammar = grammars.native_lark(text)
         except grammars.GrammarError as error:
             raise bad_request(f"Invalid value for 'tools': together, {error}.", "tools") from None
+        if why := await service.grammars.check(found.grammar):  # each schema may be cheap and all of them too dear
+            raise bad_request(f"Invalid value for 'tools': together, {why[:300]}.", "tools")
     elif constraint is not None:
         found.grammar = await _checked(service, constraint)
         if thinks == "does" and constraint.schema is not None:
