@@ -1,6 +1,29 @@
-"""`python -m gptq_api` is the `gptq-api` command."""
+"""The `gptq-api` command, which is `python -m gptq_api` as well."""
 
-from gptq_api.cli.main import main
+import os
+import signal
+import sys
+
+from gptq_api.exits import INTERRUPTED
+
+
+def main() -> int:
+    """As `cli.main.main`; ^C is a line and an exit status while that is imported, too."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # and not ignored, as with nohup
+        # an exception would come out of any line of any library, and some catch it
+        signal.signal(signal.SIGINT, _stopped)
+    from gptq_api.cli import main as command
+
+    if signal.getsignal(signal.SIGINT) is _stopped:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    return command.main()
+
+
+def _stopped(number: int, frame: object) -> None:
+    sys.stderr.write("gptq-api: stopped\n")
+    sys.stderr.flush()
+    os._exit(INTERRUPTED)
+
 
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -7,6 +7,9 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import ClassVar
+
+from gptq_api import exits
 
 
 class UserError(Exception):
@@ -14,6 +17,8 @@ class UserError(Exception):
 
     Commands print it and exit. Whatever else is raised is a bug of ours and keeps its traceback.
     """
+
+    exit_status: ClassVar[int] = exits.FAILED
 
 
 @contextmanager

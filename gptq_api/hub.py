@@ -10,13 +10,13 @@ from __future__ import annotations
 import contextlib
 import glob
 import re
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
 
 from gptq_api.config import EngineSettings, ModelSettings
 from gptq_api.errors import UserError
+from gptq_api.logs import say, style
 
 M = TypeVar("M", bound=ModelSettings)
 
@@ -64,6 +64,7 @@ def is_hub_name(model_path: str) -> bool:
 def _download(name: str, revision: str | None, ckpt: Path | None) -> Path:
     from huggingface_hub import HfApi, constants, snapshot_download
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.utils.tqdm import disable_progress_bars
 
     endpoint = constants.ENDPOINT
     at = f" at revision {revision}" if revision else ""
@@ -83,7 +84,9 @@ def _download(name: str, revision: str | None, ckpt: Path | None) -> Path:
         # Whatever the library's HTTP client raises where there is no network, or is told not to use it.
         return _cached(name, revision, ckpt, f"{endpoint} cannot be reached ({_first_line(error)})")
     files = choose_files(name, [sibling.rfilename for sibling in info.siblings or []], ckpt)
-    print(f"{name} is no folder here: taking it from {endpoint}{at}", file=sys.stderr, flush=True)
+    if style().as_json:
+        disable_progress_bars()
+    say(f"{name} is no folder here: taking it from {endpoint}{at}")
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=[glob.escape(file) for file in files]))
     except Exception as error:
@@ -108,7 +111,7 @@ def _cached(name: str, revision: str | None, ckpt: Path | None, why: str) -> Pat
         raise HubError(f"{why}, and {name} was not downloaded completely before") from None
     except LocalEntryNotFoundError:
         raise HubError(f"{name} is no folder here, {why}, and it was not downloaded before") from None
-    print(f"{why}: using {name} as it was downloaded before", file=sys.stderr, flush=True)
+    say(f"{why}: using {name} as it was downloaded before")
     return Path(folder)
 
 

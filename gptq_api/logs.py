@@ -204,6 +204,16 @@ def answer(text: str, **values: Any) -> None:
     )
 
 
+def last_words(sentence: str) -> None:
+    """Why the program ends: a line on stderr, whatever the level; it is JSON where the log is."""
+    if _writer is None:
+        print(sentence, file=sys.stderr, flush=True)
+    elif _style.as_json:
+        structlog.get_logger().error(sentence)
+    else:
+        _writer.msg(sentence)
+
+
 def num_dropped() -> int:
     """Lines of this process that were not written, in total."""
     return 0 if _writer is None else _writer.num_dropped

@@ -162,10 +162,11 @@ def error_response(
     request: Request, status: int, error: Mapping[str, Any], headers: Mapping[str, str] | None = None
 ) -> Response:
     """In the shape of the API that the route belongs to."""
+    record = request.scope["state"]["record"]
+    record.error = error["code"] or error["type"]
     if request.scope["path"].startswith(MESSAGES):
-        request_id = request.scope["state"]["record"].request_id
-        body = messages_error(status, error, request_id)
-        headers = {**(headers or {}), "request-id": request_id}
+        body = messages_error(status, error, record.request_id)
+        headers = {**(headers or {}), "request-id": record.request_id}
         return Response(msgspec.json.encode(body), messages_status(status, error["code"]), headers, "application/json")
     return Response(_body(error), status, headers, "application/json")
 

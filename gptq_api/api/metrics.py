@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from itertools import accumulate
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics, generate_latest
@@ -136,6 +137,22 @@ class _KeyCollector(Collector):
         yield running
 
 
+@dataclass(frozen=True, slots=True)
+class Load:
+    num_running: int
+    num_waiting: int
+    cache_usage: float
+    """share of the KV cache in use, 0 to 1"""
+
+    @classmethod
+    def of(cls, engine: EngineClient) -> Load:
+        """The engine reports with its steps and when it comes to rest; whoever is admitted by now counts."""
+        stats = engine.stats
+        waiting = min(stats.num_waiting, engine.num_admitted)
+        used = 1 - stats.num_free_blocks / stats.num_blocks if stats.num_blocks else 0.0
+        return cls(engine.num_admitted - waiting, waiting, used)
+
+
 class _EngineCollector(Collector):
     """What the engine said with its last step, and the log lines that neither process could write."""
 
@@ -143,14 +160,11 @@ class _EngineCollector(Collector):
         self._model_name, self._engine = model_name, engine
 
     def collect(self) -> Iterator[Metric]:
-        engine, stats = self._engine, self._engine.stats
-        # The engine reports with its steps and when it comes to rest; whoever is admitted by now counts.
-        waiting = min(stats.num_waiting, engine.num_admitted)
-        used = 1 - stats.num_free_blocks / stats.num_blocks if stats.num_blocks else 0.0
+        engine, stats, load = self._engine, self._engine.stats, Load.of(self._engine)
         gauges = {
-            "num_requests_running": ("Sequences being computed.", engine.num_admitted - waiting),
-            "num_requests_waiting": ("Sequences waiting for a place.", waiting),
-            "kv_cache_usage_perc": ("Share of the KV cache in use, 0 to 1.", used),
+            "num_requests_running": ("Sequences being computed.", load.num_running),
+            "num_requests_waiting": ("Sequences waiting for a place.", load.num_waiting),
+            "kv_cache_usage_perc": ("Share of the KV cache in use, 0 to 1.", load.cache_usage),
         }
         for name, (text, value) in gauges.items():
             gauge = GaugeMetricFamily(f"vllm:{name}", text, labels=["model_name"])

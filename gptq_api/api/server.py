@@ -32,12 +32,11 @@ from gptq_api.edge.auth import Authenticator
 from gptq_api.edge.connection import MAX_HEADER_BYTES, EdgeProtocol, edge_protocol
 from gptq_api.edge.cors import ANY, CorsMiddleware
 from gptq_api.edge.hosts import HostMiddleware
-from gptq_api.edge.keys import KeyFile, KeyFileError
+from gptq_api.edge.keys import KeyFile
 from gptq_api.edge.listen import bind, in_use
 from gptq_api.edge.request_log import RequestMiddleware
 from gptq_api.engine.client import EngineClient
-from gptq_api.errors import UserError, printable
-from gptq_api.logs import answer, configure
+from gptq_api.logs import answer
 from gptq_api.text.folder import checkpoint_folder
 from gptq_api.text.process import TextProcess
 
@@ -56,18 +55,9 @@ EXIT_S, STOP_S = 10.0, 0.5
 
 
 def run(settings: Settings) -> int:
-    """Serve until told to stop. Returns one of `exits`."""
-    lines = configure(settings.log_level, settings.log_json)
+    """Serve until told to stop. Returns one of `exits`. Raises UserError where it cannot start."""
     _allow_connections()
-    try:
-        return asyncio.run(_run(settings, _authenticator(settings)))
-    except UserError as error:
-        sentence = f"gptq-api serve: {error}"
-        if settings.log_json:
-            log.error(sentence)
-        else:
-            lines.msg(printable(sentence))  # as every command says why it failed
-        return exits.WRONG_USE if isinstance(error, KeyFileError) else exits.FAILED
+    return asyncio.run(_run(settings, _authenticator(settings)))
 
 
 def _allow_connections() -> None:

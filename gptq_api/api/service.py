@@ -16,6 +16,7 @@ from fastapi import Depends, Request
 from gptq_api import __version__
 from gptq_api.api.errors import ApiError, body_stalled, rate_limited, server_full, shutting_down, unavailable
 from gptq_api.api.metrics import Metrics
+from gptq_api.api.speed import SpeedLine
 from gptq_api.config import Settings
 from gptq_api.edge.auth import Authenticator
 from gptq_api.edge.in_flight import Bodies
@@ -27,6 +28,7 @@ from gptq_api.grammar.checker import GrammarChecker
 from gptq_api.text.chat import TemplateFacts
 from gptq_api.text.process import TextProcess
 from gptq_api.text.tokens import Tokens
+from gptq_api.types import StepOutput
 
 T = TypeVar("T")
 BODY_BYTES_PER_TOKEN = 64
@@ -66,7 +68,13 @@ class Service:
     def __post_init__(self) -> None:
         ready = self.engine.ready
         self.metrics = Metrics(self.model_name, self.engine, self.auth)
-        self.engine.on_step = self.metrics.on_step
+        speed = SpeedLine(self.engine)
+
+        def on_step(step: StepOutput) -> None:
+            self.metrics.on_step(step)
+            speed.on_step(step)
+
+        self.engine.on_step = on_step
         self._keys_changed()
         parts = (__version__, ready.checkpoint, ready.device, ready.dtype, self.settings.kv_cache_dtype)
         self.fingerprint = "fp_" + hashlib.sha256(" ".join(parts).encode()).hexdigest()[:10]

@@ -8,12 +8,13 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from gptq_api import __version__
+from gptq_api import __version__, exits
 from gptq_api.checkpoint.files import candidates
 from gptq_api.cli.output import fail, prepare, with_output
-from gptq_api.config import COMMANDS, ChatSettings, CommandSettings, ConfigError, ModelSettings
+from gptq_api.config import COMMANDS, ChatSettings, CommandSettings, ConfigError, ModelSettings, Settings
 from gptq_api.errors import UserError, printable
 from gptq_api.hub import with_local_model
+from gptq_api.logs import configure
 from gptq_api.settings_source import load_settings
 
 _HELP = {
@@ -43,7 +44,7 @@ def usage() -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. Exit status: 0 well, 1 it failed (a sentence on stderr), 2 it was asked for wrongly."""
+    """Run one command. Returns one of `exits`; where it failed, a sentence on stderr says why."""
     prepare()
     args = list(sys.argv[1:] if argv is None else argv)
     return with_output(args[0] if args else "", lambda: _main(args))
@@ -52,35 +53,40 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _main(args: list[str]) -> int:
     if not args:
         print(usage(), file=sys.stderr)
-        return 2
+        return exits.WRONG_USE
     if args[0] in ("-h", "--help", "help"):
         print(usage())
-        return 0
+        return exits.DONE
     if args[0] in ("-V", "--version", "version"):
         print(f"gptq-api {__version__}")
-        return 0
+        return exits.DONE
     name = args[0]
     if name not in COMMANDS:
         print(f"gptq-api: {_not_a_command(name)}", file=sys.stderr)
-        return 2
+        return exits.WRONG_USE
     try:
         settings = load_settings(COMMANDS[name], args[1:], prog=f"gptq-api {name}")
     except ConfigError as error:
         fail(name, error)
-        return 2
+        return exits.WRONG_USE
+    if isinstance(settings, Settings):
+        configure(settings.log_level, settings.log_json)
+    stopped = "stopped; the same command goes on with what is missing"
     try:
         if isinstance(settings, ModelSettings) and not (isinstance(settings, ChatSettings) and settings.url):
             settings = with_local_model(settings)
             refuse_without_weights(settings)
+        stopped = "stopped"
+        run: Callable[[CommandSettings], int] = importlib.import_module(f"gptq_api.cli.{name}").run
+        return run(settings)
     except UserError as error:
         fail(name, error)
-        return 1
+        return error.exit_status
     except KeyboardInterrupt:
-        print(file=sys.stderr)
-        fail(name, "stopped; the same command goes on with what is missing")
-        return 130
-    run: Callable[[CommandSettings], int] = importlib.import_module(f"gptq_api.cli.{name}").run
-    return run(settings)
+        if sys.stderr.isatty():  # behind its ^C
+            print(file=sys.stderr)
+        fail(name, stopped)
+        return exits.INTERRUPTED
 
 
 def refuse_without_weights(settings: ModelSettings) -> None:

@@ -9,11 +9,12 @@ from collections.abc import Callable
 from typing import Any, cast
 
 from gptq_api.errors import printable
+from gptq_api.logs import last_words
 
 
 def fail(command: str, error: object) -> None:
     """One line on standard error that says why the command ends."""
-    print(f"gptq-api {command}: {printable(str(error))}", file=sys.stderr, flush=True)
+    last_words(f"gptq-api {command}: {printable(str(error))}")
 
 
 def prepare() -> None:

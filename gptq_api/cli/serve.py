@@ -7,5 +7,5 @@ from gptq_api.config import Settings
 
 
 def run(settings: Settings) -> int:
-    """Serve until told to stop. Exit status: 0 drained, 1 could not start, 70 the engine died."""
+    """Serve until told to stop. Returns one of `exits`; UserError where it cannot start."""
     return server.run(settings)

@@ -33,6 +33,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 import structlog
 
+from gptq_api import exits
 from gptq_api.errors import UserError
 
 log = structlog.get_logger()
@@ -50,6 +51,8 @@ _Level = Annotated[int, msgspec.Meta(ge=-1000, le=1000)]
 
 class KeyFileError(UserError):
     """The file cannot be used; the text names the file, the key by its number and name, and the remedy."""
+
+    exit_status = exits.WRONG_USE
 
 
 @dataclass(slots=True, frozen=True)

@@ -39,6 +39,8 @@ class RequestRecord:
     """closed when the answer is sent, or will not be"""
     outcome: str | None = None
     """why it did not end well: disconnect, slow_reader, engine_dead ..."""
+    error: str | None = None
+    """code of the error that the client got"""
 
 
 class RequestMiddleware:
@@ -102,12 +104,13 @@ class RequestMiddleware:
         if scope["path"] in _QUIET and record.status < 500:
             return
         fields: dict[str, object] = {
-            "request_id": record.request_id,
             # the status the client got, or nginx's number for a client that did not wait for one
             "status": 499 if record.outcome == "disconnect" else record.status,
             "ms": round((time.monotonic() - record.started) * 1000, 1),
+            "error": record.error,
             **record.notes,
             "outcome": record.outcome,
+            "request_id": record.request_id,
         }
         log.info(_line(scope), **{name: value for name, value in fields.items() if value is not None})
 

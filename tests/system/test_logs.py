@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -171,6 +172,57 @@ def test_every_line_of_both_processes_is_json(tmp_path: Path) -> None:
     (last_words,) = [line for line in lines if "RuntimeError: injected" in line.get("exception", "")]
     assert last_words["level"] == "critical"
     assert lines[-1]["exit_status"] == 70
+
+
+EARLY_AND_OFTEN = """
+import sys, warnings
+if "gptq_api.engine.process" in sys.orig_argv:
+    from gptq_api import logs
+    configure = logs.configure
+    def warned(*args):
+        writer = configure(*args)
+        warnings.warn("before the engine knows its settings")
+        return writer
+    logs.configure = warned
+elif "serve" in sys.orig_argv:
+    import gptq_api.api.speed
+    gptq_api.api.speed.PERIOD_S = 0.3
+"""
+
+
+def test_what_the_lines_say(tmp_path: Path) -> None:
+    """Of requests, and how fast the engine is while it works."""
+    body = chat_body("Count from one to ten.", max_tokens=300, ignore_eos=True)
+    with Server("--log-json", env=injected(tmp_path, EARLY_AND_OFTEN)) as server:
+
+        def lines(event: str) -> list[dict[str, Any]]:
+            found: list[dict[str, Any]] = [json.loads(line) for line in server.log().splitlines()]
+            return [line for line in found if event in line["event"]]
+
+        assert server.post("/v1/chat/completions", {**body, "n": 2}).status_code == 200
+        assert server.post("/v1/chat/completions", {**body, "top_p": 7}).status_code == 400
+        assert server.post("/v1/chat/completions", {**body, "model": "other"}).status_code == 404
+        assert server.http.get("/v1/nothing").status_code == 404
+        assert [line["error"] for line in wait_for(lambda: lines("/v1/nothing"), 5)] == ["unknown_url"]
+        done, wrong, other = lines("POST /v1/chat/completions")
+        assert list(done)[:2] == ["status", "ms"] and list(done)[-4:] == ["request_id", "event", "level", "timestamp"]
+        assert done["tokens_out"] == 600 and "error" not in done
+        assert (wrong["error"], other["error"]) == ("invalid_value", "model_not_found")
+        assert list(wrong)[:3] == ["status", "ms", "error"]
+        speed = lines("speed")
+        assert speed and all(line.keys() >= SPEED for line in speed)
+        assert any(line["running"] == 2 and line["cache_pct"] > 0 for line in speed)
+        assert sum(line["generation_tok_s"] for line in speed) > 0 and speed[0]["prompt_tok_s"] > 0
+        server.wait_idle()
+        time.sleep(0.7)
+        num_lines = len(lines("speed"))
+        time.sleep(0.7)
+        assert len(lines("speed")) == num_lines, "nothing is said of an engine that rests"
+        (early,) = lines("before the engine knows its settings")
+        assert early["level"] == "warning"
+
+
+SPEED = {"prompt_tok_s", "generation_tok_s", "running", "waiting", "cache_pct"}
 
 
 @pytest.mark.parametrize("as_json", [False, True])

@@ -56,6 +56,7 @@ async def events(work: Work, shape: Shape) -> AsyncIterator[bytes]:
                 end = item
         end += shape.end(work)
     except ApiError as error:
+        work.record.error = error.error["code"]
         end += shape.failed(work, error)
     except Exception:
         log.exception("a stream failed by a bug", request_id=work.record.request_id)
