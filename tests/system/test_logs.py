@@ -228,6 +228,7 @@ SPEED = {"prompt_tok_s", "generation_tok_s", "running", "waiting", "cache_pct"}
 @pytest.mark.parametrize("as_json", [False, True])
 def test_a_start_that_fails_is_the_last_line(as_json: bool, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(b"damaged")
     flags = ["--log-json"] if as_json else []
     command = [sys.executable, "-m", "gptq_api", "serve", str(tmp_path), "--port", "0", *flags]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
