@@ -138,14 +138,14 @@ class _KeyCollector(Collector):
 
 
 @dataclass(frozen=True, slots=True)
-class Load:
+class EngineLoad:
     num_running: int
     num_waiting: int
     cache_usage: float
     """share of the KV cache in use, 0 to 1"""
 
     @classmethod
-    def of(cls, engine: EngineClient) -> Load:
+    def of(cls, engine: EngineClient) -> EngineLoad:
         """The engine reports with its steps and when it comes to rest; whoever is admitted by now counts."""
         stats = engine.stats
         waiting = min(stats.num_waiting, engine.num_admitted)
@@ -160,7 +160,7 @@ class _EngineCollector(Collector):
         self._model_name, self._engine = model_name, engine
 
     def collect(self) -> Iterator[Metric]:
-        engine, stats, load = self._engine, self._engine.stats, Load.of(self._engine)
+        engine, stats, load = self._engine, self._engine.stats, EngineLoad.of(self._engine)
         gauges = {
             "num_requests_running": ("Sequences being computed.", load.num_running),
             "num_requests_waiting": ("Sequences waiting for a place.", load.num_waiting),

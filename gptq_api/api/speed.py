@@ -7,7 +7,7 @@ import time
 
 import structlog
 
-from gptq_api.api.metrics import Load
+from gptq_api.api.metrics import EngineLoad
 from gptq_api.engine.client import EngineClient
 from gptq_api.types import StepOutput
 
@@ -37,7 +37,7 @@ class SpeedLine:
 
     def _tell(self) -> None:
         assert self._since is not None
-        seconds, load = time.monotonic() - self._since, Load.of(self._engine)
+        seconds, load = time.monotonic() - self._since, EngineLoad.of(self._engine)
         num_computed, num_generated, num_first = self._num_computed, self._num_generated, self._num_first
         self._num_computed = self._num_generated = self._num_first = 0
         if not num_computed and not load.num_running:
