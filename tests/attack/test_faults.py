@@ -10,6 +10,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -202,6 +203,9 @@ class Reader(threading.Thread):
         self._port, self._body = server.port, body
         self.start()
 
+    def has_read(self, num: int) -> bool:
+        return len(self.found) > num
+
     def run(self) -> None:
         async def read() -> None:
             with contextlib.suppress(OSError, EOFError):
@@ -220,7 +224,7 @@ def test_deaths_of_the_engine_in_a_row(deaths: int) -> None:
         held = None
         for _ in range(deaths):
             reader = Reader(server, chat_body("Tell me a story.", ignore_eos=True))
-            wait_for(lambda reader=reader: len(reader.found) > 3, 20)
+            wait_for(partial(reader.has_read, 3), 20)
             os.kill(server.engine_pid, signal.SIGKILL)
             reader.join(5)
             assert "error" in reader.found[-2] and reader.found[-1] == "[DONE]"
