@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from gptq_api import exits
 from tests.support.fields import case_of
 from tools import fields_table
 
@@ -43,6 +45,13 @@ def test_every_path_exists(name: str) -> None:
     assert len(paths) > 60
     missing = [path for path in sorted(paths) if not ((ROOT / path).exists() or (ROOT / "gptq_api" / path).exists())]
     assert not missing
+
+
+def test_every_exit_status_is_in_the_table() -> None:
+    page = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
+    told = {int(status) for status in re.findall(r"^\| (\d+) \|", page, re.MULTILINE)}
+    statuses = {value for name, value in vars(exits).items() if name.isupper()}
+    assert told == statuses | {exits.cut_short(signal.SIGTERM), exits.cut_short(signal.SIGINT)}
 
 
 @pytest.mark.parametrize("page", sorted(ROOT.glob("*.md")) + sorted(ROOT.glob("docs/*.md")), ids=lambda page: page.name)

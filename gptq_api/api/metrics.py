@@ -28,7 +28,7 @@ _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 
 _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000)
 _REASONS = ("stop", "length", "error", "too_complex")
 _REJECTIONS = ("server_full", "share_full", "rate_limit", "unavailable")
-_CAUSES = ("disconnect", "slow_reader", "shutdown", "engine_stalled", "deadline")
+_CAUSES = ("disconnect", "slow_reader", "shutdown", "engine_dead", "engine_stalled", "deadline")
 
 
 class Metrics:

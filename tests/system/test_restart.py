@@ -62,6 +62,7 @@ def test_streams_are_told_and_the_engine_comes_back() -> None:
         assert time.monotonic() - killed_at < READY_S
         assert text(server) == expected
         assert server.metric("gptq_api:engine_restarts_total") == 1
+        assert server.metric("gptq_api:requests_cancelled_total", cause="engine_dead") == len(readers)
         assert server.metric("vllm:prefix_cache_queries_total") > queries, "counters go on from where they were"
         assert server.metric("vllm:kv_cache_usage_perc") == 0
         kill_engine(server)
