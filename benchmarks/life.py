@@ -124,8 +124,8 @@ def main() -> int:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     rows = []
-    for measure in (lambda: engine_killed(args.runs), lambda: unread_log(args.requests)):
-        rows.append(measure())
+    for measure, size in ((engine_killed, args.runs), (unread_log, args.requests)):
+        rows.append(measure(size))
         print(json.dumps(rows[-1]), flush=True)
     if args.out:
         args.out.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
