@@ -167,12 +167,11 @@ def test_out_of_descriptors(sitecustomize: Any) -> None:
         check_free(server)
 
 
-@pytest.mark.xfail(strict=True, reason="body bytes in flight are not bounded together yet")
 def test_a_hundred_bodies_that_do_not_end_hold_little() -> None:
     """8 MB are announced by each and nearly sent; what all of them hold together is bounded."""
     body = json.dumps(chat_body("x" * 7_000_000)).encode()
     head = raw_request(CHAT, body).removesuffix(body)
-    with Server("--body-timeout-s", "3") as server:
+    with Server("--body-timeout-s", "3", "--max-body-bytes", str(8 * 2**20)) as server:
         before = resident_bytes(server.process.pid)
         with connections(server.port, 100, head) as socks, ThreadPoolExecutor(100) as senders:
 

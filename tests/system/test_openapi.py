@@ -143,13 +143,16 @@ def _provoked(server: Server, document: Document) -> dict[tuple[str, str], set[i
     finally:
         os.kill(server.engine_pid, signal.SIGCONT)
     held = RawStream(server, chat_body(ignore_eos=True, stream=True), key="key")
+    large = {"tokens": [7] * 50_000}  # asks for a place before it is read
     held.head()
     next(held.events())
     os.kill(server.engine_pid, signal.SIGSTOP)
     try:
         everywhere()  # the one place is taken
+        ask("/detokenize", "post", json=large)
         wait_for(lambda: server.http.get("/health").status_code == 503, 60)
         everywhere()
+        ask("/detokenize", "post", json=large)
     finally:
         os.kill(server.engine_pid, signal.SIGCONT)
         held.close()
@@ -168,11 +171,11 @@ def _raw_status(server: Server, path: str, length: int, data: bytes) -> int:
 def test_schemathesis_finds_nothing(tmp_path: Path) -> None:
     """All checks but one: a body may keep to the schema and be wrong for this model, such as an id beyond its
     vocabulary or a prompt longer than its context, and is answered 400 then. And a body may ask for a 504, by a timeout
-    of a millisecond."""
+    of a millisecond. The largest arrays that are made are longer than a body may be for this context."""
     (tmp_path / "schemathesis.toml").write_text(
         '[checks.not_a_server_error]\nexpected-statuses = ["2xx", "3xx", "4xx", 504]\n'
     )
-    with Server("--max-model-len", "64", "--api-key", "key") as server:
+    with Server("--max-model-len", "64", "--api-key", "key", "--max-body-bytes", str(8 * 2**20)) as server:
         code = "from schemathesis.cli import schemathesis; schemathesis()"
         command = [sys.executable, "-c", code, "run", f"http://127.0.0.1:{server.port}/openapi.json"]
         command += ["--header", "Authorization: Bearer key"]
