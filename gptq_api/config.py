@@ -9,6 +9,7 @@ its flags are not. A list is split at commas; flags that are repeated add up.
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args, get_origin
@@ -76,12 +77,12 @@ class CommandSettings(BaseSettings):
         if takes_list(annotation):
             items = _items(value)
             if info.field_name == "models" and isinstance(items, list):
-                return [_at_home(item) for item in items]
+                return [_path(item) for item in items]
             return items
         if isinstance(value, str) and not value.strip() and str not in (annotation, *get_args(annotation)):
             raise ValueError("is empty; leave it out for its default")
         if info.field_name == "model_path" or Path in (annotation, *get_args(annotation)):
-            return _at_home(value)
+            return _path(value)
         if isinstance(value, bool) and {int, float} & {annotation, *get_args(annotation)}:
             return str(value).lower()  # not 1
         return _number(value) if _chooses_number(annotation) else value
@@ -455,18 +456,22 @@ def takes_list(annotation: Any) -> bool:
 
 
 def _check_text(value: object) -> None:
-    """Bytes of the command line and of variables that are not UTF-8 come as halves of surrogate pairs."""
+    """Bytes of the command line and of variables that are not in its encoding come as halves of surrogate pairs."""
     if isinstance(value, list):
         for item in value:
             _check_text(item)
     if isinstance(value, str) and "\0" in value:
         raise ValueError("holds a NUL character, which no name has")
     if isinstance(value, str) and any("\ud800" <= char <= "\udfff" for char in value):
-        raise ValueError("holds bytes that are not UTF-8; write it in UTF-8, or rename what it names")
+        encoding = sys.getfilesystemencoding().upper()
+        remedy = "rename what it names" if encoding == "UTF-8" else "set PYTHONUTF8=1, or rename what it names"
+        raise ValueError(f"holds bytes that are not {encoding}, as this process reads them; {remedy}")
 
 
-def _at_home(value: object) -> object:
+def _path(value: object) -> object:
     """A path with its ~ replaced, which the shell does not do behind an equals sign, nor anybody in a file."""
+    if isinstance(value, str) and any(len(part.encode()) > 255 for part in value.split("/")):
+        raise ValueError("holds a name of more than 255 bytes, which no file has")
     if not isinstance(value, str) or not value.startswith("~"):
         return value
     try:

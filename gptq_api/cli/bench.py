@@ -19,6 +19,7 @@ from rich.text import Text
 
 from gptq_api import __version__
 from gptq_api.bench.row import EXIT_TOLD, Job, Kind, Row
+from gptq_api.checkpoint.files import candidates
 from gptq_api.cli.output import fail
 from gptq_api.config import BenchSettings
 from gptq_api.errors import UserError, writing
@@ -68,6 +69,8 @@ def _check_outputs(settings: BenchSettings) -> None:
     for file in (settings.json_file, settings.png):
         if file is not None and not file.absolute().parent.is_dir():
             raise BenchError(f"{file} cannot be written: {file.parent} is no folder")
+        if file is not None and file.is_dir():
+            raise BenchError(f"{file} cannot be written: it is a folder; name a file")
     if settings.png is not None and importlib.util.find_spec("matplotlib") is None:
         raise BenchError("--png needs matplotlib: pip install 'gptq-api[bench]', or leave the option out")
     if settings.text is not None and not settings.text.is_file():
@@ -119,6 +122,7 @@ def _model_jobs(settings: BenchSettings) -> list[Job]:
         revision = settings.revision if on_hub or none_on_hub else None
         local = local_model(model, revision, settings.gptq_ckpt)
         folder = checkpoint_folder(local)
+        candidates(folder if model == "demo" else Path(local), settings.gptq_ckpt)  # told before anything is measured
         name = model if on_hub or model == "demo" else folder.resolve().name
         while name in folders:
             name += "'"

@@ -16,6 +16,7 @@ from gptq_api.errors import UserError, printable
 from gptq_api.hub import with_local_model
 from gptq_api.logs import configure
 from gptq_api.settings_source import load_settings
+from gptq_api.text.folder import checkpoint_folder
 
 _HELP = {
     "serve": "answer the OpenAI API from a GPTQ checkpoint",
@@ -91,8 +92,8 @@ def _main(args: list[str]) -> int:
 
 def refuse_without_weights(settings: ModelSettings) -> None:
     """CheckpointError for a path that holds no weights, before anything else in it is looked at."""
-    if settings.model_path != "demo":
-        candidates(Path(settings.model_path).expanduser(), settings.gptq_ckpt)
+    demo = settings.model_path == "demo"
+    candidates(checkpoint_folder("demo") if demo else Path(settings.model_path), settings.gptq_ckpt)
 
 
 def _not_a_command(name: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import sys
 from collections.abc import Callable
@@ -10,6 +11,9 @@ from typing import Any, cast
 
 from gptq_api.errors import printable
 from gptq_api.logs import last_words
+
+_OUTPUT = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF}
+"""what writing to an open file ends with; whoever writes to files of their own names them"""
 
 
 def fail(command: str, error: object) -> None:
@@ -35,22 +39,13 @@ def with_output(command: str, work: Callable[[], int]) -> int:
         _discard()
         return 1
     except OSError as error:
-        if error.filename is not None or not _is_stuck():
+        if error.filename is not None or error.errno not in _OUTPUT:
             raise
         _discard()
         with contextlib.suppress(OSError):
             fail(command, f"standard output cannot be written: {error.strerror}")
         return 1
     return status
-
-
-def _is_stuck() -> bool:
-    """Whether standard output still holds what it cannot write."""
-    try:
-        sys.stdout.flush()
-    except OSError:
-        return True
-    return False
 
 
 def _discard() -> None:
