@@ -49,6 +49,7 @@ class SimulatedRunner:
 
     lookahead = 1
     row_multiple = 192
+    shared_rows = None
     num_blocks, block_size = 9594, 16
     max_model_len = 4096
     vocab_size = VOCAB_SIZE

@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from typing import Annotated, TypeVar
 
@@ -15,6 +15,7 @@ from fastapi import Depends, Request
 
 from gptq_api import __version__
 from gptq_api.api.errors import ApiError, body_stalled, rate_limited, server_full, shutting_down, unavailable
+from gptq_api.api.gate import Gate
 from gptq_api.api.metrics import Metrics
 from gptq_api.api.speed import SpeedLine
 from gptq_api.config import Settings
@@ -31,6 +32,8 @@ from gptq_api.text.tokens import Tokens
 from gptq_api.types import StepOutput
 
 T = TypeVar("T")
+PREPARED_AT_ONCE = 4
+"""Requests of one caller; enough that the text process always has one while another is admitted"""
 BODY_BYTES_PER_TOKEN = 64
 """of the longest prompt: a word and a half, all of it in the longest escapes, and what stands around it"""
 MIN_BODY_BYTES = 2 * 2**20
@@ -64,6 +67,7 @@ class Service:
     bodies: Bodies = field(init=False)
     grammars: GrammarChecker = field(init=False)
     _text_thread: ThreadPoolExecutor = field(init=False)
+    _gate: Gate = field(init=False)
 
     def __post_init__(self) -> None:
         ready = self.engine.ready
@@ -76,6 +80,7 @@ class Service:
 
         self.engine.on_step = on_step
         self._keys_changed()
+        self._gate = Gate(PREPARED_AT_ONCE)
         parts = (__version__, ready.checkpoint, ready.device, ready.dtype, self.settings.kv_cache_dtype)
         self.fingerprint = "fp_" + hashlib.sha256(" ".join(parts).encode()).hexdigest()[:10]
         self.max_tokens = ready.max_model_len
@@ -109,9 +114,10 @@ class Service:
     def _keys_changed(self) -> None:
         self.engine.places.shared = self.auth.may_differ(self.settings.host)
 
-    @contextmanager
-    def preparing(self, record: RequestRecord) -> Iterator[None]:
-        """Around the work before admission, so that a crowd at the door is refused before it costs anything.
+    @asynccontextmanager
+    async def preparing(self, record: RequestRecord) -> AsyncIterator[None]:
+        """Around the work before admission, so that a crowd at the door is refused before it costs anything, and does
+        not stand before those of others.
 
         Raises ApiError 503 where nothing is admitted any more, or not now; 429 where the house is full already, or the
         caller's part of it, or a limit of the caller's key is reached.
@@ -119,7 +125,8 @@ class Service:
         if (refusal := self.refusal()) is not None:
             raise refusal
         with self._accounted(record), self._coming(record):
-            yield
+            async with self._gate.through(record.caller.owner):
+                yield
 
     def check_room(self, record: RequestRecord) -> None:
         """Raises what `preparing` would raise now, without counting as a request."""

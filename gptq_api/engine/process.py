@@ -119,7 +119,14 @@ def _serve(sock: socket.socket, inbox: Inbox, settings: EngineSettings) -> int:
 
     grammars = Grammars(load_vocabulary, vocab_size)
     blocks = BlockManager(runner.num_blocks, runner.block_size)
-    scheduler = Scheduler(blocks, settings.max_num_seqs, budget, settings.enable_prefix_caching, runner.row_multiple)
+    scheduler = Scheduler(
+        blocks,
+        settings.max_num_seqs,
+        budget,
+        settings.enable_prefix_caching,
+        runner.row_multiple,
+        shared_rows=runner.shared_rows,
+    )
     engine = Engine(runner, scheduler, trace, grammars, lambda *compiled: inbox.put(_Compiled(*compiled)))
     gc.collect()
     gc.freeze()  # the weights never die: keep the collector off them

@@ -14,6 +14,9 @@ class LoadedRunner(Runner[Any], Protocol):
 
     row_multiple: int
     """what the number of tokens in one step is best a multiple of, where they are many"""
+    shared_rows: int | None
+    """how many sequences of several owners decode in one step, at most: more take too long for what they bring. None:
+    as many as there are"""
     max_model_len: int
     block_size: int
     num_blocks: int

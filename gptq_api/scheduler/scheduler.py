@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from gptq_api.scheduler.blocks import BlockManager, block_hash
 from gptq_api.scheduler.sequence import Sequence
 from gptq_api.scheduler.shares import who_leaves_a_seat, who_leaves_blocks, who_loses_its_blocks
+from gptq_api.scheduler.turns import Turns
 from gptq_api.scheduler.waiting import WaitingQueue
 from gptq_api.step import Admission, NewBlocks, PromptRows, Sampled, Step
 from gptq_api.types import FinishReason, PromptLogprobs, SamplingParams
@@ -60,7 +61,8 @@ class Scheduler:
     """`add`, `abort`, and per step `schedule` (decide) and `update` (digest). Sequences stay in here.
 
     max_num_seqs: sequences in one step; max_num_batched_tokens: tokens in one step; row_multiple: what their number is
-    best a multiple of, where they are many; num_drafted: tokens that the runner guesses behind a sequence's last one.
+    best a multiple of, where they are many; num_drafted: tokens that the runner guesses behind a sequence's last one;
+    shared_rows: sequences that decode in one step while several owners share it, which is also small (None: all).
     """
 
     def __init__(
@@ -71,11 +73,13 @@ class Scheduler:
         enable_prefix_caching: bool = True,
         row_multiple: int = 1,
         num_drafted: int = 0,
+        shared_rows: int | None = None,
     ) -> None:
         self.blocks, self._row_multiple, self._num_drafted = blocks, row_multiple, num_drafted
         self.max_num_seqs, self.max_num_batched_tokens = max_num_seqs, max_num_batched_tokens
         self.enable_prefix_caching = enable_prefix_caching
         self.waiting = WaitingQueue()
+        self._turns = Turns(shared_rows)
         self.running: list[Sequence] = []  # in the order of their admission
         self._num_added = 0
         self._live: dict[int, Sequence] = {}
@@ -134,9 +138,11 @@ class Scheduler:
         taken: dict[Sequence, int] = {}
         has_room = self._make_room()
         pending = [(seq, seq.num_pending_tokens) for seq in self.running]
-        decoding = [(seq, num) for seq, num in pending if num == 1]
+        self._turns.begin_step(self.waiting.num_owners)
+        decoding = self._turns.chosen([(seq, num) for seq, num in pending if num == 1])
         prompts = [(seq, num) for seq, num in pending if num > 1]  # of 0 the last token is in flight, or nobody knows
         budget = self._step_budget(len(decoding))
+        budget = min(budget, len(decoding) + self._turns.most_prompt_tokens(budget))
         kept = self._kept_for_a_newcomer(budget - len(decoding), prompts) if has_room and prompts else 0
         preempted: set[Sequence] = set()
         # Running before waiting: a token owed beats a token promised, and one of an answer one of a prompt. A prompt in

@@ -40,6 +40,8 @@ class Sequence:
     num_scored_rows: int = 0
     """rows of the prompt whose logprobs launched steps tell, where they were asked for: never twice, not even when the
     sequence is computed once more"""
+    last_turn: int = 0
+    """the number of the step in which it decoded last, where not all were in every step"""
     num_cached_tokens: int | None = None
     """prompt tokens found in the prefix cache when it was first scheduled; None until then"""
 

@@ -34,10 +34,13 @@ class World:
         out_of_memory: float = 0.0,
         max_tokens: int = 10**9,
         num_drafted: int = 0,
+        shared_rows: int | None = None,
     ) -> None:
         self.runner = ToyRunner(lookahead, max_num_seqs, block_size, out_of_memory, max_tokens)
         self.blocks = BlockManager(num_blocks, block_size)
-        self.scheduler = Scheduler(self.blocks, max_num_seqs, budget, caching, num_drafted=num_drafted)
+        self.scheduler = Scheduler(
+            self.blocks, max_num_seqs, budget, caching, num_drafted=num_drafted, shared_rows=shared_rows
+        )
         self.engine: Engine[Launched] = Engine(self.runner, self.scheduler)
         self.prompts: dict[int, tuple[list[int], SamplingParams]] = {}
         self.tokens: dict[int, list[int]] = {}
@@ -135,6 +138,7 @@ class World:
     caching=st.booleans(),
     out_of_memory=st.sampled_from([0.0, 0.0, 0.1, 0.5]),
     num_drafted=st.sampled_from([0, 0, 1, 3]),
+    shared_rows=st.sampled_from([None, None, 1, 3]),
 )
 @pytest.mark.slow
 def test_random_workloads(
@@ -148,10 +152,19 @@ def test_random_workloads(
     caching: bool,
     out_of_memory: float,
     num_drafted: int,
+    shared_rows: int | None,
 ) -> None:
     rng = random.Random(seed)
     world = World(
-        lookahead, num_blocks, block_size, max_num_seqs, budget, caching, out_of_memory, num_drafted=num_drafted
+        lookahead,
+        num_blocks,
+        block_size,
+        max_num_seqs,
+        budget,
+        caching,
+        out_of_memory,
+        num_drafted=num_drafted,
+        shared_rows=shared_rows,
     )
     capacity = num_blocks * block_size
     stems = [[rng.randrange(1, NUM_TOKENS) for _ in range(capacity)] for _ in range(2)]  # shared beginnings

@@ -16,8 +16,11 @@ from gptq_api.types import SamplingParams
 class World:
     """A scheduler whose sequences all run to max_tokens. Ids are numbers, and by them it knows the owners."""
 
-    def __init__(self, max_num_seqs: int = 4, budget: int = 64, num_blocks: int = 400) -> None:
-        self.scheduler = Scheduler(BlockManager(num_blocks, 4), max_num_seqs, budget)
+    def __init__(
+        self, max_num_seqs: int = 4, budget: int = 64, num_blocks: int = 400, shared_rows: int | None = None
+    ) -> None:
+        blocks = BlockManager(num_blocks, 4)
+        self.scheduler = Scheduler(blocks, max_num_seqs, budget, shared_rows=shared_rows)
         self.owners: dict[int, bytes] = {}
         self.first_tokens: list[int] = []  # ids, in the order of their first tokens
         self.finished: list[int] = []
@@ -172,6 +175,57 @@ def test_an_owner_that_is_more_urgent_is_not_driven_out_and_goes_first() -> None
     late = world.add(b"patient", 1, max_tokens=4, level=1)
     world.drain()
     assert world.preemptions == 0 and world.finished[-1] == late[0]
+
+
+def test_rows_of_a_shared_step_are_few_and_taken_in_turn() -> None:
+    world = World(max_num_seqs=64, budget=512, num_blocks=2000, shared_rows=8)
+    greedy = world.add(b"greedy", 40, max_tokens=100)
+    world.step()
+    assert len(world.step().seats) == 40, "alone"
+    modest = world.add(b"modest", 2, max_tokens=10)
+    world.step()
+    before = {seq.sequence_id: len(seq.token_ids) for seq in world.scheduler.running}
+    for _ in range(9):
+        assert len(world.step().seats) == 8
+    assert set(modest) <= set(world.finished), "in every step"
+    for _ in range(31):
+        assert len(world.step().seats) == 8, "it is likely to come again"
+    gained = [
+        len(seq.token_ids) - before[seq.sequence_id] for seq in world.scheduler.running if seq.sequence_id in greedy
+    ]
+    assert sum(gained) == 9 * 6 + 31 * 8 and max(gained) - min(gained) <= 1
+    world.drain()
+    assert world.preemptions == 0
+
+
+def test_owners_have_equal_parts_of_a_shared_step() -> None:
+    world = World(max_num_seqs=64, budget=512, num_blocks=2000, shared_rows=8)
+    for owner, num in ((b"one", 20), (b"two", 20), (b"three", 1)):
+        world.add(owner, num, max_tokens=100)
+    while world.scheduler.waiting:
+        world.step()
+    rows = Counter[bytes]()
+    by_seat = {seq.seat: seq.owner for seq in world.scheduler.running}
+    for _ in range(4):
+        rows.update(by_seat[seat] for seat in world.step().seats)
+    assert rows == {b"one": 12, b"two": 16, b"three": 4} or rows == {b"one": 16, b"two": 12, b"three": 4}
+    world.drain()
+
+
+def test_more_owners_than_rows_of_a_shared_step() -> None:
+    world = World(max_num_seqs=64, num_blocks=1000, shared_rows=2)
+    for i in range(6):
+        world.add(b"%d" % i, 2, max_tokens=5)
+    world.drain()
+
+
+def test_prompts_of_a_shared_step_are_few() -> None:
+    world = World(max_num_seqs=8, budget=512, num_blocks=2000, shared_rows=8)
+    world.add(b"greedy", 8, prompt=600)
+    assert world.step().num_tokens == 512
+    world.add(b"modest", prompt=10)
+    assert world.step().num_new == [22, 10]
+    world.drain()
 
 
 def test_aborting_whoever_waits_or_runs_leaves_nothing_of_an_owner() -> None:

@@ -62,7 +62,7 @@ async def converse(
     body.check()
     terms = body.terms(request.headers)
     with ExitStack() as owned:
-        with service.preparing(record):
+        async with service.preparing(record):
             prompt, found = await chat_prompt(service, body)
             prompts = [prompt]
             headers = headers | cut_header(body, prompts) | _relaxed(headers, found.relaxed)

@@ -36,7 +36,7 @@ async def completions(body: CompletionRequest, request: Request, service: Servic
     usage = UsageEvents(body.usage_at_end, body.usage_in_chunks)
     new_text = body.text_streams(service.tokenizer, continues=True)
     with ExitStack() as owned:
-        with service.preparing(record):
+        async with service.preparing(record):
             prompts = await completion_prompts(service, body)
             headers |= cut_header(body, prompts)
             texts = await _echoed_texts(service, body)

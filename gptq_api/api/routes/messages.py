@@ -44,9 +44,10 @@ async def count_tokens(body: CountTokensRequest, request: Request, service: Serv
     service.check_model(body.model)
     strict = service.settings.strict_params
     asked = await beside(request, service, lambda: body.translated(service.template, strict=strict))
-    with asked.names.used(), service.preparing(record):
-        asked.chat.unknown(strict=strict)
-        num_tokens = await _count(service, asked.chat)
+    with asked.names.used():
+        async with service.preparing(record):
+            asked.chat.unknown(strict=strict)
+            num_tokens = await _count(service, asked.chat)
     headers = {"request-id": record.request_id, **asked.headers()}
     return json_response({"input_tokens": num_tokens}, headers)
 

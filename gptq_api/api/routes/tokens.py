@@ -29,7 +29,7 @@ async def tokenize(body: TokenizeRequest, service: ServiceDep, record: RecordDep
     unknown = body.unknown(strict=strict)
     if len(body.given) != 1:
         raise bad_request("Give one of 'prompt', 'messages' and 'content'.", "prompt")
-    with service.preparing(record):
+    async with service.preparing(record):
         if body.messages is not None:
             unknown += check_messages(body.messages, strict=strict)
             generation_prompt = body.add_generation_prompt is not False and not body.continue_final_message
@@ -78,7 +78,7 @@ async def detokenize(body: DetokenizeRequest, service: ServiceDep) -> Response:
 async def apply_template(body: ChatCompletionRequest, service: ServiceDep, record: RecordDep) -> Response:
     """What the chat template makes of a conversation, as text: control tokens and their spelling look alike in it."""
     headers = check_chat(service, body)
-    with service.preparing(record):
+    async with service.preparing(record):
         return json_response({"prompt": await chat_text(service, body)}, headers)
 
 
@@ -86,7 +86,7 @@ async def apply_template(body: ChatCompletionRequest, service: ServiceDep, recor
 async def input_tokens(body: ChatCompletionRequest, service: ServiceDep, record: RecordDep) -> Response:
     """How many tokens a conversation is, by the body that would be answered."""
     headers = check_chat(service, body)
-    with service.preparing(record):
+    async with service.preparing(record):
         ids = await chat_ids(service, body)
     return json_response({"object": "response.input_tokens", "input_tokens": len(ids)}, headers)
 

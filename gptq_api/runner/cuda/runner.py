@@ -96,6 +96,7 @@ class CudaRunner:
 
     lookahead = 1
     row_multiple = gemm.ROW_MULTIPLE
+    shared_rows: int | None = None  # a step of many rows takes little longer than one of few
 
     def __init__(
         self,
