@@ -114,7 +114,7 @@ def open_checkpoint(path: Path, ckpt: Path | None = None, expected: Expected | N
     folder = sets[0].folder
     # What a config calls AWQ is told as that, not as tensors that do not fit.
     config = read_quant_config(folder)
-    store = _choose(sets)
+    store = _choose(_named_by(config, sets))
     names = sorted(name.removesuffix(".qweight") for name in store.names if name.endswith(".qweight"))
     if not names:
         raise CheckpointError(foreign_checkpoint(store))
@@ -134,6 +134,11 @@ def _is_finite(tensor: Tensor) -> bool:
     # isfinite makes tensors as large as the one looked at. A NaN survives both minimum and maximum.
     low, high = tensor.aminmax()
     return bool(torch.isfinite(low) & torch.isfinite(high))
+
+
+def _named_by(config: QuantConfig, sets: list[WeightFiles]) -> list[WeightFiles]:
+    """The sets that the config's `model_file_base_name` means; all where it means none, as after a file was renamed."""
+    return [weights for weights in sets if config.weights_name in (weights.name, weights.files[0].stem)] or sets
 
 
 def _choose(sets: list[WeightFiles]) -> TensorStore:

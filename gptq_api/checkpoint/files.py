@@ -26,6 +26,12 @@ class WeightFiles:
     layout: str
     """for people: "one safetensors file", "3 shards with an index" ..."""
 
+    @property
+    def name(self) -> str:
+        """Of the files, without endings and numbers of shards."""
+        shard = _SHARD.match(self.files[0].stem)
+        return shard["stem"] if shard else self.files[0].stem
+
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a checkpoint folder. CheckpointError where it cannot be read or is something else."""

@@ -55,6 +55,8 @@ class QuantConfig:
     zero_version: ZeroVersion | None = None
     lm_head: bool | None = None
     """whether the head is quantized"""
+    weights_name: str | None = None
+    """what AutoGPTQ called the weights file, without its ending"""
 
 
 def read_quant_config(folder: Path, store: TensorStore | None = None) -> QuantConfig:
@@ -90,6 +92,7 @@ def parse_quant_config(raw: dict[str, Any], source: str) -> QuantConfig:
         claim=parse_claim(raw, source),
         rules=parse_dynamic(raw.get("dynamic"), source) + parse_extra_config(raw.get("extra_config"), source),
         zero_version=_zero_version(raw, source),
+        weights_name=_text(raw, source, "model_file_base_name"),
         lm_head=lm_head if isinstance(lm_head, bool) else None,
     )
 

@@ -204,6 +204,20 @@ def test_which_file_of_several(model: RandomModel, tmp_path: Path) -> None:
         open_checkpoint(folder, Path("config.json"))
 
 
+def test_the_config_names_one_of_several(model: RandomModel, tmp_path: Path) -> None:
+    quant = {"bits": 4, "group_size": 32, "model_file_base_name": "gptq_model-4bit-32g"}
+    folder = write_checkpoint(tmp_path, model, quant_config=quant)
+    save_file(load_file(folder / "model.safetensors"), folder / "gptq_model-4bit-32g.safetensors")
+    assert open_checkpoint(folder).files == (folder / "gptq_model-4bit-32g.safetensors",)
+    assert open_checkpoint(folder, Path("model.safetensors")).files == (folder / "model.safetensors",)
+    (folder / "gptq_model-4bit-32g.safetensors").rename(folder / "renamed.safetensors")
+    refused(folder, "model.safetensors, renamed.safetensors", "--gptq-ckpt")
+    (folder / "renamed.safetensors").rename(folder / "gptq_model-4bit-32g-00001-of-00001.safetensors")
+    assert open_checkpoint(folder).layout == "1 shards without an index"
+    write_checkpoint(folder, model, quant_config={"model_file_base_name": ["model"]})
+    refused(folder, "model_file_base_name is ['model'] where a string is expected")
+
+
 def test_flags_that_contradict_the_tensors(model: RandomModel, act_order_model: RandomModel, tmp_path: Path) -> None:
     plain, ordered = write_checkpoint(tmp_path / "a", model), write_checkpoint(tmp_path / "b", act_order_model)
     load(plain, gptq_wbits=4, gptq_groupsize=32, gptq_act_order=False)
