@@ -250,6 +250,11 @@ def infer_group_size(in_features: int, num_groups: int) -> int | None:
     return in_features // num_groups if in_features % num_groups == 0 else None
 
 
+def group_size_of(shape: ModuleShape) -> int:
+    """As far as the shapes tell; -1: one group."""
+    return infer_group_size(shape.in_features, shape.num_groups) or shape.in_features // shape.num_groups
+
+
 def is_permuted(store: TensorStore, module: str, shape: ModuleShape) -> bool:
     """Whether g_idx scrambles the groups (act-order); reads g_idx alone."""
     name = f"{module}.g_idx"

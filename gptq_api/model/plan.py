@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from gptq_api.checkpoint.checkpoint import Checkpoint
-from gptq_api.checkpoint.module import ModuleShape, infer_group_size
+from gptq_api.checkpoint.module import ModuleShape, group_size_of
 from gptq_api.model.backend import Backend, KernelChoice
 from gptq_api.model.config import LlamaConfig
 from gptq_api.model.loader import check_bias, check_head, check_layers, check_module, has_head
@@ -50,8 +50,7 @@ def plan_serving(checkpoint: Checkpoint, config: LlamaConfig, backend: Backend) 
 
 
 def _choice(shape: ModuleShape, backend: Backend) -> KernelChoice:
-    group = infer_group_size(shape.in_features, shape.num_groups) or shape.in_features // shape.num_groups
-    return backend.kernel(shape.bits, shape.in_features, shape.out_features, group)
+    return backend.kernel(shape.bits, shape.in_features, shape.out_features, group_size_of(shape))
 
 
 def _ends(checkpoint: Checkpoint, config: LlamaConfig, backend: Backend) -> int:

@@ -25,7 +25,7 @@ from gptq_api.model.weights import LlamaWeights
 from gptq_api.runner.cpu.backend import CpuBackend
 from gptq_api.runner.cuda.backend import CudaBackend, refusal
 from gptq_api.runner.loaded import LoadedRunner
-from gptq_api.runner.memory import CacheOwner, longest_text
+from gptq_api.runner.memory import CacheOwner, host_memory, longest_text
 from gptq_api.runner.options import LoadOptions
 from gptq_api.runner.solo import Solo, step_of
 from gptq_api.types import SamplingParams
@@ -133,7 +133,9 @@ def choose_backend(
     """For this model on this device. ConfigError for a type that it does not compute in."""
     dtype = resolve_dtype(options.dtype, device, checkpoint)
     if device.type == "cpu":
-        return BACKENDS["cpu"](device, dtype)
+        room, needed = host_memory(), CpuBackend.dequantized_bytes(checkpoint.modules.values())
+        # As much again for what comes after: the cache, and a tensor on its way.
+        return CpuBackend(device, dtype, dequantizes=room is None or 2 * needed < room)
     if dtype == torch.float32:
         return BACKENDS["cpu"](device, dtype)
     reason = refusal(config, options.block_size)

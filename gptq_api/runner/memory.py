@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -108,6 +111,20 @@ def _without_effect(options: LoadOptions, owner: CacheOwner) -> list[str]:
 def does_not_fit(options: LoadOptions, owner: CacheOwner) -> ConfigError:
     """The memory that was planned with is not there."""
     return ConfigError(f"the KV cache does not fit in memory; lower {_knob(options, owner)}")
+
+
+def host_memory() -> int | None:
+    """Bytes this process may still take, of the machine's and of its control group's; None where neither is told."""
+    found = []
+    with contextlib.suppress(OSError, ValueError):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        found += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
+        limit, used, stat = (
+            Path("/sys/fs/cgroup", f"memory.{name}").read_text() for name in ("max", "current", "stat")
+        )
+        cached = re.search(r"^inactive_file (\d+)$", stat, re.MULTILINE)
+        found.append(int(limit) - int(used) + (int(cached[1]) if cached else 0))  # ValueError: "max", no limit
+    return min(found, default=None)
 
 
 def free_memory(device: torch.device, utilization: float, to_come: int) -> int:

@@ -188,14 +188,22 @@ def test_zero_points_far_from_any_middle() -> None:
     assert ZeroStatistics(8, 1, counts).complaint() is None
 
 
-def test_slow_modules_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    model = random_model(Recipe(mixed_bits={"v_proj": 8, "down_proj": 3}))
-    with caplog.at_level(logging.WARNING):
-        load(write_checkpoint(tmp_path, model), dtype="bfloat16")
-    assert sorted(caplog.messages) == [
-        "down_proj (2 modules) take the slow path: 3 bits (the int4 operator takes 4)",
-        "v_proj (2 modules) take the slow path: 8 bits (the int4 operator takes 4)",
-    ]
+def test_slow_modules_are_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where there is no memory to dequantize what no kernel takes."""
+    folder = write_checkpoint(tmp_path, random_model(Recipe(num_layers=1, group_size=8, dense=("v_proj", "k_proj"))))
+    modules = open_checkpoint(folder).modules
+    needed = 2 * sum(m.in_features * m.out_features for m in modules.values())
+    why = "the slow path: groups of 8 in {} inputs (the int4 operator takes multiples of 32), and there is no memory"
+    for room, told in ((2 * needed, True), (2 * needed + 1, False)):
+        monkeypatch.setattr("gptq_api.runner.load.host_memory", lambda room=room: room)
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            load(folder, dtype="bfloat16")
+        assert sum(why.format(64) in message for message in caplog.messages) == told
+        assert sum(why.format(160) in message for message in caplog.messages) == told
+        assert told or not caplog.messages
 
 
 def test_flags_that_one_module_contradicts(tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ def test_as_text(folder: Path) -> None:
     assert lines["4 bits"].startswith(("7 (", "8 (")) and "others" in lines["4 bits"]
     assert lines["self-check"].startswith("scales finite in 14 of 14 modules")
     assert lines["q_proj"] == "int4"
-    assert lines["down_proj"] == "reference: 8 bits (the int4 operator takes 4)"
+    assert lines["down_proj"] == "2 x int4"
     assert lines["KV cache"] == f"{2 * 2 * 2 * 32 * 2} bytes per token"
 
 

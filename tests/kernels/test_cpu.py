@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from gptq_api.checkpoint.module import GPTQTensors
 from gptq_api.checkpoint.packing import pack_qweight
 from gptq_api.kernels.reference import ReferenceWeight, dequantize, unpack
+from gptq_api.model.backend import Role
 from gptq_api.model.layers.activation import silu_and_multiply
 from gptq_api.model.layers.linear import DenseLinear
 from gptq_api.runner.cpu import int4 as cpu
@@ -36,7 +38,7 @@ class Module:
         return (self.q.double() - self.zeros[g].double()) * self.scales[g].double()
 
     def int4(self) -> cpu.Int4Weight:
-        return cpu.Int4Weight(self.qweight, self.zeros, self.scales, self.g_idx, self.group_size)
+        return cpu.Int4Weight(self.qweight, self.zeros, self.scales, self.g_idx, self.group_size, self.bits)
 
     def reference(self, dtype: torch.dtype = torch.float32) -> ReferenceWeight:
         return ReferenceWeight(self.qweight, self.zeros, self.scales, self.g_idx, self.bits, dtype)
@@ -68,6 +70,11 @@ MODULES = {
     "group 512": Module(1024, 48, 512),
     "last group partial": Module(352, 112, 64),
     "last group partial, act-order": Module(352, 16, 64, act_order=True),
+    "2 bits": Module(128, 96, 32, bits=2),
+    "3 bits, act-order": Module(384, 160, 128, bits=3, act_order=True),
+    "8 bits": Module(384, 160, 128, bits=8),
+    "8 bits, one group": Module(160, 64, -1, bits=8),
+    "8 bits, act-order": Module(352, 16, 64, bits=8, act_order=True),
 }
 
 
@@ -81,8 +88,9 @@ def test_int4(name: str, m: int) -> None:
     assert module.int4().matmul(x).dtype == torch.bfloat16
 
 
-def test_many_rows_of_a_large_matrix_take_the_dense_product() -> None:
-    module = Module(1024, 2096, 128, act_order=True)
+@pytest.mark.parametrize("bits", [3, 4, 8])
+def test_many_rows_of_a_large_matrix_take_the_dense_product(bits: int) -> None:
+    module = Module(1024, 2096, 128, bits, act_order=True)
     x = activations(130, 1024)
     weight = module.int4()
     many, few = weight.matmul(x), weight.matmul(x[:100])
@@ -124,10 +132,13 @@ def test_the_activation_has_the_same_bits_whatever_is_beside_it(width: int) -> N
     assert silu_and_multiply(torch.tensor([[-1e4, 1e4, 2.0, 2.0]])).tolist() == [[0.0, 2e4]]
 
 
-def test_weights_are_held_once_and_in_four_bits() -> None:
-    module = Module(1024, 512, 128)
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_weights_are_held_once_and_in_four_bits_or_eight(bits: int) -> None:
     elements = 1024 * 512
-    assert module.int4().num_bytes == elements // 2 + 8 * 512 * 4
+    held = Module(1024, 512, 128, bits).int4().num_bytes
+    assert held == CpuBackend(CPU, torch.bfloat16).kernel(bits, 1024, 512, 128).num_bytes
+    assert held == (elements // 2 + 8 * 512 * 4) * (2 if bits == 8 else 1)
+    module = Module(1024, 512, 128)
     assert module.reference().num_bytes == elements // 2 + 8 * 512 * 3 + 1024 * 4
 
 
@@ -138,15 +149,30 @@ def test_weights_are_held_once_and_in_four_bits() -> None:
         (4, 4096, 4096, -1, torch.bfloat16, "int4", ""),
         (4, 4096, 4096, 16, torch.bfloat16, "reference", "groups of 16"),
         (4, 4096, 4104, 128, torch.bfloat16, "reference", "4104 outputs"),
-        (3, 4096, 4096, 128, torch.bfloat16, "reference", "3 bits"),
+        (2, 4096, 4096, 128, torch.bfloat16, "int4 (2 bits kept in 4)", ""),
+        (3, 4096, 4096, 128, torch.bfloat16, "int4 (3 bits kept in 4)", ""),
+        (8, 4096, 4096, 128, torch.bfloat16, "2 x int4", ""),
         (4, 4096, 4096, 128, torch.float32, "reference (exact)", ""),
     ],
 )
 def test_which_kernel_takes_what(
     bits: int, k: int, n: int, group_size: int, dtype: torch.dtype, kernel: str, reason: str
 ) -> None:
-    choice = CpuBackend(CPU, dtype).kernel(bits, k, n, group_size)
+    choice = CpuBackend(CPU, dtype, dequantizes=False).kernel(bits, k, n, group_size)
     assert choice.kind == kernel and reason in (choice.reason or "")
+    choice = CpuBackend(CPU, dtype).kernel(bits, k, n, group_size)
+    assert choice.reason is None and (choice.kind == kernel or choice.kind == "dequantized bfloat16")
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_what_the_operator_does_not_take_is_dequantized_once(bits: int) -> None:
+    m = Module(96, 64, 24, bits, act_order=True)
+    tensors = GPTQTensors(m.qweight, m.zeros, m.scales, m.g_idx, bits, 24, True, False, 1, torch.ones(64))
+    linear = CpuBackend(CPU, torch.bfloat16).quantized(tensors, Role())
+    assert linear.kernel == "dequantized bfloat16"
+    assert linear.num_bytes - 64 * 2 == CpuBackend(CPU, torch.bfloat16).kernel(bits, 96, 64, 24).num_bytes
+    x = activations(5, 96)
+    assert relative(linear.forward(x), x.double() @ m.exact() + 1) < 6e-3
 
 
 def test_int4_refuses_what_it_cannot_hold() -> None:

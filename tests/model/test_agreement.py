@@ -158,10 +158,23 @@ def test_bfloat16_is_near(name: str, tmp_path: Path) -> None:
     assert (got - expected).norm() / expected.norm() < 2e-2
 
 
-def test_what_the_int4_operator_does_not_take_goes_to_the_reference_and_is_said(tmp_path: Path) -> None:
+@pytest.mark.parametrize("bits", [2, 3, 8])
+def test_other_bits_take_the_same_kernel(bits: int, tmp_path: Path) -> None:
+    model = random_model(Recipe(bits=bits, act_order=True, sym=False))
+    runner = load(write_checkpoint(tmp_path, model), dtype="bfloat16")
+    assert "int4" in runner.description and "reference" not in runner.description
+    expected = model.reference_logits(IDS)
+    assert (all_logits(runner, IDS) - expected).norm() / expected.norm() < 2e-2
+
+
+@pytest.mark.parametrize("room", [0, None])
+def test_what_the_int4_operator_does_not_take_is_dequantized_where_there_is_room(
+    room: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gptq_api.runner.load.host_memory", lambda: room)
     model = random_model(Recipe(group_size=16, mixed_bits={"down_proj": 8}))
     runner = load(write_checkpoint(tmp_path, model), dtype="bfloat16")
-    assert "groups of 16" in runner.description and "8 bits" in runner.description
+    assert ("8 x dequantized bfloat16" if room is None else "reference: groups of 16") in runner.description
     expected = model.reference_logits(IDS)
     assert (all_logits(runner, IDS) - expected).norm() / expected.norm() < 2e-2
 

@@ -73,9 +73,9 @@ class DenseLinear:
 
     order = None
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None = None, kernel: str | None = None) -> None:
         self.weight, self.bias = weight, bias
-        self.kernel = f"dense {str(weight.dtype).removeprefix('torch.')}"
+        self.kernel = kernel or f"dense {str(weight.dtype).removeprefix('torch.')}"
 
     @property
     def num_bytes(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import resource
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
@@ -11,8 +12,9 @@ import torch
 from torch import Tensor
 
 from gptq_api.checkpoint.checkpoint import Checkpoint, GPTQTensors
+from gptq_api.checkpoint.module import ModuleShape, group_size_of
 from gptq_api.config import ConfigError
-from gptq_api.kernels.reference import ReferenceWeight
+from gptq_api.kernels.reference import ReferenceWeight, dequantize
 from gptq_api.model.backend import KernelChoice, Role
 from gptq_api.model.config import LlamaConfig
 from gptq_api.model.layers.linear import DenseLinear, Linear, PlainLinear, Weight
@@ -26,6 +28,7 @@ from gptq_api.runner.options import LoadOptions
 
 _log = logging.getLogger(__name__)
 _EXACT = "reference (exact)"
+_DEQUANTIZED = "dequantized bfloat16"
 
 
 class CpuBackend:
@@ -36,9 +39,19 @@ class CpuBackend:
     head_dtype = torch.float32
     """bfloat16 logits have 8 bits, and the greedy token would be decided by rounding"""
 
-    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, device: torch.device, dtype: torch.dtype, *, dequantizes: bool = True) -> None:
+        """`dequantizes`: there is memory for bfloat16 weights of the modules that the int4 operator does not take."""
         self.device, self.dtype = device, dtype
-        self._on_cpu = device.type == "cpu"
+        self._on_cpu, self._dequantizes = device.type == "cpu", dequantizes
+
+    @staticmethod
+    def dequantized_bytes(modules: Iterable[ModuleShape]) -> int:
+        """Of those that the int4 operator does not take, once they are dequantized to bfloat16."""
+        return sum(
+            2 * m.in_features * m.out_features
+            for m in modules
+            if int4.refusal(m.in_features, m.out_features, group_size_of(m)) is not None
+        )
 
     @staticmethod
     def device_name(device: torch.device) -> str:
@@ -60,11 +73,12 @@ class CpuBackend:
         plain = packed + num_groups * out_features * 3 + in_features * 4
         if self.dtype != torch.bfloat16:
             return KernelChoice(_EXACT, plain)
-        reason = int4.refusal(bits, in_features, out_features, group_size)
-        if reason is not None:
-            return KernelChoice("reference", plain, reason)
-        group = int4.operator_group(in_features, group_size) or in_features
-        return KernelChoice("int4", packed + in_features // group * out_features * 4)
+        reason = int4.refusal(in_features, out_features, group_size)
+        if reason is None:
+            return KernelChoice(int4.kind(bits), int4.num_bytes(bits, in_features, out_features, group_size))
+        if self._dequantizes:
+            return KernelChoice(_DEQUANTIZED, in_features * out_features * self.dtype.itemsize)
+        return KernelChoice("reference", plain, f"{reason}, and there is no memory to dequantize it once")
 
     def reading(self, checkpoint: Checkpoint) -> AbstractContextManager[Checkpoint]:
         return nullcontext(checkpoint) if self._on_cpu else checkpoint.read_on(self.device)
@@ -72,12 +86,16 @@ class CpuBackend:
     def quantized(self, tensors: GPTQTensors, role: Role) -> Linear:
         t, choice = tensors, self.kernel(tensors.bits, tensors.in_features, tensors.out_features, tensors.group_size)
         weight: Weight
-        if choice.kind == "int4":
-            weight = int4.Int4Weight(t.qweight, t.zeros, t.scales, t.g_idx, t.group_size)
+        bias = None if t.bias is None else t.bias.to(self.device, self.dtype)
+        if choice.kind == int4.kind(t.bits):
+            weight = int4.Int4Weight(t.qweight, t.zeros, t.scales, t.g_idx, t.group_size, t.bits)
+        elif choice.kind == _DEQUANTIZED:
+            dense = dequantize(t.qweight, t.zeros, t.scales, t.g_idx, t.bits, self.dtype)
+            return DenseLinear(dense.t().contiguous(), bias, _DEQUANTIZED)
         else:
             qweight, zeros, scales, g_idx = (self._own(tensor) for tensor in (t.qweight, t.zeros, t.scales, t.g_idx))
             weight = ReferenceWeight(qweight, zeros, scales, g_idx, t.bits, self.dtype)
-        return PlainLinear(weight, None if t.bias is None else t.bias.to(self.device, self.dtype), str(choice))
+        return PlainLinear(weight, bias, str(choice))
 
     def _own(self, tensor: Tensor) -> Tensor:
         """Loading may map the file; what is kept is memory of our own."""
