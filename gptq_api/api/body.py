@@ -43,7 +43,8 @@ class JsonRequest(Request):
             service.check_room(get_record(self))  # what would be refused then is not read first
             if not service.bodies.room_for(length or 0):
                 raise bodies_full()
-        with Arriving(service.bodies) as body:
+        owner = get_record(self).caller.owner if service.engine.places.shared else None
+        with Arriving(service.bodies, owner) as body:
             data = await self._read(body, most)
             body.finish()
             self.is_large = len(data) > SMALL

@@ -2,7 +2,8 @@
 
 A client that is slow, or has stopped, holds what it has sent for as long as its deadline lets it. So the bytes of all
 bodies are counted, and where a body finds no room, those that have not grown for a while make it. Small bodies have
-as much room again: what is short is not refused because of what is long.
+as much room again: what is short is not refused because of what is long. Where there are several owners, one may hold
+up to SHARE times what is left, so that nobody's bodies keep all others out.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from types import TracebackType
 
 SMALL = 64 * 1024
 """bytes up to which a body costs so little that nobody asks first"""
+SHARE = 7
+"""as of places (engine/places.py): one owner alone leaves an eighth to others"""
 STALLED_S = 2.0
 """seconds without growth after which a body makes room for others"""
 
@@ -33,6 +36,7 @@ class Bodies:
         """for what occupies the event loop with a large body: one at a time"""
         self._stalled = stalled
         self._unfinished: dict[Arriving, None] = {}
+        self._owned: dict[bytes, int] = {}  # bytes, by owner
 
     def cut(self, error: Error) -> None:
         """Whoever waits for the rest of a body gets the error now."""
@@ -54,20 +58,30 @@ class Bodies:
                 return
             body.cut(self._stalled())
 
-    def _take(self, size: int, most: int) -> None:
+    def _take(self, size: int, most: int, owner: bytes | None) -> None:
         if self.num_bytes + size > most:
             self._make_room(size)
-        if self.num_bytes + size > most:
+        left = most - self.num_bytes - size
+        if left < 0 or (owner is not None and self._owned.get(owner, 0) + size > max(SHARE * left, SMALL)):
             raise NoRoomError
+        self._add(size, owner)
+
+    def _add(self, size: int, owner: bytes | None) -> None:
         self.num_bytes += size
+        if owner is not None:
+            self._owned[owner] = self._owned.get(owner, 0) + size
+            if not self._owned[owner]:
+                del self._owned[owner]
 
 
 class Arriving:
     """`with Arriving(bodies) as body:` around the reading of one body and its parsing. At its end the error is raised
     that the body was cut off with."""
 
-    def __init__(self, bodies: Bodies) -> None:
+    def __init__(self, bodies: Bodies, owner: bytes | None = None) -> None:
+        """`owner`: who shares the room with whom; None: nobody else may come."""
         self.size = 0
+        self._owner = owner
         self.grown_at = time.monotonic()
         self._bodies = bodies
         self._error: Exception | None = None
@@ -83,7 +97,7 @@ class Arriving:
     def grow(self, size: int) -> None:
         """Raises NoRoomError."""
         bodies = self._bodies
-        bodies._take(size, bodies.most if self.size + size > SMALL else 2 * bodies.most)
+        bodies._take(size, bodies.most if self.size + size > SMALL else 2 * bodies.most, self._owner)
         self.size += size
         self.grown_at = time.monotonic()
 
@@ -99,7 +113,7 @@ class Arriving:
 
     def _release(self) -> None:
         self.finish()
-        self._bodies.num_bytes -= self.size
+        self._bodies._add(-self.size, self._owner)
         self.size = 0
 
     def __exit__(

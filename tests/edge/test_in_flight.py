@@ -21,8 +21,8 @@ def bodies() -> Bodies:
     return Bodies(4 * SMALL, StalledError)
 
 
-async def hold(bodies: Bodies, size: int, done: asyncio.Event) -> None:
-    with Arriving(bodies) as body:
+async def hold(bodies: Bodies, size: int, done: asyncio.Event, owner: bytes | None = None) -> None:
+    with Arriving(bodies, owner) as body:
         body.grow(size)
         await done.wait()
         body.finish()
@@ -55,6 +55,27 @@ async def test_all_together_hold_so_much_and_small_ones_as_much_again(bodies: Bo
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
     assert bodies.num_bytes == 0 and bodies.room_for(4 * SMALL)
+
+
+async def test_one_owner_leaves_room_to_others() -> None:
+    bodies, done = Bodies(16 * SMALL, StalledError), asyncio.Event()
+    tasks = [asyncio.create_task(hold(bodies, 7 * SMALL, done, b"greedy")) for _ in range(2)]
+    await asyncio.sleep(0)
+    for owner, size, is_room in (
+        (b"greedy", SMALL + 1, False),
+        (b"greedy", SMALL, True),
+        (b"other", SMALL + 1, True),
+        (b"other", 2 * SMALL + 1, False),
+    ):
+        with Arriving(bodies, owner) as body:
+            if is_room:
+                body.grow(size)
+            else:
+                with pytest.raises(NoRoomError):
+                    body.grow(size)
+    done.set()
+    await asyncio.gather(*tasks)
+    assert bodies.num_bytes == 0 and not bodies._owned
 
 
 async def test_those_that_have_stopped_make_room(bodies: Bodies, monkeypatch: pytest.MonkeyPatch) -> None:
