@@ -20,8 +20,8 @@ from dataclasses import dataclass, field
 
 from gptq_api.scheduler.blocks import BlockManager, block_hash
 from gptq_api.scheduler.sequence import Sequence
+from gptq_api.scheduler.shared_steps import SharedSteps
 from gptq_api.scheduler.shares import who_leaves_a_seat, who_leaves_blocks, who_loses_its_blocks
-from gptq_api.scheduler.turns import Turns
 from gptq_api.scheduler.waiting import WaitingQueue
 from gptq_api.step import Admission, NewBlocks, PromptRows, Sampled, Step
 from gptq_api.types import FinishReason, PromptLogprobs, SamplingParams
@@ -79,7 +79,7 @@ class Scheduler:
         self.max_num_seqs, self.max_num_batched_tokens = max_num_seqs, max_num_batched_tokens
         self.enable_prefix_caching = enable_prefix_caching
         self.waiting = WaitingQueue()
-        self._turns = Turns(shared_rows)
+        self._shared_steps = SharedSteps(shared_rows)
         self.running: list[Sequence] = []  # in the order of their admission
         self._num_added = 0
         self._live: dict[int, Sequence] = {}
@@ -138,11 +138,11 @@ class Scheduler:
         taken: dict[Sequence, int] = {}
         has_room = self._make_room()
         pending = [(seq, seq.num_pending_tokens) for seq in self.running]
-        self._turns.begin_step(self.waiting.num_owners)
-        decoding = self._turns.chosen([(seq, num) for seq, num in pending if num == 1])
+        self._shared_steps.begin_step(self.waiting.num_owners)
+        decoding = self._shared_steps.chosen([(seq, num) for seq, num in pending if num == 1])
         prompts = [(seq, num) for seq, num in pending if num > 1]  # of 0 the last token is in flight, or nobody knows
         budget = self._step_budget(len(decoding))
-        budget = min(budget, len(decoding) + self._turns.most_prompt_tokens(budget))
+        budget = min(budget, len(decoding) + self._shared_steps.most_prompt_tokens(budget))
         kept = self._kept_for_a_newcomer(budget - len(decoding), prompts) if has_room and prompts else 0
         preempted: set[Sequence] = set()
         # Running before waiting: a token owed beats a token promised, and one of an answer one of a prompt. A prompt in

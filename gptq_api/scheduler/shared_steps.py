@@ -17,7 +17,7 @@ PROMPT_ROWS = 4
 """of a shared step, for each that may decode: they cost less, since they read one context together"""
 
 
-class Turns:
+class SharedSteps:
     def __init__(self, most: int | None) -> None:
         """`most`: that decode in a shared step; None: as many as there are, and steps are as large as others."""
         self._most = most
