@@ -25,6 +25,7 @@ from gptq_api.edge.accept import AT_ONCE, Crowd
 from gptq_api.edge.errors import ErrorBody
 from gptq_api.edge.framing import EdgeConnection
 from gptq_api.edge.transport import EdgeTransport
+from gptq_api.edge.turns import Turns
 
 MAX_HEADER_BYTES = 32 * 1024
 SEND_BUFFER = 128 * 1024
@@ -47,6 +48,7 @@ def edge_protocol(
 
     class Edge(EdgeProtocol):
         crowd = Crowd(num_allowed)
+        turns = Turns()
         header_timeout = header_timeout_s
         body_timeout = body_timeout_s
         error_body = staticmethod(body_of)
@@ -56,6 +58,7 @@ def edge_protocol(
 
 class EdgeProtocol(H11Protocol, asyncio.BufferedProtocol):
     crowd: Crowd
+    turns: Turns
     header_timeout: float
     body_timeout: float
     error_body: ErrorBody
@@ -84,7 +87,7 @@ class EdgeProtocol(H11Protocol, asyncio.BufferedProtocol):
         """what may stand between any two pieces of the running answer; set by who sends it"""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(EdgeTransport(transport, self.conn, self._parse, self._watch))
+        super().connection_made(EdgeTransport(transport, self.conn, self._parse, self._watch, self.turns))
         tune(transport.get_extra_info("socket"))
         self._watch()
         if (num_more := len(self.connections) - self.crowd.most) > 0:

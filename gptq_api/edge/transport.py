@@ -1,8 +1,7 @@
 """What stands between asyncio's transport and uvicorn's protocol, and decides when h11 gets to see what arrived.
 
-asyncio hands over up to 256 KiB at a time, and h11 and uvicorn work through all of it before anyone else has a turn: as
-chunks of one byte that is half a second. Here what arrived waits, and one slice of it is parsed per turn of the event
-loop; nothing more is read while something waits.
+asyncio hands over what has arrived, and h11 and uvicorn work through all of it before anyone else has a turn. Here it
+waits, and is parsed in slices, of which `turns.py` says when; nothing more is read while something waits.
 
 A connection that is closed before its client has finished lingers: the client sees the answer and its end, and what it
 still sends is thrown away unparsed for a moment. To what comes to a closed socket the kernel answers with a reset, at
@@ -18,9 +17,10 @@ from typing import Any
 
 import h11
 
+from gptq_api.edge.turns import Turns
+
 SLICE = 2 * 1024
-"""bytes that one connection may have parsed per turn of the loop: 3 ms as chunks of one byte. Smaller slices would cost
-honest bodies too much: at 2 KiB, one of 7 MiB takes 0.12 s (at 8 KiB 0.06 s)."""
+"""bytes that are parsed at a time: 3 ms as chunks of one byte"""
 LINGER_S = 1.0
 """seconds that a client has to read an answer it got early: several round trips to anywhere"""
 LINGER_BYTES = 16 * 2**20
@@ -36,6 +36,7 @@ class EdgeTransport(asyncio.Transport):
         conn: h11.Connection,
         parse: Callable[[bytes], None],
         on_change: Callable[[], None],
+        turns: Turns,
     ) -> None:
         super().__init__()
         self._transport = transport
@@ -46,7 +47,8 @@ class EdgeTransport(asyncio.Transport):
         self._waiting = bytearray()
         self._paused = False
         """by uvicorn, because of a body that is not consumed or of a request that is not yet its turn"""
-        self._turn: asyncio.Handle | None = None
+        self._turns = turns
+        self._queued = False
         self._lingering = False
         self._ended = False
         self._num_discarded = 0
@@ -67,14 +69,17 @@ class EdgeTransport(asyncio.Transport):
         self._regulate()
 
     def receive(self, data: bytes) -> None:
-        """What asyncio's transport has read. The first slice is parsed at once."""
+        """What asyncio's transport has read."""
         if self._deaf:
             self._num_discarded += len(data)
             if self._num_discarded > LINGER_BYTES:
                 self._transport.close()
             return
         self._waiting += data
-        self._take_turn()
+        if not self._queued and self._turns.has_time(in_body=self._conn.their_state is h11.SEND_BODY):
+            self._parse_slice()
+            self._turns.spent()
+        self._regulate()
 
     def pause_reading(self) -> None:
         self._paused = True
@@ -84,11 +89,20 @@ class EdgeTransport(asyncio.Transport):
         self._paused = False
         self._regulate()
 
-    def _take_turn(self) -> None:
-        self._turn = None
+    def take_turn(self) -> bool:
+        self._parse_slice()
+        self._queued = self._wants_turn
+        self._regulate()
+        return self._queued
+
+    @property
+    def _wants_turn(self) -> bool:
+        return bool(self._waiting) and not self._paused
+
+    def _parse_slice(self) -> None:
         if self._deaf:
             self._waiting.clear()
-        elif self._waiting and not self._paused:
+        elif self._wants_turn:
             piece = bytes(self._waiting[:SLICE])
             del self._waiting[:SLICE]
             try:
@@ -96,7 +110,6 @@ class EdgeTransport(asyncio.Transport):
             except BaseException:
                 self.abort()  # asyncio does so only for what it calls itself
                 raise
-        self._regulate()
 
     def _regulate(self) -> None:
         if self._ended:
@@ -105,8 +118,9 @@ class EdgeTransport(asyncio.Transport):
             self._transport.resume_reading()
         else:
             self._transport.pause_reading()
-        if self._waiting and not self._paused and self._turn is None:
-            self._turn = self._loop.call_soon(self._take_turn)
+        if self._wants_turn and not self._queued:
+            self._queued = True
+            self._turns.join(self)
         self._on_change()
 
     @property

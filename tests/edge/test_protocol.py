@@ -13,6 +13,8 @@ import uvicorn
 from uvicorn.server import ServerState
 
 from gptq_api.edge.connection import MAX_HEADER_BYTES, edge_protocol
+from gptq_api.edge.transport import SLICE
+from gptq_api.edge.turns import Turns
 
 POST = b"POST /%d HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
 TINY = b"1\r\nx\r\n" * (200 * 1024 // 6)
@@ -55,7 +57,7 @@ class Wire(asyncio.Transport):
 class Connection:
     """A protocol on a wire: the paths and bodies that the app got, the bytes that h11 got in each turn of the loop."""
 
-    def __init__(self, reads_bodies: bool = True) -> None:
+    def __init__(self, reads_bodies: bool = True, turns: Turns | None = None) -> None:
         self.reads_bodies = reads_bodies
         self.may_read = asyncio.Event()
         self.may_read.set()
@@ -74,6 +76,8 @@ class Connection:
         config.load()
         make: Any = edge_protocol(5, 5, lambda status, message: message.encode())
         self.protocol = make(config, ServerState(), {})
+        if turns is not None:
+            self.protocol.turns = turns
         self.wire = Wire()
         self.protocol.connection_made(self.wire)
         receive = self.protocol.conn.receive_data
@@ -168,5 +172,27 @@ def test_nothing_is_parsed_for_a_client_that_has_gone_or_was_answered() -> None:
         assert answered.requests == [("/1", 0)] and answered.wire.sent.count(b"HTTP/1.1") == 1
         assert answered.protocol.conn.our_state is h11.CLOSED
         answered.close()
+
+    run(test())
+
+
+def test_senders_of_costly_bodies_share_a_part_of_each_turn_and_a_new_request_does_not_wait_behind_them() -> None:
+    async def test() -> None:
+        first = Connection()
+        others = [Connection(turns=first.protocol.turns) for _ in range(20)]
+        for sender in others:
+            sender.protocol.data_received(POST % 1 + TINY)
+
+        def num_parsed() -> int:
+            return sum(sum(sender.parsed.values()) for sender in others)
+
+        before = num_parsed()
+        await first.turns_until(lambda: first.turn == 10)
+        assert 0 < num_parsed() - before < 10 * 10 * SLICE, "fewer than half of them in each turn"
+        first.protocol.data_received(b"GET /3 HTTP/1.1\r\nHost: x\r\n\r\n")
+        await first.turns_until(lambda: bool(first.requests))
+        assert first.turn <= 15
+        for connection in (first, *others):
+            connection.close()
 
     run(test())

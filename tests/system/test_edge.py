@@ -170,7 +170,7 @@ def head(path: str, *extra: bytes, method: str = "POST") -> bytes:
 @pytest.mark.parametrize("flags", [(), ("--api-key", "key")])
 def test_tiny_chunks_do_not_stop_the_event_loop(flags: tuple[str, ...]) -> None:
     """A body of one-byte chunks, as fast as it is taken, where it is read and where the key is missing: with one sender
-    and with four, /health takes 6 and 44 ms on two cores; parsed as it arrives, 0.5 and 2.8 s."""
+    and with four, /health takes 7 ms on two cores; parsed as it arrives, 0.5 and 2.8 s."""
     with Server(*flags) as server:  # of its own: it works for a while on what the senders leave in the kernel
         for num_senders in (1, 4):
             assert statistics.median(health_beside_tiny_chunks(server, num_senders)) < 0.4
