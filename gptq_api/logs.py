@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import json
 import logging
 import os
 import queue
@@ -212,6 +213,33 @@ def last_words(sentence: str) -> None:
         structlog.get_logger().error(sentence)
     else:
         _writer.msg(sentence)
+
+
+def forward(fd: int, source: str) -> threading.Thread:
+    """Make lines of our log of what comes from `fd`, a child's stderr, until its end: JSON as it is, and in JSON what
+    libraries and the C runtime write there by themselves. In a thread, which closes the descriptor."""
+    thread = threading.Thread(target=_forward, args=(fd, source), name=f"log of {source}", daemon=True)
+    thread.start()
+    return thread
+
+
+def _forward(fd: int, source: str) -> None:
+    assert _writer is not None
+    log = structlog.get_logger()
+    with open(fd, encoding="utf-8", errors="backslashreplace") as stream:
+        while line := stream.readline(MAX_QUEUED_BYTES // 4):
+            line = line.rstrip()
+            if _is_object(line):
+                _writer.msg(line)
+            elif line:
+                log.warning(line, logger=source)
+
+
+def _is_object(line: str) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def num_dropped() -> int:

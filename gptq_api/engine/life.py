@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import subprocess
+import threading
 import time
 from collections.abc import Callable
 
@@ -16,12 +17,13 @@ from gptq_api.child import child_command
 from gptq_api.config import EngineSettings
 from gptq_api.engine import wire
 from gptq_api.errors import UserError
-from gptq_api.logs import Style
+from gptq_api.logs import Style, forward, style
 from gptq_api.types import Abort, Add, Failed, FromEngine, Ready, StepOutput
 
 _EXIT_S = 5.0
 """How long a process whose socket is closed has to leave"""
 _LOOK_S = 0.01
+_LAST_LINES_LOOKS = 50
 
 
 class EngineFailed(UserError):
@@ -43,6 +45,7 @@ class EngineLife:
         self._settings, self._deliver, self._lost = settings, deliver, lost
         self._ready: asyncio.Future[Ready | None] = asyncio.get_running_loop().create_future()
         self._started = self._stopping = self._gone = False
+        self._log: threading.Thread | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._transport: asyncio.Transport | None = None
 
@@ -57,10 +60,10 @@ class EngineLife:
         ours, theirs = socket.socketpair()
         try:
             with theirs:
-                style = Style(self._settings.log_level, self._settings.log_json)
-                command = child_command("gptq_api.engine.process", str(theirs.fileno()), style=style)
+                lines = Style(self._settings.log_level, self._settings.log_json)
+                command = child_command("gptq_api.engine.process", str(theirs.fileno()), style=lines)
                 # not in a thread: cancelled there, it would start the engine with a descriptor that is closed already
-                self._process = _spawn(command, theirs.fileno())
+                self._spawn(command, theirs.fileno())
             loop = asyncio.get_running_loop()
             self._transport, _ = await loop.create_connection(lambda: _Connection(self._receive, self._end), sock=ours)
             settings = self._settings.model_dump_json(include=set(EngineSettings.model_fields))
@@ -110,7 +113,32 @@ class EngineLife:
             if time.monotonic() > deadline + _EXIT_S:
                 return "cannot be killed: it hangs in the kernel"
             await asyncio.sleep(_LOOK_S)
+        for _ in range(_LAST_LINES_LOOKS):
+            if self._log is None or not self._log.is_alive():
+                break
+            await asyncio.sleep(_LOOK_S)
         return _ending(process.returncode)
+
+    def _spawn(self, command: list[str], fd: int) -> None:
+        """OpenMP threads that spin while they wait cost nothing on idle cores and a factor of 30 to 80 on busy ones,
+        where they burn the time slice of the thread they wait for (measured: 4 against 350 tokens/s beside a busy
+        process)."""
+        env = {"OMP_WAIT_POLICY": "passive"} | os.environ
+        # otherwise it has our stderr, which may be a terminal: loading shows a bar there
+        reading, writing = os.pipe() if style().as_json else (None, None)
+        try:
+            self._process = subprocess.Popen(
+                command,
+                pass_fds=[fd],
+                stdin=subprocess.DEVNULL,
+                stderr=writing,
+                env=env,
+                start_new_session=True,
+            )
+        finally:
+            if reading is not None and writing is not None:
+                os.close(writing)
+                self._log = forward(reading, "engine")
 
     def _receive(self, message: FromEngine) -> None:
         match message:
@@ -139,13 +167,6 @@ def _ending(status: int) -> str:
     if -status == signal.SIGKILL:
         return f"was killed ({name}, which the kernel sends where memory has run out)"
     return f"was ended by {name}"
-
-
-def _spawn(command: list[str], fd: int) -> subprocess.Popen[bytes]:
-    """OpenMP threads that spin while they wait cost nothing on idle cores and a factor of 30 to 80 on busy ones, where
-    they burn the time slice of the thread they wait for (measured: 4 against 350 tokens/s beside a busy process)."""
-    env = {"OMP_WAIT_POLICY": "passive"} | os.environ
-    return subprocess.Popen(command, pass_fds=[fd], stdin=subprocess.DEVNULL, env=env, start_new_session=True)
 
 
 class _Connection(asyncio.Protocol):

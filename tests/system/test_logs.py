@@ -41,12 +41,13 @@ if "gptq_api.engine.process" in sys.orig_argv:
 """
 
 FAULTY_STEP = """
-import sys
+import os, sys
 if "gptq_api.engine.process" in sys.orig_argv:
     from gptq_api.runner.cpu.runner import CpuRunner
     launch = CpuRunner.launch
     def faulty(self, step):
         if any(new.params.seed == 667 for new in step.admitted):
+            os.write(2, b"a kernel's last words\\n")
             raise RuntimeError("injected")
         return launch(self, step)
     CpuRunner.launch = faulty
@@ -171,15 +172,17 @@ def test_every_line_of_both_processes_is_json(tmp_path: Path) -> None:
     assert warning["level"] == "warning" and warning["logger"] == "gptq_api.runner.load"
     (last_words,) = [line for line in lines if "RuntimeError: injected" in line.get("exception", "")]
     assert last_words["level"] == "critical"
+    assert [line["logger"] for line in lines if line["event"] == "a kernel's last words"] == ["engine"]
     assert lines[-1]["exit_status"] == 70
 
 
 EARLY_AND_OFTEN = """
-import sys, warnings
+import os, sys, warnings
 if "gptq_api.engine.process" in sys.orig_argv:
     from gptq_api import logs
     configure = logs.configure
     def warned(*args):
+        os.write(2, b"a library's own words\\nand more of them\\n")
         writer = configure(*args)
         warnings.warn("before the engine knows its settings")
         return writer
@@ -220,6 +223,8 @@ def test_what_the_lines_say(tmp_path: Path) -> None:
         assert len(lines("speed")) == num_lines, "nothing is said of an engine that rests"
         (early,) = lines("before the engine knows its settings")
         assert early["level"] == "warning"
+        (foreign,) = lines("a library's own words")
+        assert foreign["logger"] == "engine" and lines("and more of them")
 
 
 SPEED = {"prompt_tok_s", "generation_tok_s", "running", "waiting", "cache_pct"}
