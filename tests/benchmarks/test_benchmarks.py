@@ -139,3 +139,18 @@ def test_the_sampler_is_timed_and_its_texts_are_compared(tmp_path: Path) -> None
     (run,) = json.loads(next(tmp_path.glob("sampler-*.json")).read_text())
     assert all(row["us"] > 1 for row in run["times"])
     assert run["texts"][0]["same_alone_again"] == run["texts"][0]["texts"]
+
+
+@pytest.mark.parametrize("script", ["attack"], indirect=True)
+def test_the_table_of_attacks_is_up_to_date(script: ModuleType) -> None:
+    page = script.PAGE.read_text(encoding="utf-8")
+    assert script.with_table(page) == page, "run: python benchmarks/attack.py --page"
+    assert script.table(json.loads(script.RESULT.read_text())).count("\n| ") == len(script.ROWS) + 1
+
+
+def test_an_attack_is_measured(tmp_path: Path) -> None:
+    out = tmp_path / "attack.json"
+    command = [sys.executable, str(BENCHMARKS / "attack.py"), "--rounds", "1", "--rows", "killed_engine_told"]
+    subprocess.run([*command, "--out", str(out)], check=True, timeout=100)
+    row = json.loads(out.read_text())["rows"]["killed_engine_told"]
+    assert 0 < row["value"] < 20_000 and row["must"] == 200
