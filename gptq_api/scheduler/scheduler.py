@@ -138,9 +138,11 @@ class Scheduler:
         taken: dict[Sequence, int] = {}
         has_room = self._make_room()
         pending = [(seq, seq.num_pending_tokens) for seq in self.running]
-        self._shared_steps.begin_step(self.waiting.num_owners)
-        decoding = self._shared_steps.chosen([(seq, num) for seq, num in pending if num == 1])
         prompts = [(seq, num) for seq, num in pending if num > 1]  # of 0 the last token is in flight, or nobody knows
+        self._shared_steps.begin_step(self.waiting.num_owners)
+        decoding = self._shared_steps.chosen(
+            [(seq, num) for seq, num in pending if num == 1], beside_prompts=has_room or bool(prompts)
+        )
         budget = self._step_budget(len(decoding))
         budget = min(budget, len(decoding) + self._shared_steps.most_prompt_tokens(budget))
         kept = self._kept_for_a_newcomer(budget - len(decoding), prompts) if has_room and prompts else 0

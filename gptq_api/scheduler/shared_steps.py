@@ -15,6 +15,8 @@ SHARED_STEPS = 1000
 """How long it counts as shared after the last owner but one has left: it is likely to come again"""
 PROMPT_ROWS = 4
 """of a shared step, for each that may decode: they cost less, since they read one context together"""
+BESIDE_PROMPTS = 4
+"""Of those that may decode, one in so many does beside prompts: a first token is waited for, the next ones are read"""
 
 
 class SharedSteps:
@@ -38,14 +40,17 @@ class SharedSteps:
         """In this step."""
         return min(otherwise, self._most * PROMPT_ROWS) if self._most is not None and self._is_shared else otherwise
 
-    def chosen(self, decoding: Decoding) -> Decoding:
-        """Those of this step, in their order."""
-        if self._most is None or len(decoding) <= self._most or not self._is_shared:
+    def chosen(self, decoding: Decoding, *, beside_prompts: bool) -> Decoding:
+        """Those of this step, in their order. `beside_prompts`: whether it has, or may have, prompts as well."""
+        if self._most is None or not self._is_shared:
+            return decoding
+        most = max(1, self._most // BESIDE_PROMPTS) if beside_prompts else self._most
+        if len(decoding) <= most:
             return decoding
         by_owner: dict[bytes, list[Sequence]] = {}
         for seq, _ in decoding:
             by_owner.setdefault(seq.owner, []).append(seq)
-        left, num_left = self._most, len(by_owner)
+        left, num_left = most, len(by_owner)
         in_step: set[Sequence] = set()
         for own in sorted(by_owner.values(), key=len):  # who has few leaves the rest to the others
             own.sort(key=_last_turn)

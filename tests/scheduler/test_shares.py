@@ -219,6 +219,16 @@ def test_more_owners_than_rows_of_a_shared_step() -> None:
     world.drain()
 
 
+def test_fewer_decode_beside_the_prompt_of_a_newcomer() -> None:
+    world = World(max_num_seqs=64, budget=512, num_blocks=2000, shared_rows=8)
+    world.add(b"greedy", 20)
+    world.step()
+    (other,) = world.add(b"other", prompt=10)
+    assert world.step().num_new == [1, 1, 10] and world.first_tokens[-1] == other
+    assert len(world.step().seats) == 8
+    world.drain()
+
+
 def test_prompts_of_a_shared_step_are_few() -> None:
     world = World(max_num_seqs=8, budget=512, num_blocks=2000, shared_rows=8)
     world.add(b"greedy", 8, prompt=600)
