@@ -8,6 +8,7 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import httpx
@@ -15,7 +16,10 @@ import pytest
 
 from gptq_api.demo import DEMO_PATH
 from gptq_api.edge.keys import KeyFile
+from tests.support.checkpoints import Recipe, random_model, write_checkpoint
+from tests.support.float_models import random_folder
 from tests.support.server import Server
+from tests.support.text_tokenizers import byte_level
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -126,3 +130,120 @@ def test_the_key_file_is_one(tmp_path: Path) -> None:
     file.write_text(text)
     alice, batch, prometheus = KeyFile(file).read()
     assert (alice.name, alice.tokens_per_minute, batch.level, prometheus.role) == ("alice", 20000, 10, "metrics")
+
+
+COMMANDS = [
+    shlex.split(line, comments=True)
+    for block in blocks("bash")
+    for line in block.replace("\\\n", " ").splitlines()
+    if line.strip()
+]
+"""every line that a reader may paste"""
+OURS = [words for words in COMMANDS if words[0] == "gptq-api"]
+ELSEWHERE = {
+    "curl": "test_the_curl_example_answers",
+    "docker run": "test_the_container_starts_as_it_says",
+}
+"""what other tests of this file run"""
+NOT_RUN: dict[str, Callable[[list[str]], bool]] = {
+    # it installs what runs here, and its target starts this program
+    "make serve": lambda words: "gptq-api serve" in make_says(words[1]),
+    # it is what runs this
+    "make test": lambda words: "-m pytest" in make_says(words[1]),
+    # the gate builds and looks into the wheel, this environment has the package
+    "pip install": lambda words: words[2] == "." and "-m build --wheel" in (ROOT / ".ci/run").read_text(),
+    # it takes a daemon; the container's command line is run without one
+    "docker build": lambda words: (ROOT / words[-1] / "Dockerfile").is_file() and arguments_exist(words),
+}
+"""Why a command is not run: what has to be true for that"""
+SMALL = {
+    "GPTQ_API_DEVICE": "cpu",
+    "GPTQ_API_NUM_THREADS": "1",
+    "GPTQ_API_PORT": "0",
+    "GPTQ_API_GROUP_SIZE": "32",
+    "GPTQ_API_NUM_SAMPLES": "4",
+    "GPTQ_API_NUM_EVAL_SAMPLES": "2",
+    "GPTQ_API_SAMPLE_LENGTH": "64",
+    "GPTQ_API_CONTEXT": "64",
+    "GPTQ_API_NUM_WINDOWS": "2",
+    "GPTQ_API_PROMPT_TOKENS": "8",
+    "GPTQ_API_NUM_TOKENS": "4",
+    "HF_HUB_OFFLINE": "1",
+}
+"""what the commands leave to the environment"""
+
+
+def make_says(target: str) -> str:
+    return subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+
+def arguments_exist(words: list[str]) -> bool:
+    given = [words[at + 1].split("=")[0] for at, word in enumerate(words) if word == "--build-arg"]
+    return all(re.search(rf"^ARG {name}=", (ROOT / "Dockerfile").read_text(), re.MULTILINE) for name in given)
+
+
+@pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
+def test_every_command_is_run_here_or_has_a_reason_that_holds(words: list[str]) -> None:
+    kind = words[0] if words[0] in ("curl", "gptq-api") else " ".join(words[:2])
+    if kind in NOT_RUN:
+        assert NOT_RUN[kind](words)
+    else:
+        assert words in OURS or callable(globals()[ELSEWHERE[kind]])
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the models and texts that the commands name, small."""
+    folder = tmp_path_factory.mktemp("readme")
+    made = random_model(Recipe(group_size=128, act_order=True, hidden_size=256, intermediate_size=512, vocab_size=512))
+    for name in ("vicuna-7B-1.1-GPTQ-4bit-128g", "vicuna"):
+        byte_level(write_checkpoint(folder / "models" / name, made, container="pt"))
+        (folder / "models" / name / "llama-4bit-32g.pt").rename(folder / "models" / name / "vicuna.pt")
+    random_folder(folder / "models" / "vicuna-fp16")
+    (folder / "wiki.txt").write_text(README)
+    lines = (json.dumps({"messages": [{"role": "user", "content": part}]}) for part in README.split("\n\n"))
+    (folder / "chats.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+def run_here(words: list[str], models: Path) -> subprocess.CompletedProcess[str]:
+    args = [word.replace("/models/", f"{models}/models/") for word in words[1:]]
+    command = [sys.executable, "-m", "gptq_api", *args]
+    env = {name: value for name, value in os.environ.items() if not name.startswith("GPTQ_API_")} | SMALL
+    return subprocess.run(
+        command, cwd=models, env=env, input="Hello\n", capture_output=True, text=True, timeout=110, check=False
+    )
+
+
+@pytest.mark.parametrize("words", [words for words in OURS if words[1] == "serve"], ids=" ".join)
+def test_it_serves_as_it_says(words: list[str], models: Path) -> None:
+    if "--revision" in words:  # the hub is not here; the command gets as far as asking for it
+        done = run_here(words, models)
+        assert done.returncode == 1 and words[2] in done.stderr and "was not downloaded before" in done.stderr
+        return
+    command = [word.replace("/models/", f"{models}/models/") for word in words[1:]]
+    with Server(command=command, env=SMALL) as server:
+        name = Path(next(word for word in command if "/models/" in word)).name
+        assert server.http.get("/v1/models").json()["data"][0]["id"] == name
+        assert server.chat("Hello", max_tokens=1).status_code == 200
+
+
+@pytest.mark.parametrize("words", [words for words in OURS if words[1] in ("chat", "inspect")], ids=" ".join)
+def test_its_commands_on_a_checkpoint_do_what_it_says(words: list[str], models: Path) -> None:
+    done = run_here(words, models)
+    assert done.returncode == 0, done.stderr
+    if words[1] == "chat":
+        assert "first after" in done.stderr and "vicuna_v1.1" in done.stderr
+    else:
+        assert all(fact in done.stdout for fact in ("layout", "bits", "group size", "act-order", "weights", "fits"))
+
+
+def test_its_commands_make_a_checkpoint_and_measure_it(models: Path) -> None:
+    quantize, bench = (words for words in OURS if words[1] in ("quantize", "bench"))
+    done = run_here(quantize, models)
+    assert done.returncode == 0 and "perplexity" in done.stderr, done.stderr
+    done = run_here(bench, models)
+    assert done.returncode == 0, done.stderr
+    assert "perplexity" in done.stdout and "speed-up" in done.stdout
+    assert len(json.loads((models / "bench.json").read_text())["rows"]) == 2 and (models / "bench.png").stat().st_size
+    assert {words[1] for words in OURS} == {"serve", "chat", "inspect", "quantize", "bench"}
