@@ -194,7 +194,7 @@ def fits(field: FieldInfo, number: float) -> bool:
     return bool(number != field.default)
 
 
-GOES_WITH = {(ChatSettings, "api_key"): {"url"}} | {
+GOES_WITH: dict[tuple[type[CommandSettings], str], set[str]] = {(ChatSettings, "api_key"): {"url"}} | {
     (QuantizeSettings, name): {"calibration"} for name in QuantizeSettings.model_fields
 }
 """settings without which another one is refused"""

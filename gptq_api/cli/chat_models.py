@@ -157,7 +157,9 @@ class RemoteModel:
         try:
             response = await self._client.get("models", timeout=10.0)
             if response.is_error:
-                raise ChatError(f"{url} answers {_error_of(response.status_code, response.content)[0]}", fatal=True)
+                told = _error_of(response.status_code, response.content)[0]
+                key = "; here it is --api-key" if response.status_code == 401 else ""
+                raise ChatError(f"{url} answers {told}{key}", fatal=True)
             models = [entry["id"] for entry in response.json()["data"]]
         except httpx.HTTPError as error:
             raise ChatError(f"{url} cannot be reached ({str(error) or type(error).__name__})", fatal=True) from None
@@ -202,26 +204,46 @@ class RemoteModel:
         return {key: value for key, value in body.items() if value is not None}
 
 
+class _Delta(msgspec.Struct):
+    content: str | None = None
+
+
+class _Chunk(msgspec.Struct):
+    delta: _Delta | None = None
+    finish_reason: str | None = None
+
+
+class _Usage(msgspec.Struct):
+    completion_tokens: int | None = None
+
+
+class _Event(msgspec.Struct):
+    """What is read of an event of any server; the rest is passed over."""
+
+    choices: list[_Chunk] | None = None
+    usage: _Usage | None = None
+    error: Any = None
+
+
 async def _texts(response: httpx.Response, report: Report) -> AsyncIterator[str]:
     """Contents of a stream of chat.completion.chunk events, up to `[DONE]`."""
     async for data in _events(response):
         if data == b"[DONE]":
             return
         try:
-            event = msgspec.json.decode(data)
-            error = event.get("error")
-            choices, usage = event.get("choices") or [], event.get("usage")
-        except (msgspec.DecodeError, AttributeError):
-            raise ChatError("the server sent an event that is no JSON object") from None
-        if error is not None:
-            raise ChatError(f"the server stopped: {error.get('message') if isinstance(error, dict) else error}")
-        for choice in choices:
-            report.finish_reason = choice.get("finish_reason") or report.finish_reason
-            if text := (choice.get("delta") or {}).get("content"):
+            event = msgspec.json.decode(data, type=_Event)
+        except msgspec.DecodeError as error:
+            raise ChatError(f"the server sent an event that is none of a chat ({error})") from None
+        if event.error is not None:
+            told = event.error.get("message") if isinstance(event.error, dict) else event.error
+            raise ChatError(f"the server stopped: {told}")
+        for choice in event.choices or []:
+            report.finish_reason = choice.finish_reason or report.finish_reason
+            if choice.delta is not None and choice.delta.content:
                 report.num_tokens += 1  # a guess until the usage arrives, which is last
-                yield text
-        if usage:
-            report.num_tokens = usage.get("completion_tokens", report.num_tokens)
+                yield choice.delta.content
+        if event.usage is not None and event.usage.completion_tokens is not None:
+            report.num_tokens = event.usage.completion_tokens
     raise ChatError("the server closed the connection in the middle of the answer")
 
 

@@ -22,7 +22,11 @@ def fail(command: str, error: object) -> None:
 
 
 def prepare() -> None:
-    """Once per process: a character that the terminal's encoding lacks is escaped and no error."""
+    """Once per process: a character that the terminal's encoding lacks is escaped and no error, and a standard stream
+    that is closed is /dev/null, so that its number is not that of the next file."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115  (for as long as the process lives)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             cast(Any, stream).reconfigure(errors="backslashreplace")

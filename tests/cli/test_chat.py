@@ -9,6 +9,7 @@ import pty
 import re
 import select
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -37,6 +38,8 @@ class Peer(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.bodies: list[dict[str, Any]] = []
         self.keys: list[str | None] = []
+        self.key: str | None = None
+        """asked for, where there is one"""
         self.left = threading.Event()
         """a client went away in the middle of an answer"""
         self.url = f"http://127.0.0.1:{self.server_address[1]}/v1"
@@ -50,6 +53,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         self.server.keys.append(self.headers["authorization"])
+        if self.server.key is not None and self.headers["authorization"] != f"Bearer {self.server.key}":
+            self._json(401, {"error": {"message": "no key", "code": "invalid_api_key"}})
+            return
         self._json(200, {"object": "list", "data": [{"id": "peer-model"}]} if self.path == "/v1/models" else {})
 
     def do_POST(self) -> None:
@@ -61,12 +67,26 @@ class _Handler(BaseHTTPRequestHandler):
             return self._json(400, {"error": error})
         if question == "refuse":
             return self._json(401, {"error": {"message": "no such key", "code": "invalid_api_key"}})
+        if question == "busy":
+            return self._json(429, {"error": {"message": "come back in 2 s", "code": "rate_limit_exceeded"}})
+        if question == "long":
+            return self._json(400, {"error": {"message": "at most 9 tokens", "code": "context_length_exceeded"}})
+        if question == "html":
+            return self._json(502, "<html>bad\x1b[31m gateway</html>")
         self.send_response(200)
         self.send_header("content-type", "text/event-stream")
         self.end_headers()
         self._event({"choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}]})
         if question == "break":
             self._event({"error": {"message": "out of luck", "type": "server_error", "param": None, "code": None}})
+            return None
+        if question == "odd":
+            return self._event({"choices": ["x"]})
+        if question == "gone":
+            self._text("I was about")
+            self.wfile.flush()
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self.connection.close()  # a reset
             return None
         if question == "endless":
             try:
@@ -290,6 +310,46 @@ def test_on_a_terminal(peer: Peer) -> None:
     terminal.wait_for(">")
     terminal.type("\x03")
     assert terminal.close() == 0
+
+
+def test_on_a_terminal_the_conversation_outlives_its_errors(peer: Peer) -> None:
+    terminal = Terminal("--url", peer.url)
+    terminal.wait_for(">")
+    for question, words in {
+        "refuse": "the server answers 401: no such key",
+        "busy": "the server answers 429: come back in 2 s",
+        "long": "the server answers 400: at most 9 tokens",
+        "html": "the server answers 502",
+        "break": "the server stopped: out of luck",
+        "odd": "the server sent an event that is none of a chat",
+        "cut": "the server closed the connection in the middle of the answer",
+        "gone": "gptq-api chat: the connection failed",
+    }.items():
+        terminal.type(f"{question}\r")
+        terminal.wait_for(words)
+        terminal.wait_for(">")
+    terminal.type("still here\r")
+    terminal.wait_for("You said still here")
+    assert "Traceback" not in terminal.screen
+    roles = [message["role"] for message in peer.bodies[-1]["messages"]]
+    assert roles == ["user", "assistant"] * 2 + ["user"], "what was answered in part stays, what was refused does not"
+    terminal.wait_for(">")
+    terminal.type("\x04")
+    assert terminal.close() == 0
+
+
+def test_a_key_that_is_missing_is_told_with_its_flag(peer: Peer) -> None:
+    peer.key = "secret"
+    done = chat("hi\n", "--url", peer.url)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert "answers 401: no key; here it is --api-key" in done.stderr
+    assert chat("hi\n", "--url", peer.url, "--api-key", "secret").returncode == 0
+
+
+def test_without_standard_input_there_is_nothing_to_say(peer: Peer) -> None:
+    command = ["sh", "-c", 'exec "$@" <&-', "sh", *CHAT, "--url", peer.url]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (0, "") and "Traceback" not in done.stderr
 
 
 def test_control_d_leaves(peer: Peer) -> None:
