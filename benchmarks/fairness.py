@@ -1,10 +1,11 @@
-"""How long a second key waits for its first token behind one that sends hundreds of requests, and alone.
+"""How long a second key waits for its first token behind one that sends hundreds of requests, and alone; and for all of
+its answer.
 
     python benchmarks/fairness.py --out benchmarks/results/fairness-cpu.json
 
 Both stream answers of the demo (or `--model`) from one server; the first key's are of 300 tokens. Rounds: alone; the
 moment after the others have sent; then while they run and wait, each probe behind the one before. `ratio` is against
-the median alone. `--rounds` servers, of which the medians are told.
+medians. `--rounds` servers, of which the medians are told.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any
 
 from serve import machine
 
-PROBE = {"messages": [{"role": "user", "content": "Who are you?"}], "max_tokens": 8}
+PROBE = {"messages": [{"role": "user", "content": "Who are you?"}], "max_tokens": 64}
 FLOOD = {"messages": [{"role": "user", "content": "Tell me a story."}], "max_tokens": 300}
 
 
@@ -49,8 +50,8 @@ class Server:
         connection.request("POST", "/v1/chat/completions", data, headers)
         return connection
 
-    def first_token_ms(self) -> float:
-        """Of a probe, which is then read to its end."""
+    def probe(self) -> tuple[float, float]:
+        """Milliseconds to its first text, and to its end."""
         started = time.perf_counter()
         answer = self.ask("second", PROBE).getresponse()
         first = 0.0
@@ -58,7 +59,7 @@ class Server:
             if not first and b'"content":"' in line and b'"content":""' not in line:
                 first = time.perf_counter()
         assert answer.status == 200 and first
-        return (first - started) * 1e3
+        return (first - started) * 1e3, (time.perf_counter() - started) * 1e3
 
     def waiting(self) -> int:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
@@ -73,29 +74,30 @@ class Server:
         self.process.wait()
 
 
-def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """One server's."""
+def measure(args: argparse.Namespace) -> dict[str, float]:
+    """One server's. `waiting`: how many of the first key's still waited at the end."""
     server = Server(args.model, args.options)
     try:
         for _ in range(3):
-            server.first_token_ms()
-        alone = [server.first_token_ms() for _ in range(args.probes)]
+            server.probe()
+        alone = [server.probe() for _ in range(args.probes)]
         server.held = [server.ask("first", FLOOD) for _ in range(args.requests)]
-        at_once = server.first_token_ms()
+        at_once, _ = server.probe()
         time.sleep(args.settle_s)
-        beside = [server.first_token_ms() for _ in range(args.probes)]
+        behind = [server.probe() for _ in range(args.probes)]
         left = server.waiting()
     finally:
         server.close()
-    median = statistics.median(alone)
-    return {
-        "alone_ms": round(median, 1),
-        "behind_at_once_ms": round(at_once, 1),
-        "behind_ms": round(statistics.median(beside), 1),
-        "behind_worst_ms": round(max(beside), 1),
-        "ratio": round(statistics.median(beside) / median, 2),
-        "first_keys_requests_waiting": left,
-    }
+    row: dict[str, float] = {"behind_at_once_ms": round(at_once, 1), "waiting": left}
+    for name, column in (("first_token", 0), ("answer", 1)):
+        one, other = ([probe[column] for probe in probes] for probes in (alone, behind))
+        row |= {
+            f"{name}_alone_ms": round(statistics.median(one), 1),
+            f"{name}_behind_ms": round(statistics.median(other), 1),
+            f"{name}_behind_worst_ms": round(max(other), 1),
+            f"{name}_ratio": round(statistics.median(other) / statistics.median(one), 2),
+        }
+    return row
 
 
 def main() -> int:
