@@ -15,6 +15,7 @@ from gptq_api.on_disk import FolderError, cannot_be_read, is_there, model_folder
 _SHARD = re.compile(r"^(?P<stem>.+)-(?P<number>\d{5})-of-(?P<total>\d{5})$")
 _PICKLES = (".pt", ".pth", ".bin")
 _MAX_JSON_BYTES = 64 * 2**20
+_MAX_DEPTH = 32
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,24 @@ def read_json(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is not valid JSON ({error}); download it again") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds a JSON {type(value).__name__} where an object is expected")
+    if _is_deep(value):
+        raise CheckpointError(f"{path} is nested {_MAX_DEPTH} deep; it is not a configuration file")
     return value
+
+
+def _is_deep(value: Any) -> bool:
+    """A value as deep as the interpreter's stack can be parsed, and not be shown in an error."""
+    level = [value]
+    for _ in range(_MAX_DEPTH):
+        level = [
+            inner
+            for outer in level
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+            if isinstance(inner, dict | list)
+        ]
+        if not level:
+            return False
+    return True
 
 
 def checkpoint_folder(path: Path) -> Path:

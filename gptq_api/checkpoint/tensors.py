@@ -18,6 +18,7 @@ from torch import Tensor
 from gptq_api.checkpoint.device_reader import DeviceReader, Fetch
 from gptq_api.checkpoint.errors import CheckpointError
 from gptq_api.checkpoint.files import WeightFiles, refuse_unreadable
+from gptq_api.checkpoint.pickles import CodeError, NoTensorError, check_pickle
 from gptq_api.checkpoint.safetensors_file import SafetensorsFile, first_line, system_error
 from gptq_api.on_disk import cannot_be_read
 
@@ -160,15 +161,10 @@ class TensorStore:
 
 
 def _load_pickle(file: Path) -> Any:
+    check_pickle(file)
     # Only the zip container can be mapped; the older stream format has to be read.
-    mapped = zipfile.is_zipfile(file)
-    if mapped:
-        with zipfile.ZipFile(file) as container:
-            # torch never compresses: a compressed entry could be a thousand times its size in memory.
-            if any(entry.compress_type != zipfile.ZIP_STORED for entry in container.infolist()):
-                raise ValueError("a compressed zip file")
     with warnings.catch_warnings(action="ignore"):  # about the pickle's protocol
-        return torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
 
 
 def _refusal(file: Path, error: Exception) -> str:
@@ -177,9 +173,12 @@ def _refusal(file: Path, error: Exception) -> str:
     if refused is not None:
         return cannot_be_read(file, refused)
     code = _CODE.search(str(error))
-    if code is not None:
-        what = f"pickled code ({code[1][:100]}), which is never run"
+    if isinstance(error, CodeError) or code is not None:
+        name = str(error) if code is None else code[1]
+        what = f"pickled code ({name[:100]}), which is never run"
         return f"{file} holds {what}; use a .safetensors file or its state_dict"
+    if isinstance(error, NoTensorError):
+        return f"{file} holds what is no plain tensor ({error}); use a .safetensors file"
     why = "its pickle is damaged, or not torch.save's" if "weights_only" in str(error) else first_line(error)
     return f"{file} is not a readable torch file ({why}); download it again"
 

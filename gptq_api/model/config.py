@@ -117,7 +117,7 @@ def parse_config(raw: dict[str, Any], source: str, generation: dict[str, Any] | 
         tie_word_embeddings=keys.optional_flag("tie_word_embeddings"),
         eos_token_ids=_eos(raw, source, generation or {}, vocab_size),
         fused=frozenset(("qkv", "gate_up") if family.fused else ()),
-        num_experts=keys.integer("num_local_experts", 0, 1024, default=0),
+        num_experts=keys.integer("num_local_experts", 0, 1024, default=0) if family.mixture else 0,
         torch_dtype=str(raw.get("dtype") or raw.get("torch_dtype") or "") or None,
     )
 

@@ -26,6 +26,8 @@ class Family:
     """where config.json does not give it; None: hidden_size / num_attention_heads"""
     fused: bool = False
     """q, k and v are stored as one Linear, and so are gate and up"""
+    mixture: bool = False
+    """of experts; what the config of another family says of them is nothing"""
     missing: str | None = None
     """what our forward pass lacks for it; None: nothing"""
 
@@ -39,6 +41,7 @@ _FAMILIES = {
     "MixtralForCausalLM": Family(
         "mixtral",
         "Mixtral",
+        mixture=True,
         missing="there is no router that sends each token to two of its experts, and no Linear that holds the experts",
     ),
     "Phi3ForCausalLM": Family("phi3", "Phi-3", fused=True),
