@@ -19,13 +19,14 @@ MESSAGE = {"role": "user", "content": "Hello"}
 def heavy_requests() -> dict[str, bytes]:
     """What has once stopped the event loop, and what is as heavy as the limits allow."""
     keys = {f"k{index}": 1 for index in range(800_000)}
+    few = dict(list(keys.items())[:60_000])
     empty = "[" + "[]," * 2_700_000 + "[]]"
     bodies = {
         "8 MB of text": (CHAT, json.dumps({"messages": [{**MESSAGE, "content": "a b " * 2_000_000}]})),
-        "800,000 keys": (CHAT, json.dumps({"messages": [MESSAGE], **keys})),
+        "800,000 keys": (CHAT, json.dumps({"messages": [MESSAGE], "max_tokens": 1, **keys})),
         "2.7 million arrays": (CHAT, f'{{"messages":{empty}}}'),
         "a million ids": (COMPLETIONS, json.dumps({"prompt": list(range(10**6))})),
-        "60,000 keys": (CHAT, json.dumps({"messages": [MESSAGE], **dict(list(keys.items())[:60_000])})),
+        "60,000 keys": (CHAT, json.dumps({"messages": [MESSAGE], "max_tokens": 1, **few})),
         "250,000 ids": (COMPLETIONS, json.dumps({"prompt": [7] * 250_000})),
         "4,096 messages": (CHAT, json.dumps({"messages": [MESSAGE] * 4096})),
         "2 MB of text": (CHAT, json.dumps({"messages": [{**MESSAGE, "content": "a b " * 510_000}]})),
