@@ -61,6 +61,10 @@ def _text(text: str) -> str:
     return text[:MAX_MESSAGE].encode(errors="replace").decode()
 
 
+_TELLING = {"messages": "/v1/chat/completions", "prompt": "/v1/completions", "input": "/v1/responses"}
+"""the fields by which one sees which route a body is for"""
+
+
 def error_body(status: int, message: str) -> bytes:
     """For errors that the edge finds, such as a header that never ends."""
     return _body(error_object(status, message))
@@ -149,11 +153,19 @@ def context_exceeded(
     return ApiError(400, message, param=param, code="context_length_exceeded", extra=extra)
 
 
+def _meant(missing: str | None, body: Any) -> str:
+    """A sentence where the body is one for another route."""
+    for field, path in _TELLING.items():
+        if missing in _TELLING and isinstance(body, dict) and field in body and field != missing:
+            return f" A body with '{field}' is for {path}."
+    return ""
+
+
 def invalid_body(errors: Sequence[Mapping[str, Any]], body: Any) -> ApiError:
     """What the validator found wrong with a body: the first of it, with its name and the remedy."""
     param, reason, code = first_invalid(errors, body)
     if code == "missing_required_parameter":
-        return ApiError(400, f"Missing required parameter: '{param}'.", param=param, code=code)
+        return ApiError(400, f"Missing required parameter: '{param}'.{_meant(param, body)}", param=param, code=code)
     name = f"'{param}'" if param else "the request body"
     return ApiError(400, f"Invalid value for {name}: {reason}.", param=param, code=code)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -39,6 +40,8 @@ _REASONS = {
     "assertion_error": "{error}",
 }
 """by the validator's type of error; the braces hold what it says besides"""
+_WORD = re.compile(r"[A-Za-z0-9_.:-]{1,40}")
+"""where a word of ours is expected: somebody's choice, and no text"""
 _MAX_LOOKED_AT = 64
 _WRONG_TYPES = {kind for kind in _REASONS if kind.endswith("_type")} | {"int_from_float"}
 
@@ -69,6 +72,10 @@ def first_invalid(errors: Sequence[Mapping[str, Any]], body: Any) -> Invalid:
     value = first.get("input")
     # a rule about a whole object names what is wrong in it
     got = "" if key or (kind == "value_error" and isinstance(value, dict)) else shown(value)
+    if kind == "literal_error" and isinstance(value, str) and _WORD.fullmatch(value):
+        got = f", got '{value}'"
+    if kind in ("too_short", "string_too_short") and not value:
+        reason, got = "it must not be empty", ""
     return Invalid(_spelled(path), reason[:300] + got, code)
 
 

@@ -18,6 +18,12 @@ _ABSENT = {
     "assistants": "This server keeps no assistants; send the conversation to /v1/chat/completions.",
     "threads": "This server keeps no conversations; send them to /v1/chat/completions.",
     "edits": "This server has no edits; use /v1/chat/completions.",
+    "realtime": "This server has no realtime sessions; /v1/chat/completions streams with 'stream': true.",
+    "videos": "This server takes and generates text only.",
+    "vector_stores": "This server keeps no files.",
+    "uploads": "This server keeps no files.",
+    "generate": "This is OpenAI's API; use /v1/completions or /v1/chat/completions.",
+    "api": "What begins with /api is Ollama's; OpenAI's API is here: /v1/chat/completions, /v1/models.",
 }
 """the first part of OpenAI's other places, below /v1 -> why they are not here. A 404 and no 501: clients try what ends
 with a 5xx again"""

@@ -10,7 +10,10 @@ from fastapi.routing import APIRoute
 from pydantic import BaseModel, ValidationError
 
 from gptq_api.api.app import ROUTERS
+from gptq_api.api.errors import ApiError, invalid_body
 from gptq_api.api.invalid import _REASONS, Invalid, first_invalid
+from gptq_api.api.requests.refused import INSTEAD, refuse
+from gptq_api.api.unknown_url import unknown_url
 
 BODIES: dict[str, type[BaseModel]] = {
     route.path: route.dependant.body_params[0].field_info.annotation  # type: ignore[misc]
@@ -93,6 +96,50 @@ def test_bounds_are_written_as_people_do() -> None:
         ({"repetition_penalty": 0}, "it must be at least 0.01, got 0"),
         ({"logit_bias": {"foo": 1}}, "its key must be a token id, in digits"),
         ({"stop_token_ids": [1] * 200}, "it may hold at most 128 entries, got an array"),
+        ({"messages": []}, "it must not be empty"),
+        ({"messages": [{"role": "bot", "content": "x"}]}, "'assistant' or 'tool', got 'bot'"),
+        ({"messages": [{"role": "my secret", "content": "x"}]}, "'assistant' or 'tool', got a string"),
     ):
         found = told(BODIES[path], {"messages": messages, **fields})
-        assert found is not None and found[0].reason == said
+        assert found is not None and found[0].reason.endswith(said)
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "said"),
+    [
+        ("/v1/chat/completions", {"prompt": "x"}, "'messages'. A body with 'prompt' is for /v1/completions."),
+        ("/v1/chat/completions", {"input": "x"}, "'messages'. A body with 'input' is for /v1/responses."),
+        ("/v1/completions", {"messages": []}, "'prompt'. A body with 'messages' is for /v1/chat/completions."),
+        ("/v1/chat/completions", {}, "'messages'."),
+    ],
+)
+def test_a_body_for_another_route_is_told_so(path: str, body: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValidationError) as refused:
+        BODIES[path].model_validate(body)
+    errors = [{**error, "loc": ("body", *error["loc"])} for error in refused.value.errors()]
+    assert str(invalid_body(errors, body).error["message"]) == f"Missing required parameter: {said}"
+
+
+@pytest.mark.parametrize("name", INSTEAD)
+def test_what_is_refused_and_there_by_another_name_has_that_name(name: str) -> None:
+    with pytest.raises(ApiError) as refused:
+        refuse({name: 5})
+    assert str(refused.value.error["message"]).endswith(f"which has '{INSTEAD[name]}' instead; leave it out.")
+    assert any(INSTEAD[name].split(".")[0] in kind.model_fields for kind in BODIES.values())
+
+
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [
+        ("/api/chat", "is Ollama's; OpenAI's API is here: /v1/chat/completions"),
+        ("/api/tags", "is Ollama's"),
+        ("/generate", "This is OpenAI's API"),
+        ("/v1/realtime", "no realtime sessions"),
+        ("/openai/v1/chat/completions", "Did you mean /v1/chat/completions?"),
+        ("/v1/embeddings", "computes no embeddings"),
+        ("/nothing", "The API begins with /v1; /docs and /openapi.json list all there is."),
+    ],
+)
+def test_a_place_that_is_not_here_has_a_hint(path: str, said: str) -> None:
+    known = ["/v1/chat/completions", "/v1/completions", "/v1/models", "/v1/models/"]
+    assert said in unknown_url("POST", path, known)[0]

@@ -40,6 +40,19 @@ REFUSED: dict[str, tuple[Any, ...]] = {
 }
 """field of a body -> the values that mean "off"; of several in one body the first here is named, so that what asks for
 something stands before what says how"""
+INSTEAD = {
+    "functions": "tools",
+    "function_call": "tool_choice",
+    "guided_json": "structured_outputs.json",
+    "guided_regex": "structured_outputs.regex",
+    "guided_choice": "structured_outputs.choice",
+    "guided_grammar": "structured_outputs.grammar",
+    "grammar": "structured_outputs.grammar",
+    "json_schema": "response_format",
+    "best_of": "n",
+    "repeat_penalty": "repetition_penalty",
+}
+"""what says the same here"""
 REFUSED_IN_MESSAGES = ("function_call", "audio")
 
 
@@ -48,4 +61,5 @@ def refuse(fields: Mapping[str, Any]) -> None:
     for name in (name for name in REFUSED if name in fields):
         # `True == 1`, so types are compared too
         if not any(type(fields[name]) is type(off) and fields[name] == off for off in REFUSED[name]):
-            raise not_supported(name)
+            has = f", which has '{INSTEAD[name]}' instead" if name in INSTEAD else ""
+            raise not_supported(name, f"is not supported by this server{has}")
