@@ -221,7 +221,7 @@ def test_the_server_s_processes_load_nothing_that_runs_what_a_checkpoint_brought
 def test_only_the_checkpoint_reader_unpickles_and_only_safely() -> None:
     for path in FILES:
         source = path.read_text(encoding="utf-8")
-        assert "import pickle" not in source, path
+        assert not {"pickle", "marshal", "shelve"} & imported(path), path  # pickletools names opcodes and runs none
         for line in source.splitlines():
             if "torch.load(" in line and not line.lstrip().startswith("#"):
                 assert path.parent.name == "checkpoint", path

@@ -228,6 +228,10 @@ def test_any_model_config(folder: Path, model: RandomModel, changed: dict[str, A
     (folder / "generation_config.json").unlink()
 
 
+def test_experts_of_a_family_that_has_none_are_nothing(folder: Path, model: RandomModel) -> None:
+    load(write_checkpoint(folder, model, num_local_experts=8))
+
+
 def _damaged(text: str) -> st.SearchStrategy[bytes]:
     """The text with something in it that JSON, UTF-8 or nobody expects."""
     junk = st.sampled_from(
