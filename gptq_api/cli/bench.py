@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from gptq_api import __version__
+from gptq_api import __version__, exits
 from gptq_api.bench.row import EXIT_TOLD, Job, Kind, Row
 from gptq_api.checkpoint.files import candidates
 from gptq_api.cli.output import fail
@@ -27,7 +27,6 @@ from gptq_api.hub import is_hub_name, local_model
 from gptq_api.text.folder import checkpoint_folder
 
 _COLUMNS = ("model", "bits", "group", "act-order", "weights MiB", "peak MiB", "perplexity", "s/token", "speed-up")
-_INTERRUPTED = 130
 _WEIGHTS = (".safetensors", ".pt", ".pth", ".bin")
 _SMALL_BYTES = 64 * 2**20
 
@@ -43,11 +42,11 @@ def run(settings: BenchSettings) -> int:
         _report(settings, [_measure(job) for job in _jobs(settings)])
     except UserError as error:
         fail("bench", error)
-        return 1
+        return exits.FAILED
     except KeyboardInterrupt:
         print("\ngptq-api bench: stopped", file=sys.stderr)
-        return _INTERRUPTED
-    return 0
+        return exits.INTERRUPTED
+    return exits.DONE
 
 
 def _report(settings: BenchSettings, rows: list[Row]) -> None:

@@ -20,6 +20,7 @@ from prompt_toolkit.formatted_text import FormattedText
 from rich.console import Console
 from rich.text import Text
 
+from gptq_api import exits
 from gptq_api.cli.chat_models import ChatError, ChatModel, LocalModel, Message, RemoteModel, Report
 from gptq_api.cli.output import fail
 from gptq_api.config import ChatSettings
@@ -55,8 +56,8 @@ class Chat:
             if line.startswith("/"):
                 self._command(line)
             elif line and not await self._turn(line):
-                return 1
-        return 0
+                return exits.FAILED
+        return exits.DONE
 
     async def _turn(self, line: str) -> bool:
         """One question and its answer. False when the program should end with an error."""
@@ -192,9 +193,9 @@ def run(settings: ChatSettings) -> int:
         return asyncio.run(_chat(settings, interactive=interactive))
     except ChatError as error:
         fail("chat", error)
-        return 1
+        return exits.FAILED
     except KeyboardInterrupt:
-        return 130
+        return exits.INTERRUPTED
     except BrokenPipeError:  # nobody reads the answers any more; keep the interpreter's own flush from saying so
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+        return exits.FAILED

@@ -10,6 +10,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from gptq_api import exits
 from gptq_api.cli.output import fail
 from gptq_api.config import InspectSettings
 from gptq_api.errors import UserError
@@ -24,7 +25,7 @@ def run(settings: InspectSettings) -> int:
         facts = inspect(settings)
     except UserError as error:
         fail("inspect", error)
-        return 1
+        return exits.FAILED
     if settings.json_output:
         print(json.dumps(facts, indent=2))
     else:
@@ -32,8 +33,8 @@ def run(settings: InspectSettings) -> int:
     if facts["refused"] is not None:
         sys.stdout.flush()
         fail("inspect", facts["refused"])
-        return 1
-    return 0
+        return exits.FAILED
+    return exits.DONE
 
 
 def inspect(settings: InspectSettings) -> dict[str, Any]:

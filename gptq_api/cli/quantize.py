@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from gptq_api import exits
 from gptq_api.cli.output import fail
 from gptq_api.config import QuantizeSettings
 from gptq_api.errors import UserError
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 
 _LONGEST_SAMPLE = 2048
 _BATCH_TOKENS = 8192
-_INTERRUPTED = 130
 
 
 def run(settings: QuantizeSettings) -> int:
@@ -34,11 +34,11 @@ def run(settings: QuantizeSettings) -> int:
         _run(settings)
     except UserError as error:
         fail("quantize", error)
-        return 1
+        return exits.FAILED
     except KeyboardInterrupt:
         print("\ngptq-api quantize: stopped; the same command goes on with the layers that are left", file=sys.stderr)
-        return _INTERRUPTED
-    return 0
+        return exits.INTERRUPTED
+    return exits.DONE
 
 
 def _run(settings: QuantizeSettings) -> None:

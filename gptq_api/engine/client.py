@@ -32,6 +32,8 @@ _CPU_TIMEOUT_S, _CUDA_TIMEOUT_S = 600.0, 60.0
 _RETRY_AFTER_S = 5
 _MAX_PAUSE_S = 30.0
 """before a new start, where engines die while they load"""
+_LOAD_FACTOR = 10.0
+"""An engine that is started again has so many times what the last one took, and --engine-timeout-s"""
 
 
 class EngineDead(RuntimeError):
@@ -171,15 +173,18 @@ class EngineClient:
             self.num_restarts += 1
             try:
                 await asyncio.sleep(min(2**num_lost - 1, _MAX_PAUSE_S))
-                ready = await self._load()
+                limit_s = _LOAD_FACTOR * self._load_s + self.timeout_s
+                async with asyncio.timeout(limit_s):
+                    ready = await self._load()
                 if another := another_model(self.ready, ready):
                     await self._life.stop()
                     raise EngineFailed(another)
                 self._begin(ready)
                 _log.warning("the engine is ready again after %.1f s", self._load_s)
                 return
-            except EngineLost as error:
-                self.why_dead, num_lost = str(error), num_lost + 1
+            except (EngineLost, TimeoutError) as error:
+                self.why_dead = str(error) or f"the engine process took more than {limit_s:.3g} s to load the model"
+                num_lost += 1
                 self._loading_since = time.monotonic() if self._restarts.take() else None
             except EngineFailed as error:
                 self.why_dead = str(error)

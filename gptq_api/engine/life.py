@@ -57,8 +57,8 @@ class EngineLife:
     async def start(self) -> Ready:
         """Start the process and wait until the model is loaded. Raises EngineFailed; then, or when it is cancelled, the
         process is gone."""
-        ours, theirs = socket.socketpair()
         try:
+            ours, theirs = socket.socketpair()
             with theirs:
                 lines = Style(self._settings.log_level, self._settings.log_json)
                 command = child_command("gptq_api.engine.process", str(theirs.fileno()), style=lines)
@@ -72,6 +72,10 @@ class EngineLife:
         except EngineFailed:
             await self.stop()
             raise
+        except OSError as error:  # no descriptors, no memory, no processes
+            self.kill()
+            await self.ended()
+            raise EngineLost(f"the engine process cannot be started: {error.strerror or error}") from None
         except BaseException:  # it loads, for nobody
             self.kill()
             await self.ended()

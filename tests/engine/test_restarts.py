@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import shutil
 import signal
@@ -10,6 +11,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -92,6 +94,30 @@ async def test_a_model_that_has_changed_is_the_end(change: str, tmp_path: Path) 
         sentence = "the engine came back with another model: its checkpoint was" if "other" in change else str(model)
         assert sentence in client.why_dead
         assert client.fault == "dead" and client.num_restarts == 1
+
+
+async def test_one_that_hangs_while_it_loads_again_is_killed() -> None:
+    async with engine(1, engine_timeout_s=1.0) as client:
+        first, client._load_s = pid_of(client), 0.0
+        os.kill(first, signal.SIGKILL)
+        await until(lambda: client.fault == "loading" and pid_of(client) != first)
+        second = pid_of(client)
+        os.kill(second, signal.SIGSTOP)
+        async with asyncio.timeout(20):
+            await client.wait_dead()
+        assert client.why_dead == "the engine process took more than 1 s to load the model"
+        assert not Path(f"/proc/{second}").exists()
+
+
+async def test_one_that_cannot_be_started_again_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with engine(2) as client:
+        failures = [OSError(errno.EAGAIN, os.strerror(errno.EAGAIN)), OSError(errno.EMFILE, os.strerror(errno.EMFILE))]
+        monkeypatch.setattr("gptq_api.engine.life.socket.socketpair", Mock(side_effect=failures))
+        os.kill(pid_of(client), signal.SIGKILL)
+        async with asyncio.timeout(20):
+            await client.wait_dead()
+        assert client.why_dead == "the engine process cannot be started: Too many open files"
+        assert client.num_restarts == 2
 
 
 async def test_one_that_dies_while_it_loads_first_is_a_start_that_failed() -> None:
