@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tests.attack.bodies import Generator, faults
-from tests.attack.client import Connection, Request
+from tests.attack.client import Connection, Reply, Request
 from tests.attack.clients import (
     CHAT,
     chat_request,
@@ -67,6 +67,7 @@ class Soak:
         while time.monotonic() < ends:
             kind = rng.choices(("known", "leaves", "nonsense", "does not read", "constrained"), (78, 10, 5, 2, 5))[0]
             self.kinds[kind] = self.kinds.get(kind, 0) + 1
+            reply = Reply(Request(CHAT), 0, {}, b"")
             try:
                 match kind:
                     case "known":
@@ -87,13 +88,14 @@ class Soak:
                     case _:
                         body = json.dumps(chat_body("Say it.", response_format=OBJECT, max_tokens=32)).encode()
                         reply = await connection.ask(Request(CHAT, body))
-                        text = json.loads(reply.body)["choices"][0]["message"]["content"]
-                        if json.loads(text)["a"] not in (1, 2, 3):
+                        choice = json.loads(reply.body)["choices"][0]
+                        text = choice["message"]["content"]
+                        if choice["finish_reason"] == "stop" and json.loads(text)["a"] not in (1, 2, 3):
                             self.wrong.append(text)
                 self.answers += 1
             except (OSError, EOFError, ValueError, KeyError) as error:
                 if kind not in ("leaves", "does not read"):
-                    self.wrong.append(f"{kind}: {type(error).__name__}: {error}")
+                    self.wrong.append(f"{kind}: {type(error).__name__}: {error} {reply.status} {reply.body[:300]!r}")
         connection.close()
 
     async def watch(self, began: float, ends: float) -> None:
