@@ -4,7 +4,7 @@ its answer.
     python benchmarks/fairness.py --out benchmarks/results/fairness-cpu.json
 
 Both stream answers of the demo (or `--model`) from one server; the first key's are of 300 tokens. Rounds: alone; the
-moment after the others have sent; then while they run and wait, each probe behind the one before. `ratio` is against
+moment after the others have sent; then while they run and wait, each probe behind the one before. Ratios are of
 medians. `--rounds` servers, of which the medians are told.
 """
 
