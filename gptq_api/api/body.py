@@ -45,32 +45,37 @@ class JsonRequest(Request):
                 raise bodies_full()
         owner = get_record(self).caller.owner if service.engine.places.shared else None
         with Arriving(service.bodies, owner) as body:
-            data = await self._read(body, most)
+            pieces = await self._read(body, most)
             body.finish()
-            self.is_large = len(data) > SMALL
+            self.is_large = body.size > SMALL
             if self.is_large:
-                self._json = await beside(self, service, lambda: _validated(parsed(data), model))
+                self._json = await beside(self, service, lambda: _validated(parsed(b"".join(pieces)), model))
             else:
-                self._json = parsed(data)
+                self._json = parsed(b"".join(pieces))
         self._body = b"{}"  # FastAPI asks whether there is one
 
-    async def _read(self, body: Arriving, most: int) -> bytearray:
-        data, counted = bytearray(), None
+    async def _read(self, body: Arriving, most: int) -> list[bytes]:
+        """In pieces, since what grows by being copied leaves holes in the memory."""
+        pieces, rest, counted = list[bytes](), bytearray(), Counted()
         async for chunk in self.stream():
-            if len(data) + len(chunk) > most:
+            if body.size + len(chunk) > most:
                 raise _too_large(most)
             try:
                 body.grow(len(chunk))
             except NoRoomError:
                 raise bodies_full() from None
-            data += chunk
-            if len(data) > SMALL:
-                if counted is None:
-                    counted, chunk = Counted(), bytes(data)
-                    _counted.set(counted)
-                counted.add(chunk)
+            rest += chunk
+            if len(rest) >= SMALL:
+                pieces.append(bytes(rest))
+                rest.clear()
+                counted.add(pieces[-1])
                 counted.check()
-        return data
+                _counted.set(counted)
+        pieces.append(bytes(rest))
+        if len(pieces) > 1:
+            counted.add(pieces[-1])
+            counted.check()
+        return pieces
 
     def _declared_length(self) -> int | None:
         """None where it comes in chunks."""
@@ -168,7 +173,7 @@ def _too_large(max_bytes: int) -> ApiError:
     return ApiError(413, message, code="request_too_large")
 
 
-def parsed(body: bytearray) -> Any:
+def parsed(body: bytes) -> Any:
     if not body:
         raise _not_json("it is empty")
     try:
