@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import signal
 import threading
@@ -205,6 +206,10 @@ class Reader(threading.Thread):
 
     def has_read(self, num: int) -> bool:
         return len(self.found) > num
+
+    def text(self) -> str:
+        chunks = [json.loads(event) for event in self.found if event != "[DONE]"]
+        return "".join(choice["delta"].get("content") or "" for chunk in chunks for choice in chunk["choices"])
 
     def run(self) -> None:
         async def read() -> None:
