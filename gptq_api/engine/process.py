@@ -69,7 +69,7 @@ def _read(sock: socket.socket, inbox: Inbox) -> None:
             inbox.put(wire.decode_to_engine(payload))
     except OSError:
         pass
-    except (frames.WireError, msgspec.MsgspecError):
+    except frames.WireError:
         _log.exception("the API process sent what is no message of ours")
     inbox.put(None)
     time.sleep(GRACE_S)

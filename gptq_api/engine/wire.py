@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from gptq_api.frames import frame
+from gptq_api.frames import WireError, frame
 from gptq_api.types import FromEngine, ToEngine
 
 _encoder = msgspec.msgpack.Encoder()
@@ -18,8 +18,16 @@ def encode(message: ToEngine | FromEngine) -> bytes:
 
 
 def decode_to_engine(payload: bytes) -> ToEngine:
-    return _to_engine.decode(payload)
+    """Raises WireError."""
+    try:
+        return _to_engine.decode(payload)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise WireError(f"no message of ours: {error}") from None
 
 
 def decode_from_engine(payload: bytes) -> FromEngine:
-    return _from_engine.decode(payload)
+    """Raises WireError."""
+    try:
+        return _from_engine.decode(payload)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise WireError(f"no message of ours: {error}") from None
