@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import difflib
 import os
+import shutil
+import textwrap
 import tomllib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,10 +15,9 @@ from typing import Any, TypeVar, get_args
 
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
-from pydantic_settings import CliSettingsSource
 
 from gptq_api.config import ALL_SETTINGS, COMMANDS, ENV_PREFIX, CommandSettings, ConfigError, flag, takes_list
-from gptq_api.settings_words import taken, wrong_value
+from gptq_api.settings_words import option_lines, taken, wrong_value
 
 S = TypeVar("S", bound=CommandSettings)
 
@@ -38,7 +39,8 @@ def load_settings(cls: type[S], args: Sequence[str] = (), *, prog: str = "gptq-a
     SystemExit(0).
     """
     if {"-h", "--help"} & set(args):
-        CliSettingsSource(cls, cli_prog_name=prog, cli_parse_args=["--help"])
+        print(_help(cls, prog))
+        raise SystemExit(0)
     command_line = _command_line(cls, args, prog)
     environment = _environment(cls)
     sources = [command_line, environment]
@@ -65,6 +67,14 @@ def usage(cls: type[CommandSettings], prog: str) -> str:
         word = f"{word.removesuffix('S')}..." if takes_list(cls.model_fields[name].annotation) else word
         shown.append(word if cls.model_fields[name].is_required() else f"[{word}]")
     return " ".join([prog, *shown, "[OPTIONS]"])
+
+
+def _help(cls: type[CommandSettings], prog: str) -> str:
+    width = min(shutil.get_terminal_size().columns, 100)
+    lines = [f"usage: {usage(cls, prog)}", "", *textwrap.wrap(" ".join((cls.__doc__ or "").split()), width), ""]
+    for name, setting in cls.model_fields.items():
+        lines += option_lines(flag(name), setting, width)
+    return "\n".join([*lines, "  -h, --help", "      This list."])
 
 
 def _spellings(cls: type[CommandSettings]) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -81,3 +82,22 @@ def _shown(value: Any) -> str:
         return repr(text[:80]) if isinstance(value, str) else text
     names: dict[type, str] = {dict: "a table", list: "an array"}
     return names.get(type(value), f"a {type(value).__name__}")
+
+
+def option_lines(spelled: str, field: FieldInfo, width: int) -> list[str]:
+    """Of --help: the flag with what it takes, and below it what it is for."""
+    kind = _kind(field.annotation)
+    value = {bool: "", int: " N", float: " X", Path: " PATH"}.get(kind, " TEXT")
+    if get_origin(kind) is Literal:
+        value = f" {'|'.join(map(str, get_args(kind)))}"
+    opposite = f", --no-{spelled[2:]}" if kind is bool else ""
+    notes = [_range(field.metadata).strip()] if kind in (int, float) else []
+    if not field.is_required() and field.default not in (None, []):
+        shown = str(field.default).lower() if kind is bool else str(field.default)
+        notes.append(f"default: {shown}")
+    noted = f" ({'; '.join(filter(None, notes))})" if any(notes) else ""
+    text = " ".join((field.description or "").split()) + noted
+    return [
+        f"  {spelled}{value}{opposite}",
+        *textwrap.wrap(text, width, initial_indent=" " * 6, subsequent_indent=" " * 6),
+    ]

@@ -251,3 +251,22 @@ def test_commands_and_their_settings_are_the_same_list() -> None:
     from gptq_api.cli.main import _HELP
 
     assert list(_HELP) == list(COMMANDS) and set(COMMANDS.values()) == set(ALL_SETTINGS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_is_for_people(command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main([command, "--help"]) == main([command, "nonsense", "-h"]) == 0
+    out = capsys.readouterr().out
+    assert not re.search(r"default: None|list\[|\bstr\b|\bint\b|\[\]|\bTrue|\bFalse", out)
+    assert max(map(len, out.splitlines())) <= 80
+    for name in COMMANDS[command].model_fields:
+        assert f"  {flag(name)}" in out
+
+
+def test_help_says_what_a_setting_takes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", "--help"]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "--port N Port to listen on; 0 picks a free one and prints it. (from 0 to 65535; default: 8000)" in out
+    assert "--device auto|cpu|cuda Where the model runs. (default: auto)" in out
+    assert "--log-json, --no-log-json One JSON object per log line. (default: false)" in out

@@ -36,7 +36,10 @@ def with_output(command: str, work: Callable[[], int]) -> int:
     """The exit status of `work`, whose output may find its reader gone (`| head`: nothing is said, 1) or its disk full
     (a sentence, 1)."""
     try:
-        status = work()
+        try:
+            status = work()
+        except SystemExit as stop:  # behind --help
+            status = int(stop.code or 0)
         if sys.stdout is not None:
             sys.stdout.flush()
     except BrokenPipeError:
