@@ -176,7 +176,7 @@ def _pop(stack: list[_Item]) -> _Item:
 
 def _to_mark(stack: list[_Item]) -> list[_Item]:
     """Takes what lies above the last mark, and the mark; the last comes first."""
-    items = []
+    items: list[_Item] = []
     while (item := stack.pop()) is not _MARK:
         items.append(item)
     return items
