@@ -118,7 +118,9 @@ CHANGES: dict[str, Callable[[Tensor, int], Tensor]] = {
     "complex": lambda t, n: t.to(torch.complex64),
     "noise": lambda t, n: _noise(t.nbytes, n).view(t.dtype).view(t.shape),
     "huge": lambda t, n: torch.full_like(t, torch.finfo(t.dtype).max) if t.is_floating_point() else t.fill_(100),
-    "infinite": lambda t, n: t.fill_(math.inf) if t.is_floating_point() else (t.long() * 0 - 1).to(t.dtype),
+    "infinite": lambda t, n: (
+        t.fill_(math.inf) if t.is_floating_point() and t.itemsize > 1 else (t.long() * 0 - 1).to(t.dtype)
+    ),
     "one number": lambda t, n: t.flatten()[0].clone(),
     "empty": lambda t, n: t[:0],
 }
