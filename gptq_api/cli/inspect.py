@@ -40,9 +40,9 @@ def run(settings: InspectSettings) -> int:
 def inspect(settings: InspectSettings) -> dict[str, Any]:
     """The facts as JSON values; sizes are in bytes. Raises CheckpointError or ConfigError."""
     from gptq_api.checkpoint.summary import summarise
-    from gptq_api.model.loader import has_head
     from gptq_api.model.modules import config_of
     from gptq_api.model.plan import plan_serving
+    from gptq_api.model.stored import has_head
     from gptq_api.runner.load import choose_backend, open_model, resolve_device
     from gptq_api.runner.memory import longest_text, plan_cache
     from gptq_api.runner.options import LoadOptions
@@ -97,7 +97,7 @@ def inspect(settings: InspectSettings) -> dict[str, Any]:
         "kv_cache_tokens": cache.num_blocks * settings.block_size,
         "max_model_len": cache.max_model_len,
         "chat_template": template,
-        "warnings": [*checkpoint.warnings, *cache.notes, *without_rows],
+        "warnings": [*checkpoint.warnings, *plan.warnings, *cache.notes, *without_rows],
         "refused": refused,
     }
 

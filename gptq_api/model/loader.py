@@ -3,7 +3,6 @@ it."""
 
 from __future__ import annotations
 
-import re
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 
@@ -18,24 +17,25 @@ from gptq_api.model.layers.linear import Linear, SplitLinear
 from gptq_api.model.layers.norm import HeadNorm, RMSNorm
 from gptq_api.model.layers.rotary import Rotary
 from gptq_api.model.merge import merge, merge_dense, mergeable
-from gptq_api.model.modules import Joint, Module, layer_prefix, norm_shapes, parts
+from gptq_api.model.modules import Joint, Module, layer_prefix, parts
 from gptq_api.model.progress import LoadProgress
+from gptq_api.model.stored import (
+    IGNORED,
+    LAYER,
+    check_bias,
+    check_head,
+    check_layers,
+    check_module,
+    has_head,
+    head_notes,
+    slow_notes,
+    unused_notes,
+)
 from gptq_api.model.weights import LayerWeights, LlamaWeights
 
-_IGNORED = (
-    "rotary_emb.inv_freq",
-    "rotary_emb.cos_cached",
-    "rotary_emb.sin_cached",
-    "gptq_bits",
-    "gptq_groupsize",
-    "gptq_sym",
-)
-"""Tensors of older writers that nothing needs: rotary frequencies are computed anew in float32."""
-_LAYER = re.compile(r"^model\.layers\.(\d{1,9})\.")
 _PLAIN = Role()
 _Dense = tuple[Tensor, Tensor | None]
 """weight and bias"""
-_PARTS = ("qweight", "qzeros", "zeros", "scales", "g_idx", "bias", "weight")
 
 
 @dataclass(frozen=True)
@@ -54,21 +54,18 @@ class _Loader:
         self.kernels: Counter[str] = Counter()
         self.slow: dict[str, Counter[str]] = {}
         """why -> kinds of modules ("down_proj") that take the slow path for that reason"""
-        self.used: set[str] = set()
-
-    def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        self.used.add(name)
-        return self.checkpoint.tensor(name, shape)
 
     def norm(self, name: str) -> RMSNorm:
-        weight = self.tensor(f"{name}.weight", (self.config.hidden_size,))
+        weight = self.checkpoint.tensor(f"{name}.weight", (self.config.hidden_size,))
         return RMSNorm(weight.to(self.device), self.config.rms_norm_eps)
 
     def head_norm(self, layer: str) -> HeadNorm | None:
         c = self.config
         if not c.family.qk_norm:
             return None
-        q, k = (self.tensor(f"{layer}self_attn.{p}_norm.weight", (c.head_dim,)).to(self.device) for p in "qk")
+        q, k = (
+            self.checkpoint.tensor(f"{layer}self_attn.{p}_norm.weight", (c.head_dim,)).to(self.device) for p in "qk"
+        )
         return HeadNorm(q, k, c.num_attention_heads, c.num_key_value_heads, c.rms_norm_eps)
 
     def linear(self, layer: str, joint: Joint, role: Role = _PLAIN) -> Linear:
@@ -105,26 +102,18 @@ class _Loader:
             linear = self._one(self._read("lm_head", head), "lm_head")
             self.kernels[linear.kernel] += 1
             return linear
-        return self.backend.head(self.tensor("lm_head.weight", shape))
+        return self.backend.head(self.checkpoint.tensor("lm_head.weight", shape))
 
     def _tied(self, embedding: Tensor, shape: tuple[int, int]) -> Linear:
         check_head(self.checkpoint, self.config)
-        if self.config.tie_word_embeddings is None:
-            self.warnings.append(
-                "the embedding serves as the head: there is no lm_head.weight, and config.json does not say "
-                "tie_word_embeddings"
-            )
-        if "lm_head" in self.checkpoint.modules:
-            self.used.update(f"lm_head.{part}" for part in _PARTS)
-            self.warnings.append("the quantized lm_head is not used: config.json ties the embedding to the head")
+        self.warnings += head_notes(self.checkpoint, self.config)
         if self.checkpoint.has("lm_head.weight"):
-            head = self.tensor("lm_head.weight", shape).to(device=embedding.device, dtype=embedding.dtype)
+            head = self.checkpoint.tensor("lm_head.weight", shape).to(device=embedding.device, dtype=embedding.dtype)
             if not torch.equal(head, embedding):
                 self.warnings.append("lm_head.weight is not used: config.json ties the embedding to the head")
         return self.backend.head(embedding)
 
     def _read(self, name: str, module: Module) -> GPTQTensors | _Dense:
-        self.used.update(f"{name}.{part}" for part in _PARTS)
         check_bias(self.checkpoint, self.config, name, module)
         shape = self.checkpoint.modules.get(name)
         if shape is None:
@@ -156,59 +145,8 @@ class _Loader:
 
     def finish(self) -> LoadReport:
         check_layers(self.checkpoint, self.config)
-        unused = sorted(n for n in self.checkpoint.store.names - self.used if not n.endswith(_IGNORED))
-        if unused:
-            more = f" and {len(unused) - 1} more" if len(unused) > 1 else ""
-            self.warnings.append(f"tensor {unused[0]}{more} of the checkpoint is not used")
-        for reason, kinds in self.slow.items():
-            self.warnings.append(f"{', '.join(kinds)} ({kinds.total()} modules) take the slow path: {reason}")
+        self.warnings += unused_notes(self.checkpoint, self.config) + slow_notes(self.slow)
         return LoadReport(tuple(self.warnings), dict(self.kernels))
-
-
-def check_module(checkpoint: Checkpoint, name: str, module: Module) -> None:
-    """CheckpointError where a quantized module is not as large as config.json says."""
-    shape = checkpoint.modules[name]
-    if (shape.in_features, shape.out_features) != (module.in_features, module.out_features):
-        raise CheckpointError(
-            f"{checkpoint.store.file(f'{name}.qweight')}: tensor {name}.qweight has {shape.in_features} inputs and "
-            f"{shape.out_features} outputs, config.json gives {module.in_features} and {module.out_features}; use the "
-            "config.json of this model"
-        )
-
-
-def check_bias(checkpoint: Checkpoint, config: LlamaConfig, name: str, module: Module) -> None:
-    """CheckpointError where a bias is missing that the family has."""
-    if module.has_bias and not checkpoint.has(f"{name}.bias"):
-        raise CheckpointError(
-            f"{checkpoint.files[0]}: tensor {name}.bias is missing, and {config.family.title} with this "
-            "config.json has it; download the checkpoint again"
-        )
-
-
-def check_head(checkpoint: Checkpoint, config: LlamaConfig) -> None:
-    """CheckpointError where there is no head and the embedding may not be it."""
-    if config.tie_word_embeddings is False and not has_head(checkpoint):
-        raise CheckpointError(
-            f"{checkpoint.files[0]}: tensor lm_head.weight is missing and config.json says that "
-            "tie_word_embeddings is false; download the checkpoint again, or set it if the model ties them"
-        )
-
-
-def check_layers(checkpoint: Checkpoint, config: LlamaConfig) -> None:
-    """CheckpointError for layers and norms that config.json knows nothing of."""
-    norms = norm_shapes(config)
-    for name in sorted(checkpoint.store.names):
-        layer = _LAYER.match(name)
-        if layer and int(layer[1]) >= config.num_hidden_layers:
-            raise CheckpointError(
-                f"{checkpoint.store.file(name)}: tensor {name} is beyond the {config.num_hidden_layers} "
-                "layers that config.json gives; use the config.json of this model"
-            )
-        if layer and name.endswith("norm.weight") and name not in norms:
-            raise CheckpointError(
-                f"{checkpoint.store.file(name)}: tensor {name} is unknown to {config.family.title}, "
-                "which config.json says it is; use the config.json of this model"
-            )
 
 
 def load_llama(
@@ -229,7 +167,7 @@ def _load(
     load = _Loader(checkpoint, config, backend)
     prefetch = _Prefetch(checkpoint)
     prefetch.layer(0)
-    embedding = load.tensor("model.embed_tokens.weight", (config.vocab_size, config.hidden_size))
+    embedding = checkpoint.tensor("model.embed_tokens.weight", (config.vocab_size, config.hidden_size))
     tied = config.ties_head(has_head(checkpoint))
     embedding = embedding.to(device=backend.device, dtype=backend.embedding_dtype(embedding.dtype, tied))
     layers = []
@@ -271,14 +209,9 @@ class _Prefetch:
         self._store = checkpoint.store
         self._names: defaultdict[int, list[str]] = defaultdict(list)
         for name in sorted(self._store.names):
-            layer = _LAYER.match(name)
-            if layer and not name.endswith(_IGNORED):
+            layer = LAYER.match(name)
+            if layer and not name.endswith(IGNORED):
                 self._names[int(layer[1])].append(name)
 
     def layer(self, index: int) -> None:
         self._store.prefetch(self._names[index])
-
-
-def has_head(checkpoint: Checkpoint) -> bool:
-    """Whether the file has an output head of its own, quantized or not."""
-    return checkpoint.has("lm_head.weight") or "lm_head" in checkpoint.modules

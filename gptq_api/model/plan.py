@@ -3,14 +3,24 @@ memory of the weights."""
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 from gptq_api.checkpoint.checkpoint import Checkpoint
 from gptq_api.checkpoint.module import ModuleShape, group_size_of
 from gptq_api.model.backend import Backend, KernelChoice
 from gptq_api.model.config import LlamaConfig
-from gptq_api.model.loader import check_bias, check_head, check_layers, check_module, has_head
 from gptq_api.model.modules import all_modules, norm_shapes
+from gptq_api.model.stored import (
+    check_bias,
+    check_head,
+    check_layers,
+    check_module,
+    has_head,
+    head_notes,
+    slow_notes,
+    unused_notes,
+)
 
 
 @dataclass(frozen=True)
@@ -20,11 +30,14 @@ class ServingPlan:
     kernels: dict[str, str]
     """kind of module ("q_proj") -> kernel, with the reason where it is a slow one"""
     weight_bytes: int
+    warnings: list[str]
+    """what loading will warn about, as far as headers tell"""
 
 
 def plan_serving(checkpoint: Checkpoint, config: LlamaConfig, backend: Backend) -> ServingPlan:
     """CheckpointError where a tensor is missing or does not have the shape config.json gives."""
     kernels: dict[str, list[str]] = {}
+    slow: dict[str, Counter[str]] = {}
     total = 0
     for name, module in all_modules(config):
         shape = checkpoint.modules.get(name)
@@ -37,6 +50,8 @@ def plan_serving(checkpoint: Checkpoint, config: LlamaConfig, backend: Backend) 
         else:
             check_module(checkpoint, name, module)
             choice = _choice(shape, backend)
+        if choice.reason is not None:
+            slow.setdefault(choice.reason, Counter()).update([kind])
         found = kernels.setdefault(kind, [])
         if str(choice) not in found:
             found.append(str(choice))
@@ -46,7 +61,8 @@ def plan_serving(checkpoint: Checkpoint, config: LlamaConfig, backend: Backend) 
         checkpoint.check(name, norm)
     total += _ends(checkpoint, config, backend)
     check_layers(checkpoint, config)
-    return ServingPlan({kind: "; ".join(found) for kind, found in kernels.items()}, total)
+    warnings = head_notes(checkpoint, config) + unused_notes(checkpoint, config) + slow_notes(slow)
+    return ServingPlan({kind: "; ".join(found) for kind, found in kernels.items()}, total, warnings)
 
 
 def _choice(shape: ModuleShape, backend: Backend) -> KernelChoice:

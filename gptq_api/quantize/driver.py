@@ -28,8 +28,8 @@ from gptq_api.checkpoint.packing import (
 from gptq_api.model.config import LlamaConfig
 from gptq_api.model.layers.norm import RMSNorm
 from gptq_api.model.layers.rotary import Rotary
-from gptq_api.model.loader import has_head
 from gptq_api.model.modules import all_modules, layer_prefix
+from gptq_api.model.stored import has_head
 from gptq_api.quantize.block import STAGES, Block, Texts
 from gptq_api.quantize.gptq import (
     Factor,

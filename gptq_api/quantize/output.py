@@ -16,8 +16,8 @@ from gptq_api.checkpoint.checkpoint import Checkpoint, CheckpointError
 from gptq_api.checkpoint.files import read_json
 from gptq_api.errors import writing
 from gptq_api.model.config import LlamaConfig
-from gptq_api.model.loader import has_head
 from gptq_api.model.modules import all_modules, layer_prefix
+from gptq_api.model.stored import has_head
 from gptq_api.quantize.driver import Recipe, stored_dtype
 from gptq_api.quantize.work import GOES_ON, WorkFolder, save_tensors
 

@@ -12,6 +12,8 @@ import torch
 from gptq_api.checkpoint.checkpoint import open_checkpoint
 from gptq_api.checkpoint.packing import unpack_qweight
 from gptq_api.checkpoint.summary import summarise
+from gptq_api.cli.inspect import inspect
+from gptq_api.config import InspectSettings
 from tests.model.test_agreement import all_logits, load
 from tests.support.checkpoints import random_model
 from tests.support.layouts import LAYOUTS
@@ -54,6 +56,9 @@ def test_it_loads_and_means_the_same(name: str, tmp_path: Path, caplog: pytest.L
     assert len(caplog.messages) == len(layout.warns), caplog.messages
     for words, message in zip(layout.warns, caplog.messages, strict=True):
         assert words in message
+    facts = inspect(InspectSettings(model_path=str(tmp_path), device="cpu", dtype="float32"))
+    read = {message for message in caplog.messages if message.startswith("lm_head.weight is not used")}
+    assert set(facts["warnings"]) == set(caplog.messages) - read  # which headers do not show
 
 
 def test_a_module_may_be_spread_over_files(tmp_path: Path) -> None:
