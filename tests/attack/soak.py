@@ -29,7 +29,7 @@ NUM_CLIENTS = 12
 FLAGS = ("--dtype", "float32", "--max-num-seqs", "16", "--max-model-len", "256", "--kv-cache-mib", "64")
 KNOWN = [
     chat_body(f"Tell me about {i}.", max_tokens=8 + i % 40, seed=i, temperature=i % 2, ignore_eos=i % 3 == 0)
-    for i in range(24)
+    for i in range(16)
 ]
 OBJECT = {
     "type": "json_schema",

@@ -108,7 +108,7 @@ def check_held_streams(num_running: int, num_waiting: int, max_tokens: int) -> N
 
 
 def test_four_streams_and_twenty_that_wait_answer_as_alone() -> None:
-    check_held_streams(4, 20, 12)
+    check_held_streams(4, 20, 8)
 
 
 @pytest.mark.attack

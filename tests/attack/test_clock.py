@@ -75,9 +75,9 @@ def test_the_clock_jumps_by_an_hour(tmp_path: Path) -> None:
     env = {"LD_PRELOAD": str(library), "CLOCK_OFFSET": str(offset)}
     flags = ("--engine-timeout-s", "20", "--header-timeout-s", "20", "--body-timeout-s", "20", "--send-timeout-s", "20")
     with Server(*flags, env=env) as server:
-        body = chat_body("Tell me a story.", max_tokens=150, ignore_eos=True, temperature=0)
+        body = chat_body("Tell me a story.", max_tokens=100, ignore_eos=True, temperature=0)
         expected = server.post("/v1/chat/completions", body).json()["choices"][0]["message"]["content"]
-        for seconds in (3600, 0, -3600, 0):
+        for seconds in (3600, -3600):
             readers = [Reader(server, body) for _ in range(4)]
             for reader in readers:
                 wait_for(partial(reader.has_read, 5), 20)

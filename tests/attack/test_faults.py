@@ -57,12 +57,12 @@ def test_numbers_that_are_not_finite_end_one_sequence(sitecustomize: Env) -> Non
 
         alone = [asyncio.run(text_of_stream(server.port, body)) for body in VICTIMS]
         sick = [{**VICTIMS[0], "seed": seed, "n": n} for seed, n in ((666, 1), (667, 1), (668, 1))]
-        for _ in range(3):
+        for _ in range(2):
             *texts, a, b, c = asyncio.run(together(*VICTIMS, *sick))
             assert texts == alone
             assert all("generation_failed" in str(error) for error in (a, b, c)), (a, b, c)
         assert asyncio.run(text_of_stream(server.port, VICTIMS[0])) == alone[0], "with what it left in the cache"
-        assert server.metric("vllm:request_success_total", finished_reason="error") == 9
+        assert server.metric("vllm:request_success_total", finished_reason="error") == 6
         check_free(server)
 
 
@@ -86,7 +86,7 @@ NO_MEMORY = (
 )
 
 
-@pytest.mark.parametrize("times", [20, pytest.param(100, marks=[pytest.mark.attack, pytest.mark.timeout(600)])])
+@pytest.mark.parametrize("times", [10, pytest.param(100, marks=[pytest.mark.attack, pytest.mark.timeout(600)])])
 def test_no_memory_for_a_step(sitecustomize: Env, times: int) -> None:
     """A step that finds none is done again with less in it; texts stay what they are."""
     with Server("--dtype", "float32") as server:
@@ -173,12 +173,10 @@ BROKEN = (
 )
 
 
-RARER = ("half a frame, then silence", "no message", "another message")
+RARER = ("a length of 4 GB", "half a frame, then silence", "no message", "another message")
 
 
-@pytest.mark.parametrize(
-    "how", ["half a frame", "a length of 4 GB", *(pytest.param(how, marks=pytest.mark.attack) for how in RARER)]
-)
+@pytest.mark.parametrize("how", ["half a frame", *(pytest.param(how, marks=pytest.mark.attack) for how in RARER)])
 def test_an_engine_that_ends_or_errs_in_the_middle_of_a_frame(sitecustomize: Env, how: str) -> None:
     stalls = how.endswith("silence")
     with Server("--engine-timeout-s", "1" if stalls else "60", env=sitecustomize(BROKEN % how)) as server:
