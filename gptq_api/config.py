@@ -14,7 +14,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args, get_origin
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import AliasChoices, Field, ValidationInfo, field_validator, model_validator
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from gptq_api import exits
 from gptq_api.errors import UserError
@@ -30,20 +31,31 @@ class ConfigError(UserError):
     exit_status = exits.WRONG_USE
 
 
-class CommandSettings(BaseModel):
+class CommandSettings(BaseSettings):
     """What the settings of all commands have in common: how values are written. Made by hand it holds what it is given;
     settings_source.py reads the three sources."""
 
-    model_config = ConfigDict(
+    model_config = SettingsConfigDict(
         frozen=True,
         extra="forbid",
         use_attribute_docstrings=True,
-        validate_default=True,
         allow_inf_nan=False,
         protected_namespaces=(),
     )
     positional: ClassVar[tuple[str, ...]] = ("model_path",)
     """fields that leading arguments without a flag fill, in this order; a list takes all that are left"""
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """None of the library's own, which decode what they read."""
+        return (init_settings,)
 
     def check_given(self, on_command_line: Mapping[str, str], anywhere: Mapping[str, str]) -> None:
         """Of fields that are given how they are written. ConfigError for a flag that would do nothing beside others;
