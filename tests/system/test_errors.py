@@ -307,7 +307,7 @@ def test_a_flood_of_wrong_items_costs_little(server: Server) -> None:
     response = server.http.post(CHAT, content=body, headers={"content-type": "application/json"})
     assert time.monotonic() - started < 2
     check_error(response, 400, "messages[0]")
-    keys: Any = {f"k{i}": i for i in range(150_000)}
+    keys: Any = {f"k{i}": i for i in range(60_000)}
     for field in ("logit_bias", "metadata"):
         started = time.monotonic()
         response = server.post(CHAT, chat_body(**{field: keys}))
