@@ -250,9 +250,11 @@ class EdgeProtocol(H11Protocol, asyncio.BufferedProtocol):
         if status == HTTPStatus.SERVICE_UNAVAILABLE:
             headers.append((b"retry-after", b"1"))
         reason = HTTPStatus(status).phrase.encode()
-        for event in (h11.Response(status_code=status, headers=headers, reason=reason), h11.Data(data=body)):
+        answer: list[h11.Event] = [h11.Response(status_code=status, headers=headers, reason=reason)]
+        if not self.conn.wants_no_body:
+            answer.append(h11.Data(data=body))
+        for event in (*answer, h11.EndOfMessage()):
             self.transport.write(self.conn.send(event) or b"")
-        self.transport.write(self.conn.send(h11.EndOfMessage()) or b"")
 
 
 def tune(sock: socket.socket) -> None:

@@ -16,11 +16,14 @@ _ABSOLUTE = re.compile(rb"https?://([^/?#]*)([^#]*)", re.IGNORECASE)
 class EdgeConnection(h11.Connection):
     refusal: str | None = None
     """why a request that is valid HTTP for h11 is not for us"""
+    wants_no_body = False
+    """whether the answer to the last request, a HEAD, is its headers alone"""
 
     def next_event(self) -> Any:
         """Requests are refused here before anyone acts upon them, whatever they ask for. Raises RemoteProtocolError."""
         event = super().next_event()
         if isinstance(event, h11.Request):
+            self.wants_no_body = event.method == b"HEAD"
             self.refusal = _refusal(event)
             if self.refusal is None:
                 event = _with_path(event)

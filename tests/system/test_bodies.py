@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 import time
+from typing import Any
 
 from tests.support.heavy_bodies import (
     CHAT,
@@ -37,20 +38,23 @@ def test_what_is_as_large_as_the_limits_allow_is_answered(server: Server) -> Non
     assert len(server.post("/v1/completions", ids).json()["choices"]) == 400
     calls = json.dumps({"items": [[i] for i in range(20_000)]})
     call = {"id": "a", "type": "function", "function": {"name": "f", "arguments": calls}}
-    spoken = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "tool_calls": [call]}]}
+    spoken: dict[str, Any] = {
+        "messages": [{"role": "user", "content": "a"}, {"role": "assistant", "tool_calls": [call]}]
+    }
     check_error(server.post(CHAT, spoken), 400, "messages", "context_length_exceeded")
     spoken["messages"][1]["tool_calls"] = [call] * 4
     assert "keys, arrays" in check_error(server.post(CHAT, spoken), 400, None, "request_too_large")["message"]
 
 
 def test_a_large_body_is_wrong_in_the_words_of_a_small_one(server: Server) -> None:
-    for fields in (
+    wrong: tuple[dict[str, Any], ...] = (
         {"temperature": 3},
         {"messages": [{"role": "nobody", "content": "a"}]},
         {"messages": []},
         {"stop": [""]},
         {"stream_options": {"include_usage": 3}},
-    ):
+    )
+    for fields in wrong:
         small = server.post(CHAT, {**chat_body(), **fields})
         large = server.post(CHAT, {**chat_body(), **fields, "user": "a", "unknown": "x" * 100_000})
         assert small.status_code == 400 and small.json() == large.json()

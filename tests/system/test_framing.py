@@ -58,6 +58,7 @@ def ask(body: dict[str, Any]) -> bytes:
 def test_a_client_that_sends_no_more_gets_its_answers(server: Server) -> None:
     long = chat_body(max_tokens=60, ignore_eos=True, temperature=0)
     expected = server.post(CHAT, long).json()["choices"]
+    before = server.metric("gptq_api:requests_cancelled_total", cause="disconnect")
     for data, statuses in (
         (GET_MODELS, [200]),
         (GET_MODELS.replace(b"HTTP/1.1", b"HTTP/1.0"), [200]),
@@ -75,7 +76,7 @@ def test_a_client_that_sends_no_more_gets_its_answers(server: Server) -> None:
     events = [event for event in body.split(b"\n\n") if event and not event.startswith(b":")]
     text = "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks(events))
     assert status == 200 and text == expected[0]["message"]["content"]
-    assert server.metric("gptq_api:requests_cancelled_total", cause="disconnect") == 0
+    assert server.metric("gptq_api:requests_cancelled_total", cause="disconnect") == before
 
 
 def test_a_client_that_waits_in_the_queue_may_send_no_more(server: Server) -> None:
@@ -169,3 +170,16 @@ def test_answers_that_the_rfc_knows(server: Server) -> None:
         head = f"POST /tokenize HTTP/1.1\r\nHost: localhost\r\n{json_type}Transfer-Encoding: chunked\r\n\r\n".encode()
         ((status, body),) = answers(send(server, head + size + b"\r\n{}\r\n0\r\n\r\n"))
         assert status == 400 and b'{"error":{' in body, size
+
+
+@pytest.mark.parametrize("target", [b"models", b"http://", b"/v1/models"])
+def test_a_head_that_is_refused_gets_headers_alone(server: Server, target: bytes) -> None:
+    both = b"Content-Length: 3\r\nTransfer-Encoding: chunked\r\n"
+    sock = send(server, b"HEAD " + target + b" HTTP/1.1\r\nHost: 127.0.0.1\r\n" + both + b"\r\n")
+    with sock:
+        data = b""
+        while part := sock.recv(65536):
+            data += part
+    head, _, body = data.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 400 ") and body == b""
+    assert "Traceback" not in server.log()

@@ -14,7 +14,7 @@ import pytest
 from tests.support.server import RawStream, Server, chat_body, check_error, wait_for
 
 CHAT, MESSAGES = "/v1/chat/completions", "/v1/messages"
-ENDLESS = {"ignore_eos": True, "temperature": 1.0}
+ENDLESS: dict[str, Any] = {"ignore_eos": True, "temperature": 1.0}
 FILE = """
 [[key]]
 name = "alice"
