@@ -1,7 +1,7 @@
 # syntax=docker/dockerfile:1
 # One file, two images:
 #   docker build -t gptq-api .                              GPU: kernels compiled, CUDA runtime from torch's wheel
-#   docker build -t gptq-api:cpu --build-arg DEVICE=cpu .   CPU: no compiler, no kernels
+#   docker build -t gptq-api:cpu --build-arg DEVICE=cpu .   CPU: the CPU kernels
 #   docker run --gpus all -p 8000:8000 -v /models:/models -e GPTQ_API_API_KEY=secret gptq-api serve /models/vicuna
 ARG DEVICE=cuda
 ARG CUDA=13.0.2
@@ -12,6 +12,7 @@ RUN apt-get update && apt-get install -y --no-install-recommends python3 python3
 ENV GPTQ_API_CUDA=on
 
 FROM python:${PYTHON}-slim AS build-cpu
+RUN apt-get update && apt-get install -y --no-install-recommends g++ && rm -rf /var/lib/apt/lists/*
 ENV GPTQ_API_CUDA=off
 
 FROM build-${DEVICE} AS build

@@ -108,7 +108,8 @@ class ModelSettings(CommandSettings):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the model runs."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Activation type. float32 is the exact path; auto is bfloat16 on the CPU and the checkpoint's type on CUDA."""
+    """Activation type. float32 is the exact path. auto is the checkpoint's type on CUDA; on the CPU it is bfloat16, but
+    for quantized products, whose activations are rounded to int8, which bfloat16 leaves as they are."""
     block_size: int = Field(16, ge=1, le=256)
     """Tokens per KV cache block."""
     num_blocks: int | None = Field(None, ge=1, lt=2**31)

@@ -34,7 +34,7 @@ MAY_IMPORT = {
     "engine": {"scheduler", "runner", "grammar", "text"},
     "grammar": {"text"},
     "scheduler": set(),
-    "runner": {"model", "kernels", "checkpoint", "demo"},
+    "runner": {"_cpu", "model", "kernels", "checkpoint", "demo"},
     "model": {"kernels", "checkpoint"},
     "kernels": {"_cuda"},
     "checkpoint": set(),
@@ -176,6 +176,8 @@ def test_only_backends_and_the_loader_ask_what_device_it_is() -> None:
 def test_one_module_imports_the_compiled_kernels() -> None:
     importers = [str(path.relative_to(ROOT)) for path in FILES if "gptq_api._cuda" in imported(path)]
     assert importers == ["kernels/extension.py"]
+    importers = [str(path.relative_to(ROOT)) for path in FILES if "gptq_api._cpu" in imported(path)]
+    assert importers == ["runner/cpu/native.py"]
 
 
 def test_the_server_asks_nothing_of_the_probes() -> None:

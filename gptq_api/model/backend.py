@@ -51,7 +51,7 @@ class Backend(Protocol):
     dtype: torch.dtype
     """of activations"""
     head_dtype: torch.dtype
-    """of an unquantized head"""
+    """of an unquantized head, as far as it is not kept as stored"""
 
     def embedding_dtype(self, stored: torch.dtype, tied: bool) -> torch.dtype:
         """What an embedding of type `stored` is kept in; `tied`: it is the head as well."""
@@ -71,5 +71,5 @@ class Backend(Protocol):
     def dense(self, weight: Tensor, bias: Tensor | None) -> Linear:
         """weight [N, K], bias [N], of any float type and on any device."""
 
-    def head(self, weight: Tensor) -> Linear:
-        """weight [V, H], which may be the embedding's memory."""
+    def head(self, weight: Tensor, *, tied: bool = False) -> Linear:
+        """weight [V, H]; `tied`: it is the embedding's memory."""

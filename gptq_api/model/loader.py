@@ -111,7 +111,7 @@ class _Loader:
             head = self.checkpoint.tensor("lm_head.weight", shape).to(device=embedding.device, dtype=embedding.dtype)
             if not torch.equal(head, embedding):
                 self.warnings.append("lm_head.weight is not used: config.json ties the embedding to the head")
-        return self.backend.head(embedding)
+        return self.backend.head(embedding, tied=True)
 
     def _read(self, name: str, module: Module) -> GPTQTensors | _Dense:
         check_bias(self.checkpoint, self.config, name, module)

@@ -22,6 +22,7 @@ from gptq_api.model.config import LlamaConfig
 from gptq_api.model.loader import LoadReport, load_llama
 from gptq_api.model.modules import config_of
 from gptq_api.model.weights import LlamaWeights
+from gptq_api.runner.cpu import native
 from gptq_api.runner.cpu.backend import CpuBackend
 from gptq_api.runner.cuda.backend import CudaBackend, refusal
 from gptq_api.runner.loaded import LoadedRunner
@@ -94,7 +95,9 @@ def make_runner(options: LoadOptions, checkpoint: Checkpoint, device: torch.devi
     """`load_runner` for a checkpoint that is open, quantized or not."""
     started = time.monotonic()
     if device.type == "cpu":
-        torch.set_num_threads(options.num_threads or _default_threads(checkpoint))
+        threads = options.num_threads or _default_threads(checkpoint)
+        torch.set_num_threads(threads)
+        native.use_threads(threads)
     config = config_of(checkpoint)
     backend = choose_backend(options, checkpoint, config, device)
     backend.cache_dtype(options.kv_cache_dtype)  # a refusal comes before the weights are read
@@ -135,7 +138,8 @@ def choose_backend(
     if device.type == "cpu":
         room, needed = host_memory(), CpuBackend.dequantized_bytes(checkpoint.modules.values())
         # As much again for what comes after: the cache, and a tensor on its way.
-        return CpuBackend(device, dtype, dequantizes=room is None or 2 * needed < room)
+        enough = room is None or 2 * needed < room
+        return CpuBackend(device, dtype, rounds=options.dtype == "auto", dequantizes=enough)
     if dtype == torch.float32:
         return BACKENDS["cpu"](device, dtype)
     reason = refusal(config, options.block_size)

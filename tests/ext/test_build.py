@@ -21,7 +21,7 @@ TWO_GEMV_BLOCKS = 65536 // (2 * GEMV_THREADS) // 8 * 8
 ONE_GEMV_BLOCK = 65536 // GEMV_THREADS // 8 * 8
 
 
-FOLDERS = {"common", "gemv", "gemm", "attention", "ops", "sampler"}
+FOLDERS = {"cpu", "common", "gemv", "gemm", "attention", "ops", "sampler"}
 MAX_COLUMNS = 140
 
 
@@ -34,7 +34,9 @@ def test_every_file_stands_in_a_folder_of_its_family() -> None:
     top = {name for name in sources() if "/" not in name}
     assert top == {"CMakeLists.txt", "README.md", "bindings.cpp"}
     assert {name.split("/")[0] for name in sources() if "/" in name} == FOLDERS
-    assert all(re.fullmatch(r"\w+/\w+\.(cu|cuh|h)", name) for name in sources().keys() - top)
+    for name in sources().keys() - top:
+        kinds = "cpp|h|cmake" if name.startswith("cpu/") else "cu|cuh|h"
+        assert re.fullmatch(rf"\w+/\w+\.({kinds})", name), name
 
 
 def test_no_line_is_longer_than_a_screen() -> None:
@@ -53,7 +55,9 @@ def test_includes_begin_at_ext_and_a_host_header_is_one_that_the_bindings_includ
     assert set().union(*included.values()) <= files.keys()
     headers = {name for name in files if name.endswith((".h", ".cuh"))}
     assert headers == set().union(*included.values())
-    assert included["bindings.cpp"] == {name for name in headers if name.endswith(".h")}
+    of_the_device = {name for name in headers if name.endswith(".h") and not name.startswith("cpu/")}
+    assert included["bindings.cpp"] == of_the_device
+    assert all(other.startswith("cpu/") for name in files if name.startswith("cpu/") for other in included[name])
 
 
 def test_the_bindings_name_their_arguments_in_the_order_of_the_functions() -> None:
@@ -71,12 +75,13 @@ def test_the_bindings_name_their_arguments_in_the_order_of_the_functions() -> No
     assert named == {name: parameters[name] for name in named}
 
 
-def configure(tmp_path: Path, cuda: str, compiler: str) -> subprocess.CompletedProcess[str]:
-    """Configure only, with `compiler` as the only nvcc that CMake may find."""
+def configure(tmp_path: Path, cuda: str, compiler: str, cpu: str = "off") -> subprocess.CompletedProcess[str]:
+    """Configure only, with `compiler` as the only nvcc that CMake may find, and no C++ compiler."""
     if shutil.which("cmake") is None:
         pytest.skip("needs cmake")
     command = ["cmake", "-S", str(EXT), "-B", str(tmp_path), f"-DCMAKE_CUDA_COMPILER={compiler}"]
-    environment = {"PATH": "/usr/bin:/bin", "GPTQ_API_CUDA": cuda}
+    command.append("-DCMAKE_CXX_COMPILER=")
+    environment = {"PATH": "/usr/bin:/bin", "GPTQ_API_CUDA": cuda, "GPTQ_API_CPU": cpu}
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
 
 
@@ -97,6 +102,15 @@ def test_off_asks_for_nothing(tmp_path: Path) -> None:
     done = configure(tmp_path, "off", "")
     assert done.returncode == 0, done.stderr
     assert "GPTQ_API_CUDA=off" in done.stdout
+
+
+def test_without_a_cxx_compiler_the_install_succeeds_and_says_what_to_do(tmp_path: Path) -> None:
+    done = configure(tmp_path, "off", "", "auto")
+    assert done.returncode == 0, done.stderr
+    said = re.sub(r"\s+", " ", done.stderr)
+    assert "WITHOUT the CPU kernels" in said and "apt install g++" in said
+    done = configure(tmp_path, "off", "", "on")
+    assert done.returncode != 0 and "no C++ compiler was found" in done.stderr
 
 
 def test_an_unknown_value_is_refused(tmp_path: Path) -> None:

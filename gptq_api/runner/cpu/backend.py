@@ -19,7 +19,7 @@ from gptq_api.model.backend import KernelChoice, Role
 from gptq_api.model.config import LlamaConfig
 from gptq_api.model.layers.linear import DenseLinear, Linear, PlainLinear, Weight
 from gptq_api.model.weights import LlamaWeights
-from gptq_api.runner.cpu import int4
+from gptq_api.runner.cpu import int4, native
 from gptq_api.runner.cpu.attention import KVCache, lazy_zeros
 from gptq_api.runner.cpu.forward import PlainLlama
 from gptq_api.runner.cpu.runner import CpuRunner
@@ -36,13 +36,18 @@ class CpuBackend:
 
     kind = "cpu"
     default_batched_tokens = 512
-    head_dtype = torch.float32
-    """bfloat16 logits have 8 bits, and the greedy token would be decided by rounding"""
 
-    def __init__(self, device: torch.device, dtype: torch.dtype, *, dequantizes: bool = True) -> None:
-        """`dequantizes`: there is memory for bfloat16 weights of the modules that the int4 operator does not take."""
+    def __init__(
+        self, device: torch.device, dtype: torch.dtype, *, rounds: bool = False, dequantizes: bool = True
+    ) -> None:
+        """`rounds`: quantized products may round their activations to int8, where our kernels are there. `dequantizes`:
+        there is memory for bfloat16 weights of the modules that the int4 operator does not take."""
         self.device, self.dtype = device, dtype
         self._on_cpu, self._dequantizes = device.type == "cpu", dequantizes
+        self._native = self._on_cpu and native.is_available()
+        self._rounds = rounds and self._native and dtype == torch.bfloat16
+        # bfloat16 logits have 8 bits, and the greedy token would be decided by rounding: sums are float32
+        self.head_dtype = torch.float16 if self._native else torch.float32
 
     @staticmethod
     def dequantized_bytes(modules: Iterable[ModuleShape]) -> int:
@@ -65,7 +70,7 @@ class CpuBackend:
 
     def embedding_dtype(self, stored: torch.dtype, tied: bool) -> torch.dtype:
         """One tensor serves both ends where they are tied."""
-        return self.head_dtype if tied else stored
+        return self.head_dtype if tied and not self._native else stored
 
     def kernel(self, bits: int, in_features: int, out_features: int, group_size: int) -> KernelChoice:
         packed = in_features * out_features * bits // 8
@@ -73,6 +78,8 @@ class CpuBackend:
         plain = packed + num_groups * out_features * 3 + in_features * 4
         if self.dtype != torch.bfloat16:
             return KernelChoice(_EXACT, plain)
+        if self._rounds:
+            return KernelChoice(native.kind(), native.num_bytes(bits, in_features, out_features, group_size))
         reason = int4.refusal(in_features, out_features, group_size)
         if reason is None:
             return KernelChoice(int4.kind(bits), int4.num_bytes(bits, in_features, out_features, group_size))
@@ -87,7 +94,9 @@ class CpuBackend:
         t, choice = tensors, self.kernel(tensors.bits, tensors.in_features, tensors.out_features, tensors.group_size)
         weight: Weight
         bias = None if t.bias is None else t.bias.to(self.device, self.dtype)
-        if choice.kind == int4.kind(t.bits):
+        if self._rounds:
+            weight = native.QuantizedWeight(t.qweight, t.zeros, t.scales, t.g_idx, t.bits)
+        elif choice.kind == int4.kind(t.bits):
             weight = int4.Int4Weight(t.qweight, t.zeros, t.scales, t.g_idx, t.group_size, t.bits)
         elif choice.kind == _DEQUANTIZED:
             dense = dequantize(t.qweight, t.zeros, t.scales, t.g_idx, t.bits, self.dtype)
@@ -113,7 +122,9 @@ class CpuBackend:
         bias = None if bias is None else bias.to(self.device, self.dtype)
         return DenseLinear(weight.to(self.device, self.dtype), bias)
 
-    def head(self, weight: Tensor) -> Linear:
+    def head(self, weight: Tensor, *, tied: bool = False) -> Linear:
+        if self._native:
+            return native.DenseHead(weight if tied else self._own(weight))
         return DenseLinear(weight.to(self.device, self.head_dtype))
 
     def cache_dtype(self, kv_cache_dtype: str) -> torch.dtype:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from gptq_api.runner.cpu import native
 from gptq_api.runner.cpu.attention import KVCache, Span, plan_attention
 from gptq_api.runner.cpu.forward import PlainLlama
 from gptq_api.runner.cpu.prompt_logprobs import SLICE_ROWS, packed, scored
@@ -35,6 +36,9 @@ class Computed:
     sampled: Sampled | None = None
 
 
+_ROWS_FOR_THREADS = 64
+"""Rows of a step from which on torch's own operations are worth several threads. With fewer they are short, and where
+somebody else wants a core, each waits for it in turn: a step took 20 times as long beside five busy processes."""
 SHARED_ROWS = 8
 """Of the demo on two cores, so many rows take 4.0 ms, less than twice the 2.4 of one, and make 61 % of the tokens per
 second that 256 rows make in 78 ms"""
@@ -49,6 +53,7 @@ class CpuRunner:
 
     def __init__(self, model: PlainLlama, cache: KVCache, max_model_len: int, dtype: torch.dtype) -> None:
         self._model, self._cache, self._seats = model, cache, Seats()
+        self._shares_threads = native.is_available() and str(model.embedding.device) == "cpu"
         self.max_model_len = max_model_len
         self.vocab_size = model.config.vocab_size
         self.block_size = cache.block_size
@@ -153,5 +158,7 @@ class CpuRunner:
             start, n = spans[i].num_computed, spans[i].num_tokens
             first_rows[i] = len(ids)
             ids.extend(seats[i].token_ids[start : start + n])
+        if self._shares_threads:
+            torch.set_num_threads(native.num_threads() if len(ids) >= _ROWS_FOR_THREADS else 1)
         token_ids_tensor = torch.tensor(ids, dtype=torch.int64).to(self._model.embedding.device)
         return self._model.forward(token_ids_tensor, self._cache, plan), first_rows

@@ -109,7 +109,7 @@ class CudaBackend:
         bias = None if bias is None else bias.to(self.device, self.dtype)
         return CudaDenseLinear(weight.to(self.device, self.dtype), bias)
 
-    def head(self, weight: Tensor) -> Linear:
+    def head(self, weight: Tensor, *, tied: bool = False) -> Linear:
         return CudaDenseLinear(weight.to(self.device, self.head_dtype))
 
     def cache_dtype(self, kv_cache_dtype: str) -> torch.dtype:

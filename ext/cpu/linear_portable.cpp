@@ -1,0 +1,9 @@
+#include "cpu/lanes_portable.h"
+#include "cpu/linear_ways.h"
+
+namespace gptq_cpu {
+const Ways& portable() {
+  static const Ways ways{"portable", quantize, multiply, dense};
+  return ways;
+}
+}  // namespace gptq_cpu
