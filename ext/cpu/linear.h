@@ -31,7 +31,7 @@ struct Rows {
 // One instruction set's way.
 struct Ways {
   const char* name;
-  // The groups [first, last) of one row of x, float32 [inputs], into row m of `rows`. `scratch`: float32 [group].
+  // The groups [first, last) of one row of x, float32 [inputs], into row m of `rows`.
   void (*quantize)(const Quantized& w, const float* x, int m, int first, int last, const Rows& rows);
   // y[m, 16s + n] for the strips [first, last) and M rows; y is float32 with `ld` floats from row to row. A row's sum has one order.
   void (*multiply)(const Quantized& w, const Rows& rows, int M, int first, int last, float* y, std::int64_t ld);

@@ -1,9 +1,9 @@
 // Threads that share the work of one call after another and sleep in between.
 #pragma once
 #include <atomic>
-#include <functional>
-#include <memory>
+#include <cstdint>
 #include <thread>
+#include <type_traits>
 #include <vector>
 
 namespace gptq_cpu {

@@ -21,8 +21,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
 from gptq_api.child import child_command
 from gptq_api.errors import UserError
 from gptq_api.frames import FrameBuffer, WireError, frame, read_payload
@@ -308,7 +306,7 @@ class _Link(asyncio.Protocol):
                     self._owner._answered(self, payload)
                 else:
                     self._first.set_result(decode_answer(payload)[1])
-        except (WireError, msgspec.MsgspecError):  # a worker that was ended in the middle of an answer
+        except WireError:
             self._owner._lost(self)
 
     def connection_lost(self, exc: Exception | None) -> None:

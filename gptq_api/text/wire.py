@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from gptq_api.frames import frame
+from gptq_api.frames import WireError, frame
 from gptq_api.text.chat import TemplateFacts
 from gptq_api.text.tokens import TokenTable
 
@@ -105,4 +105,8 @@ def answer_frame(number: int, answer: Answer) -> bytes:
 
 
 def decode_answer(payload: bytes) -> tuple[int, Answer]:
-    return NUMBER.unpack_from(payload)[0], _decode_answer(memoryview(payload)[NUMBER.size :])
+    """Raises WireError, as where a worker was ended in the middle of an answer."""
+    try:
+        return NUMBER.unpack_from(payload)[0], _decode_answer(memoryview(payload)[NUMBER.size :])
+    except (struct.error, msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise WireError(f"no answer of ours: {error}") from None

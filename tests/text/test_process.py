@@ -15,10 +15,12 @@ from typing import Any
 
 import pytest
 
+from gptq_api.frames import WireError
 from gptq_api.text.chat import ChatTemplateError
 from gptq_api.text.chat_template import load_chat_template
 from gptq_api.text.process import BlockingTokenizer, TextError, TextProcess, TextProcessGone
 from gptq_api.text.tokenizer import MAX_IDS, TokenizerError, load_tokenizer
+from gptq_api.text.wire import decode_answer
 from tests.support.text_tokenizers import byte_level, spm
 
 PLAIN = "<|a|>{% for m in messages %}{{ m.role }}: {{ m.content }}{% endfor %}"
@@ -276,3 +278,9 @@ def test_it_opens_nothing_and_leaves_with_the_server(tmp_path: Path) -> None:
         assert not Path(f"/proc/{connection.process.pid}").exists()
 
     run(test())
+
+
+@pytest.mark.parametrize("payload", [b"", b"1234567", bytes(8), bytes(8) + b"\xff", bytes(8) + b"\x81\xa4type\xa1\xff"])
+def test_what_is_no_answer_is_a_wire_error(payload: bytes) -> None:
+    with pytest.raises(WireError):
+        decode_answer(payload)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 import mmap
+import os
 from collections.abc import Collection
 from dataclasses import dataclass
 
@@ -74,8 +75,11 @@ class KVCache:
 
 def lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Zeros of the operating system's, on the CPU, which become resident when first written: torch.zeros writes all of
-    them at once."""
-    return torch.frombuffer(mmap.mmap(-1, math.prod(shape) * dtype.itemsize), dtype=dtype).view(shape)
+    them at once. MemoryError for more than the machine has, which some systems promise all the same."""
+    size = math.prod(shape) * dtype.itemsize
+    if size > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
+        raise MemoryError
+    return torch.frombuffer(mmap.mmap(-1, size), dtype=dtype).view(shape)
 
 
 @dataclass(frozen=True)

@@ -149,7 +149,7 @@ class CpuBackend:
         plan = plan_cache(options, config, self, max_model_len, memory)
         try:
             cache = KVCache(self._zeros(_cache_shape(config, plan.num_blocks, size)))
-        except (RuntimeError, OSError):
+        except (RuntimeError, OSError, MemoryError):
             raise does_not_fit(options, self) from None
         for note in plan.notes:
             _log.warning("%s", note)

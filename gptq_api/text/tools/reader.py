@@ -11,6 +11,7 @@ import regex
 
 from gptq_api.text.parts import CallDelta, Parts
 from gptq_api.text.tools.layouts import CallLayout
+from gptq_api.text.tools.patterns.scans import ObjectScan
 
 THINK, END_THINK = "<think>", "</think>"
 _HEAD = regex.compile(r'\{[ \n]*"name"[ \n]*:[ \n]*"')
@@ -48,8 +49,7 @@ class AnswerReader:
         self._state = {"": "first", "may": "start", "does": "thoughts"}[thinks]  # type: ignore[assignment]
         self._held = ""
         self._num_calls = 0
-        self._depth = 0
-        self._in_string = self._escaped = False
+        self._arguments_scan = ObjectScan()
 
     def push(self, text: str) -> Parts:
         """What is certain by now."""
@@ -137,30 +137,16 @@ class AnswerReader:
         self._num_calls += 1
         self.has_calls = True
         self._held, self._state = self._held[found.end() :], "arguments"
+        self._arguments_scan = ObjectScan()
         return True
 
     def _arguments(self, parts: Parts) -> bool:
-        for end, char in enumerate(self._held, 1):
-            if self._in_string:
-                if self._escaped:
-                    self._escaped = False
-                elif char == "\\":
-                    self._escaped = True
-                elif char == '"':
-                    self._in_string = False
-            elif char == '"':
-                self._in_string = True
-            elif char in "{[":
-                self._depth += 1
-            elif char in "}]":
-                self._depth -= 1
-                if not self._depth:
-                    self._more(parts, self._held[:end])
-                    self._held, self._state = self._held[end:], "head"
-                    return True
-        self._more(parts, self._held)
-        self._held = ""
-        return False
+        told, used = self._arguments_scan.push(self._held)
+        self._more(parts, told)
+        self._held = self._held[used:]
+        if self._arguments_scan.done:
+            self._state = "head"
+        return self._arguments_scan.done
 
     def _more(self, parts: Parts, arguments: str) -> None:
         if arguments:
