@@ -1,0 +1,46 @@
+// What one engine computes with: its threads, its instruction set and the memory between its calls.
+#pragma once
+#include <cstdint>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "cpu/linear.h"
+#include "cpu/pool.h"
+
+namespace gptq_cpu {
+
+// The ways of this processor, the fastest one first.
+std::vector<const Ways*> known();
+
+// One call at a time: a second one waits for the first.
+class Engine {
+ public:
+  // `wanted`: the name of an instruction set; empty: the best. std::invalid_argument for one that this processor has not.
+  Engine(int num_threads, const std::string& wanted);
+  const char* name() const { return ways_->name; }
+  int num_threads() const { return pool_.size(); }
+
+  // y[m, n] = the sum of x[m, k] w[k, n], x rounded to int8 group by group. x [M, inputs] and y [M, N] float32, rows ldx and ldy apart.
+  void quantized(const Quantized& w, const float* x, std::int64_t ldx, int M, float* y, std::int64_t ldy);
+  // y[m, n] = the sum of x[m, k] w[n, k] for N outputs.
+  void dense(const void* w, Kind kind, int N, int K, const float* x, std::int64_t ldx, int M, float* y, std::int64_t ldy);
+  // pack.h, into memory that nobody has touched yet.
+  void pack_weight(const std::int32_t* qweight, int N, int bits, const std::int32_t* places, int K, std::uint8_t* out);
+
+ private:
+  template <typename Task>
+  void share(int n, bool worth_it, Task&& task) {
+    if (worth_it) return pool_.run(n, task);
+    for (int i = 0; i < n; i++) task(i);
+  }
+
+  std::mutex mutex_;
+  Pool pool_;
+  const Ways* ways_ = nullptr;
+  std::vector<std::int8_t> bytes_;
+  std::vector<float> scales_;
+  std::vector<std::int32_t> sums_;
+};
+
+}  // namespace gptq_cpu
