@@ -183,7 +183,7 @@ def read_module(store: TensorStore, module: str, shape: ModuleShape, zero_versio
     CheckpointError naming the tensor for non-finite scales, zero points that are none, g_idx out of range or
     unbalanced.
     """
-    scales = read_scales(store, module).clone()
+    scales = read_scales(store, module)
     version = None if shape.float_zeros else zero_version
     if shape.float_zeros:
         zeros = _read_float_zeros(store, module, shape, scales)
@@ -207,7 +207,7 @@ def read_module(store: TensorStore, module: str, shape: ModuleShape, zero_versio
 
 def read_scales(store: TensorStore, module: str) -> Tensor:
     """As in the file, and finite."""
-    scales = store.read(f"{module}.scales")
+    scales = store.own(f"{module}.scales")
     # A NaN survives minimum and maximum, and this is several times faster than isfinite on float16.
     low, high = scales.aminmax()
     if not bool(torch.isfinite(low) & torch.isfinite(high)):
@@ -234,7 +234,7 @@ def read_bias(store: TensorStore, module: str) -> Tensor | None:
         return None
     if not store.is_float(f"{module}.bias"):
         raise _bad(store, module, "bias", f"is {store.dtype_name(f'{module}.bias')}, no float type; quantize again")
-    bias = store.read(f"{module}.bias").clone()
+    bias = store.own(f"{module}.bias")
     if not bool(torch.isfinite(bias).all()):
         raise _bad(store, module, "bias", "holds NaN or infinity; download the file again")
     return bias if bool(bias.any()) else None

@@ -87,9 +87,14 @@ class TensorStore:
             return file.entries[key].raw_dtype if dtype is None else str(dtype).removeprefix("torch.")
         return str(self._tensors[name][0].dtype).removeprefix("torch.")
 
+    def own(self, name: str) -> Tensor:
+        """As `read`, in memory that may be kept."""
+        tensor = self.read(name)
+        return tensor.clone() if name in self._tensors and not tensor.is_cuda else tensor
+
     def read(self, name: str) -> Tensor:
-        """The tensor on the CPU, contiguous. That of a pickle shares memory with the mapped file: clone what is kept.
-        After `on`, in memory of its own on the reader's device.
+        """The tensor on the CPU, contiguous. That of a pickle shares memory with the mapped file: `own` is for what is
+        kept. After `on`, in memory of its own on the reader's device.
 
         KeyError for an unknown name (callers check); CheckpointError where the data cannot be read.
         """

@@ -124,7 +124,7 @@ class CpuBackend:
 
     def head(self, weight: Tensor, *, tied: bool = False) -> Linear:
         if self._native:
-            return native.DenseHead(weight if tied else self._own(weight))
+            return native.DenseHead(weight)
         return DenseLinear(weight.to(self.device, self.head_dtype))
 
     def cache_dtype(self, kv_cache_dtype: str) -> torch.dtype:
