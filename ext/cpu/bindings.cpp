@@ -3,10 +3,14 @@
 #include <pybind11/stl.h>
 
 #include <cstdint>
+#include <stdexcept>
 #include <string>
+#include <tuple>
+#include <utility>
 #include <vector>
 
 #include "cpu/engine.h"
+#include "cpu/model.h"
 
 namespace py = pybind11;
 using py::literals::operator""_a;
@@ -19,11 +23,17 @@ T* pointer(std::uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
-void quantized(Engine& engine, std::uintptr_t q, std::uintptr_t scales, std::uintptr_t zeros, std::uintptr_t order, int N, int K,
-               int inputs, int group, int bits, int kind, std::uintptr_t x, std::int64_t ldx, int M, std::uintptr_t y, std::int64_t ldy) {
-  const Quantized w{pointer<const std::uint8_t>(q), pointer<const void>(scales), pointer<const std::uint8_t>(zeros),
-                    pointer<const std::int32_t>(order), N, K, inputs, group, bits, static_cast<Kind>(kind)};
-  engine.quantized(w, pointer<const float>(x), ldx, M, pointer<float>(y), ldy);
+// What Python knows of a quantized weight: q, scales, zeros, order, N, K, inputs, group, bits, kind.
+using Fields = std::tuple<std::uintptr_t, std::uintptr_t, std::uintptr_t, std::uintptr_t, int, int, int, int, int, int>;
+
+Quantized quantized_of(const Fields& fields) {
+  const auto& [q, scales, zeros, order, N, K, inputs, group, bits, kind] = fields;
+  return {pointer<const std::uint8_t>(q), pointer<const void>(scales), pointer<const std::uint8_t>(zeros),
+          pointer<const std::int32_t>(order), N, K, inputs, group, bits, static_cast<Kind>(kind)};
+}
+
+void quantized(Engine& engine, const Fields& w, std::uintptr_t x, std::int64_t ldx, int M, std::uintptr_t y, std::int64_t ldy) {
+  engine.quantized(quantized_of(w), pointer<const float>(x), ldx, M, pointer<float>(y), ldy);
 }
 
 void pack_weight(Engine& engine, std::uintptr_t qweight, int N, int bits, std::uintptr_t places, int K, std::uintptr_t out) {
@@ -33,6 +43,34 @@ void pack_weight(Engine& engine, std::uintptr_t qweight, int N, int bits, std::u
 void dense(Engine& engine, std::uintptr_t w, int kind, int N, int K, std::uintptr_t x, std::int64_t ldx, int M, std::uintptr_t y,
            std::int64_t ldy) {
   engine.dense(pointer<const void>(w), static_cast<Kind>(kind), N, K, pointer<const float>(x), ldx, M, pointer<float>(y), ldy);
+}
+
+// Weights of a Linear, one beside the other, with the address of the bias of each.
+using Parts = std::vector<std::pair<Fields, std::uintptr_t>>;
+
+Linear linear_of(const Parts& parts) {
+  Linear linear;
+  int offset = 0;
+  for (const auto& [fields, bias] : parts) {
+    linear.push_back({quantized_of(fields), pointer<const float>(bias), offset});
+    offset += linear.back().weight.N;
+  }
+  return linear;
+}
+
+void add_layer(Model& model, std::uintptr_t input_norm, std::uintptr_t post_attention_norm, std::uintptr_t q_norm, std::uintptr_t k_norm,
+               int window, const Parts& qkv, const Parts& o, const Parts& gate_up, const Parts& down) {
+  model.add_layer({pointer<const float>(input_norm), pointer<const float>(post_attention_norm), pointer<const float>(q_norm),
+                   pointer<const float>(k_norm), window, linear_of(qkv), linear_of(o), linear_of(gate_up), linear_of(down)});
+}
+
+void forward(Model& model, const std::vector<std::int32_t>& tokens, const std::vector<int>& num_computed,
+             const std::vector<int>& num_tokens, std::vector<std::vector<std::int32_t>> blocks, std::uintptr_t x) {
+  if (num_computed.size() != blocks.size() || num_tokens.size() != blocks.size()) throw std::invalid_argument("columns of unequal length");
+  const py::gil_scoped_release without_python;
+  std::vector<Span> spans;
+  for (std::size_t i = 0; i < blocks.size(); i++) spans.push_back({num_computed[i], num_tokens[i], std::move(blocks[i])});
+  model.forward(tokens, spans, pointer<float>(x));
 }
 
 }  // namespace
@@ -47,8 +85,24 @@ PYBIND11_MODULE(_cpu, m) {
   py::class_<Engine>(m, "Engine")
       .def(py::init<int, const std::string&>(), "num_threads"_a, "instruction_set"_a = "")
       .def_property_readonly("instruction_set", &Engine::name)
-      .def("quantized", &quantized, without_python(), "q"_a, "scales"_a, "zeros"_a, "order"_a, "N"_a, "K"_a, "inputs"_a, "group"_a,
-           "bits"_a, "kind"_a, "x"_a, "ldx"_a, "M"_a, "y"_a, "ldy"_a)
+      .def("quantized", &quantized, without_python(), "weight"_a, "x"_a, "ldx"_a, "M"_a, "y"_a, "ldy"_a)
       .def("pack", &pack_weight, without_python(), "qweight"_a, "N"_a, "bits"_a, "places"_a, "K"_a, "out"_a)
       .def("dense", &dense, without_python(), "w"_a, "kind"_a, "N"_a, "K"_a, "x"_a, "ldx"_a, "M"_a, "y"_a, "ldy"_a);
+  py::class_<Model>(m, "Model")
+      .def(py::init([](Engine& engine, int hidden, int ffn, int heads, int kv_heads, int dim, int vocab, float eps, std::uintptr_t embedding,
+                       int embedding_kind, std::uintptr_t frequencies, float rotary_scale) {
+             return new Model(engine, {hidden, ffn, heads, kv_heads, dim, vocab, eps}, pointer<const void>(embedding),
+                              static_cast<Kind>(embedding_kind), pointer<const float>(frequencies), rotary_scale);
+           }),
+           py::keep_alive<1, 2>(), "engine"_a, py::kw_only(), "hidden"_a, "ffn"_a, "heads"_a, "kv_heads"_a, "dim"_a, "vocab"_a, "eps"_a,
+           "embedding"_a, "embedding_kind"_a, "frequencies"_a, "rotary_scale"_a)
+      .def("add_layer", &add_layer, py::kw_only(), "input_norm"_a, "post_attention_norm"_a, "q_norm"_a, "k_norm"_a, "window"_a, "qkv"_a,
+           "o"_a, "gate_up"_a, "down"_a)
+      .def(
+          "set_cache",
+          [](Model& model, std::uintptr_t data, int kind, int num_blocks, int block_size) {
+            model.set_cache(pointer<void>(data), static_cast<Kind>(kind), num_blocks, block_size);
+          },
+          "data"_a, "kind"_a, "num_blocks"_a, "block_size"_a)
+      .def("forward", &forward, "tokens"_a, "num_computed"_a, "num_tokens"_a, "blocks"_a, "x"_a);
 }

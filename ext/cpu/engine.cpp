@@ -47,21 +47,30 @@ Engine::Engine(int num_threads, const std::string& wanted) : pool_(num_threads) 
   throw std::invalid_argument("no kernels of '" + wanted + "' for this processor");
 }
 
+Rows Operand::make(const Quantized& w, int M) {
+  const std::size_t pairs = static_cast<std::size_t>(M) * static_cast<std::size_t>(w.K / w.group);
+  bytes.resize(static_cast<std::size_t>(M) * static_cast<std::size_t>(w.K));
+  scales.resize(pairs);
+  sums.resize(pairs);
+  return {bytes.data(), scales.data(), sums.data()};
+}
+
 void Engine::quantized(const Quantized& w, const float* x, std::int64_t ldx, int M, float* y, std::int64_t ldy) {
   std::lock_guard one_call(mutex_);
-  const int groups = w.K / w.group, strips = (w.N + kStrip - 1) / kStrip;
-  const std::size_t pairs = static_cast<std::size_t>(M) * groups;
-  bytes_.resize(static_cast<std::size_t>(M) * w.K);
-  scales_.resize(pairs);
-  sums_.resize(pairs);
-  const Rows rows{bytes_.data(), scales_.data(), sums_.data()};
-  // Numbers are rounded some 4,096 at a time, and weights are read some 64 KB at a time: what takes less than a few microseconds is
-  // done where it is.
+  const int groups = w.K / w.group;
+  const Rows rows = operand_.make(w, M);
+  // Some 4,096 numbers at a time: what takes less than a few microseconds is done where it is.
   const int at_once = std::max(1, 4096 / w.group), per_row = (groups + at_once - 1) / at_once;
   share(M * per_row, static_cast<std::int64_t>(M) * w.K > 32768, [&](int i) {
     const int m = i / per_row, first = i % per_row * at_once;
     ways_->quantize(w, x + m * ldx, m, first, std::min(groups, first + at_once), rows);
   });
+  multiply(w, rows, M, y, ldy);
+}
+
+void Engine::multiply(const Quantized& w, const Rows& rows, int M, float* y, std::int64_t ldy) {
+  // Weights are read some 64 KB at a time.
+  const int strips = (w.N + kStrip - 1) / kStrip;
   const int step = std::max(1, std::min(65536 / (w.K * kStrip * w.bits / 8), strips / (4 * pool_.size())));
   share((strips + step - 1) / step, static_cast<std::int64_t>(M) * w.N * w.K > kWorthSharing,
         [&](int i) { ways_->multiply(w, rows, M, i * step, std::min(strips, (i + 1) * step), y, ldy); });

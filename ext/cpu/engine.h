@@ -13,6 +13,16 @@ namespace gptq_cpu {
 // The ways of this processor, the fastest one first.
 std::vector<const Ways*> known();
 
+// The rows of one product, as it takes them.
+struct Operand {
+  std::vector<std::int8_t> bytes;
+  std::vector<float> scales;
+  std::vector<std::int32_t> sums;
+
+  // Room for M rows.
+  Rows make(const Quantized& w, int M);
+};
+
 // One call at a time: a second one waits for the first.
 class Engine {
  public:
@@ -28,19 +38,23 @@ class Engine {
   // pack.h, into memory that nobody has touched yet.
   void pack_weight(const std::int32_t* qweight, int N, int bits, const std::int32_t* places, int K, std::uint8_t* out);
 
- private:
+  // For a caller that holds the engine for many products.
+  std::unique_lock<std::mutex> lock() { return std::unique_lock(mutex_); }
+  const Ways& ways() const { return *ways_; }
+  // y for rows that are rounded already.
+  void multiply(const Quantized& w, const Rows& rows, int M, float* y, std::int64_t ldy);
+  // task(i) for every i < n, by several threads where that is worth it.
   template <typename Task>
   void share(int n, bool worth_it, Task&& task) {
     if (worth_it) return pool_.run(n, task);
     for (int i = 0; i < n; i++) task(i);
   }
 
+ private:
   std::mutex mutex_;
   Pool pool_;
   const Ways* ways_ = nullptr;
-  std::vector<std::int8_t> bytes_;
-  std::vector<float> scales_;
-  std::vector<std::int32_t> sums_;
+  Operand operand_;
 };
 
 }  // namespace gptq_cpu

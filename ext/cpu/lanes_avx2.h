@@ -63,6 +63,25 @@ struct Lanes {
     _mm256_storeu_ps(p + 8, v.b);
   }
 
+  static constexpr int kTile = 4;
+  static Floats add(Floats a, Floats b) { return {_mm256_add_ps(a.a, b.a), _mm256_add_ps(a.b, b.b)}; }
+  static Floats subtract(Floats a, Floats b) { return {_mm256_sub_ps(a.a, b.a), _mm256_sub_ps(a.b, b.b)}; }
+  static Floats divide(Floats a, Floats b) { return {_mm256_div_ps(a.a, b.a), _mm256_div_ps(a.b, b.b)}; }
+  static Floats maximum(Floats a, Floats b) { return {_mm256_max_ps(a.a, b.a), _mm256_max_ps(a.b, b.b)}; }
+  static Floats minimum(Floats a, Floats b) { return {_mm256_min_ps(a.a, b.a), _mm256_min_ps(a.b, b.b)}; }
+  static Floats round(Floats v) {
+    constexpr int nearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+    return {_mm256_round_ps(v.a, nearest), _mm256_round_ps(v.b, nearest)};
+  }
+  static Floats times_power_of_two(Floats v, Floats n) { return {scaled(v.a, n.a), scaled(v.b, n.b)}; }
+  static float largest_lane(Floats v) {
+    float lanes[16], most;
+    store(lanes, v);
+    most = lanes[0];
+    for (const float lane : lanes) most = most > lane ? most : lane;
+    return most;
+  }
+
   static float sum(Floats v) {
     const __m256 half = _mm256_add_ps(v.a, v.b);
     __m128 quarter = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
@@ -94,6 +113,14 @@ struct Lanes {
     for (std::int32_t v : found) sum += v;
     return sum;
   }
+
+ private:
+  // In two steps, for either factor has to be a number.
+  static __m256 scaled(__m256 v, __m256 n) {
+    const __m256i whole = _mm256_cvtps_epi32(n), first = _mm256_srai_epi32(whole, 1), second = _mm256_sub_epi32(whole, first);
+    return _mm256_mul_ps(_mm256_mul_ps(v, power(first)), power(second));
+  }
+  static __m256 power(__m256i n) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(n, _mm256_set1_epi32(127)), 23)); }
 };
 
 }  // namespace gptq_cpu

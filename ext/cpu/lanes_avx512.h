@@ -37,6 +37,18 @@ struct Lanes {
   }
   static void store(float* p, Floats v) { _mm512_storeu_ps(p, v); }
 
+  static constexpr int kTile = 16;  // accumulators that leave registers for what they are made of
+  static Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
+  static Floats subtract(Floats a, Floats b) { return _mm512_sub_ps(a, b); }
+  static Floats divide(Floats a, Floats b) { return _mm512_div_ps(a, b); }
+  // Where one of them is NaN, the second.
+  static Floats maximum(Floats a, Floats b) { return _mm512_max_ps(a, b); }
+  static Floats minimum(Floats a, Floats b) { return _mm512_min_ps(a, b); }
+  static Floats round(Floats v) { return _mm512_roundscale_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+  // v * 2^n for whole n from -150 to 128.
+  static Floats times_power_of_two(Floats v, Floats n) { return _mm512_scalef_ps(v, n); }
+  static float largest_lane(Floats v) { return _mm512_reduce_max_ps(v); }
+
   // The sum of the lanes, in one order.
   static float sum(Floats v) {
     __m256 half = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));

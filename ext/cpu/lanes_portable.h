@@ -53,6 +53,22 @@ struct Lanes {
   }
   static Floats load_u8(const std::uint8_t* p) { return each([&](int i) { return static_cast<float>(p[i]); }); }
   static void store(float* p, Floats v) { std::memcpy(p, v.v, sizeof v.v); }
+  static constexpr int kTile = 2;
+  static Floats add(Floats a, Floats b) { return each([&](int i) { return a.v[i] + b.v[i]; }); }
+  static Floats subtract(Floats a, Floats b) { return each([&](int i) { return a.v[i] - b.v[i]; }); }
+  static Floats divide(Floats a, Floats b) { return each([&](int i) { return a.v[i] / b.v[i]; }); }
+  static Floats maximum(Floats a, Floats b) { return each([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; }); }
+  static Floats minimum(Floats a, Floats b) { return each([&](int i) { return a.v[i] < b.v[i] ? a.v[i] : b.v[i]; }); }
+  static Floats round(Floats v) { return each([&](int i) { return std::nearbyint(v.v[i]); }); }
+  static Floats times_power_of_two(Floats v, Floats n) {
+    return each([&](int i) { return n.v[i] >= -150 && n.v[i] <= 128 ? std::ldexp(v.v[i], static_cast<int>(n.v[i])) : n.v[i]; });
+  }
+  static float largest_lane(Floats v) {
+    float most = v.v[0];
+    for (const float lane : v.v) most = most > lane ? most : lane;
+    return most;
+  }
+
   static float sum(Floats v) {
     for (int width = 8; width; width /= 2)
       for (int i = 0; i < width; i++) v.v[i] += v.v[i + width];

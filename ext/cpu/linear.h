@@ -2,12 +2,12 @@
 #pragma once
 #include <cstdint>
 
+#include "cpu/ops.h"
+
 namespace gptq_cpu {
 
 constexpr int kStrip = 16;  // outputs that are computed together
 constexpr int kRows = 8;    // rows of x that share one reading of the weights
-
-enum class Kind : int { half = 0, bfloat = 1, single = 2 };  // of scales and of dense weights
 
 // A quantized weight, K inputs in the packed order (a multiple of `group`), N outputs in strips of 16 (the last one padded).
 struct Quantized {
@@ -37,6 +37,7 @@ struct Ways {
   void (*multiply)(const Quantized& w, const Rows& rows, int M, int first, int last, float* y, std::int64_t ld);
   // y[m, n] = sum of x[m, k] w[n, k] for outputs [first, last); x and y float32. Any K.
   void (*dense)(const void* w, Kind kind, int K, const float* x, std::int64_t ldx, int M, int first, int last, float* y, std::int64_t ldy);
+  const Ops* ops;
 };
 
 const Ways& portable();

@@ -30,7 +30,7 @@ set(PYBIND11_FINDPYTHON ON)
 find_package(pybind11 CONFIG REQUIRED)
 find_package(Threads REQUIRED)
 
-pybind11_add_module(_cpu MODULE NO_EXTRAS cpu/bindings.cpp cpu/engine.cpp cpu/pool.cpp cpu/pack.cpp cpu/linear_portable.cpp)
+pybind11_add_module(_cpu MODULE NO_EXTRAS cpu/bindings.cpp cpu/engine.cpp cpu/model.cpp cpu/pool.cpp cpu/pack.cpp cpu/linear_portable.cpp)
 target_include_directories(_cpu PRIVATE ${CMAKE_CURRENT_SOURCE_DIR})
 target_link_libraries(_cpu PRIVATE Threads::Threads)
 set_target_properties(_cpu PROPERTIES CXX_VISIBILITY_PRESET hidden)

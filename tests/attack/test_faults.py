@@ -70,9 +70,9 @@ NO_MEMORY = (
     IN_ENGINE
     + """
     import torch
-    from gptq_api.runner.cpu.forward import PlainLlama
-    forward, rng, calls, count = PlainLlama.forward, random.Random(1), 0, 0
-    def scarce(self, token_ids, *rest):
+    from gptq_api.runner.cpu.runner import CpuRunner
+    forward, rng, calls, count = CpuRunner._forward, random.Random(1), 0, 0
+    def scarce(self, step, seats):
         global calls, count
         calls += 1  # the first one tries the model out before it is served
         if calls > 5 and count < TIMES and rng.random() < 0.3:
@@ -80,8 +80,8 @@ NO_MEMORY = (
             if count % 2:
                 raise torch.OutOfMemoryError("injected")
             raise RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory")
-        return forward(self, token_ids, *rest)
-    PlainLlama.forward = scarce
+        return forward(self, step, seats)
+    CpuRunner._forward = scarce
 """
 )
 

@@ -34,7 +34,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_checkpoint(tmp_path_factory.mktemp("runner"), random_model(RECIPE))
 
 
-@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+@pytest.fixture(scope="module", params=["auto", "float32", "bfloat16"])
 def runner(request: pytest.FixtureRequest, folder: Path) -> Iterator[CpuRunner]:
     loaded: Any = load_runner(settings(folder, dtype=request.param))
     yield loaded
@@ -202,8 +202,9 @@ def test_a_chunk_that_ends_before_the_last_token_samples_nothing(runner: CpuRunn
     assert runner.collect(runner.launch(step_of([], []))) == Sampled([], [])
 
 
-def test_not_finite_is_one_sequences_fault_and_leaves_no_trace(folder: Path) -> None:
-    runner: Any = load_runner(settings(folder, dtype="bfloat16", num_blocks=40))
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
+def test_not_finite_is_one_sequences_fault_and_leaves_no_trace(folder: Path, dtype: str) -> None:
+    runner: Any = load_runner(settings(folder, dtype=dtype, num_blocks=40))
     runner._model.embedding[90] = torch.nan
     healthy = [[5, 6, 7, 8], [9] * 30]
     expected = [finish(runner, sequence(ids, Blocks(runner, i)), 5) for i, ids in enumerate(healthy)]
@@ -218,9 +219,10 @@ def test_not_finite_is_one_sequences_fault_and_leaves_no_trace(folder: Path) -> 
     assert finish(runner, heir, 5) == expected[1]
 
 
-def test_padding_reads_nobody_elses_blocks(folder: Path) -> None:
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
+def test_padding_reads_nobody_elses_blocks(folder: Path, dtype: str) -> None:
     """A short context beside a long one is read as far as the long one; zero times not-a-number is not zero."""
-    runner: Any = load_runner(settings(folder, dtype="bfloat16", num_blocks=40))
+    runner: Any = load_runner(settings(folder, dtype=dtype, num_blocks=40))
     runner._model.embedding[90] = torch.nan
     texts = [[5, 6, 7, 8], list(range(9, 60))]
     expected = [finish(runner, sequence(ids, Blocks(runner, i)), 2) for i, ids in enumerate(texts)]

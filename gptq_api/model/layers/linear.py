@@ -55,17 +55,17 @@ class PlainLinear:
     order = None
 
     def __init__(self, weight: Weight, bias: Tensor | None, kernel: str) -> None:
-        self._weight, self._bias, self.kernel = weight, bias, kernel
+        self.weight, self.bias, self.kernel = weight, bias, kernel
 
     @property
     def num_bytes(self) -> int:
-        return self._weight.num_bytes + (0 if self._bias is None else self._bias.numel() * self._bias.element_size())
+        return self.weight.num_bytes + (0 if self.bias is None else self.bias.numel() * self.bias.element_size())
 
     def forward(
         self, x: Tensor, out: Tensor | None = None, *, residual: Tensor | None = None, silu_mul: bool = False
     ) -> Tensor:
-        y = self._weight.matmul(x)
-        return finish(y if self._bias is None else y.add_(self._bias), out, residual, silu_mul)
+        y = self.weight.matmul(x)
+        return finish(y if self.bias is None else y.add_(self.bias), out, residual, silu_mul)
 
 
 class DenseLinear:
@@ -104,17 +104,17 @@ class SplitLinear:
     order = None
 
     def __init__(self, parts: list[Linear]) -> None:
-        self._parts = parts
+        self.parts = parts
         self.kernel = " + ".join(dict.fromkeys(part.kernel for part in parts))
 
     @property
     def num_bytes(self) -> int:
-        return sum(part.num_bytes for part in self._parts)
+        return sum(part.num_bytes for part in self.parts)
 
     def forward(
         self, x: Tensor, out: Tensor | None = None, *, residual: Tensor | None = None, silu_mul: bool = False
     ) -> Tensor:
-        return finish(torch.cat([part.forward(x) for part in self._parts], -1), out, residual, silu_mul)
+        return finish(torch.cat([part.forward(x) for part in self.parts], -1), out, residual, silu_mul)
 
 
 def finish(y: Tensor, out: Tensor | None, residual: Tensor | None, silu_mul: bool) -> Tensor:

@@ -25,8 +25,8 @@ class HeadNorm:
         """Both weights [head_dim]; kept in float32, one row per head of q and then of k."""
         self.q_weight, self.k_weight, self._eps = q_weight, k_weight, eps
         rows = [q_weight.expand(num_heads, -1), k_weight.expand(num_kv_heads, -1)]
-        self._weight = torch.cat(rows).to(torch.float32)
+        self.weight = torch.cat(rows).to(torch.float32)
 
     def forward(self, x: Tensor) -> Tensor:
         """float32 [M, heads + kv heads, head_dim] -> the same shape."""
-        return functional.rms_norm(x, x.shape[-1:], None, self._eps) * self._weight
+        return functional.rms_norm(x, x.shape[-1:], None, self._eps) * self.weight

@@ -41,20 +41,20 @@ class Rotary:
     """cos and sin for positions. One object serves every layer."""
 
     def __init__(self, parameters: RopeParameters, head_dim: int, max_model_len: int, device: torch.device) -> None:
-        frequencies, self._scale = inverse_frequencies(parameters, head_dim, max_model_len)
-        self._frequencies = frequencies.to(device)
+        frequencies, self.scale = inverse_frequencies(parameters, head_dim, max_model_len)
+        self.frequencies = frequencies.to(device)
 
     def tables(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """positions int64 [M] -> (cos, sin), float32 [M, 1, head_dim]. The first half of sin is negated: see
         `rotate`."""
-        angles = positions.to(torch.float32).unsqueeze(1) * self._frequencies
-        cos, sin = angles.cos() * self._scale, angles.sin() * self._scale
+        angles = positions.to(torch.float32).unsqueeze(1) * self.frequencies
+        cos, sin = angles.cos() * self.scale, angles.sin() * self.scale
         return torch.cat((cos, cos), -1).unsqueeze(1), torch.cat((-sin, sin), -1).unsqueeze(1)
 
     def cos_sin(self, num_positions: int) -> Tensor:
         """float32 [num_positions, head_dim]: half a row of cosines, then the sines as they are."""
-        angles = torch.arange(num_positions, device=self._frequencies.device).unsqueeze(1) * self._frequencies
-        return torch.cat((angles.cos(), angles.sin()), -1) * self._scale
+        angles = torch.arange(num_positions, device=self.frequencies.device).unsqueeze(1) * self.frequencies
+        return torch.cat((angles.cos(), angles.sin()), -1) * self.scale
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

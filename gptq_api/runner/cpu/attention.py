@@ -69,8 +69,13 @@ class KVCache:
 
     def scrub(self, blocks: list[int]) -> None:
         """Replace what is not finite in these blocks by zeros, for their next owner."""
-        index = torch.tensor(blocks, dtype=torch.int64, device=self._data.device)
-        self._data[:, index] = torch.nan_to_num(self._data[:, index], nan=0.0, posinf=0.0, neginf=0.0)
+        scrub(self._data, blocks)
+
+
+def scrub(data: Tensor, blocks: list[int]) -> None:
+    """`data` [num_layers, num_blocks, ...], of which these blocks."""
+    index = torch.tensor(blocks, dtype=torch.int64, device=data.device)
+    data[:, index] = torch.nan_to_num(data[:, index], nan=0.0, posinf=0.0, neginf=0.0)
 
 
 def lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

@@ -16,12 +16,12 @@ from gptq_api.checkpoint.module import ModuleShape, group_size_of
 from gptq_api.config import ConfigError
 from gptq_api.kernels.reference import ReferenceWeight, dequantize
 from gptq_api.model.backend import KernelChoice, Role
-from gptq_api.model.config import LlamaConfig
 from gptq_api.model.layers.linear import DenseLinear, Linear, PlainLinear, Weight
 from gptq_api.model.weights import LlamaWeights
-from gptq_api.runner.cpu import int4, native
+from gptq_api.runner.cpu import int4, native, native_forward
 from gptq_api.runner.cpu.attention import KVCache, lazy_zeros
 from gptq_api.runner.cpu.forward import PlainLlama
+from gptq_api.runner.cpu.native_forward import BlockCache, NativeLlama
 from gptq_api.runner.cpu.runner import CpuRunner
 from gptq_api.runner.memory import does_not_fit, free_memory, gpu_knob, plan_cache
 from gptq_api.runner.options import LoadOptions
@@ -93,7 +93,7 @@ class CpuBackend:
     def quantized(self, tensors: GPTQTensors, role: Role) -> Linear:
         t, choice = tensors, self.kernel(tensors.bits, tensors.in_features, tensors.out_features, tensors.group_size)
         weight: Weight
-        bias = None if t.bias is None else t.bias.to(self.device, self.dtype)
+        bias = None if t.bias is None else t.bias.to(self.device, torch.float32 if self._rounds else self.dtype)
         if self._rounds:
             weight = native.QuantizedWeight(t.qweight, t.zeros, t.scales, t.g_idx, t.bits)
         elif choice.kind == int4.kind(t.bits):
@@ -147,14 +147,18 @@ class CpuBackend:
         config, size = weights.config, options.block_size
         memory = self.cache_memory(options, 0)
         plan = plan_cache(options, config, self, max_model_len, memory)
+        is_native = self._native and native_forward.takes(weights, size)
+        kv_heads, dim = config.num_key_value_heads, config.head_dim
+        block = (kv_heads, 2, dim * size) if is_native else (size, 2, kv_heads, dim)
         try:
-            cache = KVCache(self._zeros(_cache_shape(config, plan.num_blocks, size)))
+            data = self._zeros((config.num_hidden_layers, plan.num_blocks, *block))
         except (RuntimeError, OSError, MemoryError):
             raise does_not_fit(options, self) from None
         for note in plan.notes:
             _log.warning("%s", note)
-        return CpuRunner(PlainLlama(weights), cache, plan.max_model_len, self.dtype)
-
-
-def _cache_shape(config: LlamaConfig, num_blocks: int, block_size: int) -> tuple[int, ...]:
-    return (config.num_hidden_layers, num_blocks, block_size, 2, config.num_key_value_heads, config.head_dim)
+        model = (
+            NativeLlama(weights, BlockCache(data, size))
+            if is_native
+            else PlainLlama(weights, KVCache(data), shares_threads=self._native)
+        )
+        return CpuRunner(model, plan.max_model_len, self.dtype)

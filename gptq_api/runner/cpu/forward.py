@@ -12,31 +12,45 @@ from torch.nn import functional
 
 from gptq_api.model.layers.activation import silu_and_multiply
 from gptq_api.model.weights import LayerWeights, LlamaWeights
-from gptq_api.runner.cpu.attention import Attention, KVCache, Plan
+from gptq_api.runner.cpu import native
+from gptq_api.runner.cpu.attention import Attention, KVCache, Plan, Span, plan_attention
+
+_ROWS_FOR_THREADS = 64
+"""Rows of a step from which on torch's own operations are worth several threads. With fewer they are short, and where
+somebody else wants a core, each waits for it in turn: a step took 20 times as long beside five busy processes."""
 
 
 class PlainLlama:
     """A loaded model that computes steps."""
 
-    def __init__(self, weights: LlamaWeights) -> None:
-        self.weights, self.config, self.embedding = weights, weights.config, weights.embedding
-        self.num_bytes, self.windows = weights.num_bytes, weights.windows
-        c = weights.config
-        self.queries_per_kv = c.num_attention_heads // c.num_key_value_heads
+    def __init__(self, weights: LlamaWeights, cache: KVCache, *, shares_threads: bool = False) -> None:
+        """`shares_threads`: short operations had better leave the cores to our own kernels and to others."""
+        self.weights, self.cache, self.config, self.embedding = weights, cache, weights.config, weights.embedding
+        self.num_bytes, c = weights.num_bytes, weights.config
+        self._queries_per_kv = c.num_attention_heads // c.num_key_value_heads
+        self._shares_threads = shares_threads
         sizes = (c.num_attention_heads, c.num_key_value_heads, c.head_dim)
         self._attention = [Attention(*sizes, layer.window, layer.head_norm) for layer in weights.layers]
 
-    def forward(self, token_ids: Tensor, cache: KVCache, plan: Plan) -> Tensor:
-        """Token ids int64 [M] in the plan's order -> float32 [M, H], what `logits` takes.
+    def forward(self, token_ids: list[list[int]], spans: list[Span]) -> tuple[Tensor, list[int]]:
+        """The new tokens of each sequence -> (what `logits` takes, where in it the first row of each stands).
 
-        K and V of all M tokens are in the cache afterwards.
+        K and V of all of them are in the cache afterwards.
         """
         weights = self.weights
-        x = functional.embedding(token_ids, weights.embedding).to(torch.float32)
+        plan = plan_attention(spans, self.cache, self._queries_per_kv, weights.windows)
+        ids: list[int] = []
+        first_rows = [0] * len(spans)
+        for i in plan.order:
+            first_rows[i] = len(ids)
+            ids += token_ids[i]
+        if self._shares_threads:
+            torch.set_num_threads(native.num_threads() if len(ids) >= _ROWS_FOR_THREADS else 1)
+        x = functional.embedding(torch.tensor(ids).to(self.embedding.device), weights.embedding).to(torch.float32)
         cos, sin = weights.rotary.tables(plan.positions)
         for index, layer in enumerate(weights.layers):
-            self._layer(layer, x, cos, sin, index, cache, plan)
-        return x
+            self._layer(layer, x, cos, sin, index, plan)
+        return x, first_rows
 
     def logits(self, x: Tensor, rows: list[int]) -> Tensor:
         """float32 [len(rows), V] of these rows of what `forward` gave."""
@@ -44,11 +58,9 @@ class PlainLlama:
         normed = self.weights.norm.forward(x.index_select(0, chosen))
         return self.weights.lm_head.forward(normed).to(torch.float32)
 
-    def _layer(
-        self, layer: LayerWeights, x: Tensor, cos: Tensor, sin: Tensor, index: int, cache: KVCache, plan: Plan
-    ) -> None:
+    def _layer(self, layer: LayerWeights, x: Tensor, cos: Tensor, sin: Tensor, index: int, plan: Plan) -> None:
         """x [M, H], updated in place."""
         qkv = layer.qkv.forward(layer.input_norm.forward(x))
-        x += layer.o.forward(self._attention[index].forward(qkv, cos, sin, index, cache, plan))
+        x += layer.o.forward(self._attention[index].forward(qkv, cos, sin, index, self.cache, plan))
         gate_up = layer.gate_up.forward(layer.post_attention_norm.forward(x)).to(x.dtype)
         x += layer.down.forward(silu_and_multiply(gate_up))

@@ -33,7 +33,11 @@ GROUPS = (128, 64, 32)
 """inputs that share a scale of the activations"""
 _STRIP = 16
 _num_threads = 0
-_KINDS = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
+KINDS = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
+
+
+def module() -> Any:
+    return _cpu
 
 
 def is_available() -> bool:
@@ -87,8 +91,8 @@ class QuantizedWeight:
         in_order = len(places) == self.in_features and bool((places == torch.arange(len(places))).all())
         self._order = None if in_order else places.to(torch.int32)
         self._q = _packed(qweight, bits, places)
-        kind = scales.dtype if scales.dtype in _KINDS else torch.float32
-        self._kind = _KINDS[kind]
+        kind = scales.dtype if scales.dtype in KINDS else torch.float32
+        self._kind = KINDS[kind]
         self._scales = _strips(scales.to(kind).index_select(0, groups))
         self._zeros = _strips(zeros.index_select(0, groups))
 
@@ -101,24 +105,23 @@ class QuantizedWeight:
         """[M, K] of any float type -> float32 [M, N]."""
         x = _rows(x)
         y = torch.empty(x.shape[0], self.out_features)
-        engine().quantized(
-            q=self._q.data_ptr(),
-            scales=self._scales.data_ptr(),
-            zeros=self._zeros.data_ptr(),
-            order=0 if self._order is None else self._order.data_ptr(),
-            N=self.out_features,
-            K=self._scales.shape[1] * self._group,
-            inputs=self.in_features,
-            group=self._group,
-            bits=self._bits,
-            kind=self._kind,
-            x=x.data_ptr(),
-            ldx=x.stride(0),
-            M=x.shape[0],
-            y=y.data_ptr(),
-            ldy=y.stride(0),
-        )
+        engine().quantized(self.fields(), x.data_ptr(), x.stride(0), x.shape[0], y.data_ptr(), y.stride(0))
         return y
+
+    def fields(self) -> tuple[int, ...]:
+        """What ext/cpu/linear.h calls Quantized."""
+        return (
+            self._q.data_ptr(),
+            self._scales.data_ptr(),
+            self._zeros.data_ptr(),
+            0 if self._order is None else self._order.data_ptr(),
+            self.out_features,
+            self._scales.shape[1] * self._group,
+            self.in_features,
+            self._group,
+            self._bits,
+            self._kind,
+        )
 
 
 class DenseHead:
@@ -146,7 +149,7 @@ class DenseHead:
         y = torch.empty(x.shape[0], weight.shape[0])
         engine().dense(
             w=weight.data_ptr(),
-            kind=_KINDS[weight.dtype],
+            kind=KINDS[weight.dtype],
             N=weight.shape[0],
             K=weight.shape[1],
             x=x.data_ptr(),

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from gptq_api.runner.cpu import native
-from gptq_api.runner.cpu.attention import KVCache, Span, plan_attention
+from gptq_api.runner.cpu.attention import Span
 from gptq_api.runner.cpu.forward import PlainLlama
+from gptq_api.runner.cpu.native_forward import NativeLlama
 from gptq_api.runner.cpu.prompt_logprobs import SLICE_ROWS, packed, scored
 from gptq_api.runner.cpu.sampler import sample
 from gptq_api.runner.seats import Seat, Seats
@@ -36,9 +36,6 @@ class Computed:
     sampled: Sampled | None = None
 
 
-_ROWS_FOR_THREADS = 64
-"""Rows of a step from which on torch's own operations are worth several threads. With fewer they are short, and where
-somebody else wants a core, each waits for it in turn: a step took 20 times as long beside five busy processes."""
 SHARED_ROWS = 8
 """Of the demo on two cores, so many rows take 4.0 ms, less than twice the 2.4 of one, and make 61 % of the tokens per
 second that 256 rows make in 78 ms"""
@@ -51,9 +48,8 @@ class CpuRunner:
     row_multiple = 1
     shared_rows: int | None = SHARED_ROWS
 
-    def __init__(self, model: PlainLlama, cache: KVCache, max_model_len: int, dtype: torch.dtype) -> None:
-        self._model, self._cache, self._seats = model, cache, Seats()
-        self._shares_threads = native.is_available() and str(model.embedding.device) == "cpu"
+    def __init__(self, model: PlainLlama | NativeLlama, max_model_len: int, dtype: torch.dtype) -> None:
+        self._model, self._seats, cache = model, Seats(), model.cache
         self.max_model_len = max_model_len
         self.vocab_size = model.config.vocab_size
         self.block_size = cache.block_size
@@ -109,7 +105,7 @@ class CpuRunner:
         for seat, token in zip(launched.seats, tokens, strict=True):
             seat.token_ids.append(max(token, 0))
             if token < 0:
-                self._cache.scrub(seat.block_table)
+                self._model.cache.scrub(seat.block_table)
         found = {place: logprob for place, logprob in enumerate(logprobs) if logprob is not None}
         launched.logits = None
         launched.sampled = Sampled(launched.step.num_sampled, tokens, found, launched.scores)
@@ -151,14 +147,5 @@ class CpuRunner:
             Span(start, n, seat.block_table)
             for seat, start, n in zip(seats, step.num_computed, step.num_new, strict=True)
         ]
-        plan = plan_attention(spans, self._cache, self._model.queries_per_kv, self._model.windows)
-        ids: list[int] = []
-        first_rows = [0] * len(spans)
-        for i in plan.order:
-            start, n = spans[i].num_computed, spans[i].num_tokens
-            first_rows[i] = len(ids)
-            ids.extend(seats[i].token_ids[start : start + n])
-        if self._shares_threads:
-            torch.set_num_threads(native.num_threads() if len(ids) >= _ROWS_FOR_THREADS else 1)
-        token_ids_tensor = torch.tensor(ids, dtype=torch.int64).to(self._model.embedding.device)
-        return self._model.forward(token_ids_tensor, self._cache, plan), first_rows
+        columns = zip(seats, step.num_computed, step.num_new, strict=True)
+        return self._model.forward([seat.token_ids[start : start + n] for seat, start, n in columns], spans)
