@@ -395,7 +395,7 @@ class BenchSettings(CommandSettings):
     """The weights file, where a checkpoint folder holds more than one."""
     fp16: Path | None = None
     """Folder of the unquantized model. Default: the first checkpoint's weights, dequantized."""
-    synthetic: Literal["llama-7b", "llama-13b", "llama-3-8b", "llama-70b"] | None = None
+    synthetic: Literal["tinyllama-1.1b", "llama-7b", "llama-13b", "llama-3-8b", "llama-70b"] | None = None
     """Measure random weights of this shape instead of models: FP16, and 4 bits in groups of 128 and in one group."""
     text: Path | None = None
     """Text or JSONL file on which perplexity is measured."""
