@@ -3,14 +3,18 @@
 #include <pybind11/stl.h>
 
 #include <cstdint>
+#include <cstring>
+#include <optional>
 #include <stdexcept>
 #include <string>
+#include <string_view>
 #include <tuple>
 #include <utility>
 #include <vector>
 
 #include "cpu/engine.h"
 #include "cpu/model.h"
+#include "cpu/sampler.h"
 
 namespace py = pybind11;
 using py::literals::operator""_a;
@@ -73,6 +77,41 @@ void forward(Model& model, const std::vector<std::int32_t>& tokens, const std::v
   model.forward(tokens, spans, pointer<float>(x));
 }
 
+constexpr std::int64_t kLogitsWorthSharing = 1 << 16;
+
+using Logprobs = std::pair<float, std::vector<std::pair<int, float>>>;
+
+// `params`: RowParams of each row; `histories` and `allowed`: an address for each row, 0: none; empty: none for any.
+std::pair<std::vector<int>, std::vector<std::optional<Logprobs>>> sample(Engine& engine, std::uintptr_t logits, std::int64_t ld, int V,
+                                                                         std::string_view params, const std::vector<std::int64_t>& lengths,
+                                                                         const std::vector<std::uintptr_t>& histories,
+                                                                         const std::vector<std::uintptr_t>& allowed) {
+  std::vector<SampledRow> rows(lengths.size());
+  if (params.size() != rows.size() * sizeof(RowParams)) throw std::invalid_argument("parameters are not of as many rows");
+  for (std::size_t i = 0; i < rows.size(); i++) {
+    std::memcpy(&rows[i].params, params.data() + i * sizeof(RowParams), sizeof(RowParams));
+    rows[i].logits = pointer<float>(logits) + static_cast<std::int64_t>(i) * ld;
+    rows[i].length = lengths[i];
+    rows[i].history = histories.empty() ? nullptr : pointer<const std::int32_t>(histories.at(i));
+    rows[i].allowed = allowed.empty() ? nullptr : pointer<const std::uint32_t>(allowed.at(i));
+  }
+  std::pair<std::vector<int>, std::vector<std::optional<Logprobs>>> result;
+  const int num = static_cast<int>(rows.size());
+  std::vector<Draw> draws(rows.size());
+  const SamplerWays& ways = sampler_ways(engine.name());
+  const auto one_call = engine.lock();
+  engine.share(num, static_cast<std::int64_t>(num) * V > kLogitsWorthSharing,
+               [&](int i) { draws[static_cast<std::size_t>(i)] = sample_row(ways, rows[static_cast<std::size_t>(i)], V); });
+  for (Draw& draw : draws) {
+    result.first.push_back(draw.token);
+    if (draw.logprobs) {
+      result.second.resize(draws.size());
+      result.second[result.first.size() - 1] = Logprobs{draw.logprobs->logprob, std::move(draw.logprobs->top)};
+    }
+  }
+  return result;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
@@ -86,6 +125,7 @@ PYBIND11_MODULE(_cpu, m) {
       .def(py::init<int, const std::string&>(), "num_threads"_a, "instruction_set"_a = "")
       .def_property_readonly("instruction_set", &Engine::name)
       .def("quantized", &quantized, without_python(), "weight"_a, "x"_a, "ldx"_a, "M"_a, "y"_a, "ldy"_a)
+      .def("sample", &sample, without_python(), "logits"_a, "ld"_a, "V"_a, "params"_a, "lengths"_a, "histories"_a, "allowed"_a)
       .def("pack", &pack_weight, without_python(), "qweight"_a, "N"_a, "bits"_a, "places"_a, "K"_a, "out"_a)
       .def("dense", &dense, without_python(), "w"_a, "kind"_a, "N"_a, "K"_a, "x"_a, "ldx"_a, "M"_a, "y"_a, "ldy"_a);
   py::class_<Model>(m, "Model")

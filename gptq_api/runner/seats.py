@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from gptq_api.step import Step
 from gptq_api.types import SamplingParams
+
+if TYPE_CHECKING:
+    from gptq_api.runner.cpu.native_sampler import PackedSeat
 
 
 @dataclass(slots=True)
@@ -16,6 +20,8 @@ class Seat:
     num_prompt_tokens: int
     params: SamplingParams
     block_table: list[int] = field(default_factory=list)
+    packed: PackedSeat | None = None
+    """its parameters as the sampler's kernels take them, once they have"""
 
     @property
     def num_output_tokens(self) -> int:

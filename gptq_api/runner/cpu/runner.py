@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from gptq_api.runner.cpu import native, native_sampler, sampler
 from gptq_api.runner.cpu.attention import Span
 from gptq_api.runner.cpu.forward import PlainLlama
 from gptq_api.runner.cpu.native_forward import NativeLlama
 from gptq_api.runner.cpu.prompt_logprobs import SLICE_ROWS, packed, scored
-from gptq_api.runner.cpu.sampler import sample
 from gptq_api.runner.seats import Seat, Seats
 from gptq_api.step import DeviceMemoryError, Masks, PromptRows, Sampled, Step
 from gptq_api.types import PromptLogprobs
@@ -55,6 +55,7 @@ class CpuRunner:
         self.block_size = cache.block_size
         self.num_blocks, self.cache_bytes = cache.num_blocks, cache.num_bytes
         self.device = str(model.embedding.device)
+        self._sample = native_sampler.sample if native.is_available() and self.device == "cpu" else sampler.sample
         self.dtype = str(dtype).removeprefix("torch.")
         self.weight_bytes, self.workspace_bytes = model.num_bytes, 0
         self.eos_token_ids = model.config.eos_token_ids
@@ -101,7 +102,7 @@ class CpuRunner:
         if masks is not None:
             row_of = {entry: row for row, entry in enumerate(launched.sampling)}
             rows = {row_of[entry]: words for entry, words in zip(masks.entries, masks.words, strict=True)}
-        tokens, logprobs = sample(launched.logits, launched.seats, rows)
+        tokens, logprobs = self._sample(launched.logits, launched.seats, rows)
         for seat, token in zip(launched.seats, tokens, strict=True):
             seat.token_ids.append(max(token, 0))
             if token < 0:

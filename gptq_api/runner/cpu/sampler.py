@@ -11,6 +11,8 @@ up in the cumulative distribution meets another token as soon as the logits befo
 The arithmetic is that of ext/sampler/, so that a seed gives the same text on either device. top-k and top-p weigh a
 token with exp((logit - best) / temperature) in 40-bit fixed point, whose sums are exact in any order; ranks are by
 logit, then by the lower id.
+
+This is for devices and installations without our kernels; `native_sampler` finds the same tokens with them.
 """
 
 from __future__ import annotations

@@ -9,14 +9,20 @@ import numpy as np
 import pytest
 import torch
 
+from gptq_api.runner.cpu import native, native_sampler
 from gptq_api.runner.cpu.sampler import random_bits, random_words, sample
 from gptq_api.runner.seats import Seat
 from gptq_api.types import SamplingParams
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Hundreds of small operations: two threads of a busy machine wait for each other at every one."""
+@pytest.fixture(autouse=True, params=["torch", "kernels"])
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """`sample` by either. One thread: two of a busy machine wait for each other at each of hundreds of small
+    operations."""
+    if request.param == "kernels":
+        if not native.is_available():
+            pytest.skip(native.MISSING)
+        monkeypatch.setitem(globals(), "sample", native_sampler.sample)
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
