@@ -8,9 +8,8 @@ prefill, and the time from start to ready; random weights of one shape, GPTQ in 
 
 Threads are those that the process may use. Ours is `gptq-api serve` as a child process, asked for token ids over HTTP
 by this process on the same threads: sampling, text and the client are in its figures. llama.cpp is measured by its own
-programs, `llama-batched-bench` (decode) and `llama-bench` (prefill), in which there is no sampling and no HTTP. Both
-see prompts of the same length and decode as many tokens. Without --llama-cpp only ours is measured; the first of
-several folders is the one that the ratios are of.
+`llama-batched-bench`, in which there is no sampling and no HTTP. Both see prompts of the same length and decode as many
+tokens. Without --llama-cpp only ours is measured; the first of several folders is the one that the ratios are of.
 """
 
 from __future__ import annotations
@@ -64,15 +63,15 @@ class Plan:
     """What is measured of a shape."""
 
     cases: tuple[Case, ...]
-    restarts: bool
-    """whether each turn has a server of its own, or all have one: starting takes long where the model is large"""
+    is_large: bool
+    """Then all turns have one server, since starting takes long, and a prompt is not tried twice."""
 
 
 PREFILL = Case("prefill", 1, 512, 1)
 SMALL = Plan(
-    (Case("decode", 1, 32, 128), Case("decode", 8, 32, 64), Case("decode", 16, 32, 48), PREFILL), restarts=True
+    (Case("decode", 1, 32, 128), Case("decode", 8, 32, 64), Case("decode", 16, 32, 48), PREFILL), is_large=False
 )
-LARGE = Plan((Case("decode", 1, 32, 48), PREFILL), restarts=False)
+LARGE = Plan((Case("decode", 1, 32, 32), PREFILL), is_large=True)
 LARGE_SHAPE = 2 * 10**9
 """parameters from which on a shape has the short plan"""
 
@@ -185,7 +184,7 @@ class Turns:
             for turn in range(repeats):
                 for pages, value in processor.read_bandwidth().items():
                     self.bandwidth[pages].append(value)
-                if server is None or self.plan.restarts:
+                if server is None or not self.plan.is_large:
                     if server is not None:
                         server.__exit__(None, None, None)
                         server = None
@@ -218,7 +217,7 @@ class Turns:
             if build is None:
                 rate = server.rate(case, self.ids, self.shape["vocab_size"])
             elif case.what == "prefill":
-                rate = llama_cpp.prefill(build, self.gguf, self.threads, case.prompt)
+                rate = llama_cpp.prefill(build, self.gguf, self.threads, case.prompt, 1 if self.plan.is_large else 2)
             else:
                 rate = llama_cpp.decode(build, self.gguf, self.threads, case.batch, case.prompt, case.new)
             self.rates.setdefault((case, "" if build is None else build.name), []).append(rate)
@@ -259,6 +258,8 @@ class Turns:
 
 def measure(shape: str, args: argparse.Namespace) -> dict[str, Any]:
     load = [round(value, 2) for value in os.getloadavg()]
+    if load[0] > 0.5:
+        print(f"others are busy here (load average {load[0]}): figures of little worth", file=sys.stderr)
     started = time.perf_counter()
     size = SHAPES[shape]["hidden_size"] ** 2 * SHAPES[shape]["num_hidden_layers"] * 12
     plan = LARGE if size > LARGE_SHAPE else SMALL

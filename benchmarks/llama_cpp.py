@@ -1,12 +1,12 @@
-"""llama.cpp for benchmarks/cpu.py: its two benchmark programs, built from source, and random models for them.
+"""llama.cpp for benchmarks/cpu.py: its benchmark program, built from source, and random models for it.
 
     python benchmarks/llama_cpp.py /tmp/llama.cpp                          # for this processor
     python benchmarks/llama_cpp.py /tmp/llama.cpp --xeon                   # to carry to an x86 server with AVX-512
     python benchmarks/llama_cpp.py /tmp/llama.cpp-amx --xeon --amx
 
 The source is that in the sdist of llama-cpp-python; it takes pip, cmake, a C++ compiler and some ten minutes on two
-cores. The folder then has `llama-bench`, `llama-batched-bench`, llama.cpp's own writer of GGUF files (`gguf`, which
-needs numpy, pyyaml and tqdm) and `build.json`, which results quote. With --xeon the programs are linked statically.
+cores. The folder then has `llama-batched-bench`, llama.cpp's own writer of GGUF files (`gguf`, which needs numpy,
+pyyaml and tqdm) and `build.json`, which results quote. With --xeon the program is linked statically.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 SDIST = "llama-cpp-python==0.3.36"
-PROGRAMS = ("llama-bench", "llama-batched-bench")
+PROGRAM = "llama-batched-bench"
 FLAGS = (
     "-DCMAKE_BUILD_TYPE=Release",
     "-DBUILD_SHARED_LIBS=OFF",
@@ -55,11 +55,10 @@ def build(folder: Path, source: Path | None, flags: tuple[str, ...], jobs: int) 
             openmp = subprocess.run(gcc, check=True, capture_output=True, text=True).stdout.strip()
             flags += (f"-DOpenMP_gomp_LIBRARY={openmp}",)
         subprocess.run(["cmake", "-S", source, "-B", made, *flags], check=True)
-        subprocess.run(["cmake", "--build", made, f"-j{jobs}", "--target", *PROGRAMS], check=True)
+        subprocess.run(["cmake", "--build", made, f"-j{jobs}", "--target", PROGRAM], check=True)
         folder.mkdir(parents=True, exist_ok=True)
-        for name in PROGRAMS:
-            shutil.copy(made / "bin" / name, folder / name)
-            subprocess.run(["strip", folder / name], check=True)
+        shutil.copy(made / "bin" / PROGRAM, folder / PROGRAM)
+        subprocess.run(["strip", folder / PROGRAM], check=True)
         shutil.copytree(source / "gguf-py" / "gguf", folder / "gguf", dirs_exist_ok=True)
     about = {"source": SDIST, "flags": [flag for flag in flags if "GGML" in flag]}
     (folder / "build.json").write_text(json.dumps(about, indent=1) + "\n")
@@ -149,30 +148,37 @@ def _blocks(random: np.random.Generator, rows: int, columns: int, block: tuple[i
 
 def decode(folder: Path, model: Path, threads: int, batch: int, prompt: int, new: int) -> float:
     """Tokens per second of all sequences together, behind prompts of `prompt` tokens; nothing is sampled."""
-    context = batch * (prompt + new)
-    command = [folder / "llama-batched-bench", "-m", model, "-c", context, "-npp", prompt, "-ntg", new, "-npl", batch]
-    row = _last_row([*command, "-t", threads, "-tb", threads, "--output-format", "jsonl"])
-    return float(row["speed_tg"])
+    return float(_rows(folder, model, threads, batch, [prompt], new)[-1]["speed_tg"])
 
 
-def prefill(folder: Path, model: Path, threads: int, prompt: int) -> float:
-    """Tokens per second of one prompt; logits of its last token alone."""
-    command = [folder / "llama-bench", "-m", model, "-p", prompt, "-n", 0, "-r", 1, "-t", threads, "-o", "jsonl"]
-    return float(_last_row(command)["avg_ts"])
+def prefill(folder: Path, model: Path, threads: int, prompt: int, tries: int) -> float:
+    """Tokens per second of one prompt, the best of `tries`: the first one finds its buffers cold. Logits are those of
+    its last token alone."""
+    return max(float(row["speed_pp"]) for row in _rows(folder, model, threads, 1, [prompt] * tries, 1))
 
 
-def _last_row(command: list[Any]) -> Any:
-    words = [str(word) for word in command]
+def _rows(folder: Path, model: Path, threads: int, batch: int, prompts: list[int], new: int) -> list[dict[str, Any]]:
+    options = {
+        "-m": model,
+        "-c": max(512, batch * (max(prompts) + new)),
+        "-npp": ",".join(map(str, prompts)),
+        "-ntg": new,
+        "-npl": batch,
+        "-t": threads,
+        "-tb": threads,
+        "--output-format": "jsonl",
+    }
+    words = [str(folder / PROGRAM), *(str(word) for option in options.items() for word in option)]
     done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=900)
-    rows = [line for line in (done.stdout + "\n" + done.stderr).splitlines() if line.startswith("{")]
+    rows = [json.loads(line) for line in (done.stdout + "\n" + done.stderr).splitlines() if line.startswith("{")]
     if done.returncode or not rows:
         raise SystemExit(f"{' '.join(words)} left with {done.returncode}: {done.stderr[-2000:]}")
-    return json.loads(rows[-1])
+    return rows
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="where the programs go")
+    parser.add_argument("folder", type=Path, help="where the program goes")
     parser.add_argument("--source", type=Path, help="llama.cpp's folder; default: out of the sdist, downloaded by pip")
     parser.add_argument("--xeon", action="store_true", help="for any x86 server with AVX-512, VNNI and bf16")
     parser.add_argument("--amx", action="store_true", help="with AMX's products of matrices as well")
