@@ -17,18 +17,11 @@ from typing import Any, ClassVar, Literal, get_args, get_origin
 from pydantic import AliasChoices, Field, ValidationInfo, field_validator, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
-from gptq_api import exits
-from gptq_api.errors import UserError
+from gptq_api.errors import ConfigError
 
 ENV_PREFIX = "GPTQ_API_"
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(:[0-9]{1,5})?")
 _NAME = re.compile(r"(\*\.)?[a-z0-9_-]+(\.[a-z0-9_-]+)*|[0-9a-f:.]*:[0-9a-f:.]*")
-
-
-class ConfigError(UserError):
-    """A setting is wrong; the text names the field, its source and the remedy."""
-
-    exit_status = exits.WRONG_USE
 
 
 class CommandSettings(BaseSettings):

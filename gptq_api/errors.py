@@ -21,6 +21,12 @@ class UserError(Exception):
     exit_status: ClassVar[int] = exits.FAILED
 
 
+class ConfigError(UserError):
+    """A setting is wrong; the text names the field, its source and the remedy."""
+
+    exit_status = exits.WRONG_USE
+
+
 @contextmanager
 def writing(path: Path, num_bytes: int = 0, afterwards: str = "") -> Iterator[None]:
     """Around what writes to `path`: an error of the file system becomes a UserError that names it.

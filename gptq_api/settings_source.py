@@ -17,7 +17,8 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource
 
-from gptq_api.config import ALL_SETTINGS, COMMANDS, ENV_PREFIX, CommandSettings, ConfigError, flag, takes_list
+from gptq_api.config import ALL_SETTINGS, COMMANDS, ENV_PREFIX, CommandSettings, flag, takes_list
+from gptq_api.errors import ConfigError
 from gptq_api.settings_words import option_lines, taken, wrong_value
 
 S = TypeVar("S", bound=CommandSettings)

@@ -21,8 +21,9 @@ import msgspec
 import numpy as np
 
 from gptq_api.checkpoint.errors import CheckpointError
-from gptq_api.config import ConfigError, Settings
+from gptq_api.config import Settings
 from gptq_api.engine.trace import TracedStep, TraceHead, read_trace
+from gptq_api.errors import ConfigError
 from gptq_api.runner.load import load_runner
 from gptq_api.runner.loaded import LoadedRunner
 from gptq_api.runner.options import LoadOptions

@@ -11,8 +11,8 @@ from pathlib import Path
 from gptq_api import __version__, exits
 from gptq_api.checkpoint.files import candidates
 from gptq_api.cli.output import fail, prepare, with_output
-from gptq_api.config import COMMANDS, ChatSettings, CommandSettings, ConfigError, ModelSettings, Settings
-from gptq_api.errors import UserError, printable
+from gptq_api.config import COMMANDS, ChatSettings, CommandSettings, ModelSettings, Settings
+from gptq_api.errors import ConfigError, UserError, printable
 from gptq_api.hub import with_local_model
 from gptq_api.logs import configure
 from gptq_api.settings_source import load_settings

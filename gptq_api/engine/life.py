@@ -16,6 +16,7 @@ from gptq_api import frames
 from gptq_api.child import child_command
 from gptq_api.config import EngineSettings
 from gptq_api.engine import wire
+from gptq_api.engine.options import EngineOptions
 from gptq_api.errors import UserError
 from gptq_api.logs import Style, forward, style
 from gptq_api.types import Abort, Add, Failed, FromEngine, Ready, StepOutput
@@ -66,8 +67,7 @@ class EngineLife:
                 self._spawn(command, theirs.fileno())
             loop = asyncio.get_running_loop()
             self._transport, _ = await loop.create_connection(lambda: _Connection(self._receive, self._end), sock=ours)
-            settings = self._settings.model_dump_json(include=set(EngineSettings.model_fields))
-            self._transport.write(frames.frame(settings.encode()))
+            self._transport.write(frames.frame(EngineOptions.of(self._settings).encoded()))
             ready = await self._ready
         except EngineFailed:
             await self.stop()

@@ -1,6 +1,6 @@
 """The engine process: a reader thread empties the socket, the main thread steps the model.
 
-A child process (`gptq_api/child.py`) of engine/client.py; the first frame is the settings as JSON. End of file on the
+A child process (`gptq_api/child.py`) of engine/client.py; the first frame is EngineOptions. End of file on the
 socket is the shutdown message, and the only one: it comes however the API process ends. Where that is killed, so is an
 engine that cannot read it.
 """
@@ -17,11 +17,9 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import msgspec
-
 from gptq_api import frames
-from gptq_api.config import EngineSettings
 from gptq_api.engine import wire
+from gptq_api.engine.options import EngineOptions
 from gptq_api.errors import UserError
 from gptq_api.types import Abort, Add, Failed, Ready, ToEngine
 
@@ -50,14 +48,15 @@ Inbox = queue.SimpleQueue[ToEngine | _Compiled | None]
 def main(fd: str) -> int:
     """Serve one API process until it closes the socket. Returns the exit status."""
     sock = socket.socket(fileno=int(fd))
+    gc.disable()  # what is imported stays, and the collector would look at it again and again
     first = frames.read_payload(sock)
     if first is None:
         return 0
-    settings = EngineSettings(**msgspec.json.decode(first))
+    told = EngineOptions.decoded(first)
     inbox: Inbox = queue.SimpleQueue()
     threading.Thread(target=_read, args=(sock, inbox), name="inbox", daemon=True).start()
     try:
-        return _serve(sock, inbox, settings)
+        return _serve(sock, inbox, told)
     except (BrokenPipeError, ConnectionResetError):
         return 0
 
@@ -76,7 +75,7 @@ def _read(sock: socket.socket, inbox: Inbox) -> None:
     os._exit(0)  # the main thread is deep in a long step or still loading, for nobody
 
 
-def _serve(sock: socket.socket, inbox: Inbox, settings: EngineSettings) -> int:
+def _serve(sock: socket.socket, inbox: Inbox, told: EngineOptions) -> int:
     import torch
 
     from gptq_api.engine.core import Engine
@@ -84,20 +83,20 @@ def _serve(sock: socket.socket, inbox: Inbox, settings: EngineSettings) -> int:
     from gptq_api.grammar.matchers import Grammars
     from gptq_api.grammar.vocabulary import vocabulary
     from gptq_api.runner.load import identify, load_runner, token_budget
-    from gptq_api.runner.options import LoadOptions
     from gptq_api.scheduler.blocks import BlockManager
     from gptq_api.scheduler.scheduler import Scheduler
     from gptq_api.text.folder import checkpoint_folder
     from gptq_api.text.process import BlockingTokenizer
 
+    gc.freeze()
+    options = told.load
     try:
-        options = LoadOptions.of(settings)
         checkpoint = identify(options)
         runner = load_runner(options)
         trace = None
-        if settings.trace is not None:
-            sizes = (runner.block_size, runner.num_blocks, settings.max_num_seqs)
-            trace = Trace(settings.trace, TraceHead(settings.model_path, runner.device, runner.dtype, *sizes))
+        if told.trace is not None:
+            sizes = (runner.block_size, runner.num_blocks, options.max_num_seqs)
+            trace = Trace(told.trace, TraceHead(options.model_path, runner.device, runner.dtype, *sizes))
     except UserError as error:
         sock.sendall(wire.encode(Failed(str(error))))
         return 1
@@ -107,35 +106,36 @@ def _serve(sock: socket.socket, inbox: Inbox, settings: EngineSettings) -> int:
     except Exception as error:
         _log.exception("loading the model failed by a bug")
         (line, *_) = str(error).splitlines() or [""]
-        told = f"loading the model failed by a bug, told above: {type(error).__name__}: {line}"
-        sock.sendall(wire.encode(Failed(told[:500])))
+        said = f"loading the model failed by a bug, told above: {type(error).__name__}: {line}"
+        sock.sendall(wire.encode(Failed(said[:500])))
         return 1
     budget = token_budget(options, torch.device(runner.device))
     vocab_size, ends = runner.vocab_size, runner.eos_token_ids
 
     def load_vocabulary() -> LLTokenizer:
-        tokenizer = BlockingTokenizer(checkpoint_folder(settings.model_path))
+        tokenizer = BlockingTokenizer(checkpoint_folder(options.model_path))
         return vocabulary(tokenizer, vocab_size, tokenizer.end_ids(ends, vocab_size) or (0,))
 
     grammars = Grammars(load_vocabulary, vocab_size)
     blocks = BlockManager(runner.num_blocks, runner.block_size)
     scheduler = Scheduler(
         blocks,
-        settings.max_num_seqs,
+        options.max_num_seqs,
         budget,
-        settings.enable_prefix_caching,
+        told.enable_prefix_caching,
         runner.row_multiple,
         shared_rows=runner.shared_rows,
     )
     engine = Engine(runner, scheduler, trace, grammars, lambda *compiled: inbox.put(_Compiled(*compiled)))
     gc.collect()
     gc.freeze()  # the weights never die: keep the collector off them
+    gc.enable()
     ready = Ready(
         max_model_len=runner.max_model_len,
         vocab_size=runner.vocab_size,
         block_size=runner.block_size,
         num_blocks=runner.num_blocks,
-        max_num_seqs=settings.max_num_seqs,
+        max_num_seqs=options.max_num_seqs,
         device=runner.device,
         dtype=runner.dtype,
         eos_token_ids=runner.eos_token_ids,

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import msgspec
 
-from gptq_api.config import ConfigError
+from gptq_api.errors import ConfigError
 from gptq_api.step import Sampled, Step
 
 _log = logging.getLogger(__name__)

@@ -16,7 +16,7 @@ import torch
 from gptq_api.checkpoint.checkpoint import Checkpoint, CheckpointError, Expected, open_checkpoint
 from gptq_api.checkpoint.identity import Identity, identity
 from gptq_api.checkpoint.safetensors_file import system_error
-from gptq_api.config import ConfigError
+from gptq_api.errors import ConfigError
 from gptq_api.model.backend import Backend
 from gptq_api.model.config import LlamaConfig
 from gptq_api.model.loader import LoadReport, load_llama

@@ -10,7 +10,7 @@ from typing import Protocol
 
 import torch
 
-from gptq_api.config import ConfigError
+from gptq_api.errors import ConfigError
 from gptq_api.model.config import LlamaConfig
 from gptq_api.runner.options import LoadOptions
 

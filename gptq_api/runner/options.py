@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from gptq_api.config import ModelSettings
+if TYPE_CHECKING:
+    from gptq_api.config import ModelSettings
 
 
 @dataclass(frozen=True, kw_only=True)

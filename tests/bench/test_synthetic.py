@@ -14,7 +14,8 @@ from gptq_api.checkpoint.checkpoint import open_checkpoint
 from gptq_api.checkpoint.dense import open_dense
 from gptq_api.checkpoint.summary import summarise
 from gptq_api.cli import bench
-from gptq_api.config import BenchSettings, ConfigError
+from gptq_api.config import BenchSettings
+from gptq_api.errors import ConfigError
 from gptq_api.kernels.reference import dequantize
 from gptq_api.runner.load import load_runner, make_runner
 from gptq_api.runner.options import LoadOptions

@@ -27,7 +27,7 @@ from torch import Tensor
 from gptq_api.checkpoint.checkpoint import CheckpointError, open_checkpoint
 from gptq_api.checkpoint.quant_config import parse_quant_config
 from gptq_api.checkpoint.summary import summarise
-from gptq_api.config import ConfigError
+from gptq_api.errors import ConfigError
 from tests.checkpoint.test_checkpoint import load
 from tests.support.checkpoints import RandomModel, Recipe, random_model, write_checkpoint
 from tests.support.layouts import LAYOUTS
@@ -420,7 +420,7 @@ from pathlib import Path
 import torch
 from gptq_api.checkpoint.checkpoint import CheckpointError, open_checkpoint
 from gptq_api.checkpoint.summary import summarise
-from gptq_api.config import ConfigError
+from gptq_api.errors import ConfigError
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 for folder in sys.argv[1:]:
     try:

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
-from gptq_api.config import ConfigError, Settings
+from gptq_api.config import Settings
 from gptq_api.edge.hosts import HostMiddleware, host_name, is_loopback
+from gptq_api.errors import ConfigError
 from gptq_api.settings_source import load_settings
 
 PAGE = "https://app.example.com"

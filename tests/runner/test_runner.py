@@ -12,7 +12,7 @@ import msgspec
 import pytest
 import torch
 
-from gptq_api.config import ConfigError
+from gptq_api.errors import ConfigError
 from gptq_api.runner.cpu.runner import CpuRunner
 from gptq_api.runner.load import load_runner
 from gptq_api.runner.options import LoadOptions

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from gptq_api.config import ConfigError, Settings
+from gptq_api.config import Settings
+from gptq_api.errors import ConfigError
 from gptq_api.settings_source import load_settings
 from tests.support.server import Server, chat_body, check_error
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gptq_api.checkpoint.checkpoint import Checkpoint, GPTQTensors
 from gptq_api.checkpoint.module import ModuleShape, group_size_of
-from gptq_api.config import ConfigError
+from gptq_api.errors import ConfigError
 from gptq_api.kernels.reference import ReferenceWeight, dequantize
 from gptq_api.model.backend import KernelChoice, Role
 from gptq_api.model.layers.linear import DenseLinear, Linear, PlainLinear, Weight

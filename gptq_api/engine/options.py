@@ -1,0 +1,40 @@
+"""What an engine process is told at its start, in the first frame of its socket: plain values, so that it need not
+import how settings are written."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from gptq_api.runner.options import LoadOptions
+
+if TYPE_CHECKING:
+    from gptq_api.config import EngineSettings
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions:
+    """The settings of the same names (config.py)."""
+
+    load: LoadOptions
+    enable_prefix_caching: bool
+    trace: Path | None
+
+    @classmethod
+    def of(cls, settings: EngineSettings) -> EngineOptions:
+        return cls(
+            load=LoadOptions.of(settings),
+            enable_prefix_caching=settings.enable_prefix_caching,
+            trace=settings.trace,
+        )
+
+    def encoded(self) -> bytes:
+        return msgspec.json.encode(self, enc_hook=str)  # paths
+
+    @classmethod
+    def decoded(cls, data: bytes) -> EngineOptions:
+        """msgspec.ValidationError for what `encoded` did not make."""
+        return msgspec.json.decode(data, type=cls, dec_hook=lambda kind, value: kind(value))
