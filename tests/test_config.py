@@ -17,12 +17,12 @@ from gptq_api.config import (
     BenchSettings,
     ChatSettings,
     CommandSettings,
-    ConfigError,
     InspectSettings,
     QuantizeSettings,
     Settings,
     flag,
 )
+from gptq_api.errors import ConfigError
 from gptq_api.settings_source import load_settings
 
 

@@ -12,7 +12,8 @@ from gptq_api.api.document.openapi import openapi_document
 from gptq_api.api.errors import on_exception, on_http_exception, on_validation_error
 from gptq_api.api.routes import chat, completions, docs, messages, models, ops, responses, tokens
 from gptq_api.api.routes.guard import PublicRoute
-from gptq_api.api.service import Service
+from gptq_api.config import Settings
+from gptq_api.edge.auth import Authenticator
 
 ROUTERS = (
     ops.public,
@@ -28,8 +29,9 @@ ROUTERS = (
 )
 
 
-def build_app(service: Service) -> FastAPI:
-    """Routes and handlers. The framework's own pages are left out (they load scripts from elsewhere)."""
+def build_app(settings: Settings, auth: Authenticator) -> FastAPI:
+    """Routes and handlers; they answer once `state.service` is set. The framework's own pages are left out (they load
+    scripts from elsewhere)."""
     app = FastAPI(
         title="gptq-api",
         version=__version__,
@@ -44,7 +46,6 @@ def build_app(service: Service) -> FastAPI:
             Exception: on_exception,
         },
     )
-    app.state.service = service
     routes = [route for router in ROUTERS for route in router.routes if isinstance(route, APIRoute)]
     app.state.paths = [route.path.partition("{")[0] for route in routes]
     app.state.document = openapi_document(
@@ -52,9 +53,9 @@ def build_app(service: Service) -> FastAPI:
         {route.path for route in routes if isinstance(route, PublicRoute)},
         title=app.title,
         version=app.version,
-        keyed=service.auth.has_keys,
-        with_roles=service.settings.api_key_file is not None,
-        any_model=service.settings.accept_any_model,
+        keyed=auth.has_keys,
+        with_roles=settings.api_key_file is not None,
+        any_model=settings.accept_any_model,
     )
     for router in ROUTERS:
         app.include_router(router)

@@ -18,35 +18,26 @@ import signal
 import socket
 import sys
 import time
+from typing import TYPE_CHECKING
 
 import structlog
-import uvicorn
-from starlette.types import ASGIApp
 
 from gptq_api import __version__, exits
-from gptq_api.api.app import build_app
-from gptq_api.api.errors import error_body, shutting_down
-from gptq_api.api.service import Service
 from gptq_api.config import Settings
-from gptq_api.edge.accept import AT_ONCE, max_connections
 from gptq_api.edge.auth import Authenticator
-from gptq_api.edge.connection import MAX_HEADER_BYTES, EdgeProtocol, edge_protocol
-from gptq_api.edge.cors import ANY, CorsMiddleware
-from gptq_api.edge.hosts import HostMiddleware
 from gptq_api.edge.keys import KeyFile
-from gptq_api.edge.listen import bind, in_use
-from gptq_api.edge.request_log import RequestMiddleware
+from gptq_api.edge.listen import bind
 from gptq_api.engine.client import EngineClient
 from gptq_api.logs import answer
 from gptq_api.text.folder import checkpoint_folder
 from gptq_api.text.process import TextProcess
 
+if TYPE_CHECKING:
+    from gptq_api.api.listener import Server
+    from gptq_api.api.service import Service
+
 log = structlog.get_logger()
 
-KEEP_ALIVE_S = 75
-"""An idle connection's life: longer than the 60 s of usual proxies, so that they, who know, close first"""
-BACKLOG = 2048
-"""Connections that the kernel keeps until they are accepted"""
 SWITCH_S = 0.001
 """How long a thread that works on a large body may keep the event loop waiting; Python's 0.005 is felt"""
 CLOSE_S = 0.3
@@ -93,7 +84,7 @@ async def _run(settings: Settings, auth: Authenticator) -> int:
     if not loading.done():
         return await _stop_loading(loading, signals)
     stopped.cancel()
-    service = loading.result()
+    service, server = loading.result()
     try:
         gc.collect()
         gc.freeze()  # what lives as long as the server is not looked at again in the middle of streams
@@ -102,13 +93,13 @@ async def _run(settings: Settings, auth: Authenticator) -> int:
         log.info(service.template.source)
         if warning := service.tokenizer.without_rows(engine.ready.vocab_size):
             log.warning(warning)
-        return await _serve(service, sockets, signals, seconds)
+        return await _serve(service, server, sockets, signals, seconds)
     finally:
         service.close()
         await engine.stop(STOP_S if signals.num_received > 1 or engine.fault else EXIT_S)
 
 
-async def _stop_loading(loading: asyncio.Future[Service], signals: _Signals) -> int:
+async def _stop_loading(loading: asyncio.Future[tuple[Service, Server]], signals: _Signals) -> int:
     loading.cancel()
     await asyncio.wait({loading}, timeout=STOP_S)
     if loading.done() and not loading.cancelled() and (error := loading.exception()):
@@ -118,40 +109,46 @@ async def _stop_loading(loading: asyncio.Future[Service], signals: _Signals) -> 
     return status
 
 
-async def _load(settings: Settings, engine: EngineClient, auth: Authenticator) -> Service:
-    """The tokenizer here and the weights there, at the same time."""
+async def _load(settings: Settings, engine: EngineClient, auth: Authenticator) -> tuple[Service, Server]:
+    """The weights and the tokenizer, in processes of their own, and what answers here, at the same time."""
     folder = checkpoint_folder(settings.model_path)
     name = settings.served_model_name or ("demo" if settings.model_path == "demo" else folder.resolve().name)
     log.info(f"loading {name}", version=__version__)
 
     text = TextProcess(folder, template=settings.chat_template, model_name=name)
     starting = asyncio.ensure_future(engine.start())
+    preparing = asyncio.ensure_future(asyncio.to_thread(_prepared, settings, auth))
     try:
+        await asyncio.sleep(0)  # the engine takes longest: its process comes first
         tokens, template = await text.start()
+        server = await preparing
         await starting
     except BaseException:
         starting.cancel()
-        await asyncio.gather(starting, return_exceptions=True)
+        preparing.cancel()
+        await asyncio.gather(starting, preparing, return_exceptions=True)
         if engine.alive:
             await engine.stop(STOP_S)
         text.close()
         raise
-    return Service(settings, engine, text, tokens, template, name, auth)
+    from gptq_api.api.service import Service
+
+    return Service(settings, engine, text, tokens, template, name, auth), server
 
 
-async def _serve(service: Service, sockets: list[socket.socket], signals: _Signals, load_time: str) -> int:
-    app: ASGIApp = build_app(service)
-    if service.settings.cors_origin:
-        app = CorsMiddleware(app, service.settings.cors_origin, error_body)
-    if not service.settings.has_keys:
-        allowed, origins = service.settings.allowed_host, service.settings.cors_origin
-        app = HostMiddleware(app, service.settings.host, allowed, origins, error_body)
-    requests = RequestMiddleware(app, error_body)
-    server = Server(requests, service.settings)
-    await server.open(sockets)
+def _prepared(settings: Settings, auth: Authenticator) -> Server:
+    from gptq_api.api.listener import Server
+
+    return Server(settings, auth)
+
+
+async def _serve(
+    service: Service, server: Server, sockets: list[socket.socket], signals: _Signals, load_time: str
+) -> int:
+    await server.open(sockets, service)
     host, port = service.settings.host, sockets[0].getsockname()[1]
     shown = f"[{host}]" if ":" in host else host
-    if ANY in service.settings.cors_origin and not service.settings.has_keys:
+    if "*" in service.settings.cors_origin and not service.settings.has_keys:
         log.warning("every web page that a browser here shows may use this server: --cors-origin * without --api-key")
     answer(f"serving {service.model_name} at http://{shown}:{port}/v1", ready_after=load_time)
     watching = asyncio.ensure_future(service.watch_keys())
@@ -160,7 +157,7 @@ async def _serve(service: Service, sockets: list[socket.socket], signals: _Signa
     until = time.monotonic() + service.settings.drain_timeout_s
     if not dead.done():
         server.drain()
-        await _drain(service, requests, signals, dead)
+        await _drain(service, server, signals, dead)
     status = exits.DONE
     if dead.done():
         log.error(f"{service.engine.why_dead}; every open request has been told")
@@ -177,11 +174,10 @@ async def _serve(service: Service, sockets: list[socket.socket], signals: _Signa
     return status
 
 
-async def _drain(service: Service, requests: RequestMiddleware, signals: _Signals, dead: asyncio.Future[None]) -> None:
+async def _drain(service: Service, server: Server, signals: _Signals, dead: asyncio.Future[None]) -> None:
     """New requests are refused, running ones finish; what is left at the deadline is told so and cut."""
-    service.draining = True
-    service.engine.end_restarts()
-    service.bodies.cut(shutting_down)
+    service.drain()
+    requests = server.requests
     seconds = service.settings.drain_timeout_s
     log.info(f"shutting down: {requests.num_requests} requests in flight have {seconds:g} s; ^C again to cut them off")
     idle, second = asyncio.ensure_future(requests.idle()), asyncio.ensure_future(signals.second())
@@ -231,54 +227,3 @@ class _Signals:
 
     async def second(self) -> None:
         await self._second.wait()
-
-
-class Server(uvicorn.Server):
-    """uvicorn's accept and connection handling, without its signals, its polling loop and its shutdown."""
-
-    def __init__(self, app: ASGIApp, settings: Settings) -> None:
-        self.host = settings.host
-        self.protocol = edge_protocol(settings.header_timeout_s, settings.body_timeout_s, error_body, max_connections())
-        super().__init__(
-            uvicorn.Config(
-                app,
-                http=self.protocol,
-                ws="none",
-                loop="asyncio",
-                lifespan="off",
-                h11_max_incomplete_event_size=MAX_HEADER_BYTES,
-                proxy_headers=False,
-                server_header=False,
-                date_header=False,  # uvicorn's is made by polling; the middleware's is not
-                access_log=False,
-                timeout_keep_alive=KEEP_ALIVE_S,
-                backlog=AT_ONCE,
-                log_config=None,
-            )
-        )
-
-    async def open(self, sockets: list[socket.socket]) -> None:
-        """Accept connections. Raises PortError where another server listens since we bound."""
-        self.config.load()
-        self.lifespan = self.config.lifespan_class(self.config)
-        asyncio.get_running_loop().set_exception_handler(self.protocol.crowd.on_loop_error)
-        try:
-            await self.startup(sockets)
-            for sock in sockets:
-                sock.listen(BACKLOG)
-        except OSError:
-            raise in_use(self.host, sockets[0].getsockname()[1]) from None
-
-    def drain(self) -> None:
-        for connection in self.server_state.connections:
-            assert isinstance(connection, EdgeProtocol)
-            connection.drain()
-
-    async def close(self) -> None:
-        """No new connections; idle ones are closed, busy ones after their answer."""
-        for server in self.servers:
-            server.close()
-        for connection in list(self.server_state.connections):
-            connection.shutdown()
-        while self.server_state.connections:  # noqa: ASYNC110  (a set of uvicorn's, for a moment at the very end)
-            await asyncio.sleep(0.01)

@@ -107,6 +107,12 @@ class Service:
                 code="model_not_found",
             )
 
+    def drain(self) -> None:
+        """Nothing new is admitted from now on."""
+        self.draining = True
+        self.engine.end_restarts()
+        self.bodies.cut(shutting_down)
+
     async def watch_keys(self) -> None:
         """Returns when it is cancelled, or at once where keys do not change."""
         await self.auth.watch(self._keys_changed)
