@@ -144,5 +144,11 @@ PYBIND11_MODULE(_cpu, m) {
             model.set_cache(pointer<void>(data), static_cast<Kind>(kind), num_blocks, block_size);
           },
           "data"_a, "kind"_a, "num_blocks"_a, "block_size"_a)
-      .def("forward", &forward, "tokens"_a, "num_computed"_a, "num_tokens"_a, "blocks"_a, "x"_a);
+      .def("forward", &forward, "tokens"_a, "num_computed"_a, "num_tokens"_a, "blocks"_a, "x"_a)
+      .def(
+          "finish",
+          [](Model& model, std::uintptr_t x, const std::vector<int>& rows, std::uintptr_t norm, std::uintptr_t y) {
+            model.finish(pointer<const float>(x), rows, pointer<const float>(norm), pointer<float>(y));
+          },
+          without_python(), "x"_a, "rows"_a, "norm"_a, "y"_a);
 }

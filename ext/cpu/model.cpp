@@ -219,4 +219,12 @@ void Model::forward(const std::vector<std::int32_t>& tokens, const std::vector<S
   each_row(M, [&](int m) { add(layers_.back().down, m); });
 }
 
+void Model::finish(const float* x, const std::vector<int>& rows, const float* norm, float* y) {
+  const auto one_call = engine_.lock();
+  const std::int64_t hidden = shape_.hidden;
+  each_row(static_cast<int>(rows.size()), [&](int i) {
+    engine_.ways().ops->rms_norm(x + rows[static_cast<std::size_t>(i)] * hidden, norm, shape_.eps, shape_.hidden, y + i * hidden);
+  });
+}
+
 }  // namespace gptq_cpu

@@ -44,6 +44,8 @@ class Model {
 
   // Tokens [M] of the spans, in order -> x [M, hidden]. std::invalid_argument for a token or a block that there is none of.
   void forward(const std::vector<std::int32_t>& tokens, const std::vector<Span>& spans, float* x);
+  // These rows of x behind the last norm, as the head takes them.
+  void finish(const float* x, const std::vector<int>& rows, const float* norm, float* y);
 
  private:
   // Rows of one sequence and heads with the same K and V, whose attention one thread computes.

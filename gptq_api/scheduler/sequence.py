@@ -72,7 +72,8 @@ class Sequence:
     @property
     def num_known_computed_tokens(self) -> int:
         """Computed tokens whose values are known here: the last one computed may be in flight."""
-        return min(self.num_computed_tokens, len(self.token_ids))
+        computed, known = self.num_computed_tokens, len(self.token_ids)
+        return computed if computed < known else known  # min() takes three times as long
 
     @property
     def num_output_tokens(self) -> int:

@@ -60,15 +60,10 @@ def sample(
     logits: Tensor, seats: list[Seat], masks: Mapping[int, npt.NDArray[np.int32]] | None = None
 ) -> tuple[list[int], list[TokenLogprobs | None]]:
     """As `sampler.sample`, for logits in the host's memory."""
-    rows, histories = [], list[int]()
-    for seat in seats:
-        packed = seat.packed
-        if packed is None or packed.params is not seat.params:
-            packed = seat.packed = PackedSeat(seat.params, seat.num_prompt_tokens)
-        rows.append(packed.row)
-        if packed.history is not None:
-            histories = histories or [0] * len(seats)
-            histories[len(rows) - 1] = _history(packed.history, seat.token_ids)
+    packed = [_packed(seat) for seat in seats]
+    histories = []
+    if any(one.history is not None for one in packed):
+        histories = [_history(one.history, seat.token_ids) for one, seat in zip(packed, seats, strict=True)]
     allowed = [0] * len(seats) if masks else []
     held = {row: np.ascontiguousarray(words) for row, words in masks.items()} if masks else {}
     for row, words in held.items():
@@ -77,7 +72,7 @@ def sample(
         logits.data_ptr(),
         logits.stride(0),
         logits.shape[1],
-        b"".join(rows),
+        b"".join([one.row for one in packed]),
         [len(seat.token_ids) for seat in seats],
         histories,
         allowed,
@@ -87,8 +82,17 @@ def sample(
     return tokens, [entry and TokenLogprobs(*entry) for entry in found]
 
 
-def _history(history: array[int], token_ids: list[int]) -> int:
+def _packed(seat: Seat) -> PackedSeat:
+    packed = seat.packed
+    if packed is None or packed.params is not seat.params:
+        packed = seat.packed = PackedSeat(seat.params, seat.num_prompt_tokens)
+    return packed
+
+
+def _history(history: array[int] | None, token_ids: list[int]) -> int:
     """Its address, with the tokens that have come."""
+    if history is None:
+        return 0
     if len(history) > len(token_ids):
         del history[len(token_ids) :]
     history.extend(token_ids[len(history) :])

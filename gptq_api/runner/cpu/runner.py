@@ -83,8 +83,10 @@ class CpuRunner:
         if not seats:
             return Computed(step, sampled=Sampled([], []))
         x, first_rows = self._forward(step, seats)
-        starts = [first - num for first, num in zip(first_rows, step.num_computed, strict=True)]
-        scores = {i: self._score(x, starts[i], seats[i], rows) for i, rows in step.prompt_rows.items()}
+        scores = {
+            i: self._score(x, first_rows[i] - step.num_computed[i], seats[i], rows)
+            for i, rows in step.prompt_rows.items()
+        }
         sampling = [i for i, num in enumerate(step.num_sampled) if num]
         if not sampling:
             return Computed(step, sampled=Sampled(step.num_sampled, [], {}, scores))
