@@ -7,9 +7,12 @@ all, and a page fault per 4 KiB costs several times what a read does.
 from __future__ import annotations
 
 import errno
+import functools
 import json
 import os
 import re
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +28,9 @@ _OS_ERROR = re.compile(
     r"os error (\d{1,3})\b|unable to mmap .{0,9999}\((\d{1,3})\)|can't allocate memory.{0,200}code (\d{1,3})"
 )
 _OF_THE_SYSTEM = (errno.ENOMEM, errno.EACCES, errno.EPERM, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ESTALE)
+_PIECE = 4 * 2**20
+_PIECES_ALONE = 2
+_MOST_THREADS = 8
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -55,6 +61,10 @@ class Entry:
         return _DTYPES.get(self.raw_dtype)
 
 
+def _plain_memory(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype)
+
+
 class SafetensorsFile:
     """Header of the file at `path`; its data is read when asked for."""
 
@@ -81,14 +91,14 @@ class SafetensorsFile:
             for name, value in header.items()
         }
 
-    def read(self, name: str) -> Tensor:
-        """The tensor in memory of its own. CheckpointError where the file has become shorter or cannot be read."""
+    def read(self, name: str, memory: Callable[[tuple[int, ...], torch.dtype], Tensor] = _plain_memory) -> Tensor:
+        """The tensor in `memory` of its own. CheckpointError where the file has become shorter or cannot be read."""
         entry = self.entries[name]
         if entry.dtype is None:
             raise CheckpointError(f"{self.path}: tensor {name} is {entry.raw_dtype}, a type that is not read")
         try:
-            tensor = torch.empty(entry.shape, dtype=entry.dtype)
-        except RuntimeError as error:
+            tensor = memory(entry.shape, entry.dtype)
+        except (RuntimeError, MemoryError) as error:
             refused = system_error(error)
             if refused is None:
                 raise
@@ -100,7 +110,24 @@ class SafetensorsFile:
 
 
 def read_into(path: Path, name: str, begin: int, target: memoryview) -> None:
-    """Fill `target` from byte `begin` of the file on. CheckpointError, naming the tensor, where that cannot be."""
+    """Fill `target` from byte `begin` of the file on, by several threads where it is large. CheckpointError, naming the
+    tensor, where that cannot be."""
+    pieces = range(0, len(target), _PIECE)
+    if len(pieces) <= _PIECES_ALONE:
+        _read_piece(path, name, begin, target)
+        return
+    done = [_threads().submit(_read_piece, path, name, begin + at, target[at : at + _PIECE]) for at in pieces]
+    for piece in done:
+        piece.result()
+
+
+@functools.cache
+def _threads() -> ThreadPoolExecutor:
+    """A core copies several GB/s out of the page cache."""
+    return ThreadPoolExecutor(min(_MOST_THREADS, len(os.sched_getaffinity(0))), "gptq-api-read")
+
+
+def _read_piece(path: Path, name: str, begin: int, target: memoryview) -> None:
     try:
         with path.open("rb", buffering=0) as file:
             file.seek(begin)

@@ -18,6 +18,7 @@ from torch import Tensor
 from gptq_api.checkpoint.device_reader import DeviceReader, Fetch
 from gptq_api.checkpoint.errors import CheckpointError
 from gptq_api.checkpoint.files import WeightFiles, refuse_unreadable
+from gptq_api.checkpoint.large_pages import weight_memory
 from gptq_api.checkpoint.pickles import CodeError, NoTensorError, check_pickle
 from gptq_api.checkpoint.safetensors_file import SafetensorsFile, first_line, system_error
 from gptq_api.on_disk import cannot_be_read
@@ -88,9 +89,14 @@ class TensorStore:
         return str(self._tensors[name][0].dtype).removeprefix("torch.")
 
     def own(self, name: str) -> Tensor:
-        """As `read`, in memory that may be kept."""
-        tensor = self.read(name)
-        return tensor.clone() if name in self._tensors and not tensor.is_cuda else tensor
+        """As `read`, in memory for weights."""
+        if self._reader is not None:
+            return self.read(name)
+        if name in self._entries:
+            file, key = self._entries[name]
+            return file.read(key, weight_memory)
+        tensor = self._tensors[name][0]
+        return weight_memory(tuple(tensor.shape), tensor.dtype).copy_(tensor)
 
     def read(self, name: str) -> Tensor:
         """The tensor on the CPU, contiguous. That of a pickle shares memory with the mapped file: `own` is for what is

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gptq_api.checkpoint.large_pages import weight_memory
 from gptq_api.model.layers.linear import finish
 
 try:
@@ -189,7 +190,7 @@ def _packed(qweight: Tensor, bits: int, places: Tensor) -> Tensor:
     """The file's int32 [K * bits / 32, N] -> what ext/cpu/linear.h describes."""
     qweight, places = qweight.contiguous(), places.to(torch.int32)
     num_outputs = -(-qweight.shape[1] // _STRIP) * _STRIP
-    packed = torch.empty(num_outputs * len(places) * (8 if bits == 8 else 4) // 8, dtype=torch.uint8)
+    packed = weight_memory((num_outputs * len(places) * (8 if bits == 8 else 4) // 8,), torch.uint8)
     engine().pack(
         qweight=qweight.data_ptr(),
         N=qweight.shape[1],
@@ -205,4 +206,5 @@ def _strips(values: Tensor) -> Tensor:
     """[G, N] -> [N / 16, G, 16], the last strip padded by zeros."""
     if missing := -values.shape[1] % _STRIP:
         values = torch.nn.functional.pad(values, (0, missing))
-    return values.view(values.shape[0], -1, _STRIP).transpose(0, 1).contiguous()
+    strips = values.view(values.shape[0], -1, _STRIP).transpose(0, 1)
+    return weight_memory(tuple(strips.shape), values.dtype).copy_(strips)
