@@ -34,6 +34,14 @@ def strict_server() -> Iterator[Server]:
         yield running
 
 
+@pytest.fixture
+def no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where our CPU kernels could not be built."""
+    from gptq_api.runner.cpu import native
+
+    monkeypatch.setattr(native, "_cpu", None)
+
+
 def names_in(code: CodeType) -> set[str]:
     """Globals and attributes that a function and the functions within it name."""
     return set(code.co_names).union(*(names_in(const) for const in code.co_consts if isinstance(const, CodeType)))

@@ -27,13 +27,13 @@ T* pointer(std::uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
-// What Python knows of a quantized weight: q, scales, zeros, order, N, K, inputs, group, bits, kind.
-using Fields = std::tuple<std::uintptr_t, std::uintptr_t, std::uintptr_t, std::uintptr_t, int, int, int, int, int, int>;
+// What Python knows of a quantized weight: q, scales, zeros, order, N, K, inputs, group, bits, kind, exact.
+using Fields = std::tuple<std::uintptr_t, std::uintptr_t, std::uintptr_t, std::uintptr_t, int, int, int, int, int, int, bool>;
 
 Quantized quantized_of(const Fields& fields) {
-  const auto& [q, scales, zeros, order, N, K, inputs, group, bits, kind] = fields;
+  const auto& [q, scales, zeros, order, N, K, inputs, group, bits, kind, exact] = fields;
   return {pointer<const std::uint8_t>(q), pointer<const void>(scales), pointer<const std::uint8_t>(zeros),
-          pointer<const std::int32_t>(order), N, K, inputs, group, bits, static_cast<Kind>(kind)};
+          pointer<const std::int32_t>(order), N, K, inputs, group, bits, static_cast<Kind>(kind), exact};
 }
 
 void quantized(Engine& engine, const Fields& w, std::uintptr_t x, std::int64_t ldx, int M, std::uintptr_t y, std::int64_t ldy) {

@@ -10,8 +10,6 @@
 namespace gptq_cpu {
 namespace {
 
-constexpr std::int64_t kWorthSharing = 1 << 21;  // products: some 20 us
-
 // Asks for pages of 2 MB where the system gives them only when asked: reading gets some 20 % faster. Before the memory is touched.
 void huge_pages(void* memory, std::size_t size) {
 #ifdef MADV_HUGEPAGE
@@ -49,10 +47,15 @@ Engine::Engine(int num_threads, const std::string& wanted) : pool_(num_threads) 
 
 Rows Operand::make(const Quantized& w, int M) {
   const std::size_t pairs = static_cast<std::size_t>(M) * static_cast<std::size_t>(w.K / w.group);
-  bytes.resize(static_cast<std::size_t>(M) * static_cast<std::size_t>(w.K));
-  scales.resize(pairs);
-  sums.resize(pairs);
-  return {bytes.data(), scales.data(), sums.data()};
+  const std::size_t numbers = static_cast<std::size_t>(M) * static_cast<std::size_t>(w.K);
+  if (w.exact) {
+    places.resize(numbers);
+  } else {
+    bytes.resize(numbers);
+    scales.resize(pairs);
+    sums.resize(pairs);
+  }
+  return {bytes.data(), scales.data(), sums.data(), places.data()};
 }
 
 void Engine::quantized(const Quantized& w, const float* x, std::int64_t ldx, int M, float* y, std::int64_t ldy) {
@@ -63,17 +66,25 @@ void Engine::quantized(const Quantized& w, const float* x, std::int64_t ldx, int
   const int at_once = std::max(1, 4096 / w.group), per_row = (groups + at_once - 1) / at_once;
   share(M * per_row, static_cast<std::int64_t>(M) * w.K > 32768, [&](int i) {
     const int m = i / per_row, first = i % per_row * at_once;
-    ways_->quantize(w, x + m * ldx, m, first, std::min(groups, first + at_once), rows);
+    prepare(w, x + m * ldx, m, first, std::min(groups, first + at_once), rows);
   });
   multiply(w, rows, M, y, ldy);
 }
 
+void Engine::prepare(const Quantized& w, const float* x, int m, int first, int last, const Rows& rows) const {
+  if (w.exact)
+    ways_->gather(w, x, first, last, rows.places + static_cast<std::int64_t>(m) * w.K);
+  else
+    ways_->quantize(w, x, m, first, last, rows);
+}
+
 void Engine::multiply(const Quantized& w, const Rows& rows, int M, float* y, std::int64_t ldy) {
-  // Weights are read some 64 KB at a time.
-  const int strips = (w.N + kStrip - 1) / kStrip;
-  const int step = std::max(1, std::min(65536 / (w.K * kStrip * w.bits / 8), strips / (4 * pool_.size())));
-  share((strips + step - 1) / step, static_cast<std::int64_t>(M) * w.N * w.K > kWorthSharing,
-        [&](int i) { ways_->multiply(w, rows, M, i * step, std::min(strips, (i + 1) * step), y, ldy); });
+  share_strips(w, M, [&](int first, int last) {
+    if (w.exact)
+      ways_->multiply_exact(w, rows.places, w.K, M, first, last, y, ldy);
+    else
+      ways_->multiply(w, rows, M, first, last, y, ldy);
+  });
 }
 
 void Engine::dense(const void* w, Kind kind, int N, int K, const float* x, std::int64_t ldx, int M, float* y, std::int64_t ldy) {

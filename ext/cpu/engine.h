@@ -1,5 +1,6 @@
 // What one engine computes with: its threads, its instruction set and the memory between its calls.
 #pragma once
+#include <algorithm>
 #include <cstdint>
 #include <mutex>
 #include <string>
@@ -18,6 +19,7 @@ struct Operand {
   std::vector<std::int8_t> bytes;
   std::vector<float> scales;
   std::vector<std::int32_t> sums;
+  std::vector<float> places;
 
   // Room for M rows.
   Rows make(const Quantized& w, int M);
@@ -31,8 +33,10 @@ class Engine {
   const char* name() const { return ways_->name; }
   int num_threads() const { return pool_.size(); }
 
-  // y[m, n] = the sum of x[m, k] w[k, n], x rounded to int8 group by group. x [M, inputs] and y [M, N] float32, rows ldx and ldy apart.
+  // y[m, n] = the sum of x[m, k] w[k, n], x rounded to int8 group by group or (`exact`) as it is. x [M, inputs] and y [M, N] float32, rows ldx and ldy apart.
   void quantized(const Quantized& w, const float* x, std::int64_t ldx, int M, float* y, std::int64_t ldy);
+  // The same in float32, nothing rounded before it is summed.
+  void exact(const Quantized& w, const float* x, std::int64_t ldx, int M, float* y, std::int64_t ldy);
   // y[m, n] = the sum of x[m, k] w[n, k] for N outputs.
   void dense(const void* w, Kind kind, int N, int K, const float* x, std::int64_t ldx, int M, float* y, std::int64_t ldy);
   // pack.h, into memory that nobody has touched yet.
@@ -41,7 +45,8 @@ class Engine {
   // For a caller that holds the engine for many products.
   std::unique_lock<std::mutex> lock() { return std::unique_lock(mutex_); }
   const Ways& ways() const { return *ways_; }
-  // y for rows that are rounded already.
+  // Groups [first, last) of one row of x, into row m of what `multiply` takes.
+  void prepare(const Quantized& w, const float* x, int m, int first, int last, const Rows& rows) const;
   void multiply(const Quantized& w, const Rows& rows, int M, float* y, std::int64_t ldy);
   // task(i) for every i < n, by several threads where that is worth it.
   template <typename Task>
@@ -51,6 +56,17 @@ class Engine {
   }
 
  private:
+  // The outputs of a weight in pieces: task(first strip, the one behind the last).
+  template <typename Task>
+  void share_strips(const Quantized& w, int M, Task&& task) {
+    const int strips = (w.N + kStrip - 1) / kStrip, most = strips / (4 * pool_.size());
+    const int step = std::max({1, std::min(kSideBySide, most), std::min(65536 / (w.K * kStrip * w.bits / 8), most)});
+    share((strips + step - 1) / step, static_cast<std::int64_t>(M) * w.N * w.K > kWorthSharing,
+          [&](int i) { task(i * step, std::min(strips, (i + 1) * step)); });
+  }
+
+  static constexpr std::int64_t kWorthSharing = 1 << 21;  // products: some 20 us
+
   std::mutex mutex_;
   Pool pool_;
   const Ways* ways_ = nullptr;

@@ -4,7 +4,10 @@
 
 #include <cstdint>
 
+#include "cpu/place.h"
+
 namespace gptq_cpu {
+namespace {  // each source has lanes of its own
 
 struct Lanes {
   struct Bytes { __m256i a, b; };
@@ -35,6 +38,30 @@ struct Lanes {
     const Ints high = dot_nibbles(zero_ints(), high_nibbles(w), x);
     acc = dot_nibbles(acc, low_nibbles(w), x);
     return {_mm256_add_epi32(acc.a, _mm256_slli_epi32(high.a, 4)), _mm256_add_epi32(acc.b, _mm256_slli_epi32(high.b, 4))};
+  }
+
+  static constexpr int kExactRows = 6;
+  static constexpr int exact_strips(int rows) { return rows == 1 ? 4 : rows == 2 ? 2 : 1; }
+  template <int bits>
+  struct Zeros { Floats offset[kOffsets<bits>]; };
+  template <int bits>
+  static Zeros<bits> zeros(Floats zero) {
+    Zeros<bits> z;
+    for (int i = 0; i < kOffsets<bits>; i++) {
+      const __m256 one = _mm256_castsi256_ps(_mm256_set1_epi32(one_at(bits * i)));
+      z.offset[i] = {_mm256_add_ps(zero.a, one), _mm256_add_ps(zero.b, one)};
+    }
+    return z;
+  }
+  template <int bits>
+  static Bytes far(Bytes v) { return {_mm256_srli_epi32(v.a, kFar<bits>), _mm256_srli_epi32(v.b, kFar<bits>)}; }
+  template <int bits, int i>
+  static Floats centred(Bytes near, Bytes far, const Zeros<bits>& zero) {
+    constexpr Place at = place<bits>(i);
+    const __m256i mask = _mm256_set1_epi32(((1 << bits) - 1) << at.bit), one = _mm256_set1_epi32(one_at(at.bit));
+    const Bytes v = at.far ? far : near;
+    return {_mm256_sub_ps(_mm256_castsi256_ps(_mm256_or_si256(_mm256_and_si256(v.a, mask), one)), zero.offset[at.bit / bits].a),
+            _mm256_sub_ps(_mm256_castsi256_ps(_mm256_or_si256(_mm256_and_si256(v.b, mask), one)), zero.offset[at.bit / bits].b)};
   }
 
   static Floats to_floats(Ints v) { return {_mm256_cvtepi32_ps(v.a), _mm256_cvtepi32_ps(v.b)}; }
@@ -123,4 +150,5 @@ struct Lanes {
   static __m256 power(__m256i n) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(n, _mm256_set1_epi32(127)), 23)); }
 };
 
+}  // namespace
 }  // namespace gptq_cpu

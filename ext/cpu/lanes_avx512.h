@@ -4,7 +4,10 @@
 
 #include <cstdint>
 
+#include "cpu/place.h"
+
 namespace gptq_cpu {
+namespace {  // each source has lanes of its own
 
 struct Lanes {
   using Bytes = __m512i;  // 16 lanes of 4 bytes
@@ -20,6 +23,28 @@ struct Lanes {
   // acc += the 4 unsigned bytes of each lane by the 4 signed bytes at x. Nibbles only: other instruction sets saturate beyond.
   static Ints dot_nibbles(Ints acc, Bytes w, std::int32_t x) { return _mm512_dpbusd_epi32(acc, w, _mm512_set1_epi32(x)); }
   static Ints dot_bytes(Ints acc, Bytes w, std::int32_t x) { return _mm512_dpbusd_epi32(acc, w, _mm512_set1_epi32(x)); }
+
+  // q - zero without a conversion: the bits of q become the lowest ones that count of a float's mantissa (place.h).
+  static constexpr int kExactRows = 8;  // at a time
+  static constexpr int exact_strips(int rows) { return rows <= 4 ? 4 : 2; }
+  template <int bits>
+  struct Zeros { Floats offset[kOffsets<bits>]; };
+  template <int bits>
+  static Zeros<bits> zeros(Floats zero) {
+    Zeros<bits> z;
+    for (int i = 0; i < kOffsets<bits>; i++) z.offset[i] = _mm512_add_ps(zero, _mm512_castsi512_ps(_mm512_set1_epi32(one_at(bits * i))));
+    return z;
+  }
+  template <int bits>
+  static Bytes far(Bytes v) { return _mm512_srli_epi32(v, kFar<bits>); }
+  // Input i of a line, whose bytes are `near` and, shifted, `far`.
+  template <int bits, int i>
+  static Floats centred(Bytes near, Bytes far, const Zeros<bits>& zero) {
+    constexpr Place at = place<bits>(i);
+    const __m512i mask = _mm512_set1_epi32(((1 << bits) - 1) << at.bit), one = _mm512_set1_epi32(one_at(at.bit));
+    const __m512i number = _mm512_ternarylogic_epi32(at.far ? far : near, mask, one, 0xEA);  // bytes & mask | one
+    return _mm512_sub_ps(_mm512_castsi512_ps(number), zero.offset[at.bit / bits]);
+  }
 
   static Floats to_floats(Ints v) { return _mm512_cvtepi32_ps(v); }
   static Floats broadcast(float v) { return _mm512_set1_ps(v); }
@@ -77,4 +102,5 @@ struct Lanes {
   }
 };
 
+}  // namespace
 }  // namespace gptq_cpu

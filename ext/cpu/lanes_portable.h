@@ -5,6 +5,7 @@
 #include <cstring>
 
 namespace gptq_cpu {
+namespace {  // each source has lanes of its own
 
 struct Lanes {
   struct Bytes { std::uint8_t v[64]; };
@@ -34,6 +35,20 @@ struct Lanes {
     return acc;
   }
   static Ints dot_nibbles(Ints acc, const Bytes& w, std::int32_t x) { return dot_bytes(acc, w, x); }
+
+  static constexpr int kExactRows = 4;
+  static constexpr int exact_strips(int) { return 1; }
+  template <int bits>
+  struct Zeros { Floats zero; };
+  template <int bits>
+  static Zeros<bits> zeros(Floats zero) { return {zero}; }
+  template <int bits>
+  static Bytes far(Bytes v) { return v; }
+  template <int bits, int i>
+  static Floats centred(const Bytes& v, const Bytes&, const Zeros<bits>& zero) {
+    constexpr int byte = i % 4, shift = i < 4 ? 0 : 4, mask = (1 << bits) - 1;
+    return each([&](int lane) { return static_cast<float>(v.v[4 * lane + byte] >> shift & mask) - zero.zero.v[lane]; });
+  }
 
   static Floats to_floats(Ints v) { return each([&](int i) { return static_cast<float>(v.v[i]); }); }
   static Floats broadcast(float x) { return each([&](int) { return x; }); }
@@ -107,4 +122,5 @@ struct Lanes {
   }
 };
 
+}  // namespace
 }  // namespace gptq_cpu

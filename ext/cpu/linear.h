@@ -8,6 +8,7 @@ namespace gptq_cpu {
 
 constexpr int kStrip = 16;  // outputs that are computed together
 constexpr int kRows = 8;    // rows of x that share one reading of the weights
+constexpr int kSideBySide = 4;  // strips that few rows are multiplied by at the same time, if they are given as many
 
 // A quantized weight, K inputs in the packed order (a multiple of `group`), N outputs in strips of 16 (the last one padded).
 struct Quantized {
@@ -19,13 +20,19 @@ struct Quantized {
   const std::int32_t* order;  // [K]: the input at each packed place, -1 for a place that pads; null: in order
   int N, K, inputs, group, bits;
   Kind kind;
+  bool exact;  // x is multiplied as it is, and not rounded to bytes
 };
 
-// Rows of x, quantized: bytes and, for each group of a row, the scale and the sum of the bytes.
+// A processor on its own reads ahead less than its memory could give.
+constexpr int kAhead = 4096;
+
+// Rows of x as one weight takes them: bytes and, for each group of a row, the scale and the sum of the bytes; or, exact, the packed
+// order of its numbers.
 struct Rows {
   std::int8_t* bytes;    // [M][K]
   float* scales;         // [M][K / group]
   std::int32_t* sums;    // [M][K / group]
+  float* places;         // [M][K]
 };
 
 // One instruction set's way.
@@ -35,6 +42,11 @@ struct Ways {
   void (*quantize)(const Quantized& w, const float* x, int m, int first, int last, const Rows& rows);
   // y[m, 16s + n] for the strips [first, last) and M rows; y is float32 with `ld` floats from row to row. A row's sum has one order.
   void (*multiply)(const Quantized& w, const Rows& rows, int M, int first, int last, float* y, std::int64_t ld);
+  // The groups [first, last) of one row of x, float32 [inputs], in the packed order and padded by zeros: out is float32 [K]. Where
+  // `order` is null and inputs are K, x is in this form as it is.
+  void (*gather)(const Quantized& w, const float* x, int first, int last, float* out);
+  // y as in `multiply`, of rows that `gather` gave, ldx floats apart: float32 products and sums, nothing rounded before.
+  void (*multiply_exact)(const Quantized& w, const float* x, std::int64_t ldx, int M, int first, int last, float* y, std::int64_t ldy);
   // y[m, n] = sum of x[m, k] w[n, k] for outputs [first, last); x and y float32. Any K.
   void (*dense)(const void* w, Kind kind, int K, const float* x, std::int64_t ldx, int M, int first, int last, float* y, std::int64_t ldy);
   const Ops* ops;

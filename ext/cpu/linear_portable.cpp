@@ -1,10 +1,9 @@
 #include "cpu/lanes_portable.h"
 #include "cpu/linear_ways.h"
-#include "cpu/ops_ways.h"
 
 namespace gptq_cpu {
 const Ways& portable() {
-  static const Ways ways{"portable", quantize, multiply, dense, &kOps};
+  static const Ways ways = ways_of("portable");
   return ways;
 }
 }  // namespace gptq_cpu

@@ -102,7 +102,7 @@ void Model::each_row(int M, F&& task) {
 void Model::prepare(const Linear& linear, const float* x, int m) {
   for (std::size_t i = 0; i < linear.size(); i++) {
     const Quantized& w = linear[i].weight;
-    engine_.ways().quantize(w, x, m, 0, w.K / w.group, rows_[i]);
+    engine_.prepare(w, x, m, 0, w.K / w.group, rows_[i]);
   }
 }
 

@@ -35,7 +35,8 @@ pybind11_add_module(_cpu MODULE NO_EXTRAS cpu/bindings.cpp cpu/engine.cpp cpu/mo
 target_include_directories(_cpu PRIVATE ${CMAKE_CURRENT_SOURCE_DIR})
 target_link_libraries(_cpu PRIVATE Threads::Threads)
 set_target_properties(_cpu PROPERTIES CXX_VISIBILITY_PRESET hidden)
-target_compile_options(_cpu PRIVATE -O3)
+# A product and a sum are one rounding only where it is written so: the bits of a row are those of any tile.
+target_compile_options(_cpu PRIVATE -O3 -ffp-contract=off)
 target_link_options(_cpu PRIVATE -s -static-libstdc++ -static-libgcc)
 install(TARGETS _cpu DESTINATION gptq_api)
 

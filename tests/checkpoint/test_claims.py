@@ -188,6 +188,7 @@ def test_zero_points_far_from_any_middle() -> None:
     assert ZeroStatistics(8, 1, counts).complaint() is None
 
 
+@pytest.mark.usefixtures("no_compiler")
 def test_slow_modules_are_named(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,4 +1,4 @@
-"""The CPU products against the float64 specification, and the specification against the definition."""
+"""The CPU products in torch against the float64 specification, and the specification against the definition."""
 
 from __future__ import annotations
 
@@ -133,6 +133,7 @@ def test_the_activation_has_the_same_bits_whatever_is_beside_it(width: int) -> N
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.usefixtures("no_compiler")
 def test_weights_are_held_once_and_in_four_bits_or_eight(bits: int) -> None:
     elements = 1024 * 512
     held = Module(1024, 512, 128, bits).int4().num_bytes
@@ -155,6 +156,7 @@ def test_weights_are_held_once_and_in_four_bits_or_eight(bits: int) -> None:
         (4, 4096, 4096, 128, torch.float32, "reference (exact)", ""),
     ],
 )
+@pytest.mark.usefixtures("no_compiler")
 def test_which_kernel_takes_what(
     bits: int, k: int, n: int, group_size: int, dtype: torch.dtype, kernel: str, reason: str
 ) -> None:
@@ -165,6 +167,7 @@ def test_which_kernel_takes_what(
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.usefixtures("no_compiler")
 def test_what_the_operator_does_not_take_is_dequantized_once(bits: int) -> None:
     m = Module(96, 64, 24, bits, act_order=True)
     tensors = GPTQTensors(m.qweight, m.zeros, m.scales, m.g_idx, bits, 24, True, False, 1, torch.ones(64))

@@ -32,8 +32,8 @@ MODULES = {
 SETS = native._cpu.instruction_sets() if native.is_available() else []
 
 
-def weight(m: Module) -> native.QuantizedWeight:
-    return native.QuantizedWeight(m.qweight, m.zeros, m.scales, m.g_idx, m.bits)
+def weight(m: Module, exact: bool = False) -> native.QuantizedWeight:
+    return native.QuantizedWeight(m.qweight, m.zeros, m.scales, m.g_idx, m.bits, exact=exact)
 
 
 @pytest.fixture(params=SETS)
@@ -65,17 +65,35 @@ def test_quantized(name: str, num_rows: int, instruction_set: str) -> None:
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_a_row_s_bits_are_its_own(name: str, instruction_set: str) -> None:
+@pytest.mark.parametrize("num_rows", [1, 2, 3, 4, 5, 6, 7, 8, 17])
+def test_exact(name: str, num_rows: int, instruction_set: str) -> None:
     module = MODULES[name]
-    x, packed = activations(29, module.k), weight(MODULES[name])
+    x = activations(num_rows, module.k)
+    assert relative(weight(module, exact=True).matmul(x), x.double() @ module.exact()) < 5e-7
+
+
+def test_exact_sums_lose_less_than_the_product_of_dequantized_weights(instruction_set: str) -> None:
+    """Those round every weight to float32 before it is multiplied."""
+    module = Module(4096, 64, 128, act_order=True)
+    x = activations(4, 4096)
+    exact = x.double() @ module.exact()
+    assert relative(weight(module, exact=True).matmul(x), exact) < relative(module.reference().matmul(x), exact)
+
+
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("name", MODULES)
+def test_a_row_s_bits_are_its_own(name: str, exact: bool, instruction_set: str) -> None:
+    module = MODULES[name]
+    x, packed = activations(29, module.k), weight(MODULES[name], exact)
     together = packed.matmul(x)
     for rows in (slice(0, 1), slice(3, 10), slice(13, 29)):
         assert torch.equal(packed.matmul(x[rows]), together[rows])
 
 
-def test_threads_change_no_bits() -> None:
+@pytest.mark.parametrize("exact", [False, True])
+def test_threads_change_no_bits(exact: bool) -> None:
     module = Module(1024, 4096, 128, act_order=True)
-    x, packed = activations(9, 1024), weight(module)
+    x, packed = activations(9, 1024), weight(module, exact)
     before = native.num_threads()
     try:
         found = []
@@ -87,22 +105,24 @@ def test_threads_change_no_bits() -> None:
     assert all(torch.equal(y, found[0]) for y in found)
 
 
-def test_a_row_that_is_no_number_is_alone(instruction_set: str) -> None:
+@pytest.mark.parametrize("exact", [False, True])
+def test_a_row_that_is_no_number_is_alone(exact: bool, instruction_set: str) -> None:
     module = MODULES["group 32"]
     x = activations(5, module.k)
-    expected = weight(module).matmul(x)
+    expected = weight(module, exact).matmul(x)
     for bad in (float("nan"), float("inf"), -float("inf")):
         y = x.clone()
         y[2, 77] = bad
-        found = weight(module).matmul(y)
-        assert found[2].isnan().all()
+        found = weight(module, exact).matmul(y)
+        assert not found[2].isfinite().any()
         assert torch.equal(found[[0, 1, 3, 4]], expected[[0, 1, 3, 4]])
 
 
-def test_zeros_and_tiny_and_huge_numbers(instruction_set: str) -> None:
+@pytest.mark.parametrize("exact", [False, True])
+def test_zeros_and_tiny_and_huge_numbers(exact: bool, instruction_set: str) -> None:
     module = MODULES["group 32"]
     x = torch.stack([torch.zeros(module.k), torch.full((module.k,), 1e-30), torch.full((module.k,), 1e30)])
-    found = weight(module).matmul(x)
+    found = weight(module, exact).matmul(x)
     assert (found[0] == 0).all()
     assert relative(found[1] * 1e30, torch.ones(1, module.k).double() @ module.exact()) < 1e-4
     assert relative(found[2] / 1e30, torch.ones(1, module.k).double() @ module.exact()) < 1e-4
@@ -138,12 +158,13 @@ def test_what_is_held_is_what_was_planned() -> None:
 
 
 def test_types_decide() -> None:
-    """auto rounds activations; who names a type gets it."""
+    """auto rounds activations; who names a type gets none that are rounded."""
     cpu = torch.device("cpu")
     shape = (4, 4096, 4096, 128)
     assert CpuBackend(cpu, torch.bfloat16, rounds=True).kernel(*shape).kind == native.kind()
-    assert CpuBackend(cpu, torch.bfloat16).kernel(*shape).kind == "int4"
-    assert CpuBackend(cpu, torch.float32, rounds=True).kernel(*shape).kind == "reference (exact)"
+    assert CpuBackend(cpu, torch.bfloat16).kernel(*shape).kind == native.kind(exact=True)
+    assert CpuBackend(cpu, torch.float32, rounds=True).kernel(*shape).kind == native.kind(exact=True)
+    assert "float32 activations" in native.kind(exact=True) and "int8 activations" in native.kind()
 
 
 def test_an_instruction_set_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -149,7 +149,21 @@ def test_a_duplicate_head_of_a_tied_model_is_not_used(tmp_path: Path, caplog: py
 @pytest.mark.parametrize(
     "name", ["act-order", "one group", "group 64, the last one partial", "asymmetric act-order", "biases"]
 )
-def test_bfloat16_is_near(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
+def test_bfloat16_is_near(name: str, dtype: str, tmp_path: Path) -> None:
+    model = random_model(replace(SHAPES[name], vocab_size=96))
+    runner = load(write_checkpoint(tmp_path, model), dtype=dtype)
+    assert "reference" not in runner.description
+    expected = model.reference_logits(IDS)
+    got = all_logits(runner, IDS)
+    assert (got - expected).norm() / expected.norm() < 2e-2
+
+
+@pytest.mark.usefixtures("no_compiler")
+@pytest.mark.parametrize(
+    "name", ["act-order", "one group", "group 64, the last one partial", "asymmetric act-order", "biases"]
+)
+def test_the_int4_operator_is_near(name: str, tmp_path: Path) -> None:
     model = random_model(replace(SHAPES[name], vocab_size=96))
     runner = load(write_checkpoint(tmp_path, model), dtype="bfloat16")
     assert "int4" in runner.description and "reference" not in runner.description
@@ -158,6 +172,7 @@ def test_bfloat16_is_near(name: str, tmp_path: Path) -> None:
     assert (got - expected).norm() / expected.norm() < 2e-2
 
 
+@pytest.mark.usefixtures("no_compiler")
 @pytest.mark.parametrize("bits", [2, 3, 8])
 def test_other_bits_take_the_same_kernel(bits: int, tmp_path: Path) -> None:
     model = random_model(Recipe(bits=bits, act_order=True, sym=False))
@@ -167,6 +182,7 @@ def test_other_bits_take_the_same_kernel(bits: int, tmp_path: Path) -> None:
     assert (all_logits(runner, IDS) - expected).norm() / expected.norm() < 2e-2
 
 
+@pytest.mark.usefixtures("no_compiler")
 @pytest.mark.parametrize("room", [0, None])
 def test_what_the_int4_operator_does_not_take_is_dequantized_where_there_is_room(
     room: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -41,7 +41,8 @@ class CpuBackend:
         self, device: torch.device, dtype: torch.dtype, *, rounds: bool = False, dequantizes: bool = True
     ) -> None:
         """`rounds`: quantized products may round their activations to int8, where our kernels are there. `dequantizes`:
-        there is memory for bfloat16 weights of the modules that the int4 operator does not take."""
+        where they are not, there is memory for bfloat16 weights of the modules that torch's int4 operator does not
+        take."""
         self.device, self.dtype = device, dtype
         self._on_cpu, self._dequantizes = device.type == "cpu", dequantizes
         self._native = self._on_cpu and native.is_available()
@@ -76,10 +77,11 @@ class CpuBackend:
         packed = in_features * out_features * bits // 8
         num_groups = 1 if group_size < 0 else -(-in_features // group_size)
         plain = packed + num_groups * out_features * 3 + in_features * 4
+        if self._native:
+            held = native.num_bytes(bits, in_features, out_features, group_size)
+            return KernelChoice(native.kind(exact=not self._rounds), held)
         if self.dtype != torch.bfloat16:
             return KernelChoice(_EXACT, plain)
-        if self._rounds:
-            return KernelChoice(native.kind(), native.num_bytes(bits, in_features, out_features, group_size))
         reason = int4.refusal(in_features, out_features, group_size)
         if reason is None:
             return KernelChoice(int4.kind(bits), int4.num_bytes(bits, in_features, out_features, group_size))
@@ -93,9 +95,9 @@ class CpuBackend:
     def quantized(self, tensors: GPTQTensors, role: Role) -> Linear:
         t, choice = tensors, self.kernel(tensors.bits, tensors.in_features, tensors.out_features, tensors.group_size)
         weight: Weight
-        bias = None if t.bias is None else t.bias.to(self.device, torch.float32 if self._rounds else self.dtype)
-        if self._rounds:
-            weight = native.QuantizedWeight(t.qweight, t.zeros, t.scales, t.g_idx, t.bits)
+        bias = None if t.bias is None else t.bias.to(self.device, torch.float32 if self._native else self.dtype)
+        if self._native:
+            weight = native.QuantizedWeight(t.qweight, t.zeros, t.scales, t.g_idx, t.bits, exact=not self._rounds)
         elif choice.kind == int4.kind(t.bits):
             weight = int4.Int4Weight(t.qweight, t.zeros, t.scales, t.g_idx, t.group_size, t.bits)
         elif choice.kind == _DEQUANTIZED:

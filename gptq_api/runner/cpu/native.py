@@ -1,9 +1,12 @@
 """Products on the CPU by our own kernels (`ext/cpu`).
 
-Quantized weights: each group of a row of activations is rounded to signed bytes with one scale. A product of bytes by
-the weights' unsigned integers is summed exactly within a group, and groups are added in float32 in the order of the
-inputs, so a row's result is the same bits whatever else is in the batch, and on any number of threads. Rounding costs
-some 0.6 % of a product's norm (llama.cpp rounds the same way for its Q4_0).
+Quantized weights, rounded: each group of a row of activations is rounded to signed bytes with one scale. A product of
+bytes by the weights' unsigned integers is summed exactly within a group, and groups are added in float32 in the order
+of the inputs, so a row's result is the same bits whatever else is in the batch, and on any number of threads. Rounding
+costs some 0.6 % of a product's norm (llama.cpp rounds the same way for its Q4_0).
+
+Quantized weights, exact: the same weights by float32 activations. A weight less its zero point is an exact integer;
+products are summed in float32 within a group, in the order of the inputs, and groups as above.
 
 Dense weights of 16 bits, such as the head: exact products, summed in float32 in one order for any number of rows.
 """
@@ -66,9 +69,10 @@ def _engine(num_threads: int, instruction_set: str) -> Any:
     return _cpu.Engine(num_threads, instruction_set)
 
 
-def kind() -> str:
+def kind(exact: bool = False) -> str:
     """Of the quantized product, for people."""
-    return f"int8 activations ({engine().instruction_set})" if is_available() else "none"
+    activations = "float32" if exact else "int8"
+    return f"{activations} activations ({engine().instruction_set})" if is_available() else "none"
 
 
 def num_bytes(bits: int, in_features: int, out_features: int, group_size: int) -> int:
@@ -84,8 +88,11 @@ def num_bytes(bits: int, in_features: int, out_features: int, group_size: int) -
 class QuantizedWeight:
     """A weight of 2, 3, 4 or 8 bits: half a byte per weight up to 4 bits, one with 8, plus scales and zeros."""
 
-    def __init__(self, qweight: Tensor, zeros: Tensor, scales: Tensor, g_idx: Tensor, bits: int) -> None:
-        """Takes the file's tensors; kernels/reference.py has their shapes."""
+    def __init__(
+        self, qweight: Tensor, zeros: Tensor, scales: Tensor, g_idx: Tensor, bits: int, *, exact: bool = False
+    ) -> None:
+        """Takes the file's tensors; kernels/reference.py has their shapes. `exact`: activations are not rounded."""
+        self._exact = exact
         self.in_features, self.out_features = g_idx.shape[0], qweight.shape[1]
         self._bits = 8 if bits == 8 else 4
         places, groups, self._group = _places(g_idx)
@@ -122,6 +129,7 @@ class QuantizedWeight:
             self._group,
             self._bits,
             self._kind,
+            self._exact,
         )
 
 
