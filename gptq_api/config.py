@@ -389,7 +389,8 @@ class BenchSettings(CommandSettings):
     fp16: Path | None = None
     """Folder of the unquantized model. Default: the first checkpoint's weights, dequantized."""
     synthetic: Literal["tinyllama-1.1b", "llama-7b", "llama-13b", "llama-3-8b", "llama-70b"] | None = None
-    """Measure random weights of this shape instead of models: FP16, and 4 bits in groups of 128 and in one group."""
+    """Measure random weights of this shape instead of models: FP16, and 4 bits in groups of 128 and in one group. FP16
+    is left out where the CPU's memory does not hold it."""
     text: Path | None = None
     """Text or JSONL file on which perplexity is measured."""
     context: int | None = Field(None, ge=2)
@@ -398,8 +399,8 @@ class BenchSettings(CommandSettings):
     """Windows of the text that are measured. Default: all."""
     prompt_tokens: int = Field(128, ge=1)
     """Tokens in the cache when timing begins."""
-    num_tokens: int = Field(128, ge=1)
-    """Tokens decoded one by one; their median time is shown."""
+    num_tokens: int | None = Field(None, ge=1)
+    """Tokens decoded one by one; their median time is shown. Default: 128, and of random weights on the CPU 32."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the models run."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"

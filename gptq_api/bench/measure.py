@@ -18,7 +18,7 @@ import msgspec
 import torch
 from torch.nn import functional
 
-from gptq_api.bench.row import EXIT_TOLD, Job, Row
+from gptq_api.bench.row import EXIT_NO_ROOM, EXIT_TOLD, Job, Row, TooLargeError
 from gptq_api.bench.synthetic import synthetic_checkpoint
 from gptq_api.checkpoint.checkpoint import Checkpoint, CheckpointError, open_checkpoint
 from gptq_api.checkpoint.dense import dequantized, open_dense
@@ -27,6 +27,7 @@ from gptq_api.errors import UserError
 from gptq_api.model.modules import config_of
 from gptq_api.runner.load import backend_of, make_runner, resolve_device
 from gptq_api.runner.loaded import LoadedRunner
+from gptq_api.runner.memory import host_memory
 from gptq_api.runner.options import LoadOptions
 from gptq_api.runner.solo import Solo, step_of
 from gptq_api.text.chat_template import load_chat_template
@@ -38,6 +39,7 @@ _LONGEST_WINDOW = 2048
 _CHUNK = 512
 """tokens computed at once: logits of all of them are in memory"""
 _WARM_UP = 4
+_TOKENS, _FEW_TOKENS = 128, 32
 _BLOCK_SIZE = 16
 _GREEDY = SamplingParams(max_tokens=1, temperature=0)
 
@@ -54,7 +56,20 @@ def measure(job: Job) -> Row:
             act_order=job.act_order,
             dense=job.kind == "dense",
         )
+        _check_room(job, checkpoint)
         return _measure(job, checkpoint, checkpoint)
+
+
+def _on_cpu(device: torch.device) -> bool:
+    return backend_of(device).kind == "cpu"
+
+
+def _check_room(job: Job, checkpoint: Checkpoint) -> None:
+    """Linux gives more than it has, and ends the process in the middle. TooLargeError."""
+    room, store = host_memory(), checkpoint.store
+    needed = sum(store.numel(name) * (2 if store.is_float(name) else 4) for name in store.names)
+    if _on_cpu(resolve_device(job.device)) and room is not None and needed > room:
+        raise TooLargeError(f"{job.name} takes {needed / 2**30:.1f} GiB, and {room / 2**30:.1f} GiB of memory are free")
 
 
 def _measure(job: Job, source: Checkpoint, checkpoint: Checkpoint) -> Row:
@@ -73,7 +88,8 @@ def _measure(job: Job, source: Checkpoint, checkpoint: Checkpoint) -> Row:
     config = config_of(checkpoint)
     limit = config.max_position_embeddings
     window = job.context or min(_LONGEST_WINDOW, limit)
-    longest = max(job.prompt_tokens + job.num_tokens + _WARM_UP, window if job.text else 0)
+    num_tokens = job.num_tokens or (_FEW_TOKENS if job.synthetic and _on_cpu(device) else _TOKENS)
+    longest = max(job.prompt_tokens + num_tokens + _WARM_UP, window if job.text else 0)
     if longest > limit:
         raise CheckpointError(
             f"{job.name} has a context of {limit} tokens, and {longest} are asked for; lower --context, "
@@ -83,7 +99,7 @@ def _measure(job: Job, source: Checkpoint, checkpoint: Checkpoint) -> Row:
     texts = _texts(job, checkpoint.folder, window, config.vocab_size)
     runner = make_runner(options, checkpoint, device)
     load_seconds = time.monotonic() - started
-    seconds = _decode(runner, job)
+    seconds = _decode(runner, job, num_tokens)
     perplexity, predicted = _perplexity(runner, texts) if texts else (None, 0)
     bits, sizes, act_order = _quantization(source, job.kind)
     resident, peak = backend_of(device).memory_in_use(device)
@@ -96,13 +112,13 @@ def _measure(job: Job, source: Checkpoint, checkpoint: Checkpoint) -> Row:
         act_order=act_order,
         device=backend_of(device).device_name(device),
         dtype=runner.dtype,
-        threads=torch.get_num_threads(),
+        threads=job.num_threads,
         weights_mib=runner.weight_bytes / 2**20,
         resident_mib=resident / 2**20,
         peak_mib=peak / 2**20,
         load_seconds=load_seconds,
         seconds_per_token=seconds,
-        decoded_tokens=job.num_tokens,
+        decoded_tokens=num_tokens,
         context_tokens=job.prompt_tokens,
         perplexity=perplexity,
         perplexity_tokens=predicted,
@@ -135,17 +151,17 @@ def _solo(token_ids: list[int], num_tokens: int) -> Solo:
     return Solo(token_ids, _GREEDY, block_table=list(range(-(-num_tokens // _BLOCK_SIZE))))
 
 
-def _decode(runner: LoadedRunner, job: Job) -> float:
+def _decode(runner: LoadedRunner, job: Job, num_tokens: int) -> float:
     """Median seconds of one step at batch 1, sampling included."""
     prompt = [i * 7919 % runner.vocab_size for i in range(1, job.prompt_tokens + 1)]
-    total = job.prompt_tokens + job.num_tokens + _WARM_UP
+    total = job.prompt_tokens + num_tokens + _WARM_UP
     solo = _solo(prompt, total)
     tokens: list[int] = []
     while solo.num_pending_tokens:
         tokens = runner.collect(runner.launch(step_of([solo], [min(_CHUNK, solo.num_pending_tokens)]))).tokens
     times = []
     launched: deque[Any] = deque()
-    for step in range(job.num_tokens + _WARM_UP):
+    for step in range(num_tokens + _WARM_UP):
         if step == 0 or not runner.lookahead:
             _append(solo, tokens, job)
         # A runner that looks ahead has the token before we do, as in the engine.
@@ -195,7 +211,7 @@ def main() -> int:
         row = measure(job)
     except UserError as error:
         print(error, file=sys.stderr)
-        return EXIT_TOLD
+        return EXIT_NO_ROOM if isinstance(error, TooLargeError) else EXIT_TOLD
     except MemoryError:
         print("there is not enough memory for this model", file=sys.stderr)
         return EXIT_TOLD

@@ -6,8 +6,16 @@ from typing import Literal
 
 import msgspec
 
-EXIT_TOLD = 3
-"""exit status of a measuring process whose last words on stderr are a sentence for the user"""
+from gptq_api.errors import UserError
+
+EXIT_TOLD, EXIT_NO_ROOM = 3, 4
+"""exit statuses of a measuring process whose last words on stderr are a sentence for the user; the second of a
+TooLargeError"""
+
+
+class TooLargeError(UserError):
+    """Random weights would not fit in the host's memory."""
+
 
 Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -26,7 +34,8 @@ class Job(msgspec.Struct, frozen=True):
     context: int | None
     num_windows: int | None
     prompt_tokens: int
-    num_tokens: int
+    num_tokens: int | None
+    """None: 128, and of random weights on the CPU, where the large ones are slow, 32"""
     device: Device
     dtype: Dtype
     num_threads: int

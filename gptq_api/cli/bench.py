@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from gptq_api import __version__, exits
-from gptq_api.bench.row import EXIT_TOLD, Job, Kind, Row
+from gptq_api.bench.row import EXIT_NO_ROOM, EXIT_TOLD, Job, Kind, Row, TooLargeError
 from gptq_api.checkpoint.files import candidates
 from gptq_api.cli.output import fail
 from gptq_api.config import BenchSettings
@@ -39,7 +39,7 @@ def run(settings: BenchSettings) -> int:
     """Measure and print. Exit status: 0 measured, 1 a model could not be (a sentence on stderr), 130 stopped by ^C."""
     try:
         _check_outputs(settings)
-        _report(settings, [_measure(job) for job in _jobs(settings)])
+        _report(settings, _measure_all(_jobs(settings)))
     except UserError as error:
         fail("bench", error)
         return exits.FAILED
@@ -159,6 +159,19 @@ def _default_threads(model: Path) -> int:
     return 1 if small else len(os.sched_getaffinity(0))
 
 
+def _measure_all(jobs: list[Job]) -> list[Row]:
+    """Without an unquantized model of random weights that memory does not hold, which is said."""
+    rows = []
+    for job in jobs:
+        try:
+            rows.append(_measure(job))
+        except TooLargeError as error:
+            if job.kind != "dense":
+                raise
+            print(f"{error}; it is left out, and speed-ups are over the next one", file=sys.stderr)
+    return rows
+
+
 def _measure(job: Job) -> Row:
     print(f"measuring {job.name} ({job.kind})", file=sys.stderr, flush=True)
     command = [sys.executable, "-m", "gptq_api.bench.measure"]
@@ -169,11 +182,12 @@ def _measure(job: Job) -> Row:
         process.kill()  # where ^C came in between
     if process.returncode != 0:
         told = err.decode(errors="replace").strip()
-        if process.returncode != EXIT_TOLD:  # a bug of ours, or a signal
+        if process.returncode not in (EXIT_TOLD, EXIT_NO_ROOM):  # a bug of ours, or a signal
             print(told, file=sys.stderr)
             raise BenchError(f"{job.name}: the process that measured it left with {process.returncode}")
         last = told.splitlines()[-1]
-        raise BenchError(f"{job.name}: {last}" if job.name not in last else last)
+        kind = TooLargeError if process.returncode == EXIT_NO_ROOM else BenchError
+        raise kind(f"{job.name}: {last}" if job.name not in last else last)
     return msgspec.json.decode(out, type=Row)
 
 

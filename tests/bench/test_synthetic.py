@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from pathlib import Path
 
 import pytest
@@ -18,9 +20,12 @@ from gptq_api.config import BenchSettings
 from gptq_api.errors import ConfigError
 from gptq_api.kernels.reference import dequantize
 from gptq_api.runner.load import load_runner, make_runner
+from gptq_api.runner.memory import host_memory
 from gptq_api.runner.options import LoadOptions
+from gptq_api.runner.solo import Solo, step_of
 from gptq_api.settings_source import load_settings
 from gptq_api.text.tokenizer import load_tokenizer
+from gptq_api.types import SamplingParams
 
 TINY = {
     "hidden_size": 256,
@@ -115,6 +120,36 @@ def test_the_table_of_random_weights(monkeypatch: pytest.MonkeyPatch) -> None:
         ([4], [-1], "no"),
     ]
     assert all(row.weights_mib < dense.weights_mib and row.shape == dense.shape for row in quantized)
+    assert all(row.threads == 1 and row.decoded_tokens == 6 for row in (dense, *quantized))
+
+
+def test_few_tokens_of_random_weights_are_decoded_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(synthetic.SHAPES, "tinyllama-1.1b", TINY)
+    settings = load_settings(
+        BenchSettings, ["--synthetic", "tinyllama-1.1b", "--device", "cpu", "--prompt-tokens", "4"]
+    )
+    row = measure(bench._jobs(settings)[2])
+    assert row.decoded_tokens == 32 and row.threads == len(os.sched_getaffinity(0))
+
+
+@pytest.mark.skipif((host_memory() or 0) > 34 * 2**30, reason="this machine holds a 70B")
+def test_what_memory_does_not_hold_is_said_before_it_is_drawn(capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench.run(BenchSettings(synthetic="llama-70b", device="cpu")) == 1
+    left_out, refused = (line for line in capsys.readouterr().err.splitlines() if not line.startswith("measuring"))
+    free = r"takes \d+\.\d GiB, and \d+\.\d GiB of memory are free"
+    assert re.fullmatch(rf"llama-70b random {free}; it is left out, and speed-ups are over the next one", left_out)
+    assert re.fullmatch(rf"gptq-api bench: llama-70b g128 act-order {free}", refused)
+
+
+def test_an_unquantized_model_decodes_with_all_threads(tmp_path: Path) -> None:
+    checkpoint = synthetic.synthetic_checkpoint("tiny", tmp_path, dense=True)
+    before = torch.get_num_threads()
+    try:
+        runner = make_runner(LoadOptions(device="cpu", num_threads=2), checkpoint, torch.device("cpu"))
+        runner.collect(runner.launch(step_of([Solo([1, 2, 3], SamplingParams(max_tokens=1), block_table=[0])], [3])))
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("more", [["--text", "a"], ["--fp16", "a"], ["--models", "a"], ["--revision", "a"]])

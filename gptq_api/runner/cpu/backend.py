@@ -161,6 +161,8 @@ class CpuBackend:
         model = (
             NativeLlama(weights, BlockCache(data, size))
             if is_native
-            else PlainLlama(weights, KVCache(data), shares_threads=self._native)
+            else PlainLlama(
+                weights, KVCache(data), shares_threads=self._native and native_forward.computes_all(weights)
+            )
         )
         return CpuRunner(model, plan.max_model_len, self.dtype)

@@ -24,9 +24,14 @@ _LANES = 16
 
 def takes(weights: LlamaWeights, block_size: int) -> bool:
     """Whether every Linear between embedding and head is quantized, and heads and blocks fit the kernels."""
-    linears = [linear for layer in weights.layers for linear in (layer.qkv, layer.o, layer.gate_up, layer.down)]
     fits = block_size % _LANES == 0 and weights.config.head_dim % _LANES == 0
-    return fits and all(_parts(linear) for linear in linears)
+    return fits and computes_all(weights)
+
+
+def computes_all(weights: LlamaWeights) -> bool:
+    """Whether every Linear between embedding and head is a product of ours."""
+    linears = [linear for layer in weights.layers for linear in (layer.qkv, layer.o, layer.gate_up, layer.down)]
+    return all(_parts(linear) for linear in linears)
 
 
 class BlockCache:
