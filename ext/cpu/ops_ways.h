@@ -144,7 +144,7 @@ struct Softmax {
 template <typename T, int R>
 void rows_by_block(const T* const* keys, const T* const* values, int stride, int dim, int num_keys, int first_key, const int* begins,
                    const int* ends, const Softmax& s) {
-  constexpr int S = Lanes::kTile / R > 4 ? 4 : Lanes::kTile / R, D = Lanes::kTile / R > 4 ? 4 : Lanes::kTile / R;
+  constexpr int S = Lanes::kTile < 2 * R ? 1 : Lanes::kTile / R > 4 ? 4 : Lanes::kTile / R, D = S;
   const int groups = (num_keys + 15) / 16;
   int g = 0;
   for (; g + S <= groups; g += S) scores<T, R, S>(keys + g, stride, dim, s.q, s.p + 16 * g);
