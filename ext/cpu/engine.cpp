@@ -1,6 +1,11 @@
 #include "cpu/engine.h"
 
 #include <sys/mman.h>
+#ifdef GPTQ_CPU_AMX
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #include <algorithm>
 #include <stdexcept>
@@ -20,14 +25,29 @@ void huge_pages(void* memory, std::size_t size) {
 #endif
 }
 
+#ifdef GPTQ_CPU_AMX
+// The processor has AMX with int8, and the system lets this process use it, for which a process has to ask.
+bool may_use_tiles() {
+  constexpr unsigned tile_and_int8 = 3u << 24;
+  unsigned a, b, c, d;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & tile_and_int8) != tile_and_int8) return false;
+  constexpr long request_permission = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+}
+#endif
+
 }  // namespace
 
 std::vector<const Ways*> known() {
   std::vector<const Ways*> found;
 #ifdef GPTQ_CPU_AVX512
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni"))
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni")) {
+#ifdef GPTQ_CPU_AMX
+    if (may_use_tiles()) found.push_back(&amx());
+#endif
     found.push_back(&avx512());
+  }
 #endif
 #ifdef GPTQ_CPU_AVX2
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) found.push_back(&avx2());

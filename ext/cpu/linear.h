@@ -59,5 +59,8 @@ const Ways& avx2();
 #ifdef GPTQ_CPU_AVX512
 const Ways& avx512();
 #endif
+#ifdef GPTQ_CPU_AMX
+const Ways& amx();
+#endif
 
 }  // namespace gptq_cpu

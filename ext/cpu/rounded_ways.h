@@ -70,9 +70,7 @@ void strip(const Quantized& w, const Rows& rows, int m, int s, float* y, std::in
     const Lanes::Floats zero = Lanes::load_u8(w.zeros + at);
     for (int i = 0; i < M; i++) {
       const std::int64_t row = static_cast<std::int64_t>(m + i) * groups + g;
-      const Lanes::Floats sum = Lanes::broadcast(static_cast<float>(rows.sums[row]));
-      const Lanes::Floats centred = Lanes::multiply_subtract_from(zero, sum, Lanes::to_floats(sums[i]));
-      acc[i] = Lanes::multiply_add(Lanes::multiply(centred, Lanes::broadcast(rows.scales[row])), scale, acc[i]);
+      acc[i] = add_group(acc[i], Lanes::to_floats(sums[i]), zero, scale, rows.sums[row], rows.scales[row]);
     }
   }
   for (int i = 0; i < M; i++) store_strip(w, s, acc[i], y + (m + i) * ld);

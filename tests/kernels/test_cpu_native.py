@@ -90,6 +90,18 @@ def test_a_row_s_bits_are_its_own(name: str, exact: bool, instruction_set: str) 
         assert torch.equal(packed.matmul(x[rows]), together[rows])
 
 
+@pytest.mark.skipif("AMX" not in SETS, reason="this processor has no AMX, or the system does not let it be used")
+@pytest.mark.parametrize("name", MODULES)
+def test_tiles_give_the_bits_that_rows_have_alone(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    packed, x = weight(MODULES[name]), activations(150, MODULES[name].k)
+    found = {}
+    for instruction_set in ("AMX", "AVX-512 VNNI"):
+        monkeypatch.setenv("GPTQ_CPU_INSTRUCTION_SET", instruction_set)
+        found[instruction_set] = {m: packed.matmul(x[:m]) for m in (15, 16, 31, 48, 64, 65, 128, 150)}
+    for m, y in found["AMX"].items():
+        assert torch.equal(y, found["AVX-512 VNNI"][m]), m
+
+
 @pytest.mark.parametrize("exact", [False, True])
 def test_threads_change_no_bits(exact: bool) -> None:
     module = Module(1024, 4096, 128, act_order=True)
