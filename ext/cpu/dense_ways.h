@@ -8,7 +8,6 @@ namespace gptq_cpu {
 namespace {
 
 constexpr int kDenseAhead = 512;  // bytes of a row that are asked for before they are needed
-constexpr int kManyRows = 8;      // from which on making a weight a float costs less with two outputs at a time and twice the rows
 
 template <Kind kind>
 Lanes::Floats load_dense(const void* w, std::int64_t at) {
@@ -55,7 +54,7 @@ void tile(const void* w, int K, const float* x, std::int64_t ldx, int n, float* 
 
 template <Kind kind, int O>
 void outputs(const void* w, int K, const float* x, std::int64_t ldx, int M, int n, float* y, std::int64_t ldy) {
-  constexpr int R = Lanes::kTile / O > 1 ? Lanes::kTile / O : 2;
+  constexpr int R = Lanes::kTile / 4 > 1 ? Lanes::kTile / 4 : 2;
   int m = 0;
   for (; m + R <= M; m += R) tile<kind, R, O>(w, K, x + m * ldx, ldx, n, y + m * ldy, ldy);
   for (; m < M; m++) tile<kind, 1, O>(w, K, x + m * ldx, ldx, n, y + m * ldy, ldy);
@@ -64,9 +63,7 @@ void outputs(const void* w, int K, const float* x, std::int64_t ldx, int M, int 
 template <Kind kind>
 void dense_of(const void* w, int K, const float* x, std::int64_t ldx, int M, int first, int last, float* y, std::int64_t ldy) {
   int n = first;
-  if (M < kManyRows)
-    for (; n + 4 <= last; n += 4) outputs<kind, 4>(w, K, x, ldx, M, n, y, ldy);
-  for (; n + 2 <= last; n += 2) outputs<kind, 2>(w, K, x, ldx, M, n, y, ldy);
+  for (; n + 4 <= last; n += 4) outputs<kind, 4>(w, K, x, ldx, M, n, y, ldy);
   for (; n < last; n++) outputs<kind, 1>(w, K, x, ldx, M, n, y, ldy);
 }
 

@@ -15,6 +15,8 @@
 namespace gptq_cpu {
 namespace {
 
+constexpr int kLine = 64;  // bytes of a line of the cache
+
 // Asks for pages of 2 MB where the system gives them only when asked: reading gets some 20 % faster. Before the memory is touched.
 void huge_pages(void* memory, std::size_t size) {
 #ifdef MADV_HUGEPAGE
@@ -67,7 +69,8 @@ Engine::Engine(int num_threads, const std::string& wanted) : pool_(num_threads) 
 
 Rows Operand::make(const Quantized& w, int M) {
   const std::size_t pairs = static_cast<std::size_t>(M) * static_cast<std::size_t>(w.K / w.group);
-  const std::size_t numbers = static_cast<std::size_t>(M) * static_cast<std::size_t>(w.K);
+  const std::int64_t ld = w.K + kLine / (w.exact ? 4 : 1);
+  const std::size_t numbers = static_cast<std::size_t>(M * ld);
   if (w.exact) {
     places.resize(numbers);
   } else {
@@ -75,7 +78,7 @@ Rows Operand::make(const Quantized& w, int M) {
     scales.resize(pairs);
     sums.resize(pairs);
   }
-  return {bytes.data(), scales.data(), sums.data(), places.data()};
+  return {bytes.data(), scales.data(), sums.data(), places.data(), ld};
 }
 
 void Engine::quantized(const Quantized& w, const float* x, std::int64_t ldx, int M, float* y, std::int64_t ldy) {
@@ -93,7 +96,7 @@ void Engine::quantized(const Quantized& w, const float* x, std::int64_t ldx, int
 
 void Engine::prepare(const Quantized& w, const float* x, int m, int first, int last, const Rows& rows) const {
   if (w.exact)
-    ways_->gather(w, x, first, last, rows.places + static_cast<std::int64_t>(m) * w.K);
+    ways_->gather(w, x, first, last, rows.places + m * rows.ld);
   else
     ways_->quantize(w, x, m, first, last, rows);
 }
@@ -101,7 +104,7 @@ void Engine::prepare(const Quantized& w, const float* x, int m, int first, int l
 void Engine::multiply(const Quantized& w, const Rows& rows, int M, float* y, std::int64_t ldy) {
   share_strips(w, M, [&](int first, int last) {
     if (w.exact)
-      ways_->multiply_exact(w, rows.places, w.K, M, first, last, y, ldy);
+      ways_->multiply_exact(w, rows.places, rows.ld, M, first, last, y, ldy);
     else
       ways_->multiply(w, rows, M, first, last, y, ldy);
   });
@@ -109,6 +112,13 @@ void Engine::multiply(const Quantized& w, const Rows& rows, int M, float* y, std
 
 void Engine::dense(const void* w, Kind kind, int N, int K, const float* x, std::int64_t ldx, int M, float* y, std::int64_t ldy) {
   std::lock_guard one_call(mutex_);
+  if (M > 1) {  // as in Rows
+    const std::int64_t ld = K + kLine / 4;
+    operand_.places.resize(static_cast<std::size_t>(M * ld));
+    for (int m = 0; m < M; m++) std::copy_n(x + m * ldx, K, operand_.places.data() + m * ld);
+    x = operand_.places.data();
+    ldx = ld;
+  }
   const int width = kind == Kind::single ? 4 : 2;
   const int step = std::max(4, std::min(65536 / (K * width), N / (4 * pool_.size())) / 4 * 4);
   share((N + step - 1) / step, static_cast<std::int64_t>(M) * N * K > kWorthSharing / 4,

@@ -91,6 +91,7 @@ struct Lanes {
   }
 
   static constexpr int kTile = 4;
+  static constexpr int kStripRows = 4;  // rows of x that share one reading of the weights
   static Floats add(Floats a, Floats b) { return {_mm256_add_ps(a.a, b.a), _mm256_add_ps(a.b, b.b)}; }
   static Floats subtract(Floats a, Floats b) { return {_mm256_sub_ps(a.a, b.a), _mm256_sub_ps(a.b, b.b)}; }
   static Floats divide(Floats a, Floats b) { return {_mm256_div_ps(a.a, b.a), _mm256_div_ps(a.b, b.b)}; }

@@ -63,6 +63,7 @@ struct Lanes {
   static void store(float* p, Floats v) { _mm512_storeu_ps(p, v); }
 
   static constexpr int kTile = 16;  // accumulators that leave registers for what they are made of
+  static constexpr int kStripRows = 8;  // rows of x that share one reading of the weights
   static Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
   static Floats subtract(Floats a, Floats b) { return _mm512_sub_ps(a, b); }
   static Floats divide(Floats a, Floats b) { return _mm512_div_ps(a, b); }

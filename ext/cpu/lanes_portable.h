@@ -69,6 +69,7 @@ struct Lanes {
   static Floats load_u8(const std::uint8_t* p) { return each([&](int i) { return static_cast<float>(p[i]); }); }
   static void store(float* p, Floats v) { std::memcpy(p, v.v, sizeof v.v); }
   static constexpr int kTile = 2;
+  static constexpr int kStripRows = 4;  // rows of x that share one reading of the weights
   static Floats add(Floats a, Floats b) { return each([&](int i) { return a.v[i] + b.v[i]; }); }
   static Floats subtract(Floats a, Floats b) { return each([&](int i) { return a.v[i] - b.v[i]; }); }
   static Floats divide(Floats a, Floats b) { return each([&](int i) { return a.v[i] / b.v[i]; }); }

@@ -7,7 +7,6 @@
 namespace gptq_cpu {
 
 constexpr int kStrip = 16;  // outputs that are computed together
-constexpr int kRows = 8;    // rows of x that share one reading of the weights
 constexpr int kSideBySide = 4;  // strips that few rows are multiplied by at the same time, if they are given as many
 
 // A quantized weight, K inputs in the packed order (a multiple of `group`), N outputs in strips of 16 (the last one padded).
@@ -29,10 +28,11 @@ constexpr int kAhead = 4096;
 // Rows of x as one weight takes them: bytes and, for each group of a row, the scale and the sum of the bytes; or, exact, the packed
 // order of its numbers.
 struct Rows {
-  std::int8_t* bytes;    // [M][K]
+  std::int8_t* bytes;    // [M][ld]
   float* scales;         // [M][K / group]
   std::int32_t* sums;    // [M][K / group]
-  float* places;         // [M][K]
+  float* places;         // [M][ld]
+  std::int64_t ld;       // K and a little: rows a power of two apart would push each other out of the cache
 };
 
 // One instruction set's way.

@@ -44,8 +44,8 @@ void tiles(const Quantized& w, const Rows& rows, int m, int num_tiles, int s, fl
   alignas(64) std::int32_t sums[kTiles][kTileRows][16];
   alignas(64) float acc[kTiles * kTileRows][16] = {};
   const std::uint8_t* q = w.q + static_cast<std::int64_t>(s) * w.K * 2 * bits;
-  const std::int8_t* x = rows.bytes + static_cast<std::int64_t>(m) * w.K;
-  const std::int64_t step = static_cast<std::int64_t>(kTileRows) * w.K;
+  const std::int8_t* x = rows.bytes + m * rows.ld;
+  const std::int64_t step = kTileRows * rows.ld;
   for (int g = 0; g < groups; g++) {
     _tile_zero(0);
     _tile_zero(1);
@@ -53,18 +53,18 @@ void tiles(const Quantized& w, const Rows& rows, int m, int num_tiles, int s, fl
     _tile_zero(3);
     for (int k = g * w.group; k < (g + 1) * w.group; k += inputs, q += inputs * 2 * bits) {
       _tile_loadd(5, unpacked<bits>(q, inputs, room), 64);
-      _tile_loadd(4, x + k, w.K);
+      _tile_loadd(4, x + k, rows.ld);
       _tile_dpbsud(0, 4, 5);
       if (num_tiles > 1) {
-        _tile_loadd(4, x + k + step, w.K);
+        _tile_loadd(4, x + k + step, rows.ld);
         _tile_dpbsud(1, 4, 5);
       }
       if (num_tiles > 2) {
-        _tile_loadd(4, x + k + 2 * step, w.K);
+        _tile_loadd(4, x + k + 2 * step, rows.ld);
         _tile_dpbsud(2, 4, 5);
       }
       if (num_tiles > 3) {
-        _tile_loadd(4, x + k + 3 * step, w.K);
+        _tile_loadd(4, x + k + 3 * step, rows.ld);
         _tile_dpbsud(3, 4, 5);
       }
     }
@@ -97,7 +97,7 @@ void multiply_by_tiles(const Quantized& w, const Rows& rows, int M, int first, i
   }
   if (whole == M) return;
   const std::int64_t groups = w.K / w.group;
-  const Rows rest{rows.bytes + static_cast<std::int64_t>(whole) * w.K, rows.scales + whole * groups, rows.sums + whole * groups, nullptr};
+  const Rows rest{rows.bytes + whole * rows.ld, rows.scales + whole * groups, rows.sums + whole * groups, nullptr, rows.ld};
   multiply(w, rest, M - whole, first, last, y + whole * ld, ld);
 }
 

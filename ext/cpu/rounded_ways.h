@@ -34,7 +34,7 @@ void quantize(const Quantized& w, const float* x, int m, int first, int last, co
     const std::int64_t at = static_cast<std::int64_t>(m) * groups + g;
     rows.scales[at] = magnitude / 127.0f;
     const float by = magnitude > 0 ? 127.0f / magnitude : 0.0f;
-    rows.sums[at] = Lanes::round_to_bytes(from, w.group, by, rows.bytes + static_cast<std::int64_t>(m) * w.K + k);
+    rows.sums[at] = Lanes::round_to_bytes(from, w.group, by, rows.bytes + m * rows.ld + k);
   }
 }
 
@@ -44,7 +44,7 @@ void strip(const Quantized& w, const Rows& rows, int m, int s, float* y, std::in
   const std::uint8_t* q = w.q + static_cast<std::int64_t>(s) * w.K * 16 * bits / 8;
   Lanes::Floats acc[M];
   for (int i = 0; i < M; i++) acc[i] = Lanes::zero();
-  const std::int8_t* x = rows.bytes + static_cast<std::int64_t>(m) * w.K;
+  const std::int8_t* x = rows.bytes + m * rows.ld;
   for (int g = 0; g < groups; g++) {
     Lanes::Ints sums[M];
     for (int i = 0; i < M; i++) sums[i] = Lanes::zero_ints();
@@ -53,7 +53,7 @@ void strip(const Quantized& w, const Rows& rows, int m, int s, float* y, std::in
         __builtin_prefetch(q + kAhead);
         const Lanes::Bytes v = Lanes::load_bytes(q), low = Lanes::low_nibbles(v), high = Lanes::high_nibbles(v);
         for (int i = 0; i < M; i++) {
-          const std::int8_t* at = x + static_cast<std::int64_t>(i) * w.K + k;
+          const std::int8_t* at = x + i * rows.ld + k;
           sums[i] = Lanes::dot_nibbles(sums[i], low, four(at));
           sums[i] = Lanes::dot_nibbles(sums[i], high, four(at + 4));
         }
@@ -62,7 +62,7 @@ void strip(const Quantized& w, const Rows& rows, int m, int s, float* y, std::in
       for (int k = g * w.group; k < (g + 1) * w.group; k += 4, q += 64) {
         __builtin_prefetch(q + kAhead);
         const Lanes::Bytes v = Lanes::load_bytes(q);
-        for (int i = 0; i < M; i++) sums[i] = Lanes::dot_bytes(sums[i], v, four(x + static_cast<std::int64_t>(i) * w.K + k));
+        for (int i = 0; i < M; i++) sums[i] = Lanes::dot_bytes(sums[i], v, four(x + i * rows.ld + k));
       }
     }
     const std::int64_t at = (static_cast<std::int64_t>(s) * groups + g) * 16;
@@ -76,22 +76,18 @@ void strip(const Quantized& w, const Rows& rows, int m, int s, float* y, std::in
   for (int i = 0; i < M; i++) store_strip(w, s, acc[i], y + (m + i) * ld);
 }
 
+// M rows, or a few less.
+template <int bits, int M>
+void strips_of(const Quantized& w, const Rows& rows, int m, int num_rows, int first, int last, float* y, std::int64_t ld) {
+  if constexpr (M > 1)
+    if (num_rows < M) return strips_of<bits, M - 1>(w, rows, m, num_rows, first, last, y, ld);
+  for (int s = first; s < last; s++) strip<M, bits>(w, rows, m, s, y, ld);
+}
+
 template <int bits>
 void strips(const Quantized& w, const Rows& rows, int M, int first, int last, float* y, std::int64_t ld) {
-  for (int m = 0; m < M; m += kRows) {
-    for (int s = first; s < last; s++) {
-      switch (M - m < kRows ? M - m : kRows) {
-        case 1: strip<1, bits>(w, rows, m, s, y, ld); break;
-        case 2: strip<2, bits>(w, rows, m, s, y, ld); break;
-        case 3: strip<3, bits>(w, rows, m, s, y, ld); break;
-        case 4: strip<4, bits>(w, rows, m, s, y, ld); break;
-        case 5: strip<5, bits>(w, rows, m, s, y, ld); break;
-        case 6: strip<6, bits>(w, rows, m, s, y, ld); break;
-        case 7: strip<7, bits>(w, rows, m, s, y, ld); break;
-        default: strip<8, bits>(w, rows, m, s, y, ld);
-      }
-    }
-  }
+  constexpr int most = Lanes::kStripRows;
+  for (int m = 0; m < M; m += most) strips_of<bits, most>(w, rows, m, M - m < most ? M - m : most, first, last, y, ld);
 }
 
 void multiply(const Quantized& w, const Rows& rows, int M, int first, int last, float* y, std::int64_t ld) {
