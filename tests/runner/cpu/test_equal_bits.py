@@ -75,7 +75,8 @@ def load(model_path: str, dtype: str, num_threads: int = 1) -> CpuRunner:
         num_blocks=NUM_BLOCKS,
         max_model_len=200,
     )
-    runner: Any = load_runner(options)
+    runner = load_runner(options)
+    assert isinstance(runner, CpuRunner)
     return runner
 
 
