@@ -48,13 +48,14 @@ def random_prompts(model: str, count: int, seed: int) -> list[list[int]]:
 
 
 async def answers(
-    settings: Settings, prompts: list[list[int]], max_tokens: int, company: int
+    settings: Settings, prompts: list[list[int]], max_tokens: int, company: int, *, end: bool = False
 ) -> tuple[Any, EngineClient]:
-    """Greedy continuations of all prompts, `company` at a time."""
+    """Greedy continuations of all prompts, `company` at a time; with `end`, up to the model's end of text."""
     engine = EngineClient(settings)
     await engine.start()
     places = asyncio.Semaphore(company)
-    params = SamplingParams(max_tokens=max_tokens, temperature=0.0)
+    stops = tuple(engine.ready.eos_token_ids) if end else ()
+    params = SamplingParams(max_tokens=max_tokens, temperature=0.0, stop_token_ids=stops)
 
     async def one(prompt: list[int]) -> list[int]:
         tokens: list[int] = []

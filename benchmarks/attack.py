@@ -32,6 +32,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the attacks themselves are in tests/attack
 
 import httpx
+from pages import MEASUREMENTS, Part
 from serve import machine
 
 from gptq_api.demo import DEMO_PATH
@@ -48,8 +49,7 @@ from tests.support.server import Server, chat_body, raw_request, wait_for
 ROOT = Path(__file__).parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "attack-cpu.json"
 SOAK = RESULT.with_name("soak-cpu.json")
-PAGE = ROOT / "docs" / "measurements.md"
-BEGIN, END = "<!-- attacks: written by benchmarks/attack.py --page -->\n", "<!-- end of attacks -->\n"
+PART = Part(MEASUREMENTS, "attacks", "benchmarks/attack.py")
 NUM_LOOKS = 200
 Figures = dict[str, float]
 
@@ -397,11 +397,6 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(rows) + "\n"
 
 
-def with_table(page: str) -> str:
-    head, rest = page.split(BEGIN)
-    return head + BEGIN + table(json.loads(RESULT.read_text())) + END + rest.split(END)[1]
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=lambda text: text.split(","), default=list(ROWS))
@@ -412,7 +407,7 @@ def main() -> int:
     )
     args = parser.parse_args()
     if args.page:
-        PAGE.write_text(with_table(PAGE.read_text()))
+        PART.write(table(json.loads(RESULT.read_text())))
         return 0
     rows = measure(args.rows, args.rounds)
     if args.out:
