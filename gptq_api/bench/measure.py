@@ -82,6 +82,7 @@ def _measure(job: Job, source: Checkpoint, checkpoint: Checkpoint) -> Row:
         kv_cache_dtype=job.kv_cache_dtype,
         block_size=_BLOCK_SIZE,
         max_num_seqs=1,
+        packed_cache="off",
     )
     device = resolve_device(options.device)
     started = time.monotonic()

@@ -7,12 +7,10 @@ all, and a page fault per 4 KiB costs several times what a read does.
 from __future__ import annotations
 
 import errno
-import functools
 import json
 import os
 import re
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +20,7 @@ from torch import Tensor
 
 from gptq_api.checkpoint.errors import CheckpointError
 from gptq_api.checkpoint.files import refuse_unreadable
+from gptq_api.checkpoint.pieces import in_pieces
 from gptq_api.on_disk import cannot_be_read
 
 _OS_ERROR = re.compile(
@@ -29,8 +28,6 @@ _OS_ERROR = re.compile(
 )
 _OF_THE_SYSTEM = (errno.ENOMEM, errno.EACCES, errno.EPERM, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ESTALE)
 _PIECE = 4 * 2**20
-_PIECES_ALONE = 2
-_MOST_THREADS = 8
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -112,19 +109,7 @@ class SafetensorsFile:
 def read_into(path: Path, name: str, begin: int, target: memoryview) -> None:
     """Fill `target` from byte `begin` of the file on, by several threads where it is large. CheckpointError, naming the
     tensor, where that cannot be."""
-    pieces = range(0, len(target), _PIECE)
-    if len(pieces) <= _PIECES_ALONE:
-        _read_piece(path, name, begin, target)
-        return
-    done = [_threads().submit(_read_piece, path, name, begin + at, target[at : at + _PIECE]) for at in pieces]
-    for piece in done:
-        piece.result()
-
-
-@functools.cache
-def _threads() -> ThreadPoolExecutor:
-    """A core copies several GB/s out of the page cache."""
-    return ThreadPoolExecutor(min(_MOST_THREADS, len(os.sched_getaffinity(0))), "gptq-api-read")
+    in_pieces(target, _PIECE, lambda at, piece: _read_piece(path, name, begin + at, piece))
 
 
 def _read_piece(path: Path, name: str, begin: int, target: memoryview) -> None:

@@ -57,6 +57,7 @@ def inspect(settings: InspectSettings) -> dict[str, Any]:
     token_bytes = config.kv_elements_per_token * backend.cache_dtype(options.kv_cache_dtype).itemsize
     block_bytes = token_bytes * settings.block_size
     cache = plan_cache(options, config, backend, longest_text(options, config), memory)
+    packed = backend.packed_file(checkpoint)
     template, refused, without_rows = _text(checkpoint.folder, config.vocab_size)
     return {
         "path": str(checkpoint.folder),
@@ -92,6 +93,7 @@ def inspect(settings: InspectSettings) -> dict[str, Any]:
         "dtype": str(backend.dtype).removeprefix("torch."),
         "paths": plan.kernels,
         "weight_bytes": plan.weight_bytes,
+        "packed_file": None if packed is None else {"path": str(packed[0]), "is_kept": packed[1]},
         "kv_bytes_per_token": token_bytes,
         "kv_cache_bytes": cache.num_blocks * block_bytes,
         "kv_cache_tokens": cache.num_blocks * settings.block_size,
@@ -149,6 +151,7 @@ def _as_text(facts: dict[str, Any]) -> str:
         ("runs on", f"{facts['device']}, {facts['dtype']}"),
         *((f"  {kind}", kernel) for kind, kernel in facts["paths"].items()),
         ("weights", f"{facts['weight_bytes'] / 2**20:.1f} MiB"),
+        *(("  packed", text) for text in _packed(facts["packed_file"])),
         ("KV cache", f"{facts['kv_bytes_per_token']} bytes per token"),
         (
             "  fits",
@@ -159,6 +162,12 @@ def _as_text(facts: dict[str, Any]) -> str:
         *(("warning", warning) for warning in facts["warnings"]),
     ]
     return "\n".join(f"{name:<14}{value}" for name, value in rows)
+
+
+def _packed(file: dict[str, Any] | None) -> list[str]:
+    if file is None:
+        return []
+    return [f"kept in {file['path']}" if file["is_kept"] else f"will be kept in {file['path']}"]
 
 
 def _counts(found: dict[Any, int]) -> str:

@@ -180,7 +180,7 @@ class EngineClient:
                     await self._life.stop()
                     raise EngineFailed(another)
                 self._begin(ready)
-                _log.warning("the engine is ready again after %.1f s", self._load_s)
+                _log.warning("the engine is ready again after %.1f s: %s", self._load_s, ready.description)
                 return
             except (EngineLost, TimeoutError) as error:
                 self.why_dead = str(error) or f"the engine process took more than {limit_s:.3g} s to load the model"

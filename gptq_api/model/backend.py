@@ -62,8 +62,12 @@ class Backend(Protocol):
     def reading(self, checkpoint: Checkpoint) -> AbstractContextManager[Checkpoint]:
         """The checkpoint as it is read for this device, as long as the block lasts."""
 
-    def quantized(self, tensors: GPTQTensors, role: Role) -> Linear:
-        """PackError for tensors that the kernel it chose cannot hold."""
+    def kept(self, name: str) -> Linear | None:
+        """The quantized Linear of that name, where an earlier start made it of the same checkpoint: its tensors need
+        not be read."""
+
+    def quantized(self, tensors: GPTQTensors, role: Role, name: str = "") -> Linear:
+        """`name`: under which it may be `kept`. PackError for tensors that the kernel it chose cannot hold."""
 
     def fed_by(self, gate_up: Linear, down: Linear) -> Linear:
         """`down` behind a gate_up that was asked to write its halves in down's order: need it still gather?"""

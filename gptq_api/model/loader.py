@@ -45,6 +45,8 @@ class LoadReport:
     warnings: tuple[str, ...]
     kernels: dict[str, int]
     """kernel -> number of Linears that it takes"""
+    num_kept: int
+    """of those: made by an earlier start"""
 
 
 class _Loader:
@@ -52,6 +54,7 @@ class _Loader:
         self.checkpoint, self.config, self.backend, self.device = checkpoint, config, backend, backend.device
         self.warnings = list(checkpoint.warnings)
         self.kernels: Counter[str] = Counter()
+        self.num_kept = 0
         self.slow: dict[str, Counter[str]] = {}
         """why -> kinds of modules ("down_proj") that take the slow path for that reason"""
 
@@ -72,7 +75,11 @@ class _Loader:
         """One Linear of the forward pass, of modules with the same input; merged where the tensors allow it."""
         table = parts(self.config, joint)
         names = [layer + module.name for module in table]
-        linear = self._build([self._read(*pair) for pair in zip(names, table, strict=True)], names, role)
+        pairs = list(zip(names, table, strict=True))
+        linear = self._kept(pairs)
+        if linear is None:
+            found = [(len(pairs) > 1 and self._kept([pair])) or self._read(*pair) for pair in pairs]
+            linear = self._build(found, names, role)
         self.kernels[linear.kernel] += 1
         return linear
 
@@ -84,12 +91,23 @@ class _Loader:
         gate_up = self.linear(layer, "gate_up", Role(sorted_by_producer=True, paired=True, half_order=order))
         return gate_up, self.backend.fed_by(gate_up, down)
 
-    def _build(self, found: list[GPTQTensors | _Dense], names: list[str], role: Role) -> Linear:
+    def _kept(self, pairs: list[tuple[str, Module]]) -> Linear | None:
+        """What an earlier start made of these modules, as one."""
+        if not all(name in self.checkpoint.modules for name, _ in pairs):
+            return None
+        for pair in pairs:
+            self._check(*pair)
+        linear = self.backend.kept(_joined([name for name, _ in pairs]))
+        self.num_kept += linear is not None
+        return linear
+
+    def _build(self, found: list[Linear | GPTQTensors | _Dense], names: list[str], role: Role) -> Linear:
         quantized = [m for m in found if isinstance(m, GPTQTensors)]
         if len(quantized) == len(found) and mergeable(quantized):
             return self._quantized(merge(quantized), names, role)
-        if not quantized:
-            return self.backend.dense(*merge_dense([m for m in found if not isinstance(m, GPTQTensors)]))
+        dense = [m for m in found if isinstance(m, tuple)]
+        if len(dense) == len(found):
+            return self.backend.dense(*merge_dense(dense))
         return SplitLinear([self._one(m, name) for m, name in zip(found, names, strict=True)])
 
     def lm_head(self, embedding: Tensor) -> Linear:
@@ -99,7 +117,7 @@ class _Loader:
             return self._tied(embedding, shape)
         if "lm_head" in self.checkpoint.modules:
             head = Module("lm_head", shape[1], shape[0], "o")
-            linear = self._one(self._read("lm_head", head), "lm_head")
+            linear = self._kept([("lm_head", head)]) or self._one(self._read("lm_head", head), "lm_head")
             self.kernels[linear.kernel] += 1
             return linear
         return self.backend.head(self.checkpoint.tensor("lm_head.weight", shape))
@@ -114,9 +132,8 @@ class _Loader:
         return self.backend.head(embedding, tied=True)
 
     def _read(self, name: str, module: Module) -> GPTQTensors | _Dense:
-        check_bias(self.checkpoint, self.config, name, module)
-        shape = self.checkpoint.modules.get(name)
-        if shape is None:
+        self._check(name, module)
+        if name not in self.checkpoint.modules:
             weight = self.checkpoint.tensor(f"{name}.weight", (module.out_features, module.in_features))
             bias = self.checkpoint.bias(name)
             if bias is not None and bias.shape != (module.out_features,):
@@ -125,20 +142,25 @@ class _Loader:
                     f"({module.out_features},); use the config.json of this model"
                 )
             return weight, bias
-        check_module(self.checkpoint, name, module)
         return self.checkpoint.gptq(name)
 
-    def _one(self, found: GPTQTensors | _Dense, name: str) -> Linear:
+    def _check(self, name: str, module: Module) -> None:
+        """What the headers tell."""
+        check_bias(self.checkpoint, self.config, name, module)
+        if name in self.checkpoint.modules:
+            check_module(self.checkpoint, name, module)
+
+    def _one(self, found: Linear | GPTQTensors | _Dense, name: str) -> Linear:
         if isinstance(found, GPTQTensors):
             return self._quantized(found, [name], _PLAIN)
-        return self.backend.dense(*found)
+        return self.backend.dense(*found) if isinstance(found, tuple) else found
 
     def _quantized(self, t: GPTQTensors, names: list[str], role: Role) -> Linear:
         reason = self.backend.kernel(t.bits, t.in_features, t.out_features, t.group_size).reason
         if reason is not None:
             self.slow.setdefault(reason, Counter()).update(name.rpartition(".")[2] for name in names)
         try:
-            return self.backend.quantized(t, role)
+            return self.backend.quantized(t, role, _joined(names))
         except PackError as error:
             file = self.checkpoint.store.file(f"{names[0]}.qweight")
             raise CheckpointError(f"{file}: {names[0]}: {error}") from None
@@ -146,7 +168,11 @@ class _Loader:
     def finish(self) -> LoadReport:
         check_layers(self.checkpoint, self.config)
         self.warnings += unused_notes(self.checkpoint, self.config) + slow_notes(self.slow)
-        return LoadReport(tuple(self.warnings), dict(self.kernels))
+        return LoadReport(tuple(self.warnings), dict(self.kernels), self.num_kept)
+
+
+def _joined(names: list[str]) -> str:
+    return " + ".join(names)
 
 
 def load_llama(

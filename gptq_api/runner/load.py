@@ -52,6 +52,13 @@ class RunnerBackend(Backend, CacheOwner, Protocol):
     def memory_in_use(device: torch.device) -> tuple[int, int]:
         """Bytes (now, at most until now) of this process where the model is."""
 
+    def packed_file(self, checkpoint: Checkpoint) -> tuple[Path, bool] | None:
+        """Where its packed weights are kept from one start to the next, and whether they are; None where they are not
+        to be."""
+
+    def keep(self) -> None:
+        """All has been loaded, and the next start may find it packed; nothing waits for that."""
+
     def runner(self, weights: LlamaWeights, options: LoadOptions, max_model_len: int) -> LoadedRunner:
         """Ready to step. ConfigError where the memory does not suffice."""
 
@@ -108,9 +115,11 @@ def make_runner(options: LoadOptions, checkpoint: Checkpoint, device: torch.devi
     for warning in report.warnings:
         _log.warning("%s", warning)
     _self_check(runner, checkpoint)
+    backend.keep()
     name = "demo" if options.model_path == "demo" else model_path(options.model_path).name
     seconds = time.monotonic() - started
-    runner.description = f"{name}: {_described(checkpoint, config, report, runner)}; loaded in {seconds:.1f} s"
+    packed = ", as packed by an earlier start" if report.num_kept == sum(report.kernels.values()) else ""
+    runner.description = f"{name}: {_described(checkpoint, config, report, runner)}; loaded in {seconds:.1f} s{packed}"
     return runner
 
 
@@ -139,7 +148,13 @@ def choose_backend(
         room, needed = host_memory(), CpuBackend.dequantized_bytes(checkpoint.modules.values())
         # As much again for what comes after: the cache, and a tensor on its way.
         enough = room is None or 2 * needed < room
-        return CpuBackend(device, dtype, rounds=options.dtype == "auto", dequantizes=enough)
+        return CpuBackend(
+            device,
+            dtype,
+            rounds=options.dtype == "auto",
+            dequantizes=enough,
+            packed_cache=options.packed_cache,
+        )
     if dtype == torch.float32:
         return BACKENDS["cpu"](device, dtype)
     reason = refusal(config, options.block_size)

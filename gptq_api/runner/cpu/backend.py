@@ -22,6 +22,8 @@ from gptq_api.runner.cpu import int4, native, native_forward
 from gptq_api.runner.cpu.attention import KVCache, lazy_zeros
 from gptq_api.runner.cpu.forward import PlainLlama
 from gptq_api.runner.cpu.native_forward import BlockCache, NativeLlama
+from gptq_api.runner.cpu.packed_cache import PackedCache, open_cache
+from gptq_api.runner.cpu.packed_file import Packed
 from gptq_api.runner.cpu.runner import CpuRunner
 from gptq_api.runner.memory import does_not_fit, free_memory, gpu_knob, plan_cache
 from gptq_api.runner.options import LoadOptions
@@ -38,15 +40,23 @@ class CpuBackend:
     default_batched_tokens = 512
 
     def __init__(
-        self, device: torch.device, dtype: torch.dtype, *, rounds: bool = False, dequantizes: bool = True
+        self,
+        device: torch.device,
+        dtype: torch.dtype,
+        *,
+        rounds: bool = False,
+        dequantizes: bool = True,
+        packed_cache: str = "off",
     ) -> None:
         """`rounds`: quantized products may round their activations to int8, where our kernels are there. `dequantizes`:
         where they are not, there is memory for bfloat16 weights of the modules that torch's int4 operator does not
-        take."""
+        take. `packed_cache`: the setting of that name."""
         self.device, self.dtype = device, dtype
         self._on_cpu, self._dequantizes = device.type == "cpu", dequantizes
         self._native = self._on_cpu and native.is_available()
         self._rounds = rounds and self._native and dtype == torch.bfloat16
+        self._packed_cache = packed_cache
+        self._cache: PackedCache | None = None
         # bfloat16 logits have 8 bits, and the greedy token would be decided by rounding: sums are float32
         self.head_dtype = torch.float16 if self._native else torch.float32
 
@@ -90,14 +100,37 @@ class CpuBackend:
         return KernelChoice("reference", plain, f"{reason}, and there is no memory to dequantize it once")
 
     def reading(self, checkpoint: Checkpoint) -> AbstractContextManager[Checkpoint]:
+        if self._native:
+            self._cache = open_cache(self._packed_cache, checkpoint, native.LAYOUT)
         return nullcontext(checkpoint) if self._on_cpu else checkpoint.read_on(self.device)
 
-    def quantized(self, tensors: GPTQTensors, role: Role) -> Linear:
+    def kept(self, name: str) -> Linear | None:
+        packed = self._cache.take(name) if self._cache is not None else None
+        if packed is None:
+            return None
+        weight = native.QuantizedWeight.of_packed(packed.tensors, packed.numbers, exact=not self._rounds)
+        return PlainLinear(weight, packed.tensors.get("bias"), native.kind(exact=not self._rounds))
+
+    def packed_file(self, checkpoint: Checkpoint) -> tuple[Path, bool] | None:
+        cache = open_cache(self._packed_cache, checkpoint, native.LAYOUT) if self._native else None
+        if cache is None:
+            return None
+        cache.close()
+        return cache.path, cache.is_kept()
+
+    def keep(self) -> None:
+        if self._cache is not None:
+            self._cache.keep()
+
+    def quantized(self, tensors: GPTQTensors, role: Role, name: str = "") -> Linear:
         t, choice = tensors, self.kernel(tensors.bits, tensors.in_features, tensors.out_features, tensors.group_size)
         weight: Weight
         bias = None if t.bias is None else t.bias.to(self.device, torch.float32 if self._native else self.dtype)
         if self._native:
             weight = native.QuantizedWeight(t.qweight, t.zeros, t.scales, t.g_idx, t.bits, exact=not self._rounds)
+            if self._cache is not None:
+                held, numbers = weight.packed()
+                self._cache.put(name, Packed(held if bias is None else {**held, "bias": bias}, numbers))
         elif choice.kind == int4.kind(t.bits):
             weight = int4.Int4Weight(t.qweight, t.zeros, t.scales, t.g_idx, t.group_size, t.bits)
         elif choice.kind == _DEQUANTIZED:

@@ -35,6 +35,8 @@ else:
 
 GROUPS = (128, 64, 32)
 """inputs that share a scale of the activations"""
+LAYOUT = "strips of 16, 1"
+"""of packed weights that are kept from one start to the next; another one for whatever packs differently"""
 _STRIP = 16
 _num_threads = 0
 KINDS = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
@@ -104,10 +106,25 @@ class QuantizedWeight:
         self._scales = _strips(scales.to(kind).index_select(0, groups))
         self._zeros = _strips(zeros.index_select(0, groups))
 
+    def packed(self) -> tuple[dict[str, Tensor], dict[str, int]]:
+        """All that it holds, for `of_packed`: tensors and numbers by name. Raise LAYOUT where they change."""
+        order = {} if self._order is None else {"order": self._order}
+        numbers = {"inputs": self.in_features, "outputs": self.out_features, "group": self._group, "bits": self._bits}
+        return {"q": self._q, "scales": self._scales, "zeros": self._zeros, **order}, numbers
+
+    @classmethod
+    def of_packed(cls, tensors: dict[str, Tensor], numbers: dict[str, int], *, exact: bool = False) -> QuantizedWeight:
+        weight = cls.__new__(cls)
+        weight._exact = exact
+        weight._q, weight._scales, weight._zeros = tensors["q"], tensors["scales"], tensors["zeros"]
+        weight._order, weight._kind = tensors.get("order"), KINDS[tensors["scales"].dtype]
+        weight.in_features, weight.out_features = numbers["inputs"], numbers["outputs"]
+        weight._group, weight._bits = numbers["group"], numbers["bits"]
+        return weight
+
     @property
     def num_bytes(self) -> int:
-        tensors = [self._q, self._scales, self._zeros, *([] if self._order is None else [self._order])]
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.packed()[0].values())
 
     def matmul(self, x: Tensor) -> Tensor:
         """[M, K] of any float type -> float32 [M, N]."""

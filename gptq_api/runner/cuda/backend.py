@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from contextlib import AbstractContextManager
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -77,7 +78,16 @@ class CudaBackend:
     def reading(self, checkpoint: Checkpoint) -> AbstractContextManager[Checkpoint]:
         return checkpoint.read_on(self.device)
 
-    def quantized(self, tensors: GPTQTensors, role: Role) -> Linear:
+    def kept(self, name: str) -> Linear | None:
+        return None
+
+    def packed_file(self, checkpoint: Checkpoint) -> tuple[Path, bool] | None:
+        return None
+
+    def keep(self) -> None:
+        """Packing takes a fraction of a second here."""
+
+    def quantized(self, tensors: GPTQTensors, role: Role, name: str = "") -> Linear:
         t = tensors
         choice = self.kernel(t.bits, t.in_features, t.out_features, t.group_size)
         bias = None if t.bias is None else t.bias.to(self.device, self.dtype)
