@@ -29,8 +29,12 @@ void quantize(const Quantized& w, const float* x, int m, int first, int last, co
     }
     float magnitude = Lanes::largest(from, w.group);
     // A number that is none, or infinite, makes the row's results none, and nobody else's.
-    for (int i = 0; i < w.group; i++)
-      if (!(from[i] - from[i] == 0.0f)) magnitude = from[i] - from[i];
+    Lanes::Floats none = Lanes::zero();
+    for (int i = 0; i < w.group; i += 16) {
+      const Lanes::Floats v = Lanes::load_floats(from + i);
+      none = Lanes::add(none, Lanes::subtract(v, v));
+    }
+    magnitude += Lanes::sum(none);
     const std::int64_t at = static_cast<std::int64_t>(m) * groups + g;
     rows.scales[at] = magnitude / 127.0f;
     const float by = magnitude > 0 ? 127.0f / magnitude : 0.0f;
