@@ -119,7 +119,7 @@ class ModelSettings(CommandSettings):
     """Tokens computed in one step; longer prompts are computed in chunks, which are smaller beside sequences that
     decode. Default: 512 on the CPU, 2048 on CUDA."""
     num_threads: int | None = Field(None, ge=1, le=4096)
-    """CPU threads of the engine. Default: the cores this process may use."""
+    """CPU threads of the engine. Default: the physical cores this process may use, and one for a small model."""
     packed_cache: str = Field("auto", min_length=1)
     """Folder in which weights that were packed for the CPU are kept, so that the next start need only read them. auto
     is gptq-api/packed in $XDG_CACHE_HOME or ~/.cache; off keeps none. Models below 64 MiB are packed each time."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import logging
-import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +23,7 @@ from gptq_api.model.modules import config_of
 from gptq_api.model.weights import LlamaWeights
 from gptq_api.runner.cpu import native
 from gptq_api.runner.cpu.backend import CpuBackend
+from gptq_api.runner.cpu.cores import allowed_cpus, num_cores, numa_note
 from gptq_api.runner.cuda.backend import CudaBackend, refusal
 from gptq_api.runner.loaded import LoadedRunner
 from gptq_api.runner.memory import CacheOwner, host_memory, longest_text
@@ -101,6 +101,7 @@ def identify(options: LoadOptions) -> Identity:
 def make_runner(options: LoadOptions, checkpoint: Checkpoint, device: torch.device) -> LoadedRunner:
     """`load_runner` for a checkpoint that is open, quantized or not."""
     started = time.monotonic()
+    threads = 1
     if device.type == "cpu":
         threads = options.num_threads or _default_threads(checkpoint)
         torch.set_num_threads(threads)
@@ -118,8 +119,11 @@ def make_runner(options: LoadOptions, checkpoint: Checkpoint, device: torch.devi
     backend.keep()
     name = "demo" if options.model_path == "demo" else model_path(options.model_path).name
     seconds = time.monotonic() - started
+    described = _described(checkpoint, config, report, runner)
+    if device.type == "cpu" and threads > 1 and (note := numa_note(allowed_cpus())):
+        described += f"; {note}"
     packed = ", as packed by an earlier start" if report.num_kept == sum(report.kernels.values()) else ""
-    runner.description = f"{name}: {_described(checkpoint, config, report, runner)}; loaded in {seconds:.1f} s{packed}"
+    runner.description = f"{name}: {described}; loaded in {seconds:.1f} s{packed}"
     return runner
 
 
@@ -165,11 +169,11 @@ def choose_backend(
 
 
 def _default_threads(checkpoint: Checkpoint) -> int:
-    """All cores, but one for a model whose step is milliseconds: it would gain less than a factor of two alone on the
-    machine, and lose a factor of ten where its threads wait at every barrier for a core that the API process has
+    """All physical cores, but one for a model whose step is milliseconds: it would gain less than a factor of two alone
+    on the machine, and lose a factor of ten where its threads wait at every barrier for a core that the API process has
     (measured)."""
     packed = sum(m.in_features * m.out_features * m.bits // 8 for m in checkpoint.modules.values())
-    return 1 if packed < _SMALL_MODEL_BYTES else len(os.sched_getaffinity(0))
+    return 1 if packed < _SMALL_MODEL_BYTES else num_cores(allowed_cpus())
 
 
 def token_budget(options: LoadOptions, device: torch.device) -> int:
