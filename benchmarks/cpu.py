@@ -150,9 +150,11 @@ def common_rate(calls: list[Call]) -> float:
     """Tokens per second between the last first token and the first last one. A token without a text of its own comes
     with the next one's, so chunks are counted and their share of the tokens is made up for."""
     begin, end = max(call.arrivals[0] for call in calls), min(call.arrivals[-1] for call in calls)
+    if begin >= end:  # one was through before another began: the time in which any of them grew
+        begin, end = min(call.arrivals[0] for call in calls), max(call.arrivals[-1] for call in calls)
     chunks = sum(begin < at <= end for call in calls for at in call.arrivals)
     tokens_a_chunk = sum(call.completion_tokens for call in calls) / sum(len(call.arrivals) for call in calls)
-    return chunks * tokens_a_chunk / (end - begin)
+    return chunks * tokens_a_chunk / max(end - begin, 1e-6)
 
 
 def inspected(folder: Path) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ from pages import MEASUREMENTS, README, Part
 
 RESULTS = Path(__file__).parent / "results"
 SENTENCE, TABLES = (Part(page, "cpu", "benchmarks/cpu.py") for page in (README, MEASUREMENTS))
+_OTHER = re.compile(r"llama_cpp_(\w+)_tok_s")
+"""a figure of a second build"""
 
 
 def _about(result: dict[str, Any]) -> str:
@@ -23,6 +26,8 @@ def table(shape: str, result: dict[str, Any]) -> str:
     """Of one shape, with llama.cpp's columns where it was measured."""
     beside = any("llama_cpp_tok_s" in row for row in result["rows"])
     columns = ["tok/s", "of the bandwidth", *(["llama.cpp", "of the bandwidth", "ratio"] if beside else [])]
+    others = sorted({found[1] for row in result["rows"] for key in row if (found := _OTHER.fullmatch(key))})
+    columns += [column for other in others for column in (f"llama.cpp, {other}", "ratio")]
     lines = [
         f"{shape} on {_about(result)}, which read {result['read_gb_s']['huge_pages']:.1f} GB/s; {result['date']}, "
         f"commit {result['commit']}:",
@@ -40,6 +45,8 @@ def table(shape: str, result: dict[str, Any]) -> str:
             if beside:
                 cells += [f"{row['llama_cpp_tok_s']:.1f}", _share(row, "llama_cpp_share_of_bandwidth")]
                 cells += [f"{row['llama_cpp_ratio']:.2f}"]
+            for other in others:
+                cells += [f"{row[f'llama_cpp_{other}_tok_s']:.1f}", f"{row[f'llama_cpp_{other}_ratio']:.2f}"]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
@@ -61,13 +68,19 @@ def tables() -> str:
 
 def sentence() -> str:
     """For README.md: decoding alone, of the latest file; empty where nothing has been measured."""
-    parts = []
+    parts: list[str] = []
     shapes = next(iter(_results()), {})
     for shape, result in shapes.items():
         row = next(row for row in result["rows"] if row["what"] == "decode" and row["batch"] == 1)
-        theirs = f" (llama.cpp's Q4_0: {row['llama_cpp_tok_s']:.1f})" if "llama_cpp_tok_s" in row else ""
-        parts.append(f"{shape} {row['tok_s']:.1f}{theirs}")
+        theirs = "llama.cpp's Q4_0: " if not parts else ""
+        beside = f" ({theirs}{row['llama_cpp_tok_s']:.1f})" if "llama_cpp_tok_s" in row else ""
+        parts.append(f"{row['tok_s']:.1f} tokens a second of {_named(shape)}{beside}")
     if not parts:
         return ""
     about = _about(next(iter(shapes.values())))
-    return f"  Tokens a second for one user on {about}: {', '.join(parts)}.\n"
+    return f"* **On {about}** one user gets {' and '.join(parts)}, over HTTP.\n"
+
+
+def _named(shape: str) -> str:
+    """ "a 1.1B" of "tinyllama-1.1b" """
+    return f"a {shape.rpartition('-')[2].upper()}"

@@ -7,6 +7,7 @@ import json
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -35,6 +36,8 @@ def test_the_rate_is_that_of_the_time_in_which_all_answer(cpu: ModuleType) -> No
     early = cpu.Call(arrivals=[1.0, 2.0, 3.0, 4.0], completion_tokens=4)
     late = cpu.Call(arrivals=[2.5, 3.0, 4.0, 5.0, 6.0], completion_tokens=5)
     assert cpu.common_rate([early, late]) == pytest.approx((2 + 2) / 1.5)
+    one_by_one = [cpu.Call(arrivals=[at, at + 1], completion_tokens=2) for at in (1.0, 3.0)]
+    assert cpu.common_rate(one_by_one) == pytest.approx(3 / 3)
     silent = cpu.Call(arrivals=[1.0, 3.0], completion_tokens=4)  # every other token has no text of its own
     assert cpu.common_rate([silent]) == pytest.approx(1.0)
 
@@ -54,8 +57,18 @@ def test_a_run(cpu: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     assert decode["bytes_a_step"] > 2 * 4 * 256 * 384 // 2 + 2100 * 256, "two layers and the head"
     share = decode["tok_s"] / 8 * decode["bytes_a_step"] / 40e9
     assert decode["share_of_bandwidth"] == pytest.approx(share, abs=1e-3)
+    assert cpu.table("small", _beside(result)).splitlines()[4].endswith("| 12.0 | 10% | 2.00 | 24.0 | 1.00 |")
     assert not any("ratio" in key for row in result["rows"] for key in row), "there was no llama.cpp"
     assert cpu.table("small", result).count("\n| ") == 7
+
+
+def _beside(result: dict[str, Any]) -> dict[str, Any]:
+    """As if two builds of llama.cpp had been measured."""
+    theirs = {"tok_s": 12.0, "share_of_bandwidth": 0.1, "ratio": 2.0}
+    other = {"tok_s": 24.0, "share_of_bandwidth": 0.2, "ratio": 1.0}
+    more = {f"llama_cpp_{key}": value for key, value in theirs.items()}
+    more |= {f"llama_cpp_amx_{key}": value for key, value in other.items()}
+    return result | {"rows": [row if "seconds" in row else row | more for row in result["rows"]]}
 
 
 def test_memory_is_read_in_both_kinds_of_pages(cpu: ModuleType) -> None:
