@@ -9,7 +9,6 @@ keeps a terminal's ^C from the child before it can ignore it.
 
 from __future__ import annotations
 
-import ctypes
 import importlib
 import os
 import signal
@@ -42,6 +41,8 @@ def main(parent: str, level: str, kind: str, module: str, *args: str) -> int:
 def end_with(parent: int) -> None:
     """Have the kernel send this process SIGKILL when `parent`, which started us, is gone; leave where it is already."""
     if sys.platform == "linux":
+        import ctypes  # 20 ms that only the child needs
+
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent:
         os._exit(0)

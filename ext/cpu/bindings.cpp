@@ -12,6 +12,7 @@
 #include <utility>
 #include <vector>
 
+#include "cpu/checksum.h"
 #include "cpu/engine.h"
 #include "cpu/model.h"
 #include "cpu/sampler.h"
@@ -116,6 +117,9 @@ std::pair<std::vector<int>, std::vector<std::optional<Logprobs>>> sample(Engine&
 
 PYBIND11_MODULE(_cpu, m) {
   using without_python = py::call_guard<py::gil_scoped_release>;
+  m.def(
+      "checksum", [](std::uintptr_t data, std::size_t size) { return checksum(pointer<const std::uint8_t>(data), size); },
+      without_python(), "data"_a, "size"_a);
   m.def("instruction_sets", [] {
     std::vector<std::string> names;
     for (const Ways* ways : known()) names.emplace_back(ways->name);

@@ -28,8 +28,6 @@ from gptq_api.edge.transport import EdgeTransport
 from gptq_api.edge.turns import Turns
 
 MAX_HEADER_BYTES = 32 * 1024
-SEND_BUFFER = 128 * 1024
-"""bytes; small, so that what a slow reader has not read waits as merged tokens and not as megabytes in the kernel"""
 USER_TIMEOUT_MS = 30_000
 READ_BYTES = 16 * 1024
 """that are read of a connection at a time: what one that is not parsed holds at most; asyncio would read 256 KiB"""

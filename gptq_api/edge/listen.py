@@ -5,8 +5,10 @@ from __future__ import annotations
 import errno
 import socket
 
-from gptq_api.edge.connection import SEND_BUFFER
 from gptq_api.errors import UserError
+
+SEND_BUFFER = 128 * 1024
+"""bytes; small, so that what a slow reader has not read waits as merged tokens and not as megabytes in the kernel"""
 
 
 class PortError(UserError):

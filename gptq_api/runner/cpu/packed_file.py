@@ -1,7 +1,8 @@
 """A file of packed weights: for each Linear a few named tensors as they lie in memory, and numbers beside them.
 
 One page with a magic word and where the table is; the tensors, each from a whole page on; the table as JSON. The table
-has a CRC-32 of every MiB, which is taken while that is read, so that a damaged file is no wrong answer.
+has a checksum (ext/cpu/checksum.h) of every MiB, which is taken while that is read, so that a damaged file is no
+wrong answer.
 """
 
 from __future__ import annotations
@@ -9,20 +10,21 @@ from __future__ import annotations
 import math
 import os
 import struct
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import msgspec
+import numpy as np
 import torch
 from torch import Tensor
 
 from gptq_api.checkpoint.large_pages import weight_memory
 from gptq_api.checkpoint.pieces import in_pieces
+from gptq_api.runner.cpu import native
 
 _MAGIC = b"gptq-api packed 1"
-_PROLOGUE = struct.Struct("<24sQQI")
-"""magic; begin, length and CRC-32 of the table"""
+_PROLOGUE = struct.Struct("<24sQQQ")
+"""magic; begin, length and checksum of the table"""
 _PAGE = 4096
 _PIECE = 2**20
 _AHEAD = 64 * 2**20
@@ -70,7 +72,7 @@ class PackedFile:
         if magic.rstrip(b"\0") != _MAGIC:
             raise DamagedError("it is no file of packed weights")
         data = self._bytes(begin, length)
-        if zlib.crc32(data) != check:
+        if _checksum(data) != check:
             raise DamagedError("its table is not what was written")
         try:
             table = msgspec.json.decode(data, type=_Table)
@@ -97,14 +99,14 @@ class PackedFile:
         return tensor
 
     def _fill(self, begin: int, target: memoryview) -> int:
-        """The CRC-32 of what was read."""
+        """The checksum of what was read."""
         at = 0
         while at < len(target):
             count = os.preadv(self._fd, [target[at:]], begin + at)
             if not count:
                 raise DamagedError("it has become shorter")
             at += count
-        return zlib.crc32(target)
+        return _checksum(target)
 
     def _bytes(self, begin: int, length: int) -> bytearray:
         if begin + length > os.fstat(self._fd).st_size:
@@ -140,7 +142,13 @@ def _write_at(fd: int, begin: int, data: memoryview) -> int:
     at = 0
     while at < len(data):
         at += os.pwrite(fd, data[at:], begin + at)
-    return zlib.crc32(data)
+    return _checksum(data)
+
+
+def _checksum(data: memoryview | bytearray) -> int:
+    """Other threads run meanwhile."""
+    found: int = native.module().checksum(np.frombuffer(data, np.uint8).ctypes.data if len(data) else 0, len(data))
+    return found
 
 
 def _memory(tensor: Tensor) -> memoryview:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import random
 import resource
 import stat
 import threading
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from gptq_api.checkpoint.checkpoint import Checkpoint, CheckpointError, open_checkpoint
 from gptq_api.checkpoint.packing import pack_qweight
-from gptq_api.runner.cpu import native, packed_cache
+from gptq_api.runner.cpu import native, packed_cache, packed_file
 from gptq_api.runner.cpu.packed_cache import PackedCache, RefusedError, cache_folder
 from gptq_api.runner.cpu.packed_file import DamagedError, Packed, PackedFile, write
 from gptq_api.runner.load import load_runner
@@ -309,6 +310,36 @@ def test_a_file_gives_back_what_was_written(tmp_path: Path) -> None:
     with pytest.raises(DamagedError):
         PackedFile(fd)
     file.close()
+
+
+def checksum(data: bytes) -> int:
+    """As ext/cpu/checksum.h describes it."""
+    sums, top = list(range(1, 9)), 2**64 - 1
+
+    def step(total: int, word: int) -> int:
+        total = (total ^ word) * 0x9E3779B97F4A7C15 & top
+        return total ^ total >> 32
+
+    padded = data + bytes(64 - len(data) % 64)
+    for at in range(0, len(padded), 8):
+        sums[at // 8 % 8] = step(sums[at // 8 % 8], int.from_bytes(padded[at : at + 8], "little"))
+    found = len(data)
+    for each in sums:
+        found = step(found, each)
+    return found
+
+
+@pytest.mark.parametrize("size", [0, 1, 7, 8, 63, 64, 65, 200])
+def test_a_checksum_shows_every_bit(size: int) -> None:
+    data = bytearray(random.Random(size).randbytes(size))
+    expected = packed_file._checksum(data)
+    assert expected == checksum(data)
+    found = {expected, packed_file._checksum(data + b"\0")}
+    for bit in range(8 * size):
+        data[bit // 8] ^= 1 << bit % 8
+        found.add(packed_file._checksum(data))
+        data[bit // 8] ^= 1 << bit % 8
+    assert len(found) == 8 * size + 2
 
 
 def test_the_layout_has_a_name_of_its_own() -> None:
