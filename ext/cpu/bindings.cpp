@@ -133,8 +133,8 @@ PYBIND11_MODULE(_cpu, m) {
       .def("pack", &pack_weight, without_python(), "qweight"_a, "N"_a, "bits"_a, "places"_a, "K"_a, "out"_a)
       .def("dense", &dense, without_python(), "w"_a, "kind"_a, "N"_a, "K"_a, "x"_a, "ldx"_a, "M"_a, "y"_a, "ldy"_a);
   py::class_<Model>(m, "Model")
-      .def(py::init([](Engine& engine, int hidden, int ffn, int heads, int kv_heads, int dim, int vocab, float eps, std::uintptr_t embedding,
-                       int embedding_kind, std::uintptr_t frequencies, float rotary_scale) {
+      .def(py::init([](Engine& engine, int hidden, int ffn, int heads, int kv_heads, int dim, int vocab, float eps,
+                       std::uintptr_t embedding, int embedding_kind, std::uintptr_t frequencies, float rotary_scale) {
              return new Model(engine, {hidden, ffn, heads, kv_heads, dim, vocab, eps}, pointer<const void>(embedding),
                               static_cast<Kind>(embedding_kind), pointer<const float>(frequencies), rotary_scale);
            }),

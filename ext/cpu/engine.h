@@ -33,7 +33,8 @@ class Engine {
   const char* name() const { return ways_->name; }
   int num_threads() const { return pool_.size(); }
 
-  // y[m, n] = the sum of x[m, k] w[k, n], x rounded to int8 group by group or (`exact`) as it is. x [M, inputs] and y [M, N] float32, rows ldx and ldy apart.
+  // y[m, n] = the sum of x[m, k] w[k, n], x rounded to int8 group by group or (`exact`) as it is. x [M, inputs] and
+  // y [M, N] float32, rows ldx and ldy apart.
   void quantized(const Quantized& w, const float* x, std::int64_t ldx, int M, float* y, std::int64_t ldy);
   // The same in float32, nothing rounded before it is summed.
   void exact(const Quantized& w, const float* x, std::int64_t ldx, int M, float* y, std::int64_t ldy);

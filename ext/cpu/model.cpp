@@ -189,7 +189,8 @@ void Model::forward(const std::vector<std::int32_t>& tokens, const std::vector<S
     each_row(M, [&](int m) {
       if (l == 0)
         for (int i = 0; i < hidden; i++)
-          row(x, m, hidden)[i] = as_float(embedding_, embedding_kind_, static_cast<std::int64_t>(tokens[static_cast<std::size_t>(m)]) * hidden + i);
+          row(x, m, hidden)[i] =
+              as_float(embedding_, embedding_kind_, static_cast<std::int64_t>(tokens[static_cast<std::size_t>(m)]) * hidden + i);
       else
         add(layers_[l - 1].down, m);
       norm(layer.input_norm, layer.qkv, m);

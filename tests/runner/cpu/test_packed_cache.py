@@ -312,7 +312,7 @@ def test_a_file_gives_back_what_was_written(tmp_path: Path) -> None:
     file.close()
 
 
-def checksum(data: bytes) -> int:
+def checksum(data: bytes | bytearray) -> int:
     """As ext/cpu/checksum.h describes it."""
     sums, top = list(range(1, 9)), 2**64 - 1
 
