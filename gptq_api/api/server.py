@@ -139,7 +139,10 @@ async def _load(settings: Settings, engine: EngineClient, auth: Authenticator) -
 def _prepared(settings: Settings, auth: Authenticator) -> Server:
     from gptq_api.api.listener import Server
 
-    return Server(settings, auth)
+    server = Server(settings, auth)
+    gc.collect()
+    gc.freeze()  # so that collecting at the end, when somebody waits, is short
+    return server
 
 
 async def _serve(

@@ -372,7 +372,7 @@ sys.meta_path.insert(0, Finder())
 
 
 @pytest.mark.parametrize(
-    ("module", "line"), [("pydantic", "gptq-api: stopped"), ("uvicorn", "gptq-api serve: stopped")]
+    ("module", "line"), [("pydantic", "gptq-api: stopped"), ("starlette", "gptq-api serve: stopped")]
 )
 def test_an_interrupt_while_modules_are_imported_is_one_line(module: str, line: str, tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text(INTERRUPTED.replace("NAME", repr(module)))
