@@ -32,14 +32,19 @@ def cpu(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return importlib.import_module("cpu")
 
 
-def test_the_rate_is_that_of_the_time_in_which_all_answer(cpu: ModuleType) -> None:
-    early = cpu.Call(arrivals=[1.0, 2.0, 3.0, 4.0], completion_tokens=4)
-    late = cpu.Call(arrivals=[2.5, 3.0, 4.0, 5.0, 6.0], completion_tokens=5)
-    assert cpu.common_rate([early, late]) == pytest.approx((2 + 2) / 1.5)
-    one_by_one = [cpu.Call(arrivals=[at, at + 1], completion_tokens=2) for at in (1.0, 3.0)]
-    assert cpu.common_rate(one_by_one) == pytest.approx(3 / 3)
-    silent = cpu.Call(arrivals=[1.0, 3.0], completion_tokens=4)  # every other token has no text of its own
-    assert cpu.common_rate([silent]) == pytest.approx(1.0)
+@pytest.fixture
+def cpu_server(cpu: ModuleType) -> ModuleType:
+    return importlib.import_module("cpu_server")
+
+
+def test_the_rate_is_that_of_the_time_in_which_all_answer(cpu_server: ModuleType) -> None:
+    early = cpu_server.Call(arrivals=[1.0, 2.0, 3.0, 4.0], completion_tokens=4)
+    late = cpu_server.Call(arrivals=[2.5, 3.0, 4.0, 5.0, 6.0], completion_tokens=5)
+    assert cpu_server.common_rate([early, late]) == pytest.approx((2 + 2) / 1.5)
+    one_by_one = [cpu_server.Call(arrivals=[at, at + 1], completion_tokens=2) for at in (1.0, 3.0)]
+    assert cpu_server.common_rate(one_by_one) == pytest.approx(3 / 3)
+    silent = cpu_server.Call(arrivals=[1.0, 3.0], completion_tokens=4)  # every other token has no text of its own
+    assert cpu_server.common_rate([silent]) == pytest.approx(1.0)
 
 
 @pytest.mark.server
