@@ -27,8 +27,6 @@ _PROLOGUE = struct.Struct("<24sQQQ")
 """magic; begin, length and checksum of the table"""
 _PAGE = 4096
 _PIECE = 2**20
-_AHEAD = 64 * 2**20
-"""bytes that the system is asked to read next, while those before are copied"""
 _DTYPES = {str(t): t for t in (torch.uint8, torch.int8, torch.int32, torch.float16, torch.bfloat16, torch.float32)}
 
 
@@ -93,7 +91,6 @@ class PackedFile:
     def _tensor(self, stored: _Tensor) -> Tensor:
         tensor = weight_memory(stored.shape, _DTYPES[stored.dtype])
         data = _memory(tensor)
-        os.posix_fadvise(self._fd, stored.begin, len(data) + _AHEAD, os.POSIX_FADV_WILLNEED)
         if in_pieces(data, _PIECE, lambda at, piece: self._fill(stored.begin + at, piece)) != stored.checks:
             raise DamagedError("its weights are not what was written")
         return tensor
