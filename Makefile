@@ -8,7 +8,7 @@ GPTQ_API_CUDA ?= $(shell nvidia-smi >/dev/null 2>&1 && echo auto || echo off)
 export GPTQ_API_CUDA
 ARGS ?=
 
-.PHONY: serve chat test fast attack soak audit lint format compare gpu clients demo-model-test clean
+.PHONY: serve chat test fast attack soak audit lint format compare gpu sanitize-cpu clients demo-model-test clean
 
 serve: $(VENV)/.installed
 	$(VENV)/bin/gptq-api serve $(ARGS)
@@ -30,6 +30,10 @@ attack: $(VENV)/.installed-dev
 # Half an hour of everything at once: memory, descriptors and times, into benchmarks/results.
 soak: $(VENV)/.installed-dev
 	$(VENV)/bin/python benchmarks/soak.py --minutes 30 --out benchmarks/results/soak-cpu.json $(ARGS)
+
+# The CPU kernels under the compiler's sanitizers: random shapes, then the tests of the kernels. Some five minutes.
+sanitize-cpu: $(VENV)/.installed-dev
+	$(VENV)/bin/python -m tests.kernels.sanitize_cpu $(ARGS)
 
 # The versions of constraints.txt in the database of known vulnerabilities; in an environment of its own.
 audit: constraints.txt

@@ -58,14 +58,13 @@ std::vector<const Ways*> known() {
   return found;
 }
 
-Engine::Engine(int num_threads, const std::string& wanted) : pool_(num_threads) {
+static const Ways& named(const std::string& wanted) {
   for (const Ways* ways : known())
-    if (wanted.empty() || wanted == ways->name) {
-      ways_ = ways;
-      return;
-    }
+    if (wanted.empty() || wanted == ways->name) return *ways;
   throw std::invalid_argument("no kernels of '" + wanted + "' for this processor");
 }
+
+Engine::Engine(int num_threads, const std::string& wanted) : Engine(num_threads, named(wanted)) {}
 
 Rows Operand::make(const Quantized& w, int M) {
   const std::size_t pairs = static_cast<std::size_t>(M) * static_cast<std::size_t>(w.K / w.group);

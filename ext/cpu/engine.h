@@ -30,6 +30,7 @@ class Engine {
  public:
   // `wanted`: the name of an instruction set; empty: the best. std::invalid_argument for one that this processor has not.
   Engine(int num_threads, const std::string& wanted);
+  Engine(int num_threads, const Ways& ways) : pool_(num_threads), ways_(&ways) {}
   const char* name() const { return ways_->name; }
   int num_threads() const { return pool_.size(); }
 

@@ -22,6 +22,9 @@ struct alignas(64) TileConfig {
   }
 };
 
+// The compiler does not know that tiles read memory: what is to be read has to be written before this.
+inline void written() { asm volatile("" ::: "memory"); }
+
 // The weights of `inputs` inputs as the tile wants them: where they lie, if each has a byte of its own.
 template <int bits>
 const std::uint8_t* unpacked(const std::uint8_t* q, int inputs, std::uint8_t* room) {
@@ -52,7 +55,9 @@ void tiles(const Quantized& w, const Rows& rows, int m, int num_tiles, int s, fl
     _tile_zero(2);
     _tile_zero(3);
     for (int k = g * w.group; k < (g + 1) * w.group; k += inputs, q += inputs * 2 * bits) {
-      _tile_loadd(5, unpacked<bits>(q, inputs, room), 64);
+      const std::uint8_t* weights = unpacked<bits>(q, inputs, room);
+      written();
+      _tile_loadd(5, weights, 64);
       _tile_loadd(4, x + k, rows.ld);
       _tile_dpbsud(0, 4, 5);
       if (num_tiles > 1) {
@@ -87,6 +92,7 @@ void multiply_by_tiles(const Quantized& w, const Rows& rows, int M, int first, i
   const int whole = M / kTileRows * kTileRows;
   if (whole) {
     const TileConfig config(w.group < 64 ? w.group : 64);
+    written();
     _tile_loadconfig(&config);
     for (int m = 0; m < whole; m += kTiles * kTileRows) {
       const int num_tiles = whole - m < kTiles * kTileRows ? (whole - m) / kTileRows : kTiles;

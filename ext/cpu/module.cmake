@@ -36,8 +36,8 @@ target_include_directories(_cpu PRIVATE ${CMAKE_CURRENT_SOURCE_DIR})
 target_link_libraries(_cpu PRIVATE Threads::Threads)
 set_target_properties(_cpu PROPERTIES CXX_VISIBILITY_PRESET hidden)
 # A product and a sum are one rounding only where it is written so: the bits of a row are those of any tile.
-target_compile_options(_cpu PRIVATE -O3 -ffp-contract=off)
-target_link_options(_cpu PRIVATE -s -static-libstdc++ -static-libgcc)
+target_compile_options(_cpu PRIVATE $<$<NOT:$<CONFIG:Debug>>:-O3> -ffp-contract=off)
+target_link_options(_cpu PRIVATE $<$<NOT:$<CONFIG:Debug>>:-s> -static-libstdc++ -static-libgcc)
 install(TARGETS _cpu DESTINATION gptq_api)
 
 # The sampler's arithmetic is the same bits on every processor: no products fused with sums.
