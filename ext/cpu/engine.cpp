@@ -1,8 +1,10 @@
 #include "cpu/engine.h"
 
 #include <sys/mman.h>
-#ifdef GPTQ_CPU_AMX
+#if defined(GPTQ_CPU_AMX) || defined(GPTQ_CPU_AVXVNNI)
 #include <cpuid.h>
+#endif
+#ifdef GPTQ_CPU_AMX
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -38,6 +40,14 @@ bool may_use_tiles() {
 }
 #endif
 
+#ifdef GPTQ_CPU_AVXVNNI
+// Which compilers' __builtin_cpu_supports does not know yet.
+bool has_avxvnni() {
+  unsigned a, b, c, d;
+  return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & 1u << 4);
+}
+#endif
+
 }  // namespace
 
 std::vector<const Ways*> known() {
@@ -52,7 +62,12 @@ std::vector<const Ways*> known() {
   }
 #endif
 #ifdef GPTQ_CPU_AVX2
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) found.push_back(&avx2());
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
+#ifdef GPTQ_CPU_AVXVNNI
+    if (has_avxvnni()) found.push_back(&avxvnni());
+#endif
+    found.push_back(&avx2());
+  }
 #endif
   found.push_back(&portable());
   return found;

@@ -1,4 +1,4 @@
-// 16 lanes in two AVX2 registers. Needs AVX2, FMA and F16C.
+// 16 lanes in two AVX2 registers. Needs AVX2, FMA and F16C; AVX-VNNI where the compiler has it on.
 #pragma once
 #include <immintrin.h>
 
@@ -25,9 +25,17 @@ struct Lanes {
     const __m256i m = _mm256_set1_epi8(15);
     return {_mm256_and_si256(_mm256_srli_epi16(v.a, 4), m), _mm256_and_si256(_mm256_srli_epi16(v.b, 4), m)};
   }
+  static Ints add(Ints a, Ints b) { return {_mm256_add_epi32(a.a, b.a), _mm256_add_epi32(a.b, b.b)}; }
   static Ints zero_ints() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
   static Floats zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
 
+#ifdef __AVXVNNI__
+  static Ints dot_nibbles(Ints acc, Bytes w, std::int32_t x) {
+    const __m256i v = _mm256_set1_epi32(x);
+    return {_mm256_dpbusd_avx_epi32(acc.a, w.a, v), _mm256_dpbusd_avx_epi32(acc.b, w.b, v)};
+  }
+  static Ints dot_bytes(Ints acc, Bytes w, std::int32_t x) { return dot_nibbles(acc, w, x); }
+#else
   // Two products of 15 by 127 fit into 16 bits.
   static Ints dot_nibbles(Ints acc, Bytes w, std::int32_t x) {
     const __m256i v = _mm256_set1_epi32(x), ones = _mm256_set1_epi16(1);
@@ -39,6 +47,7 @@ struct Lanes {
     acc = dot_nibbles(acc, low_nibbles(w), x);
     return {_mm256_add_epi32(acc.a, _mm256_slli_epi32(high.a, 4)), _mm256_add_epi32(acc.b, _mm256_slli_epi32(high.b, 4))};
   }
+#endif
 
   static constexpr int kExactRows = 6;
   static constexpr int exact_strips(int rows) { return rows == 1 ? 4 : rows == 2 ? 2 : 1; }
@@ -91,7 +100,8 @@ struct Lanes {
   }
 
   static constexpr int kTile = 4;
-  static constexpr int kStripRows = 4;  // rows of x that share one reading of the weights
+  static constexpr int kStripRows = 4, kManyRows = 4;  // at a time: of no more than so many, and of more
+  static constexpr int rounded_strips(int, int) { return 1; }
   static Floats add(Floats a, Floats b) { return {_mm256_add_ps(a.a, b.a), _mm256_add_ps(a.b, b.b)}; }
   static Floats subtract(Floats a, Floats b) { return {_mm256_sub_ps(a.a, b.a), _mm256_sub_ps(a.b, b.b)}; }
   static Floats divide(Floats a, Floats b) { return {_mm256_div_ps(a.a, b.a), _mm256_div_ps(a.b, b.b)}; }

@@ -17,6 +17,7 @@ struct Lanes {
   static Bytes load_bytes(const std::uint8_t* p) { return _mm512_load_si512(p); }
   static Bytes low_nibbles(Bytes v) { return _mm512_and_si512(v, _mm512_set1_epi8(15)); }
   static Bytes high_nibbles(Bytes v) { return _mm512_and_si512(_mm512_srli_epi16(v, 4), _mm512_set1_epi8(15)); }
+  static Ints add(Ints a, Ints b) { return _mm512_add_epi32(a, b); }
   static Ints zero_ints() { return _mm512_setzero_si512(); }
   static Floats zero() { return _mm512_setzero_ps(); }
 
@@ -63,7 +64,11 @@ struct Lanes {
   static void store(float* p, Floats v) { _mm512_storeu_ps(p, v); }
 
   static constexpr int kTile = 16;  // accumulators that leave registers for what they are made of
-  static constexpr int kStripRows = 8;  // rows of x that share one reading of the weights
+  static constexpr int kStripRows = 8, kManyRows = 6;  // at a time: of no more than so many, and of more
+  static constexpr int rounded_strips(int rows, int bits) {
+    if (rows == 1 || (rows == 2 && bits == 8)) return 1;  // memory is faster in few streams
+    return bits == 4 && (rows == 3 || rows == 4) ? 4 : 2;
+  }
   static Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
   static Floats subtract(Floats a, Floats b) { return _mm512_sub_ps(a, b); }
   static Floats divide(Floats a, Floats b) { return _mm512_div_ps(a, b); }

@@ -25,6 +25,10 @@ struct Lanes {
     for (std::uint8_t& b : v.v) b >>= 4;
     return v;
   }
+  static Ints add(Ints a, const Ints& b) {
+    for (int i = 0; i < 16; i++) a.v[i] += b.v[i];
+    return a;
+  }
   static Ints zero_ints() { return {}; }
   static Floats zero() { return {}; }
   static Ints dot_bytes(Ints acc, const Bytes& w, std::int32_t x) {
@@ -69,7 +73,8 @@ struct Lanes {
   static Floats load_u8(const std::uint8_t* p) { return each([&](int i) { return static_cast<float>(p[i]); }); }
   static void store(float* p, Floats v) { std::memcpy(p, v.v, sizeof v.v); }
   static constexpr int kTile = 2;
-  static constexpr int kStripRows = 4;  // rows of x that share one reading of the weights
+  static constexpr int kStripRows = 4, kManyRows = 4;  // at a time: of no more than so many, and of more
+  static constexpr int rounded_strips(int, int) { return 1; }
   static Floats add(Floats a, Floats b) { return each([&](int i) { return a.v[i] + b.v[i]; }); }
   static Floats subtract(Floats a, Floats b) { return each([&](int i) { return a.v[i] - b.v[i]; }); }
   static Floats divide(Floats a, Floats b) { return each([&](int i) { return a.v[i] / b.v[i]; }); }

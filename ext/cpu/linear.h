@@ -56,6 +56,9 @@ const Ways& portable();
 #ifdef GPTQ_CPU_AVX2
 const Ways& avx2();
 #endif
+#ifdef GPTQ_CPU_AVXVNNI
+const Ways& avxvnni();
+#endif
 #ifdef GPTQ_CPU_AVX512
 const Ways& avx512();
 #endif

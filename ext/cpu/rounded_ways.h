@@ -42,42 +42,64 @@ void quantize(const Quantized& w, const float* x, int m, int first, int last, co
   }
 }
 
-template <int M, int bits>
+// M rows by S strips side by side: sums of few rows do not wait for one another, and what is read of x serves all strips.
+template <int M, int S, int bits>
 void strip(const Quantized& w, const Rows& rows, int m, int s, float* y, std::int64_t ld) {
   const int groups = w.K / w.group;
-  const std::uint8_t* q = w.q + static_cast<std::int64_t>(s) * w.K * 16 * bits / 8;
-  Lanes::Floats acc[M];
-  for (int i = 0; i < M; i++) acc[i] = Lanes::zero();
+  const std::int64_t apart = static_cast<std::int64_t>(w.K) * 2 * bits;
+  const std::uint8_t* q = w.q + s * apart;
+  Lanes::Floats acc[M][S];
+  for (int i = 0; i < M; i++)
+    for (int j = 0; j < S; j++) acc[i][j] = Lanes::zero();
   const std::int8_t* x = rows.bytes + m * rows.ld;
   for (int g = 0; g < groups; g++) {
-    Lanes::Ints sums[M];
-    for (int i = 0; i < M; i++) sums[i] = Lanes::zero_ints();
+    Lanes::Ints sums[M][S], more[M][S];  // `more`: of the upper halves, where one sum would wait for itself
+    for (int i = 0; i < M; i++)
+      for (int j = 0; j < S; j++) sums[i][j] = more[i][j] = Lanes::zero_ints();
     if constexpr (bits == 4) {
       for (int k = g * w.group; k < (g + 1) * w.group; k += 8, q += 64) {
-        __builtin_prefetch(q + kAhead);
-        const Lanes::Bytes v = Lanes::load_bytes(q), low = Lanes::low_nibbles(v), high = Lanes::high_nibbles(v);
+        Lanes::Bytes low[S], high[S];
+        for (int j = 0; j < S; j++) {
+          __builtin_prefetch(q + j * apart + kAhead);
+          const Lanes::Bytes v = Lanes::load_bytes(q + j * apart);
+          low[j] = Lanes::low_nibbles(v);
+          high[j] = Lanes::high_nibbles(v);
+        }
         for (int i = 0; i < M; i++) {
           const std::int8_t* at = x + i * rows.ld + k;
-          sums[i] = Lanes::dot_nibbles(sums[i], low, four(at));
-          sums[i] = Lanes::dot_nibbles(sums[i], high, four(at + 4));
+          for (int j = 0; j < S; j++) sums[i][j] = Lanes::dot_nibbles(sums[i][j], low[j], four(at));
+          for (int j = 0; j < S; j++) {
+            Lanes::Ints& sum = M * S == 1 ? more[i][j] : sums[i][j];
+            sum = Lanes::dot_nibbles(sum, high[j], four(at + 4));
+          }
         }
       }
+      if constexpr (M * S == 1)
+        for (int i = 0; i < M; i++)
+          for (int j = 0; j < S; j++) sums[i][j] = Lanes::add(sums[i][j], more[i][j]);
     } else {
       for (int k = g * w.group; k < (g + 1) * w.group; k += 4, q += 64) {
-        __builtin_prefetch(q + kAhead);
-        const Lanes::Bytes v = Lanes::load_bytes(q);
-        for (int i = 0; i < M; i++) sums[i] = Lanes::dot_bytes(sums[i], v, four(x + i * rows.ld + k));
+        Lanes::Bytes v[S];
+        for (int j = 0; j < S; j++) {
+          __builtin_prefetch(q + j * apart + kAhead);
+          v[j] = Lanes::load_bytes(q + j * apart);
+        }
+        for (int i = 0; i < M; i++)
+          for (int j = 0; j < S; j++) sums[i][j] = Lanes::dot_bytes(sums[i][j], v[j], four(x + i * rows.ld + k));
       }
     }
-    const std::int64_t at = (static_cast<std::int64_t>(s) * groups + g) * 16;
-    const Lanes::Floats scale = load_scales(w, at);
-    const Lanes::Floats zero = Lanes::load_u8(w.zeros + at);
-    for (int i = 0; i < M; i++) {
-      const std::int64_t row = static_cast<std::int64_t>(m + i) * groups + g;
-      acc[i] = add_group(acc[i], Lanes::to_floats(sums[i]), zero, scale, rows.sums[row], rows.scales[row]);
+    for (int j = 0; j < S; j++) {
+      const std::int64_t at = (static_cast<std::int64_t>(s + j) * groups + g) * 16;
+      const Lanes::Floats scale = load_scales(w, at);
+      const Lanes::Floats zero = Lanes::load_u8(w.zeros + at);
+      for (int i = 0; i < M; i++) {
+        const std::int64_t row = static_cast<std::int64_t>(m + i) * groups + g;
+        acc[i][j] = add_group(acc[i][j], Lanes::to_floats(sums[i][j]), zero, scale, rows.sums[row], rows.scales[row]);
+      }
     }
   }
-  for (int i = 0; i < M; i++) store_strip(w, s, acc[i], y + (m + i) * ld);
+  for (int i = 0; i < M; i++)
+    for (int j = 0; j < S; j++) store_strip(w, s + j, acc[i][j], y + (m + i) * ld);
 }
 
 // M rows, or a few less.
@@ -85,13 +107,18 @@ template <int bits, int M>
 void strips_of(const Quantized& w, const Rows& rows, int m, int num_rows, int first, int last, float* y, std::int64_t ld) {
   if constexpr (M > 1)
     if (num_rows < M) return strips_of<bits, M - 1>(w, rows, m, num_rows, first, last, y, ld);
-  for (int s = first; s < last; s++) strip<M, bits>(w, rows, m, s, y, ld);
+  constexpr int S = Lanes::rounded_strips(M, bits);
+  int s = first;
+  for (; s + S <= last; s += S) strip<M, S, bits>(w, rows, m, s, y, ld);
+  if constexpr (S > 1)
+    for (; s < last; s++) strip<M, 1, bits>(w, rows, m, s, y, ld);
 }
 
 template <int bits>
 void strips(const Quantized& w, const Rows& rows, int M, int first, int last, float* y, std::int64_t ld) {
-  constexpr int most = Lanes::kStripRows;
-  for (int m = 0; m < M; m += most) strips_of<bits, most>(w, rows, m, M - m < most ? M - m : most, first, last, y, ld);
+  constexpr int most = Lanes::kStripRows, many = Lanes::kManyRows;
+  const int blocks = M <= most ? 1 : (M + many - 1) / many, step = (M + blocks - 1) / blocks;
+  for (int m = 0; m < M; m += step) strips_of<bits, most>(w, rows, m, M - m < step ? M - m : step, first, last, y, ld);
 }
 
 void multiply(const Quantized& w, const Rows& rows, int M, int first, int last, float* y, std::int64_t ld) {
