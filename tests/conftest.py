@@ -42,6 +42,13 @@ def no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "_cpu", None)
 
 
+@pytest.fixture
+def slow_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Servers that a test starts compute with plain C++, 20 times slower: the longest answer of the demo takes seconds,
+    and not a third of one, so that it is still on its way when something happens to it."""
+    monkeypatch.setenv("GPTQ_CPU_INSTRUCTION_SET", "portable")
+
+
 def names_in(code: CodeType) -> set[str]:
     """Globals and attributes that a function and the functions within it name."""
     return set(code.co_names).union(*(names_in(const) for const in code.co_consts if isinstance(const, CodeType)))

@@ -31,6 +31,7 @@ from tests.attack.clients import (
 from tests.support.server import Server, chat_body, raw_request, wait_for
 
 SOON = ("--header-timeout-s", "1", "--body-timeout-s", "2", "--send-timeout-s", "1")
+pytestmark = pytest.mark.usefixtures("slow_engine")
 ENDLESS: dict[str, Any] = {"ignore_eos": True, "temperature": 0}
 
 

@@ -27,8 +27,8 @@ if "gptq_api.engine.process" in sys.orig_argv:
 SICK = (
     IN_ENGINE
     + """
-    import gptq_api.runner.cpu.runner as runner
-    sample = runner.sample
+    import gptq_api.runner.cpu.native_sampler as sampler
+    sample = sampler.sample
     def sick(logits, seats, masks=None):
         for row, seat in zip(logits, seats):
             if seat.num_output_tokens == 6:
@@ -39,7 +39,7 @@ SICK = (
                 elif seat.params.seed == 668:
                     row[7] = float("-inf")
         return sample(logits, seats, masks)
-    runner.sample = sick
+    sampler.sample = sick
 """
 )
 VICTIMS = [

@@ -70,7 +70,7 @@ def proxy(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 
 
 def test_a_stream_comes_token_by_token(proxy: Server) -> None:
-    body = chat_body("Tell me a story.", stream=True, max_tokens=200, ignore_eos=True)
+    body = chat_body("Tell me a story.", stream=True, max_tokens=800, ignore_eos=True)
     times = []
     with proxy.http.stream("POST", "/v1/chat/completions", json=body) as response:
         assert response.status_code == 200
@@ -79,7 +79,8 @@ def test_a_stream_comes_token_by_token(proxy: Server) -> None:
                 times.append(time.monotonic())
                 last = line
     assert last == "data: [DONE]" and len(times) > 100
-    assert times[-1] - times[0] > 20 * (times[1] - times[0]), "it did not come in one piece"
+    # The lines of one piece are read within a millisecond.
+    assert times[-1] - times[0] > 0.02, "it came in one piece"
 
 
 def test_answers_and_errors_come_through(proxy: Server, server: Server) -> None:

@@ -38,6 +38,7 @@ from tests.support.server import (
 
 CHAT = "/v1/chat/completions"
 
+pytestmark = pytest.mark.usefixtures("slow_engine")
 ENDLESS: dict[str, Any] = {"ignore_eos": True, "temperature": 0}
 
 

@@ -189,13 +189,13 @@ if "gptq_api.engine.process" in sys.orig_argv:
     logs.configure = warned
 elif "serve" in sys.orig_argv:
     import gptq_api.api.speed
-    gptq_api.api.speed.PERIOD_S = 0.3
+    gptq_api.api.speed.PERIOD_S = 0.1
 """
 
 
 def test_what_the_lines_say(tmp_path: Path) -> None:
     """Of requests, and how fast the engine is while it works."""
-    body = chat_body("Count from one to ten.", max_tokens=300, ignore_eos=True)
+    body = chat_body("Count from one to ten.", max_tokens=900, ignore_eos=True)
     with Server("--log-json", env=injected(tmp_path, EARLY_AND_OFTEN)) as server:
 
         def lines(event: str) -> list[dict[str, Any]]:
@@ -209,7 +209,7 @@ def test_what_the_lines_say(tmp_path: Path) -> None:
         assert [line["error"] for line in wait_for(lambda: lines("/v1/nothing"), 5)] == ["unknown_url"]
         done, wrong, other = lines("POST /v1/chat/completions")
         assert list(done)[:2] == ["status", "ms"] and list(done)[-4:] == ["request_id", "event", "level", "timestamp"]
-        assert done["tokens_out"] == 600 and "error" not in done
+        assert done["tokens_out"] == 1800 and "error" not in done
         assert (wrong["error"], other["error"]) == ("invalid_value", "model_not_found")
         assert list(wrong)[:3] == ["status", "ms", "error"]
         speed = lines("speed")

@@ -9,9 +9,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.support.server import Server, alive, chat_body, check_error, chunks, wait_for
 from tests.system.test_life import Reader, running
 
+pytestmark = pytest.mark.usefixtures("slow_engine")
 ENDLESS: dict[str, Any] = chat_body("Tell me a story.", ignore_eos=True, temperature=0, stream=True)
 COUNT: dict[str, Any] = chat_body("Count from one to ten.", max_tokens=16, ignore_eos=True, temperature=0)
 DEATHS = 2

@@ -30,6 +30,7 @@ if "serve" in sys.orig_argv:
         return deliver(self, step)
     wire.encode, client.EngineClient._deliver = counting, counted
 """
+pytestmark = pytest.mark.usefixtures("slow_engine")
 ENDLESS: dict[str, Any] = {"ignore_eos": True, "temperature": 0}
 
 

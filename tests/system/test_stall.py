@@ -24,6 +24,7 @@ from tests.support.hand_fed_engine import HandFedEngine
 from tests.support.server import RawStream, Server, alive, chat_body, check_error, chunks, wait_for
 from tests.system.test_life import Reader, running
 
+pytestmark = pytest.mark.usefixtures("slow_engine")
 ENDLESS: dict[str, Any] = chat_body("Tell me a story.", ignore_eos=True, temperature=0, stream=True)
 
 

@@ -69,7 +69,7 @@ def test_continuous_usage(server: Server) -> None:
 
 
 def test_chunks_arrive_over_time(server: Server) -> None:
-    raw = RawStream(server, chat_body(max_tokens=40, stream=True, **LONG))
+    raw = RawStream(server, chat_body(max_tokens=400, stream=True, **LONG))
     raw.head()
     times = [time.monotonic() for _ in raw.events()]
     raw.close()
