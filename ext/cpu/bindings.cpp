@@ -113,6 +113,13 @@ std::pair<std::vector<int>, std::vector<std::optional<Logprobs>>> sample(Engine&
   return result;
 }
 
+void log_softmax_rows(Engine& engine, std::uintptr_t logits, std::int64_t ld, int M, int V) {
+  const SamplerWays& ways = sampler_ways(engine.name());
+  const auto one_call = engine.lock();
+  engine.share(M, static_cast<std::int64_t>(M) * V > kLogitsWorthSharing,
+               [&](int i) { log_softmax(ways, pointer<float>(logits) + i * ld, V); });
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
@@ -130,6 +137,7 @@ PYBIND11_MODULE(_cpu, m) {
       .def_property_readonly("instruction_set", &Engine::name)
       .def("quantized", &quantized, without_python(), "weight"_a, "x"_a, "ldx"_a, "M"_a, "y"_a, "ldy"_a)
       .def("sample", &sample, without_python(), "logits"_a, "ld"_a, "V"_a, "params"_a, "lengths"_a, "histories"_a, "allowed"_a)
+      .def("log_softmax", &log_softmax_rows, without_python(), "logits"_a, "ld"_a, "M"_a, "V"_a)
       .def("pack", &pack_weight, without_python(), "qweight"_a, "N"_a, "bits"_a, "places"_a, "K"_a, "out"_a)
       .def("dense", &dense, without_python(), "w"_a, "kind"_a, "N"_a, "K"_a, "x"_a, "ldx"_a, "M"_a, "y"_a, "ldy"_a);
   py::class_<Model>(m, "Model")

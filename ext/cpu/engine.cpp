@@ -1,6 +1,5 @@
 #include "cpu/engine.h"
 
-#include <sys/mman.h>
 #if defined(GPTQ_CPU_AMX) || defined(GPTQ_CPU_AVXVNNI)
 #include <cpuid.h>
 #endif
@@ -18,16 +17,6 @@ namespace gptq_cpu {
 namespace {
 
 constexpr int kLine = 64;  // bytes of a line of the cache
-
-// Asks for pages of 2 MB where the system gives them only when asked: reading gets some 20 % faster. Before the memory is touched.
-void huge_pages(void* memory, std::size_t size) {
-#ifdef MADV_HUGEPAGE
-  constexpr std::uintptr_t page = 2 << 20;
-  const std::uintptr_t address = reinterpret_cast<std::uintptr_t>(memory);
-  const std::uintptr_t first = (address + page - 1) / page * page, last = (address + size) / page * page;
-  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#endif
-}
 
 #ifdef GPTQ_CPU_AMX
 // The processor has AMX with int8, and the system lets this process use it, for which a process has to ask.
@@ -116,6 +105,7 @@ void Engine::prepare(const Quantized& w, const float* x, int m, int first, int l
 }
 
 void Engine::multiply(const Quantized& w, const Rows& rows, int M, float* y, std::int64_t ldy) {
+  if (M == 0) return;
   share_strips(w, M, [&](int first, int last) {
     if (w.exact)
       ways_->multiply_exact(w, rows.places, rows.ld, M, first, last, y, ldy);
@@ -142,7 +132,6 @@ void Engine::dense(const void* w, Kind kind, int N, int K, const float* x, std::
 void Engine::pack_weight(const std::int32_t* qweight, int N, int bits, const std::int32_t* places, int K, std::uint8_t* out) {
   std::lock_guard one_call(mutex_);
   const int strips = (N + kStrip - 1) / kStrip;
-  huge_pages(out, static_cast<std::size_t>(strips) * kStrip * K * (bits == 8 ? 8 : 4) / 8);
   pool_.run(strips, [&](int s) { pack(qweight, N, bits, places, K, out, s, s + 1); });
 }
 

@@ -37,11 +37,9 @@ class Engine {
   // y[m, n] = the sum of x[m, k] w[k, n], x rounded to int8 group by group or (`exact`) as it is. x [M, inputs] and
   // y [M, N] float32, rows ldx and ldy apart.
   void quantized(const Quantized& w, const float* x, std::int64_t ldx, int M, float* y, std::int64_t ldy);
-  // The same in float32, nothing rounded before it is summed.
-  void exact(const Quantized& w, const float* x, std::int64_t ldx, int M, float* y, std::int64_t ldy);
   // y[m, n] = the sum of x[m, k] w[n, k] for N outputs.
   void dense(const void* w, Kind kind, int N, int K, const float* x, std::int64_t ldx, int M, float* y, std::int64_t ldy);
-  // pack.h, into memory that nobody has touched yet.
+  // pack.h.
   void pack_weight(const std::int32_t* qweight, int N, int bits, const std::int32_t* places, int K, std::uint8_t* out);
 
   // For a caller that holds the engine for many products.

@@ -1,4 +1,5 @@
-// Linear layers on the CPU: quantized weights by int8 activations with integer sums, and dense 16-bit weights with float sums.
+// Linear layers on the CPU: quantized weights by int8 activations with integer sums or by float32 ones, and dense 16-bit weights with
+// float sums.
 #pragma once
 #include <cstdint>
 

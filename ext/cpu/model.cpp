@@ -11,21 +11,6 @@ namespace {
 constexpr int kWorthRows = 4;           // rows whose norms and roundings are worth several threads
 constexpr std::int64_t kWorthKeys = 1 << 15;  // queries times keys times heads' dimensions, likewise
 
-float as_float(const void* data, Kind kind, std::int64_t at) {
-  if (kind == Kind::single) return static_cast<const float*>(data)[at];
-  const std::uint32_t bits = static_cast<const std::uint16_t*>(data)[at];
-  std::uint32_t wide = bits << 16;
-  if (kind == Kind::half) {
-    const std::uint32_t exponent = bits >> 10 & 31, mantissa = bits & 1023;
-    if (exponent == 0) return std::ldexp(static_cast<float>(mantissa), -24) * (bits & 0x8000 ? -1.0f : 1.0f);
-    wide = (bits & 0x8000) << 16 | (exponent == 31 ? 0x7f800000u : (exponent + 112) << 23) | mantissa << 13;
-  }
-  float x;
-  static_assert(sizeof x == sizeof wide);
-  __builtin_memcpy(&x, &wide, sizeof x);
-  return x;
-}
-
 int width(const Linear& linear) { return linear.back().offset + linear.back().weight.N; }
 
 void add_bias(const Linear& linear, float* y) {
@@ -188,9 +173,8 @@ void Model::forward(const std::vector<std::int32_t>& tokens, const std::vector<S
     make(layer.qkv);
     each_row(M, [&](int m) {
       if (l == 0)
-        for (int i = 0; i < hidden; i++)
-          row(x, m, hidden)[i] =
-              as_float(embedding_, embedding_kind_, static_cast<std::int64_t>(tokens[static_cast<std::size_t>(m)]) * hidden + i);
+        ops.embed(embedding_, embedding_kind_, static_cast<std::int64_t>(tokens[static_cast<std::size_t>(m)]) * hidden, hidden,
+                  row(x, m, hidden));
       else
         add(layers_[l - 1].down, m);
       norm(layer.input_norm, layer.qkv, m);

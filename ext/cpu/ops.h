@@ -32,6 +32,8 @@ struct Queries {
 };
 
 struct Ops {
+  // out = n numbers of `data` from `first` on.
+  void (*embed)(const void* data, Kind kind, std::int64_t first, int n, float* out);
   // out = x / sqrt(mean of squares + eps) * weight
   void (*rms_norm)(const float* x, const float* weight, float eps, int n, float* out);
   // out = silu(gate) * up

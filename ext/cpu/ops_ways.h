@@ -4,6 +4,7 @@
 #include <cstring>
 #include <initializer_list>
 
+#include "cpu/dense_ways.h"
 #include "cpu/ops.h"
 
 namespace gptq_cpu {
@@ -20,6 +21,19 @@ Lanes::Floats exponential(Lanes::Floats x) {
     p = Lanes::multiply_add(p, r, Lanes::broadcast(c));
   p = Lanes::multiply_add(Lanes::multiply(p, r), r, r);
   return Lanes::times_power_of_two(Lanes::add(p, Lanes::broadcast(1.0f)), n);
+}
+
+template <Kind kind>
+void embed_as(const void* data, std::int64_t first, int n, float* out) {
+  int i = 0;
+  for (; i + 16 <= n; i += 16) Lanes::store(out + i, load_dense<kind>(data, first + i));
+  for (; i < n; i++) out[i] = element(data, kind, first + i);
+}
+
+void embed(const void* data, Kind kind, std::int64_t first, int n, float* out) {
+  if (kind == Kind::half) embed_as<Kind::half>(data, first, n, out);
+  if (kind == Kind::bfloat) embed_as<Kind::bfloat>(data, first, n, out);
+  if (kind == Kind::single) embed_as<Kind::single>(data, first, n, out);
 }
 
 void rms_norm(const float* x, const float* weight, float eps, int n, float* out) {
@@ -244,7 +258,7 @@ void attend(const Cache& cache, const Queries& queries, float* room) {
   cache.kind == Kind::bfloat ? attend_as<std::uint16_t>(cache, queries, room) : attend_as<float>(cache, queries, room);
 }
 
-constexpr Ops kOps{rms_norm, silu_and_multiply, rotate, write, attend};
+constexpr Ops kOps{embed, rms_norm, silu_and_multiply, rotate, write, attend};
 
 }  // namespace
 }  // namespace gptq_cpu

@@ -283,6 +283,15 @@ std::vector<std::pair<int, float>> Row::top(int num) {
   return found;
 }
 
+// Of a logit of that row.
+struct Logprob {
+  double best, log_sum;
+
+  explicit Logprob(const Row& row)
+      : best(row.best()), log_sum(std::log(static_cast<double>(row.measure({row.best(), 1.0f, 0.0f}).mass) * 0x1p-40)) {}
+  float operator()(float x) const { return static_cast<float>((static_cast<double>(x) - best) - log_sum); }
+};
+
 }  // namespace
 
 void Race::enter(float x, int id) {
@@ -308,6 +317,14 @@ const SamplerWays& sampler_ways(const std::string& instruction_set) {
   return sampler_portable();
 }
 
+void log_softmax(const SamplerWays& ways, float* logits, int V) {
+  const Row row(ways, logits, V);
+  if (row.is_finite())
+    std::transform(logits, logits + V, logits, Logprob(row));
+  else
+    std::fill_n(logits, V, std::numeric_limits<float>::quiet_NaN());
+}
+
 Draw sample_row(const SamplerWays& ways, const SampledRow& row, int V) {
   const RowParams& p = row.params;
   thread_local std::vector<float> raw;
@@ -327,8 +344,7 @@ Draw sample_row(const SamplerWays& ways, const SampledRow& row, int V) {
   }
   if (p.top_logprobs >= 0) {
     Row table(ways, unchanged, V);
-    const double log_sum = std::log(static_cast<double>(table.measure({table.best(), 1.0f, 0.0f}).mass) * 0x1p-40);
-    const auto logprob = [&](float x) { return static_cast<float>((static_cast<double>(x) - table.best()) - log_sum); };
+    const Logprob logprob(table);
     result.logprobs = {logprob(unchanged[result.token]), table.top(std::min(p.top_logprobs, V))};
     for (auto& [id, value] : result.logprobs->top) value = logprob(value);
   }

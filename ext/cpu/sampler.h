@@ -109,5 +109,7 @@ const SamplerWays& sampler_avx512();
 const SamplerWays& sampler_ways(const std::string& instruction_set);
 
 Draw sample_row(const SamplerWays& ways, const SampledRow& row, int V);
+// Logits [V] become logprobs, those that sample_row tells; NaN where one of them is none or infinite.
+void log_softmax(const SamplerWays& ways, float* logits, int V);
 
 }  // namespace gptq_cpu

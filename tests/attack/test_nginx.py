@@ -38,6 +38,13 @@ http {
 
 
 @pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    """With plain C++, a token takes some milliseconds."""
+    with Server(env={"GPTQ_CPU_INSTRUCTION_SET": "portable"}) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
 def proxy(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """The page's configuration without TLS, between free ports."""
     folder = tmp_path_factory.mktemp("nginx")
@@ -70,7 +77,7 @@ def proxy(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 
 
 def test_a_stream_comes_token_by_token(proxy: Server) -> None:
-    body = chat_body("Tell me a story.", stream=True, max_tokens=800, ignore_eos=True)
+    body = chat_body("Tell me a story.", stream=True, max_tokens=200, ignore_eos=True)
     times = []
     with proxy.http.stream("POST", "/v1/chat/completions", json=body) as response:
         assert response.status_code == 200
@@ -79,8 +86,7 @@ def test_a_stream_comes_token_by_token(proxy: Server) -> None:
                 times.append(time.monotonic())
                 last = line
     assert last == "data: [DONE]" and len(times) > 100
-    # The lines of one piece are read within a millisecond.
-    assert times[-1] - times[0] > 0.02, "it came in one piece"
+    assert times[-1] - times[0] > 20 * (times[1] - times[0]), "it did not come in one piece"
 
 
 def test_answers_and_errors_come_through(proxy: Server, server: Server) -> None:

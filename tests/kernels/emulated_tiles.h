@@ -36,7 +36,8 @@ inline Tile& used(int t) {
 inline void load(int t, const void* base, std::int64_t stride) {
   Tile& tile = used(t);
   std::memset(&tile, 0, sizeof tile);
-  for (int r = 0; r < rows[t]; r++) std::memcpy(tile.bytes[r], static_cast<const char*>(base) + r * stride, static_cast<std::size_t>(width[t]));
+  const auto size = static_cast<std::size_t>(width[t]);
+  for (int r = 0; r < rows[t]; r++) std::memcpy(tile.bytes[r], static_cast<const char*>(base) + r * stride, size);
 }
 inline void store(int t, void* base, std::int64_t stride) {
   const Tile& tile = used(t);

@@ -176,7 +176,8 @@ void try_dense(Engine& engine) {
   const Kind kind = static_cast<Kind>(random_bits() % 3);
   const int N = between(1, 40), K = between(1, 150), M = between(1, 20);
   const std::int64_t ldx = K + between(0, 3), ldy = N + between(0, 3);
-  said = "dense, K " + std::to_string(K) + ", N " + std::to_string(N) + ", M " + std::to_string(M) + ", kind " + std::to_string(static_cast<int>(kind));
+  said = "dense, K " + std::to_string(K) + ", N " + std::to_string(N) + ", M " + std::to_string(M) + ", kind " +
+         std::to_string(static_cast<int>(kind));
   const std::size_t width = kind == Kind::single ? 4 : 2;
   Exactly<std::uint8_t> w(static_cast<std::size_t>(N * K) * width);
   Exactly<float> x(static_cast<std::size_t>((M - 1) * ldx + K)), y(static_cast<std::size_t>((M - 1) * ldy + N));

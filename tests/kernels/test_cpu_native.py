@@ -118,6 +118,13 @@ def test_threads_change_no_bits(exact: bool) -> None:
 
 
 @pytest.mark.parametrize("exact", [False, True])
+def test_a_product_of_no_rows_is_none(exact: bool, instruction_set: str) -> None:
+    module = Module(128, 4096, 32)
+    assert weight(module, exact).matmul(torch.empty(0, 128)).shape == (0, 4096)
+    assert native.DenseHead(torch.ones(32, 64)).forward(torch.empty(0, 64)).shape == (0, 32)
+
+
+@pytest.mark.parametrize("exact", [False, True])
 def test_a_row_that_is_no_number_is_alone(exact: bool, instruction_set: str) -> None:
     module = MODULES["group 32"]
     x = activations(5, module.k)

@@ -1,4 +1,4 @@
-"""The CPU, and on CUDA devices what its kernels do not take: plain torch, float32 or (on the CPU) bfloat16."""
+"""The CPU, by kernels of ours (`ext/cpu`) or in plain torch; and in plain torch what the CUDA kernels do not take."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _DEQUANTIZED = "dequantized bfloat16"
 
 
 class CpuBackend:
-    """Nothing here is fused, and a row's bits do not depend on the other rows."""
+    """Our kernels where they take a model, plain torch where not; a row's bits do not depend on the other rows."""
 
     kind = "cpu"
     default_batched_tokens = 512

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from gptq_api.checkpoint.large_pages import weight_memory
-from gptq_api.model.layers.linear import finish
+from gptq_api.model.layers.linear import DenseLinear, finish
 
 try:
     from gptq_api import _cpu as _module  # type: ignore[attr-defined, unused-ignore]
@@ -150,22 +150,12 @@ class QuantizedWeight:
         )
 
 
-class DenseHead:
+class DenseHead(DenseLinear):
     """An unquantized Linear [N, K] in the type that the checkpoint has it in, which may be the embedding's memory."""
 
-    order = None
-
     def __init__(self, weight: Tensor) -> None:
-        self.weight = weight.contiguous()
-        self.kernel = f"dense {str(weight.dtype).removeprefix('torch.')} ({engine().instruction_set})"
-
-    @property
-    def num_bytes(self) -> int:
-        return self.weight.numel() * self.weight.element_size()
-
-    def shares(self, weight: Tensor) -> bool:
-        """Whether this is the same memory as `weight` (a head tied to the embedding)."""
-        return self.weight.data_ptr() == weight.data_ptr()
+        kernel = f"dense {str(weight.dtype).removeprefix('torch.')} ({engine().instruction_set})"
+        super().__init__(weight.contiguous(), kernel=kernel)
 
     def forward(
         self, x: Tensor, out: Tensor | None = None, *, residual: Tensor | None = None, silu_mul: bool = False

@@ -82,6 +82,12 @@ def sample(
     return tokens, [entry and TokenLogprobs(*entry) for entry in found]
 
 
+def log_softmax(logits: Tensor) -> Tensor:
+    """float32 [N, V], overwritten by the logprobs that `sample` would tell; NaN in a row that is not finite."""
+    native.engine().log_softmax(logits.data_ptr(), logits.stride(0), *logits.shape)
+    return logits
+
+
 def _packed(seat: Seat) -> PackedSeat:
     packed = seat.packed
     if packed is None or packed.params is not seat.params:

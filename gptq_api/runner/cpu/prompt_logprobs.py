@@ -1,7 +1,8 @@
-"""From logits to the logprobs of a prompt's own tokens, in plain torch: a slice of its rows at a time."""
+"""From logits to the logprobs of a prompt's own tokens: a slice of its rows at a time."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -26,12 +27,19 @@ class Scored(NamedTuple):
     """float32 [N, n]"""
 
 
-def scored(logits: Tensor, token_ids: list[int], num_top: int) -> Scored:
-    """Logits float32 [N, V], and the token that follows each of the rows."""
+def in_torch(logits: Tensor) -> Tensor:
+    return logits.log_softmax(-1)
+
+
+def scored(
+    logits: Tensor, token_ids: list[int], num_top: int, log_softmax: Callable[[Tensor], Tensor] = in_torch
+) -> Scored:
+    """Logits float32 [N, V], and the token that follows each of the rows. `log_softmax`: the sampler's, so that a token
+    is as likely as if it were sampled; it may overwrite the logits."""
     finite = logits.sum(-1).isfinite()
     chosen = torch.tensor(token_ids, dtype=torch.int64).to(logits.device).unsqueeze(1)
     ranks = 1 + (logits > logits.gather(1, chosen)).sum(-1, dtype=torch.int32)
-    table = logits.log_softmax(-1)
+    table = log_softmax(logits)
     logprobs = table.gather(1, chosen).squeeze(1).masked_fill_(~finite, torch.nan)
     values, ids = table.topk(min(num_top, table.shape[1]), -1)
     return Scored(logprobs.cpu(), ranks.cpu(), ids.to(torch.int32).cpu(), values.cpu())

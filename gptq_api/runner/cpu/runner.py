@@ -1,4 +1,4 @@
-"""A step in, sampled tokens out, in plain torch: on the CPU, and on CUDA what its kernels do not take."""
+"""A step in, sampled tokens out: on the CPU, and on CUDA what its kernels do not take."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from gptq_api.runner.cpu import native, native_sampler, sampler
 from gptq_api.runner.cpu.attention import Span
 from gptq_api.runner.cpu.forward import PlainLlama
 from gptq_api.runner.cpu.native_forward import NativeLlama
-from gptq_api.runner.cpu.prompt_logprobs import SLICE_ROWS, packed, scored
+from gptq_api.runner.cpu.prompt_logprobs import SLICE_ROWS, in_torch, packed, scored
 from gptq_api.runner.seats import Seat, Seats
 from gptq_api.step import DeviceMemoryError, Masks, PromptRows, Sampled, Step
 from gptq_api.types import PromptLogprobs
@@ -55,7 +55,9 @@ class CpuRunner:
         self.block_size = cache.block_size
         self.num_blocks, self.cache_bytes = cache.num_blocks, cache.num_bytes
         self.device = str(model.embedding.device)
-        self._sample = native_sampler.sample if native.is_available() and self.device == "cpu" else sampler.sample
+        is_native = native.is_available() and self.device == "cpu"
+        self._sample = native_sampler.sample if is_native else sampler.sample
+        self._log_softmax = native_sampler.log_softmax if is_native else in_torch
         self.dtype = str(dtype).removeprefix("torch.")
         self.weight_bytes, self.workspace_bytes = model.num_bytes, 0
         self.eos_token_ids = model.config.eos_token_ids
@@ -140,7 +142,8 @@ class CpuRunner:
         for begin in range(first, end, SLICE_ROWS):
             chosen = range(begin, min(begin + SLICE_ROWS, end))
             logits = self._model.logits(x, [start + row for row in chosen])
-            parts.append(scored(logits, seat.token_ids[chosen.start + 1 : chosen.stop + 1], rows.num_top))
+            following = seat.token_ids[chosen.start + 1 : chosen.stop + 1]
+            parts.append(scored(logits, following, rows.num_top, self._log_softmax))
         return packed(first + 1, parts)
 
     def _forward(self, step: Step, seats: list[Seat]) -> tuple[Tensor, list[int]]:

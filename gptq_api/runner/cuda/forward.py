@@ -17,10 +17,10 @@ from gptq_api.kernels import ops
 from gptq_api.kernels.decode_attention import RotaryInputs, decode_attention, decode_attention_workspace
 from gptq_api.kernels.order import of_kernel, of_producer
 from gptq_api.kernels.prefill_attention import prefill_attention
-from gptq_api.model.layers.linear import DenseLinear, Linear
+from gptq_api.model.layers.linear import Linear
 from gptq_api.model.layers.norm import RMSNorm
 from gptq_api.model.weights import LayerWeights, LlamaWeights
-from gptq_api.runner.cuda.linear import PackedGPTQLinear
+from gptq_api.runner.cuda.linear import CudaDenseLinear, PackedGPTQLinear
 from gptq_api.runner.inputs import StepInputs
 
 SCATTER_MAX_ROWS = 8
@@ -164,7 +164,7 @@ class CudaLlama:
 
     def _head(self, x: Tensor, out: Tensor) -> Tensor:
         head = self._lm_head
-        if isinstance(head, DenseLinear):
+        if isinstance(head, CudaDenseLinear):
             # Logits are never rounded to 16 bits: the greedy token would be decided by it.
             return torch.mm(x, head.weight.t(), out_dtype=torch.float32, out=out)
         return out.copy_(head.forward(x))

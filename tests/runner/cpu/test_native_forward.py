@@ -31,7 +31,7 @@ MODELS = {
         Recipe(hidden_size=144, num_heads=3, num_kv_heads=1, head_dim=48, group_size=48),
         128,
     ),
-    "biases": (Recipe(family="qwen2"), 16),
+    "biases, tied, bfloat16": (Recipe(family="qwen2", tie=True, float_dtype=torch.bfloat16), 16),
     "more biases": (Recipe(attention_bias=True, mlp_bias=True), 16),
     "norms of heads, a window": (Recipe(family="qwen3", head_dim=32, more_config=QWEN3), 16),
     "a short window": (Recipe(family="mistral", more_config={"sliding_window": 5}), 16),
@@ -114,6 +114,12 @@ def test_what_a_step_must_not_ask_for(tmp_path: Path) -> None:
     for message, (ids, span) in wrong.items():
         with pytest.raises(ValueError, match=message):
             ours.forward([ids], [span])
+
+
+def test_a_tied_head_counts_once(tmp_path: Path) -> None:
+    tied = loaded(write_checkpoint(tmp_path, random_model(Recipe(tie=True, float_dtype=torch.bfloat16))))
+    linears = [linear for layer in tied.layers for linear in (layer.qkv, layer.o, layer.gate_up, layer.down)]
+    assert tied.num_bytes == sum(linear.num_bytes for linear in linears) + 2 * tied.embedding.numel()
 
 
 def test_who_takes_the_torch_path(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gptq_api.runner.cpu import native
-from gptq_api.runner.cpu.native_sampler import sample
+from gptq_api.runner.cpu.native_sampler import log_softmax, sample
 from gptq_api.runner.cpu.sampler import sample as sample_by_torch
 from gptq_api.runner.seats import Seat
 from gptq_api.types import SamplingParams, TokenLogprobs
@@ -174,3 +174,18 @@ def test_ids_that_no_row_has_change_nothing() -> None:
     odd = SamplingParams(max_tokens=1, logit_bias={70: 9.0, -1: 9.0}, stop_token_ids=(64, -2), min_tokens=3, **params)
     row = torch.arange(64.0)[None]
     assert sample(row.clone(), [Seat([3, 64, -5], 3, odd)])[0] == [63]
+
+
+@pytest.mark.parametrize("vocab_size", [5, 64, 2048, 32003])
+def test_log_softmax_is_what_sample_tells(vocab_size: int) -> None:
+    logits = torch.randn(4, vocab_size, generator=torch.Generator().manual_seed(vocab_size)) * 5
+    logits[2, vocab_size // 2] = torch.nan
+    seats = [Seat([1], 1, SamplingParams(max_tokens=1, temperature=0, top_logprobs=3)) for _ in range(4)]
+    tokens, told = sample(logits.clone(), seats)
+    table = log_softmax(logits.clone())
+    assert table[2].isnan().all() and tokens[2] == -1
+    for row in (0, 1, 3):
+        found = told[row]
+        assert found is not None and table[row, tokens[row]].item() == found.logprob
+        assert [table[row, token].item() for token, _ in found.top] == [value for _, value in found.top]
+        assert torch.allclose(table[row], logits[row].double().log_softmax(-1).float(), rtol=0, atol=4e-6)
