@@ -192,6 +192,8 @@ def measure(shape: str, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     versions |= {name: importlib.metadata.version(name) for name in ("torch", "numpy")}
     if args.llama_cpp:
         versions["llama_cpp"] = {build.name: json.loads((build / "build.json").read_text()) for build in args.llama_cpp}
+    if args.work is not None:
+        args.work.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.work) as work, Turns(shape, Path(work), args.llama_cpp) as turns:
         longest = 0.0
         for _ in range(args.repeats):

@@ -67,16 +67,17 @@ def tables() -> str:
 
 
 def sentence() -> str:
-    """For README.md: decoding alone, of the latest file; empty where nothing has been measured."""
+    """For README.md: decoding alone, a line for each processor; empty where nothing has been measured."""
+    return "".join(_line(shapes) for shapes in _results())
+
+
+def _line(shapes: dict[str, Any]) -> str:
     parts: list[str] = []
-    shapes = next(iter(_results()), {})
     for shape, result in shapes.items():
         row = next(row for row in result["rows"] if row["what"] == "decode" and row["batch"] == 1)
         theirs = "llama.cpp's Q4_0: " if not parts else ""
         beside = f" ({theirs}{row['llama_cpp_tok_s']:.1f})" if "llama_cpp_tok_s" in row else ""
         parts.append(f"{row['tok_s']:.1f} tokens a second of {_named(shape)}{beside}")
-    if not parts:
-        return ""
     about = _about(next(iter(shapes.values())))
     return f"* **On {about}** one user gets {' and '.join(parts)}, over HTTP.\n"
 
