@@ -8,7 +8,7 @@ GPTQ_API_CUDA ?= $(shell nvidia-smi >/dev/null 2>&1 && echo auto || echo off)
 export GPTQ_API_CUDA
 ARGS ?=
 
-.PHONY: serve chat test fast attack soak audit lint format compare gpu sanitize-cpu clients demo-model-test clean
+.PHONY: serve chat test fast attack soak audit lint format compare gpu gpu-portable sanitize-cpu clients demo-model-test clean
 
 serve: $(VENV)/.installed
 	$(VENV)/bin/gptq-api serve $(ARGS)
@@ -71,6 +71,16 @@ gpu: $(VENV)/.installed-dev
 	$(VENV)/bin/python benchmarks/sampler.py --out benchmarks/results
 	$(VENV)/bin/python benchmarks/sanitize.py --out benchmarks/results
 	$(VENV)/bin/python benchmarks/decode.py --synthetic llama-13b --out benchmarks/results
+
+# The code that an A100 runs, compiled by the driver for the GPU that is here and launched as on an A100: the cards that
+# GPTQ lives on, rehearsed on any newer one. GPTQ_API_ARCHS=89-virtual: as on a 4090.
+gpu-portable: GPTQ_API_ARCHS ?= 80-virtual
+gpu-portable: $(VENV)/.installed-dev
+	rm -rf build/portable
+	CMAKE_ARGS="-DGPTQ_API_ARCHS=$(GPTQ_API_ARCHS) -DGPTQ_API_HOPPER_ARCHS=" GPTQ_API_CUDA=on GPTQ_API_CPU=off \
+	  $(VENV)/bin/python -m pip wheel --quiet --no-deps --wheel-dir build/portable .
+	$(VENV)/bin/python -m zipfile -e build/portable/*.whl build/portable
+	GPTQ_CUDA_MODULE=$$(ls $(abspath build/portable)/gptq_api/_cuda*.so) $(VENV)/bin/python -m pytest -m gpu $(ARGS)
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

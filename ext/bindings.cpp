@@ -7,6 +7,7 @@
 #include <string>
 
 #include "attention/attention_decode.h"
+#include "common/device.h"
 #include "gemm/dequant.h"
 #include "gemm/pack.h"
 #include "gemv/gemv.h"
@@ -159,6 +160,14 @@ void wgmma(std::uintptr_t w, std::uintptr_t x, std::uintptr_t y, std::uintptr_t 
 }
 #endif
 
+// For the current device; 0 where the kernels have no code for it.
+int compiled_for() {
+  int code = 0;
+  gptq::compiled_for(code);
+  cudaGetLastError();
+  return code;
+}
+
 int device_count() {
   int count = 0;
   const cudaError_t status = cudaGetDeviceCount(&count);
@@ -172,6 +181,7 @@ PYBIND11_MODULE(_cuda, m, py::mod_gil_not_used()) {
   m.doc() = "CUDA kernels for 4-bit GPTQ weights; use gptq_api.kernels.gemm";
   const auto free_gil = py::call_guard<py::gil_scoped_release>();
   m.def("device_count", &device_count, free_gil);
+  m.def("compiled_for", &compiled_for, free_gil);
   m.def("decode", &gemv, free_gil, "w"_a, "x"_a, "y"_a, "bias"_a, "residual"_a, "M"_a, "N"_a, "K"_a, "ldx"_a, "ldy"_a, "ldr"_a, "paired"_a,
         "groups"_a, "zeros"_a, "bf16"_a, "in_a_row"_a, "stream"_a);
   m.def("dequant", &dequant, free_gil, "w"_a, "out"_a, "N"_a, "K"_a, "ldo"_a, "strip_first"_a, "strip_count"_a, "paired"_a, "groups"_a,

@@ -42,7 +42,7 @@ cudaError_t launch_attention_decode(AttentionDecodeArgs args, int head_dim, bool
   const int group = args.heads / args.kv_heads;
   args.parts = parts_of(group), args.part_heads = part_heads_of(group);
   for (args.block_shift = 3; 1 << args.block_shift < size;) args.block_shift++;
-  const bool small = has_small_shared_memory(device.capability);
+  const bool small = has_small_shared_memory(device.code);
   const int64_t items = int64_t{args.sequences} * args.kv_heads * args.parts, context = int64_t{args.table_stride} * size;
   const int64_t steps = items * ((context + kStepTokens - 1) / kStepTokens);
   const bool can_be_alone = !small && context <= kAloneMaxContext && !args.out_index;

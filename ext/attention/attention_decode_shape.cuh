@@ -5,7 +5,7 @@
 namespace gptq {
 
 // Hopper and the large Blackwell have 228 KiB of shared memory per SM, others 100 to 164.
-inline bool has_small_shared_memory(int capability) { return capability < 90 || capability >= 120; }
+inline bool has_small_shared_memory(int code) { return code < 90 || code >= 120; }
 #if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ < 900 || __CUDA_ARCH__ >= 1200)
 constexpr bool kSmallShared = true;
 #else

@@ -22,7 +22,7 @@ struct Launch {
   int threads, smem;
   cudaStream_t stream;
   int cluster = 1;         // blocks
-  bool overlapped = true;  // programmatic dependent launch, for kernels that call grid_wait(); only where the device has it
+  bool overlapped = true;  // programmatic dependent launch, for kernels that call grid_wait(); only where their code has it
 };
 
 // args: of exactly the types of the kernel's parameters.
@@ -35,7 +35,7 @@ cudaError_t launch_kernel(const void* kernel, const Launch& how, const Device& d
   config.dynamicSmemBytes = how.smem;
   config.stream = how.stream;
   config.attrs = attributes;
-  if (how.overlapped && device.capability >= 90) {
+  if (how.overlapped && device.code >= 90) {
     attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
   }

@@ -89,7 +89,7 @@ cudaError_t launch_rows(GemvArgs args, int groups, bool zeros, bool bf16, bool i
   const void* kernel = bf16 ? gemv_bf16(groups, zeros, tiles) : gemv_fp16(groups, zeros, tiles);
   const int index = (((tiles - 1) * 3 + groups / 2) * 2 + zeros) * 2 + bf16;
   if (const cudaError_t status = prepare(kernel, index, device); status != cudaSuccess) return status;
-  if (takes_portable_kernel(device.capability)) {
+  if (takes_portable_kernel(device.code)) {
     const int smem = portable_smem(tiles, chunk_bytes(groups, zeros));
     return launch_kernel(kernel, {dim3(std::min(strips, 2 * device.sms)), kPortableWarps * 32, smem, stream, 1, false}, device, args);
   }
@@ -122,7 +122,7 @@ cudaError_t launch_gemv(GemvArgs args, int groups, bool zeros, bool bf16, bool i
   // As many rows at a time as x fits in shared memory.
   GemvShape shape;
   const bool sixteen =
-      takes_portable_kernel(device.capability) || choose_shape(shape, device, std::min(args.M, 16), args.K, 2, groups, zeros, false);
+      takes_portable_kernel(device.code) || choose_shape(shape, device, std::min(args.M, 16), args.K, 2, groups, zeros, false);
   const int step = sixteen ? 16 : 8;
   for (int row = 0; row < args.M; row += step) {
     GemvArgs part = args;

@@ -19,7 +19,7 @@ constexpr int kInFlight = 2;      // slots asked for before the first has landed
 constexpr int kBlocksAtOnce = 2;  // per SM: one of this launch and one of the next
 
 // Before sm_90 there are no bulk copies; the consumer GPUs since have them, but not the shared memory for this kernel's ring beside x.
-inline bool takes_portable_kernel(int capability) { return capability < 90 || capability >= 120; }
+inline bool takes_portable_kernel(int code) { return code < 90 || code >= 120; }
 
 // Named barriers: of a slot, that all warps that multiply are through with it. Unlike an mbarrier's, its arrival is that of a whole warp.
 constexpr int kSlotFree = 1, kSlotThreads = (kMathWarps + 1) * 32;

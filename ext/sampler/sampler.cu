@@ -88,7 +88,7 @@ cudaError_t launch_sample(const SamplerRows& rows, const SamplerHistory& history
   Device device;
   if (const cudaError_t status = current_device(device); status != cudaSuccess) return status;
   // As many blocks per row as run at once: a few SMs have no neighbours to form a cluster with.
-  const int spare = device.capability < 90 ? 1 : device.sms * 7 / 8 / rows.S;
+  const int spare = device.code < 90 ? 1 : device.sms * 7 / 8 / rows.S;
   if (spare >= 8) return launch_teams<8>(rows, history, tokens, stream);
   if (spare >= 4) return launch_teams<4>(rows, history, tokens, stream);
   if (spare >= 2) return launch_teams<2>(rows, history, tokens, stream);

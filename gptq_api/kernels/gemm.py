@@ -17,7 +17,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from gptq_api.kernels.extension import MISSING
+from gptq_api.kernels.extension import MISSING, compiled_for
 from gptq_api.kernels.extension import cuda as _cuda
 from gptq_api.kernels.layout import (
     CHUNK_K,
@@ -49,8 +49,10 @@ def unavailable_reason() -> str | None:
         return MISSING
     if not torch.cuda.is_available():
         return "torch finds no CUDA device"
+    if compiled_for(torch.cuda.current_device()):
+        return None
     major, minor = torch.cuda.get_device_capability()
-    return None if major >= 8 else f"compute capability {major}.{minor}; the kernels need 8.0 or later"
+    return f"compute capability {major}.{minor}; the kernels need 8.0 or later"
 
 
 def is_available() -> bool:
