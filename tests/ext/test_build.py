@@ -11,10 +11,8 @@ from pathlib import Path
 
 import pytest
 
-EXT = Path(__file__).parents[2] / "ext"
-NVCC = shutil.which("nvcc")
-needs_nvcc = pytest.mark.skipif(NVCC is None, reason="needs nvcc")
-CUOBJDUMP = shutil.which("cuobjdump")
+from tests.ext.sass import EXT, compile_for, functions, longest_by_products, needs_nvcc, usage
+
 GEMV_THREADS = 10 * 32
 TWO_GEMV_BLOCKS = 65536 // (2 * GEMV_THREADS) // 8 * 8
 """registers of a thread with which two blocks, this kernel's and the next one's, share an SM"""
@@ -130,47 +128,6 @@ def test_the_wrappers_import_without_a_device_or_an_extension() -> None:
     assert done.returncode == 0, done.stderr
 
 
-def compile_for(arch: str, source: str, tmp_path: Path) -> tuple[Path, str]:
-    assert NVCC is not None
-    out = tmp_path / f"{Path(source).stem}.{arch}.cubin"
-    flags = ["-O3", "-std=c++17", "--expt-relaxed-constexpr", f"-gencode=arch=compute_{arch},code=sm_{arch}"]
-    command = [NVCC, *flags, f"-I{EXT}", "-Xptxas", "-v", "-cubin", "-o", str(out), str(EXT / source)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=110)
-    assert done.returncode == 0, done.stderr
-    return out, done.stderr
-
-
-def usage(log: str) -> dict[str, tuple[int, int]]:
-    """kernel -> (registers, bytes of spill stores), from ptxas -v."""
-    found = re.findall(r"entry function '(\w+)'.*?(\d+) bytes spill stores.*?Used (\d+) registers", log, re.DOTALL)
-    return {name: (int(registers), int(spills)) for name, spills, registers in found}
-
-
-def loops(sass: str) -> dict[int, int]:
-    """Products in the body of a loop -> the most instructions of a body with so many. A pair of strips whose sums of x
-    are known takes 16, as does a single strip that computes them, in fewer instructions. Unconditional jumps back are
-    waits repeated out of line, no loops."""
-    lines = re.findall(r"/\*([0-9a-f]{4,5})\*/\s+(@!?U?P\d+\s+)?([A-Z0-9_.]+)([^;]*);", sass)
-    found: dict[int, int] = {}
-    for end, (address, condition, opcode, operands) in enumerate(lines):
-        target = re.search(r"0x([0-9a-f]+)", operands)
-        if not condition or opcode != "BRA" or target is None or int(target[1], 16) >= int(address, 16):
-            continue
-        body = [line for line in lines[: end + 1] if int(line[0], 16) >= int(target[1], 16)]
-        products = sum(line[2].startswith("HMMA") for line in body)
-        found[products] = max(len(body), found.get(products, 0))
-    return found
-
-
-def instructions(cubin: Path) -> dict[str, tuple[str, list[str]]]:
-    """kernel -> (its machine code, the operations of it)."""
-    assert CUOBJDUMP is not None
-    sass = subprocess.run([CUOBJDUMP, "-sass", str(cubin)], capture_output=True, text=True, timeout=60).stdout
-    operation = re.compile(r"/\*[0-9a-f]{4,5}\*/\s+(?:@!?U?P\d+\s+)?([A-Z0-9_.]+)")
-    functions = re.split(r"\n\s*Function : ", sass)[1:]
-    return {function.split("\n", 1)[0]: (function, operation.findall(function)) for function in functions}
-
-
 @needs_nvcc
 def test_the_gemv_keeps_its_registers_and_instructions(tmp_path: Path) -> None:
     cubin, log = compile_for("90", "gemv/gemv_fp16.cu", tmp_path)
@@ -180,17 +137,12 @@ def test_the_gemv_keeps_its_registers_and_instructions(tmp_path: Path) -> None:
         narrow = "ILi1E" in name
         assert registers <= (TWO_GEMV_BLOCKS if narrow else ONE_GEMV_BLOCK), name
         assert spills == 0, name
-    if CUOBJDUMP is None:
-        return
-    for name, (function, opcodes) in instructions(cubin).items():
-        assert any(op.startswith("HMMA.16816.F32") for op in opcodes), name
-        assert any(op.startswith("UBLKCP") for op in opcodes), name
-        assert not any(op.startswith("MEMBAR.ALL.GPU") for op in opcodes), (
-            f"{name}: a fence waits for every load in flight"
-        )
+    for name, code in functions(cubin).items():
+        assert any(one.is_a("HMMA.16816.F32") for one in code), name
+        assert any(one.is_a("UBLKCP") for one in code), name
+        assert not any(one.is_a("MEMBAR.ALL.GPU") for one in code), f"{name}: a fence waits for every load in flight"
         if "ILi1ELi1ELb0E" in name:
-            assert 16 in loops(function), name
-            assert loops(function)[16] <= 160, name  # for a chunk of a pair: time follows it
+            assert longest_by_products(code)[16] <= 160, name  # for a chunk of a pair: time follows it
 
 
 @needs_nvcc

@@ -1,0 +1,111 @@
+"""What nvcc makes of a source of ext/: registers and spills as ptxas tells them, loops and operations as cuobjdump
+prints them. Two packages of the `dev` extra bring cuobjdump and the nvdisasm that it starts."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import PackageNotFoundError, files
+from pathlib import Path
+
+import pytest
+
+EXT = Path(__file__).parents[2] / "ext"
+NVCC = shutil.which("nvcc")
+needs_nvcc = pytest.mark.skipif(NVCC is None, reason="needs nvcc")
+
+
+@cache
+def cuobjdump() -> Path:
+    """That of the package, or else the one on PATH; without either a test is skipped, or fails where CI is set."""
+    for package in ("nvidia-cuda-cuobjdump", "nvidia-cuda-nvdisasm"):
+        try:
+            found = [Path(str(file.locate())) for file in files(package) or []]
+        except PackageNotFoundError:
+            break
+        tools = [path for path in found if path.parent.name == "bin" and path.stem == package.rpartition("-")[2]]
+        if package.endswith("cuobjdump") and tools:
+            path = tools[0]
+        elif tools and tools[0].parent == path.parent:
+            return path
+    on_path = shutil.which("cuobjdump")
+    if on_path is not None:
+        return Path(on_path)
+    reason = "needs cuobjdump and nvdisasm: pip install --constraint constraints.txt --editable '.[dev]'"
+    if os.environ.get("CI"):
+        pytest.fail(reason)
+    pytest.skip(reason)
+
+
+def compile_for(arch: str, source: str, folder: Path) -> tuple[Path, str]:
+    """The machine code of `source` (a path in ext/) for one architecture ("80", "90a"), and what ptxas says of it."""
+    assert NVCC is not None
+    out = folder / f"{Path(source).stem}.{arch}.cubin"
+    flags = ["-O3", "-std=c++17", "--expt-relaxed-constexpr", f"-gencode=arch=compute_{arch},code=sm_{arch}"]
+    command = [NVCC, *flags, f"-I{EXT}", "-Xptxas", "-v", "-cubin", "-o", str(out), str(EXT / source)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=110)
+    assert done.returncode == 0, done.stderr
+    return out, done.stderr
+
+
+def usage(log: str) -> dict[str, tuple[int, int]]:
+    """kernel -> (registers, bytes of spill stores), from ptxas -v."""
+    found = re.findall(r"entry function '(\w+)'.*?(\d+) bytes spill stores.*?Used (\d+) registers", log, re.DOTALL)
+    return {name: (int(registers), int(spills)) for name, spills, registers in found}
+
+
+@dataclass(frozen=True)
+class Instruction:
+    address: int
+    condition: str
+    """"@!P0 " or nothing"""
+    operation: str
+    operands: str
+
+    def is_a(self, operation: str) -> bool:
+        """ "HMMA" is each HMMA, "HMMA.16816" those of that size."""
+        return f"{self.operation}.".startswith(f"{operation}.")
+
+
+def functions(cubin: Path) -> dict[str, list[Instruction]]:
+    """kernel -> its machine code."""
+    command = [str(cuobjdump()), "-sass", str(cubin)]
+    sass = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+    line = re.compile(r"/\*([0-9a-f]{4,6})\*/\s+(@!?U?P\w+\s+)?([A-Z0-9_.]+)([^;]*);")
+    found = re.split(r"\n\s*Function : ", sass)[1:]
+    return {
+        text.split("\n", 1)[0]: [
+            Instruction(int(address, 16), condition, operation, operands)
+            for address, condition, operation, operands in line.findall(text)
+        ]
+        for text in found
+    }
+
+
+def loops(code: list[Instruction]) -> list[list[Instruction]]:
+    """The bodies of the loops, outer ones with the inner ones in them: from where a jump back goes to the jump. What
+    a kernel does seldom, such as waiting once more, stands behind its end and is no loop although it jumps back."""
+    place = {instruction.address: index for index, instruction in enumerate(code)}
+    found = []
+    for end, jump in enumerate(code):
+        target = re.search(r"0x([0-9a-f]+)", jump.operands) if jump.is_a("BRA") else None
+        start = place[int(target[1], 16)] if target else end
+        body = code[start : end + 1]
+        if start < end and not any(one.is_a("EXIT") and not one.condition for one in body):
+            found.append(body)
+    return found
+
+
+def longest_by_products(code: list[Instruction]) -> dict[int, int]:
+    """Tensor core products in the body of a loop -> the most instructions of a body with so many. In the GEMVs a
+    pair of strips whose sums of x are known takes 16 for a chunk and column tile, as does a single strip that computes
+    them, in fewer instructions."""
+    most: dict[int, int] = {}
+    for body in loops(code):
+        products = sum(one.is_a("HMMA") for one in body)
+        most[products] = max(len(body), most.get(products, 0))
+    return most
