@@ -126,7 +126,7 @@ __global__ void __launch_bounds__(256) rope_kernel(const RopeArgs a) {
   constexpr int kPerBlock = 256 / L;
   const int lane = threadIdx.x % L, d = lane * kVector, half = a.head_dim / 2;
   const bool inside = d < half;
-  const int row = blockIdx.y, heads = a.num_heads + 2 * a.num_kv_heads, first = blockIdx.x * kPerBlock * HEADS + threadIdx.x / L;
+  const int row = blockIdx.x, heads = a.num_heads + 2 * a.num_kv_heads, first = blockIdx.y * kPerBlock * HEADS + threadIdx.x / L;
   uint4 q_norm[2] = {}, k_norm[2] = {};
   if (inside && a.q_norm) q_norm[0] = load16(a.q_norm + d), q_norm[1] = load16(a.q_norm + half + d);
   if (inside && a.k_norm) k_norm[0] = load16(a.k_norm + d), k_norm[1] = load16(a.k_norm + half + d);
@@ -216,7 +216,8 @@ cudaError_t norm(const RmsNormArgs& a, cudaStream_t stream) {
 template <bool BF, bool FP8, int L>
 cudaError_t rope(const RopeArgs& a, cudaStream_t stream) {
   const int heads = a.num_heads + 2 * a.num_kv_heads, per_block = 256 / L;
-  const auto grid = [&](int each) { return dim3((heads + per_block * each - 1) / (per_block * each), a.T); };
+  // Rows on x, which alone of a grid's dimensions goes beyond 65,535.
+  const auto grid = [&](int each) { return dim3(a.T, (heads + per_block * each - 1) / (per_block * each)); };
   if (a.T < 128) return launch_op<rope_kernel<BF, FP8, L, 1>>(grid(1), 256, 0, stream, a);
   return launch_op<rope_kernel<BF, FP8, L, 4>>(grid(4), 256, 0, stream, a);
 }
