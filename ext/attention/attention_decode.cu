@@ -16,9 +16,9 @@ constexpr int kAloneMinItems = 8, kAloneMinItemsE4m3 = 4;  // (sequence, key hea
 constexpr int kAloneMaxContext = kStepTokens * kMaxChunks;  // tokens, up to which a step is a chunk
 
 template <class Team>
-int smem_of(int head_dim, bool fp8, int part_heads, bool small) {
-  if (head_dim == 64) return fp8 ? attention_smem<Team, 64, true>(part_heads, small) : attention_smem<Team, 64, false>(part_heads, small);
-  return fp8 ? attention_smem<Team, 128, true>(part_heads, small) : attention_smem<Team, 128, false>(part_heads, small);
+int smem_of(int head_dim, bool fp8, int part_heads) {
+  if (head_dim == 64) return fp8 ? attention_smem<Team, 64, true>(part_heads) : attention_smem<Team, 64, false>(part_heads);
+  return fp8 ? attention_smem<Team, 128, true>(part_heads) : attention_smem<Team, 128, false>(part_heads);
 }
 
 // Equal parts of at most kPartHeads query heads.
@@ -42,10 +42,9 @@ cudaError_t launch_attention_decode(AttentionDecodeArgs args, int head_dim, bool
   const int group = args.heads / args.kv_heads;
   args.parts = parts_of(group), args.part_heads = part_heads_of(group);
   for (args.block_shift = 3; 1 << args.block_shift < size;) args.block_shift++;
-  const bool small = has_small_shared_memory(device.code);
   const int64_t items = int64_t{args.sequences} * args.kv_heads * args.parts, context = int64_t{args.table_stride} * size;
   const int64_t steps = items * ((context + kStepTokens - 1) / kStepTokens);
-  const bool can_be_alone = !small && context <= kAloneMaxContext && !args.out_index;
+  const bool can_be_alone = context <= kAloneMaxContext && !args.out_index;
   if (teams == Teams::kWarps && !can_be_alone) return cudaErrorInvalidValue;
   const bool alone = teams == Teams::kWarps ||
                      (teams == Teams::kBest && can_be_alone && items >= int64_t{fp8 ? kAloneMinItemsE4m3 : kAloneMinItems} * device.sms);
@@ -54,7 +53,7 @@ cudaError_t launch_attention_decode(AttentionDecodeArgs args, int head_dim, bool
   static std::atomic<uint64_t> done[2][2][2][2];
   std::atomic<uint64_t>& mine = done[head_dim == 64][bf16][fp8][alone];
   if (const cudaError_t status = set_limits(kernel, mine, device.smem, device); status != cudaSuccess) return status;
-  const int smem = (alone ? smem_of<OneWarp> : smem_of<WholeBlock>)(head_dim, fp8, args.part_heads, small);
+  const int smem = (alone ? smem_of<OneWarp> : smem_of<WholeBlock>)(head_dim, fp8, args.part_heads);
   if (smem > device.smem) return cudaErrorInvalidConfiguration;
   const int resident = 2 * (smem + 1024) <= device.smem + 1024 ? kMaxBlocksPerSM : 1;
   // Where items are few, an SM does more with one block and one of the GEMV before or after than with two blocks of this kernel.

@@ -42,9 +42,18 @@ __device__ __forceinline__ int swizzled(int piece, int row) {
   return PIECES >= 8 ? piece ^ (row & 7) : piece ^ ((row >> 1) & 3);
 }
 
+// Two numbers in the low 16 bits of `two`.
 __device__ __forceinline__ uint32_t halves_of_e4m3(uint32_t two) {
+#if __CUDA_ARCH__ >= 890
   const __half2_raw raw = __nv_cvt_fp8x2_to_halfraw2(static_cast<__nv_fp8x2_storage_t>(two), __NV_E4M3);
   return raw.x | static_cast<uint32_t>(raw.y) << 16;
+#else
+  // No conversion in hardware. With its exponent and mantissa where fp16 has them a number is 2^-8 of itself, a subnormal one too, and the
+  // product is exact. The one that is none, a NaN, becomes 480: who wrote it has been told so by its logits.
+  const uint32_t apart = __byte_perm(two, 0, 0x1404), moved = (apart & 0x80008000u) | (apart >> 1 & 0x3f803f80u);
+  const __half2 scaled = __hmul2(*reinterpret_cast<const __half2*>(&moved), __half2half2(__ushort_as_half(0x5c00)));  // 256
+  return *reinterpret_cast<const uint32_t*>(&scaled);
+#endif
 }
 
 // To fp16, what is beyond its range to the range's end; NaN stays NaN.

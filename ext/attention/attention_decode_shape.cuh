@@ -4,23 +4,15 @@
 
 namespace gptq {
 
-// Hopper and the large Blackwell have 228 KiB of shared memory per SM, others 100 to 164.
-inline bool has_small_shared_memory(int code) { return code < 90 || code >= 120; }
-#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ < 900 || __CUDA_ARCH__ >= 1200)
-constexpr bool kSmallShared = true;
-#else
-constexpr bool kSmallShared = false;
-#endif
-
 // Sizes of the kernel for a head dimension and a cache of FP8 or 16-bit elements.
-template <int D, bool FP8, bool SMALL = kSmallShared>
+template <int D, bool FP8>
 struct AttentionShape {
   static constexpr int kElement = FP8 ? 1 : 2;
   static constexpr int kRow = D * kElement;          // bytes of a token's key
   static constexpr int kPieces = kRow / 16;          // 16-byte pieces of it
   static constexpr int kEntry = kTileTokens * kRow;  // a tile of keys, or of values
   // Entries of a warp's ring: keys, values, keys, ... No more, so that a block fits beside one of the GEMV.
-  static constexpr int kDepth = !SMALL ? (kEntry >= 8192 ? 2 : 4) : kEntry >= 4096 ? 16384 / kEntry : 6;
+  static constexpr int kDepth = kEntry >= 8192 ? 2 : 4;
   static constexpr int kTiles = D / 16;  // m-tiles of the output: rows are dimensions, columns heads
   static constexpr int kRing = kAttentionWarps * kDepth * kEntry;
   static constexpr int kQueryStride = D * 2 + 16;  // bytes; so that no bank is met twice
@@ -40,9 +32,8 @@ __host__ __device__ constexpr int scratch_bytes(int part_heads) {
   return exchange_bytes<D>(part_heads) + kAttentionWarps * kPartHeads * 8 + kScratchInts * 4;
 }
 template <class Team, int D, bool FP8>
-constexpr int attention_smem(int part_heads, bool small) {
-  const int ring = small ? AttentionShape<D, FP8, true>::kRing : AttentionShape<D, FP8, false>::kRing;
-  return ring + scratch_bytes<Team, D>(part_heads);
+constexpr int attention_smem(int part_heads) {
+  return AttentionShape<D, FP8>::kRing + scratch_bytes<Team, D>(part_heads);
 }
 // Floats of a chunk's result in the workspace: the fragments, then for each warp (maximum, sum) of each head.
 __host__ __device__ constexpr int slot_floats(int head_dim, int part_heads) {

@@ -22,7 +22,7 @@ HEAD_DIMS = (64, 128)
 BLOCK_SIZES = (8, 16, 32, 64, 128, 256)
 TEAMS = ("best", "blocks", "warps")
 """who attends to 128 tokens of a head: the four warps of a block, or one; a warp alone takes contexts of up to
-MAX_CONTEXT_OF_WARPS tokens, on GPUs with the shared memory of Hopper"""
+MAX_CONTEXT_OF_WARPS tokens"""
 MAX_CONTEXT_OF_WARPS = 4096
 
 

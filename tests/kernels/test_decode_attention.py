@@ -221,9 +221,6 @@ def test_bits_depend_neither_on_the_batch_nor_on_the_run() -> None:
     assert torch.equal(many.run(), together[pick])
 
 
-@pytest.mark.skipif(
-    gemm.is_available() and torch.cuda.get_device_capability() not in ((9, 0), (10, 0)), reason="needs a Hopper GPU"
-)
 @DTYPES
 @CACHES
 @pytest.mark.parametrize("head_dim", [64, 128])

@@ -134,6 +134,46 @@ def test_large_keys_saturate_in_e4m3() -> None:
     assert bool((cache[0, :, 0, 0].float() == 448).all())
 
 
+def test_more_rows_than_a_grid_is_high() -> None:
+    """Of a grid's dimensions only the first goes beyond 65,535."""
+    rows, block_size = 70_001, 16
+    table, weight = random(500, 64, dtype=torch.float16), random(64, dtype=torch.float16)
+    positions, seats = integers(0, 100, rows), integers(0, 3, rows, seed=1)
+    history = integers(0, 500, 3, 100)
+    x = ops.embed(history, seats, positions, table, torch.empty(rows, 64, dtype=torch.float16, device="cuda"))
+    assert torch.equal(x, table[history[seats.long(), positions.long()].long()])
+    normed = ops.rms_norm(x, weight, 1e-5, torch.empty_like(x))
+    assert torch.equal(normed[-1], ops.rms_norm(x[-1:], weight, 1e-5, torch.empty_like(x[-1:]))[0])
+    angles = torch.rand(100, 32, device="cuda")
+    cos_sin = torch.cat([angles.cos(), angles.sin()], 1)
+    cache = torch.zeros(-(-rows // block_size), 2, 1, block_size, 64, dtype=torch.float16, device="cuda")
+    qkv = random(rows, 3 * 64, dtype=torch.float16)
+    before = qkv.clone()
+    slots = torch.arange(rows, dtype=torch.int32, device="cuda")
+    ops.rope_and_write(qkv, positions, slots, cos_sin, cache, 1)
+    turns = cos_sin[positions.long()]
+    assert_rounded(qkv[:, :64], exact_rotation(before[:, :64].float(), None, turns), 8)
+    assert_rounded(qkv[:, 64:128], exact_rotation(before[:, 64:128].float(), None, turns), 8)
+    by_slot = cache.transpose(1, 3).reshape(-1, 2, 64)[:rows]
+    assert torch.equal(by_slot.reshape(rows, 128), qkv[:, 64:])
+
+
+@DTYPES
+def test_every_number_is_rounded_to_e4m3_as_torch_rounds(dtype: torch.dtype) -> None:
+    """By the hardware, or by bit arithmetic in code for GPUs before 8.9; all 65,536 numbers of either type."""
+    numbers = torch.arange(65536, dtype=torch.int32, device="cuda").to(torch.int16).view(dtype).view(1024, 64)
+    qkv = torch.cat([torch.zeros(1024, 128, dtype=dtype, device="cuda"), numbers], 1)
+    positions = torch.zeros(1024, dtype=torch.int32, device="cuda")
+    cos_sin = torch.cat([torch.ones(1, 32), torch.zeros(1, 32)], 1).cuda()
+    cache = torch.zeros(64, 2, 1, 16, 64, device="cuda").to(torch.float8_e4m3fn)
+    ops.rope_and_write(qkv, positions, torch.arange(1024, dtype=torch.int32, device="cuda"), cos_sin, cache, 1)
+    found = cache[:, 1].reshape(1024, 64).view(torch.uint8)
+    expected = numbers.float().clamp(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8)
+    is_nan = numbers.isnan()
+    assert torch.equal(found[~is_nan], expected[~is_nan])
+    assert bool((found[is_nan] & 127 == 127).all())
+
+
 def test_a_captured_chain_replays_with_new_inputs() -> None:
     """The kernels overlap by programmatic dependent launch; each has to see what the one before it wrote."""
     width, heads, rows = 1024, 8, 40
