@@ -81,6 +81,8 @@ gpu-portable: $(VENV)/.installed-dev
 	  $(VENV)/bin/python -m pip wheel --quiet --no-deps --wheel-dir build/portable .
 	$(VENV)/bin/python -m zipfile -e build/portable/*.whl build/portable
 	GPTQ_CUDA_MODULE=$$(ls $(abspath build/portable)/gptq_api/_cuda*.so) $(VENV)/bin/python -m pytest -m gpu $(ARGS)
+	GPTQ_CUDA_MODULE=$$(ls $(abspath build/portable)/gptq_api/_cuda*.so) \
+	  $(VENV)/bin/python benchmarks/sanitize.py --out benchmarks/results
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
