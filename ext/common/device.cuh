@@ -35,7 +35,8 @@ inline cudaError_t current_device(Device& out) {
       if (const cudaError_t status = cudaDeviceGetAttribute(value, attribute, id); status != cudaSuccess) return status;
     if (const cudaError_t status = compiled_for(code); status != cudaSuccess) return status;
     smem = std::min(smem, shared_memory_of(code));
-    packed = sms | static_cast<long long>(smem) << 16 | static_cast<long long>(10 * major + minor) << 40 | static_cast<long long>(code) << 52;
+    packed = sms | static_cast<long long>(smem) << 16 | static_cast<long long>(10 * major + minor) << 40 |
+             static_cast<long long>(code) << 52;
     if (id < kMax) known[id].store(packed, std::memory_order_relaxed);
   }
   const auto field = [&](int shift, int bits) { return static_cast<int>(packed >> shift & ((1 << bits) - 1)); };
