@@ -6,16 +6,59 @@ import importlib.util
 import math
 import os
 import shutil
+from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["TILE_ROWS", "prefill_attention", "refusal", "unavailable_reason"]
+from gptq_api.kernels.extension import compiled_for
+
+__all__ = ["TILE_ROWS", "Tiling", "prefill_attention", "refusal", "tiling", "unavailable_reason"]
 
 TILE_ROWS = 128
 """query rows of one tile"""
 HEAD_DIMS = (64, 80, 96, 128, 256)
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """What one program of the kernel takes, and what it may use."""
+
+    rows: int
+    """of queries, TILE_ROWS or half of it"""
+    keys: int
+    """in a tile, which starts at a multiple of that"""
+    warps: int
+    max_registers: int | None
+    """of a thread; None: as many as it likes"""
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Triton's. Products and sums are contracted whatever Triton's default: bits would change with it."""
+        return {
+            "num_warps": self.warps,
+            "num_stages": 2,
+            "maxnreg": self.max_registers,
+            "enable_fp_fusion": True,
+        }
+
+
+def tiling(code: int, head_dim: int, few: bool) -> Tiling:
+    """`code`: the architecture that kernels are made for, 10 * major + minor. `few`: halves of tiles, because whole
+    ones would leave SMs idle. A row has the same bits either way.
+
+    Programs share an SM: one multiplies while the other takes its exponentials. With wgmma, and what came after it in
+    data centers, one operand is in shared memory, and a cap on registers suffices for two. mma.sync, of all others,
+    keeps both operands and the scores in registers: such a cap costs 300 bytes of stack a thread, half a tile none.
+    """
+    wide = head_dim > 128
+    if 90 <= code < 120:
+        rows = TILE_ROWS // 2 if few else TILE_ROWS
+        return Tiling(rows, 64, rows // 16, None if few or wide else 128)
+    # Three programs of heads of 64; without a number ptxas aims at four, and spills.
+    return Tiling(TILE_ROWS // 2, 32, 8 if wide else 4, 168 if head_dim <= 64 else None)
 
 
 def unavailable_reason() -> str | None:
@@ -75,38 +118,54 @@ def prefill_attention(
         return out
     from gptq_api.kernels.prefill_attention_kernel import prefill_attention_kernel
 
-    kv = kv_layer.view(torch.float8_e4m3fn) if kv_layer.dtype == torch.uint8 else kv_layer
-    overlap, num_sms = _device(qkv.device)
-    # too few tiles to give every multiprocessor two: halves of them, with the same bits
-    rows = TILE_ROWS // 2 if num_heads * tiles.shape[0] < 2 * num_sms else TILE_ROWS
-    wide = head_dim > 128
-    prefill_attention_kernel[(num_heads, tiles.shape[0] * (TILE_ROWS // rows))](
+    code, num_sms = _device(qkv.device)
+    kv = kv_layer.view(cache_type(kv_layer.dtype, qkv.dtype, code))
+    how = tiling(code, head_dim, few=num_heads * tiles.shape[0] < 2 * num_sms)
+    prefill_attention_kernel[(num_heads, tiles.shape[0] * (TILE_ROWS // how.rows))](
         *(qkv, kv, block_tables, context_lens, query_start, tiles, out),
         *(block_tables.stride(0), 0 if window is None else window, scale * math.log2(math.e)),
-        NUM_HEADS=num_heads,
-        NUM_KV_HEADS=num_kv_heads,
-        HEAD_DIM=head_dim,
-        PADDED_DIM=1 << (head_dim - 1).bit_length(),
-        BLOCK_SIZE=block_size,
-        TILE_ROWS=TILE_ROWS,
-        ROWS=rows,
-        TILE_KEYS=64,
-        WINDOW=window is not None,
-        OVERLAP=overlap,
-        num_warps=rows // 16,
-        num_stages=2,
-        # two programs share a multiprocessor: one multiplies while the other takes its exponentials
-        maxnreg=128 if rows == TILE_ROWS and not wide else None,
-        launch_pdl=overlap,
+        **constants(how, code, num_heads, num_kv_heads, head_dim, block_size, window is not None),
+        **how.options,
+        launch_pdl=_overlaps(code),
     )
     return out
 
 
+def constants(
+    how: Tiling, code: int, num_heads: int, num_kv_heads: int, head_dim: int, block_size: int, window: bool
+) -> dict[str, Any]:
+    """What the kernel is compiled for, beside the types of its arguments."""
+    return {
+        "NUM_HEADS": num_heads,
+        "NUM_KV_HEADS": num_kv_heads,
+        "HEAD_DIM": head_dim,
+        "PADDED_DIM": 1 << (head_dim - 1).bit_length(),
+        "BLOCK_SIZE": block_size,
+        "TILE_ROWS": TILE_ROWS,
+        "ROWS": how.rows,
+        "TILE_KEYS": how.keys,
+        "WINDOW": window,
+        "OVERLAP": _overlaps(code),
+    }
+
+
+def cache_type(stored: torch.dtype, activations: torch.dtype, code: int) -> torch.dtype:
+    """As what the kernel reads a cache: e4m3 by the hardware where code of that architecture has a conversion."""
+    if stored == activations:
+        return stored
+    return torch.float8_e4m3fn if code >= 89 else torch.uint8
+
+
+def _overlaps(code: int) -> bool:
+    """Whether kernels of that architecture take part in programmatic dependent launch."""
+    return code >= 90
+
+
 @cache
-def _device(device: torch.device) -> tuple[bool, int]:
-    """(whether it has programmatic dependent launch, its multiprocessors)"""
-    properties = torch.cuda.get_device_properties(device)
-    return properties.major >= 9, properties.multi_processor_count
+def _device(device: torch.device) -> tuple[int, int]:
+    """(what its kernels were compiled for, its SMs)"""
+    assert device.index is not None
+    return compiled_for(device.index), torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _check(qkv: Tensor, kv_layer: Tensor, out: Tensor, num_heads: int, window: int | None) -> None:

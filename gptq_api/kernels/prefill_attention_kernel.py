@@ -16,6 +16,17 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 @triton.jit
+def _as(x, like):
+    """Of the type of `like`. uint8: e4m3 for GPUs without its conversion. With exponent and mantissa where fp16 has
+    them a number is 2^-8 of itself, a subnormal one too, and the product is exact; NaN becomes 480."""
+    if x.dtype == tl.uint8:
+        bits = x.to(tl.uint16)
+        moved = ((bits & 0x80) << 8) | ((bits & 0x7F) << 7)
+        x = moved.to(tl.float16, bitcast=True) * 256.0
+    return x.to(like.dtype)
+
+
+@triton.jit
 def _over_keys(
     state,
     q,
@@ -58,11 +69,11 @@ def _over_keys(
         offsets = at[:, None] + d[None, :]
         if MASKED or HEAD_DIM != PADDED_DIM:
             inside = (n < context)[:, None] & (d < HEAD_DIM)[None, :]
-            k = tl.load(keys + offsets, mask=inside, other=0.0).to(q.dtype)
-            v = tl.load(values + offsets, mask=inside, other=0.0).to(q.dtype)
+            k = _as(tl.load(keys + offsets, mask=inside, other=0.0), q)
+            v = _as(tl.load(values + offsets, mask=inside, other=0.0), q)
         else:
-            k = tl.load(keys + offsets).to(q.dtype)
-            v = tl.load(values + offsets).to(q.dtype)
+            k = _as(tl.load(keys + offsets), q)
+            v = _as(tl.load(values + offsets), q)
         scores = tl.dot(q, k.T)
         if MASKED:
             seen = n[None, :] <= position[:, None]

@@ -129,7 +129,7 @@ def test_block_sizes(block_size: int) -> None:
     Step(MIXED, 4, 2, 128, block_size=block_size).check()
 
 
-@pytest.mark.parametrize("window", [1, 2, 63, 64, 65, 128, 129, 1000, 5000])
+@pytest.mark.parametrize("window", [1, 2, 31, 32, 33, 63, 64, 65, 128, 129, 1000, 5000])
 def test_windows_of_every_alignment(window: int) -> None:
     Step(((1024, 1024), (200, 1100), (128, 703)), 2, 1, 128).check(window)
 
