@@ -8,7 +8,7 @@ import re
 import shutil
 import subprocess
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
 
@@ -41,23 +41,6 @@ def cuobjdump() -> Path:
     pytest.skip(reason)
 
 
-def compile_for(arch: str, source: str, folder: Path) -> tuple[Path, str]:
-    """The machine code of `source` (a path in ext/) for one architecture ("80", "90a"), and what ptxas says of it."""
-    assert NVCC is not None
-    out = folder / f"{Path(source).stem}.{arch}.cubin"
-    flags = ["-O3", "-std=c++17", "--expt-relaxed-constexpr", f"-gencode=arch=compute_{arch},code=sm_{arch}"]
-    command = [NVCC, *flags, f"-I{EXT}", "-Xptxas", "-v", "-cubin", "-o", str(out), str(EXT / source)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=110)
-    assert done.returncode == 0, done.stderr
-    return out, done.stderr
-
-
-def usage(log: str) -> dict[str, tuple[int, int]]:
-    """kernel -> (registers, bytes of spill stores), from ptxas -v."""
-    found = re.findall(r"entry function '(\w+)'.*?(\d+) bytes spill stores.*?Used (\d+) registers", log, re.DOTALL)
-    return {name: (int(registers), int(spills)) for name, spills, registers in found}
-
-
 @dataclass(frozen=True)
 class Instruction:
     address: int
@@ -71,19 +54,69 @@ class Instruction:
         return f"{self.operation}.".startswith(f"{operation}.")
 
 
-def functions(cubin: Path) -> dict[str, list[Instruction]]:
-    """kernel -> its machine code."""
-    command = [str(cuobjdump()), "-sass", str(cubin)]
-    sass = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
-    line = re.compile(r"/\*([0-9a-f]{4,6})\*/\s+(@!?U?P\w+\s+)?([A-Z0-9_.]+)([^;]*);")
-    found = re.split(r"\n\s*Function : ", sass)[1:]
-    return {
-        text.split("\n", 1)[0]: [
-            Instruction(int(address, 16), condition, operation, operands)
-            for address, condition, operation, operands in line.findall(text)
-        ]
-        for text in found
-    }
+class Compiler:
+    """Compiles each source once for each architecture that is asked for, into a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._done: dict[tuple[str, str], Compiled] = {}
+
+    def __call__(self, source: str, arch: str) -> Compiled:
+        """`source`: a path in ext/; `arch`: "80", "90a"."""
+        if (source, arch) not in self._done:
+            assert NVCC is not None
+            out = self.folder / f"{Path(source).stem}.{arch}.cubin"
+            flags = ["-O3", "-std=c++17", "--expt-relaxed-constexpr", f"-gencode=arch=compute_{arch},code=sm_{arch}"]
+            command = [NVCC, *flags, f"-I{EXT}", "-Xptxas=-v", "-cubin", "-o", str(out), str(EXT / source)]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=110)
+            assert done.returncode == 0, done.stderr
+            self._done[source, arch] = Compiled(out, done.stderr)
+        return self._done[source, arch]
+
+
+@dataclass(frozen=True)
+class Usage:
+    registers: int
+    stack: int
+    """bytes of a thread's own memory: arrays that are indexed, and spills"""
+    spills: int
+    """bytes stored"""
+    shared: int
+    """bytes, without those that a launch adds"""
+
+
+@dataclass(frozen=True)
+class Compiled:
+    cubin: Path
+    log: str
+    """what ptxas says"""
+
+    @property
+    def usage(self) -> dict[str, Usage]:
+        """By kernel."""
+        pattern = (
+            r"entry function '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores.*?"
+            r"Used (\d+) registers([^\n]*)"
+        )
+        found = {}
+        for name, stack, spills, registers, rest in re.findall(pattern, self.log, re.DOTALL):
+            shared = re.search(r"(\d+) bytes smem", rest)
+            found[name] = Usage(int(registers), int(stack), int(spills), int(shared[1]) if shared else 0)
+        return found
+
+    @cached_property
+    def code(self) -> dict[str, list[Instruction]]:
+        """By kernel."""
+        command = [str(cuobjdump()), "-sass", str(self.cubin)]
+        sass = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+        line = re.compile(r"/\*([0-9a-f]{4,6})\*/\s+(@!?U?P\w+\s+)?([A-Z0-9_.]+)([^;]*);")
+        return {
+            text.split("\n", 1)[0]: [
+                Instruction(int(address, 16), condition, operation, operands)
+                for address, condition, operation, operands in line.findall(text)
+            ]
+            for text in re.split(r"\n\s*Function : ", sass)[1:]
+        }
 
 
 def loops(code: list[Instruction]) -> list[list[Instruction]]:
@@ -100,12 +133,19 @@ def loops(code: list[Instruction]) -> list[list[Instruction]]:
     return found
 
 
-def longest_by_products(code: list[Instruction]) -> dict[int, int]:
-    """Tensor core products in the body of a loop -> the most instructions of a body with so many. In the GEMVs a
-    pair of strips whose sums of x are known takes 16 for a chunk and column tile, as does a single strip that computes
-    them, in fewer instructions."""
+def longest_by_products(code: list[Instruction], operation: str = "HMMA") -> dict[int, int]:
+    """Tensor core products in the body of a loop -> the most instructions of a body with so many, loops aside that
+    hold a smaller one with all their products. In the GEMVs a pair of strips whose sums of x are known takes 16 for a
+    chunk and column tile, as does a single strip that computes them, in fewer instructions."""
+    counted = [(sum(one.is_a(operation) for one in body), body) for body in loops(code)]
     most: dict[int, int] = {}
-    for body in loops(code):
-        products = sum(one.is_a("HMMA") for one in body)
-        most[products] = max(len(body), most.get(products, 0))
+    for products, body in counted:
+        first, last = body[0].address, body[-1].address
+        holds_it = [
+            other
+            for number, other in counted
+            if number == products and len(other) < len(body) and first <= other[0].address and other[-1].address <= last
+        ]
+        if not holds_it:
+            most[products] = max(len(body), most.get(products, 0))
     return most

@@ -1,5 +1,5 @@
-"""The extension's build: with nvcc within its budgets of registers, spills and instructions; without nvcc, or switched
-off, an install that succeeds and says why the kernels are missing."""
+"""The extension's sources and its build: without nvcc, or switched off, an install succeeds and says why the kernels
+are missing. What nvcc makes of them: test_budgets.py."""
 
 from __future__ import annotations
 
@@ -11,13 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.ext.sass import EXT, compile_for, functions, longest_by_products, needs_nvcc, usage
-
-GEMV_THREADS = 10 * 32
-TWO_GEMV_BLOCKS = 65536 // (2 * GEMV_THREADS) // 8 * 8
-"""registers of a thread with which two blocks, this kernel's and the next one's, share an SM"""
-ONE_GEMV_BLOCK = 65536 // GEMV_THREADS // 8 * 8
-
+from tests.ext.sass import EXT
 
 FOLDERS = {"cpu", "common", "gemv", "gemm", "attention", "ops", "sampler"}
 MAX_COLUMNS = 140
@@ -126,39 +120,3 @@ def test_the_wrappers_import_without_a_device_or_an_extension() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
-
-
-@needs_nvcc
-def test_the_gemv_keeps_its_registers_and_instructions(tmp_path: Path) -> None:
-    cubin, log = compile_for("90", "gemv/gemv_fp16.cu", tmp_path)
-    kernels = usage(log)
-    assert len(kernels) == 12
-    for name, (registers, spills) in kernels.items():
-        narrow = "ILi1E" in name
-        assert registers <= (TWO_GEMV_BLOCKS if narrow else ONE_GEMV_BLOCK), name
-        assert spills == 0, name
-    for name, code in functions(cubin).items():
-        assert any(one.is_a("HMMA.16816.F32") for one in code), name
-        assert any(one.is_a("UBLKCP") for one in code), name
-        assert not any(one.is_a("MEMBAR.ALL.GPU") for one in code), f"{name}: a fence waits for every load in flight"
-        if "ILi1ELi1ELb0E" in name:
-            assert longest_by_products(code)[16] <= 160, name  # for a chunk of a pair: time follows it
-
-
-@needs_nvcc
-@pytest.mark.parametrize("arch", ["80", "120"])
-def test_other_architectures_compile_without_spills(arch: str, tmp_path: Path) -> None:
-    _, log = compile_for(arch, "gemv/gemv_bf16.cu", tmp_path)
-    assert all(spills == 0 for _, spills in usage(log).values())
-
-
-@needs_nvcc
-def test_decode_attention_leaves_room_for_the_next_gemv(tmp_path: Path) -> None:
-    """A block of four warps beside one of the GEMV; nothing spilled at the sizes that have to be fast, but
-    a few words of warps that are alone."""
-    _, log = compile_for("90", "attention/attention_decode_bf16.cu", tmp_path)
-    kernels = usage(log)
-    assert len(kernels) == 8
-    for name, (registers, spills) in kernels.items():
-        assert -(-registers // 8) * 8 * 4 * 32 + TWO_GEMV_BLOCKS * GEMV_THREADS <= 65536, name
-        assert spills <= (20 if "OneWarp" in name else 0), name

@@ -1,0 +1,180 @@
+"""What the compiler may make of each kernel, on every architecture: registers, spills, and instructions of the loops in
+which the time goes. No GPU is needed, so these hold for cards that nobody here has.
+
+A kernel that is not in the table fails; so does one that outgrows its line. Whoever makes it larger for a reason writes
+the new number here, and in tools/roofline.py where it is the GEMV's.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import pytest
+
+from tests.ext.sass import EXT, Compiled, Compiler, Usage, longest_by_products, needs_nvcc
+from tools.occupancy import REGISTERS, blocks_per_sm
+from tools.roofline import GEMV_INSTRUCTIONS
+
+pytestmark = needs_nvcc
+
+
+@dataclass(frozen=True)
+class Loop:
+    """That of the kernel in which so many tensor core products are."""
+
+    products: int
+    instructions: int
+    weights: int = 0
+    """that they multiply, of a GEMV; the other products sum up x"""
+
+    @property
+    def of_4096(self) -> float:
+        """Instructions for 4,096 weights."""
+        return self.instructions * 4096 / self.weights
+
+
+@dataclass(frozen=True)
+class Line:
+    """`kernels`: what their mangled names have in common. Of several lines for a kernel, the first is its own."""
+
+    kernels: str
+    registers: int
+    loop: Loop | None = None
+    operation: str = "HMMA"
+    spills: int = 0
+    """bytes"""
+    why: str = ""
+    """something is spilled"""
+
+
+GEMV_THREADS = 10 * 32
+WGMMA_TILES = 9
+ONE_WARP = "only warps that attend alone spill, a few words once in a step of 128 tokens"
+HEADS_OF_128 = "11 words, once in a step of 128 tokens"
+
+
+def attention(
+    alone: int, alone_e4m3: int, block: int, block_e4m3: int, of_64: int, spills: int = 0
+) -> tuple[Line, ...]:
+    """Instructions of the loop over steps, in which everything is that happens to one, however seldom: of warps that
+    attend alone and of whole blocks, with heads of 128; the most with heads of 64."""
+    return (
+        Line(r"OneWarpELi128ELb[01]ELb0E", 255, Loop(32, alone), spills=16, why=ONE_WARP),
+        Line(r"OneWarpELi128ELb[01]ELb1E", 255, Loop(32, alone_e4m3), spills=24, why=ONE_WARP),
+        Line(r"WholeBlockELi128ELb[01]ELb0E", 255, Loop(32, block), spills=spills, why=HEADS_OF_128),
+        Line(r"WholeBlockELi128ELb[01]ELb1E", 255, Loop(32, block_e4m3)),
+        Line(r"(OneWarp|WholeBlock)ELi64E", 248, Loop(16, of_64)),
+    )
+
+
+GEMV_HOPPER = (
+    Line(r"ILi1ELi1ELb0E", 96, Loop(16, 160, 4096)),  # registers with which two blocks share an SM
+    Line(r"ILi1ELi", 96),
+    Line(r"ILi2ELi1ELb0E", 200, Loop(32, 200, 4096)),
+    Line(r"ILi2ELi", 200),
+)
+GEMV_PORTABLE = (
+    Line(r"ILi1ELi1ELb0ELb0E", 96, Loop(16, 200)),
+    Line(r"ILi1ELi1ELb0ELb1E", 96, Loop(16, 225)),
+    Line(r"ILi1ELi", 96, Loop(16, 280)),
+    Line(r"ILi2ELi", 128, Loop(32, 390)),
+)
+WGMMA = (
+    Line(r"ILb0ELb1E", 168, Loop(8, 240), "HGMMA"),  # one group for a chunk, or fewer
+    Line(r"ILb0ELb0E", 168, Loop(8, 480), "HGMMA"),
+)
+DEQUANT = (Line("gather", 64), Line("dequant", 80))
+OPS = (Line("rope", 112), Line("rms_norm", 128), Line("embed", 24))
+TABLE: dict[tuple[str, str], tuple[Line, ...]] = {
+    **{("gemv/gemv_fp16.cu", arch): GEMV_PORTABLE for arch in ("80", "89", "120")},
+    ("gemv/gemv_fp16.cu", "90"): GEMV_HOPPER,
+    ("gemv/gemv_bf16.cu", "80"): GEMV_PORTABLE,
+    ("gemv/gemv_bf16.cu", "120"): GEMV_PORTABLE,
+    ("gemm/wgmma_fp16.cu", "90a"): WGMMA,
+    **{("gemm/dequant.cu", arch): DEQUANT for arch in ("80", "90", "120")},
+    ("gemm/pack.cu", "80"): (Line("pack_kernel", 32),),
+    ("attention/attention_decode_fp16.cu", "80"): attention(960, 1680, 2820, 3780, 3040),
+    ("attention/attention_decode_bf16.cu", "89"): attention(960, 1090, 2830, 3010, 2560),
+    ("attention/attention_decode_fp16.cu", "90"): attention(960, 1090, 2910, 3010, 2550),
+    ("attention/attention_decode_fp16.cu", "120"): attention(860, 1200, 2520, 2870, 2290, 44),
+    ("ops/ops.cu", "80"): OPS,
+    ("ops/ops.cu", "120"): OPS,
+    **{("sampler/sampler.cu", arch): (Line("sample_kernel", 64),) for arch in ("80", "90", "120")},
+    ("sampler/sampler_adjust.cu", "80"): (Line("adjust_kernel", 40),),
+    ("sampler/sampler_logprobs.cu", "80"): (Line("logprobs_kernel", 64),),
+}
+
+
+def over(kernel: str, lines: tuple[Line, ...], usage: Usage, compiled: Compiled) -> str | None:
+    """What of a kernel is more than its line allows; None where nothing is."""
+    line = next((line for line in lines if re.search(line.kernels, kernel)), None)
+    if line is None:
+        return "it has no line in the table"
+    if usage.registers > line.registers:
+        return f"{usage.registers} registers, {line.registers} allowed"
+    if usage.spills > line.spills:
+        return f"{usage.spills} bytes spilled, {line.spills} allowed"
+    if line.loop is not None:
+        found = longest_by_products(compiled.code[kernel], line.operation)
+        if line.loop.products not in found:
+            return f"no loop has {line.loop.products} products; those that there are: {found}"
+        if found[line.loop.products] > line.loop.instructions:
+            return f"{found[line.loop.products]} instructions, {line.loop.instructions} allowed"
+    return None
+
+
+@pytest.mark.parametrize(("source", "arch"), TABLE, ids=lambda part: part.rpartition("/")[2])
+def test_each_kernel_is_within_its_budget(source: str, arch: str, compiled: Compiler) -> None:
+    done = compiled(source, arch)
+    assert done.usage
+    too_much = {
+        kernel: said for kernel, usage in done.usage.items() if (said := over(kernel, TABLE[source, arch], usage, done))
+    }
+    assert not too_much
+
+
+def test_the_gemv_of_hopper_copies_in_bulk_and_has_no_fence(compiled: Compiler) -> None:
+    """Two of its blocks share an SM with one token, and one of the decode attention stands beside one of its own."""
+    gemv, attention_decode = compiled("gemv/gemv_fp16.cu", "90"), compiled("attention/attention_decode_fp16.cu", "90")
+    assert len(gemv.usage) == 12
+    for name, code in gemv.code.items():
+        assert any(one.is_a("HMMA.16816.F32") for one in code), name
+        assert any(one.is_a("UBLKCP") for one in code), name
+        assert not any(one.is_a("MEMBAR.ALL.GPU") for one in code), f"{name}: a fence waits for every load in flight"
+    narrow = max(usage.registers for name, usage in gemv.usage.items() if "ILi1E" in name)
+    assert blocks_per_sm(90, GEMV_THREADS, narrow, 0) == 2
+    for name, usage in attention_decode.usage.items():
+        of_both = [warps * -(-32 * registers // 256) * 256 for warps, registers in ((4, usage.registers), (10, narrow))]
+        assert sum(of_both) <= REGISTERS, name
+
+
+def test_wgmma_is_not_serialised(compiled: Compiler) -> None:
+    done = compiled("gemm/wgmma_fp16.cu", "90a")
+    assert len(done.usage) == 2 * WGMMA_TILES
+    assert "wgmma.mma_async instructions are serialized" not in done.log
+    assert "C7508" not in done.log  # setmaxnreg ignored
+
+
+def test_what_is_spilled_has_a_reason() -> None:
+    assert all(line.why for lines in TABLE.values() for line in lines if line.spills)
+
+
+def test_every_source_of_kernels_is_in_the_table() -> None:
+    """In one of its two types at least."""
+    listed = {source.replace("_bf16", "_fp16") for source, _ in TABLE}
+    there = {
+        str(path.relative_to(EXT)).replace("_bf16", "_fp16")
+        for path in EXT.rglob("*.cu")
+        if re.search(r"__global__|_kernel\.cuh|_fp16\.cu|_bf16\.cu", path.name + path.read_text())
+    }
+    launchers = {"gemv/gemv.cu", "gemm/wgmma.cu", "attention/attention_decode.cu", "common/device.cu"}
+    assert there - launchers == listed
+
+
+def test_the_gemv_s_loops_are_those_that_the_roofline_counts_with() -> None:
+    for (source, arch), lines in TABLE.items():
+        for line in lines:
+            if line.loop is not None and line.loop.weights:
+                few_or_more = GEMV_INSTRUCTIONS[int(arch)]
+                assert line.loop.of_4096 == few_or_more[line.kernels.startswith("ILi2E")], (source, arch, line)
