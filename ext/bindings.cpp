@@ -182,6 +182,8 @@ PYBIND11_MODULE(_cuda, m, py::mod_gil_not_used()) {
   const auto free_gil = py::call_guard<py::gil_scoped_release>();
   m.def("device_count", &device_count, free_gil);
   m.def("compiled_for", &compiled_for, free_gil);
+  m.attr("architectures") = GPTQ_API_ARCHS;  // as CMake was told, with commas
+  m.attr("cuda_version") = CUDART_VERSION;
   m.def("decode", &gemv, free_gil, "w"_a, "x"_a, "y"_a, "bias"_a, "residual"_a, "M"_a, "N"_a, "K"_a, "ldx"_a, "ldy"_a, "ldr"_a, "paired"_a,
         "groups"_a, "zeros"_a, "bf16"_a, "in_a_row"_a, "stream"_a);
   m.def("dequant", &dequant, free_gil, "w"_a, "out"_a, "N"_a, "K"_a, "ldo"_a, "strip_first"_a, "strip_count"_a, "paired"_a, "groups"_a,

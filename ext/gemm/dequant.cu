@@ -47,8 +47,8 @@ __global__ void __launch_bounds__(kDequantWarps * 32) dequant_kernel(const Dequa
   for (int i = lane; i < kStripRows * kChunkK / 8; i += 32) {
     const int r = i / (kChunkK / 8), k = i % (kChunkK / 8) * 8;
     if (c * kChunkK + k >= a.K) continue;
-    const int row = a.paired ? strip * 8 + (r & 7) + (r >> 3) * (a.N / 2) : strip * kStripRows + r;
-    *reinterpret_cast<uint4*>(a.out + static_cast<size_t>(row - a.strip_first * kStripRows) * a.ldo + c * kChunkK + k) =
+    const int at = blockIdx.y, row = a.paired ? at * 8 + (r & 7) + (r >> 3) * 8 * a.strip_count : at * kStripRows + r;
+    *reinterpret_cast<uint4*>(a.out + static_cast<size_t>(row) * a.ldo + c * kChunkK + k) =
         *reinterpret_cast<const uint4*>(&tile[warp][r][k]);
   }
 }

@@ -8,9 +8,9 @@ namespace gptq {
 
 struct DequantArgs {
   const uint8_t* w;  // strip stream
-  uint16_t* out;     // [N, K] row-major, row stride ldo elements (a multiple of 8), k in the order of the stream
+  uint16_t* out;     // rows of K, row stride ldo elements (a multiple of 8), k in the order of the stream
   int N, K, ldo;
-  int strip_first, strip_count;  // what to write; row r of the matrix is row r of `out`
+  int strip_first, strip_count;  // what to write, 16 rows each; paired: the 8 gates of every strip, then the 8 ups of every strip
   int paired;
 };
 

@@ -17,7 +17,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from gptq_api.kernels.extension import MISSING, compiled_for
+from gptq_api.kernels.extension import MISSING, compiled_for, no_code_reason
 from gptq_api.kernels.extension import cuda as _cuda
 from gptq_api.kernels.layout import (
     CHUNK_K,
@@ -49,10 +49,8 @@ def unavailable_reason() -> str | None:
         return MISSING
     if not torch.cuda.is_available():
         return "torch finds no CUDA device"
-    if compiled_for(torch.cuda.current_device()):
-        return None
-    major, minor = torch.cuda.get_device_capability()
-    return f"compute capability {major}.{minor}; the kernels need 8.0 or later"
+    device = torch.cuda.current_device()
+    return None if compiled_for(device) else no_code_reason(device)
 
 
 def is_available() -> bool:
@@ -293,6 +291,7 @@ def _wgmma(
 
 
 def _dequantize(w: PackedLinear, out: Tensor, first: int, count: int) -> None:
+    """The rows of `count` strips; of paired ones all gates before all ups."""
     shape = (w.out_features, w.in_features, out.stride(0), first, count)
     format_ = (w.paired, w.groups_per_chunk, w.has_zeros, out.dtype == torch.bfloat16)
     _cuda.dequant(w.data.data_ptr(), out.data_ptr(), *shape, *format_, _stream(out))
@@ -301,23 +300,35 @@ def _dequantize(w: PackedLinear, out: Tensor, first: int, count: int) -> None:
 def _by_cublas(
     x: Tensor, w: PackedLinear, out: Tensor, bias: Tensor | None, residual: Tensor | None, silu_mul: bool
 ) -> None:
-    """For devices and sizes without a kernel of ours: blocks of the weight as 16-bit matrices, then torch.mm."""
+    """For devices and sizes without a kernel of ours: SCRATCH_BYTES of the weight at a time as 16-bit matrices (gates
+    and their ups where it is paired), then cuBLAS. Rounds once, as our kernels do."""
     x = sort_activations(x, w)
-    m, n = x.shape[0], w.out_features
-    y = out if not silu_mul else torch.empty(m, n, dtype=x.dtype, device=x.device)
-    rows = n if w.paired else max(STRIP_ROWS, SCRATCH_BYTES // (2 * w.in_features) // STRIP_ROWS * STRIP_ROWS)
-    scratch = torch.empty(min(rows, n), w.in_features, dtype=x.dtype, device=x.device)
-    add = residual if residual is not None and not silu_mul else None
-    for first in range(0, n, rows):
-        count = min(rows, n - first)
-        _dequantize(w, scratch, first // STRIP_ROWS, count // STRIP_ROWS)
-        part = torch.mm(x, scratch[:count].t())
-        if bias is not None:
-            part += bias[first : first + count]
-        if add is not None:
-            part += add[:, first : first + count]
-        y[:, first : first + count] = part
-    if silu_mul:
-        torch.mul(torch.nn.functional.silu(y[:, : n // 2]), y[:, n // 2 :], out=out)
-        if residual is not None:
-            out += residual
+    strips = w.out_features // STRIP_ROWS
+    at_once = min(strips, max(1, SCRATCH_BYTES // (2 * w.in_features * STRIP_ROWS)))
+    scratch = torch.empty(at_once * STRIP_ROWS, w.in_features, dtype=x.dtype, device=x.device)
+    halves = 2 if w.paired else 1
+    width = STRIP_ROWS // halves  # rows of a strip in each half
+    for first in range(0, strips, at_once):
+        count = min(at_once, strips - first)
+        _dequantize(w, scratch, first, count)
+        weights = torch.split(scratch[: count * STRIP_ROWS], count * width)
+        places = [slice((h * strips + first) * width, (h * strips + first + count) * width) for h in range(halves)]
+        biases = [None if bias is None else bias[place] for place in places]
+        if silu_mul:
+            gate, up = (_unrounded(x, *each) for each in zip(weights, biases, strict=True))
+            y = torch.nn.functional.silu(gate).mul_(up)
+            out[:, places[0]] = y if residual is None else y.add_(residual[:, places[0]])
+            continue
+        for weight, place, its_bias in zip(weights, places, biases, strict=True):
+            added = its_bias if residual is None else residual[:, place]
+            if added is None:
+                torch.mm(x, weight.t(), out=out[:, place])
+            elif its_bias is None or residual is None:
+                torch.addmm(added, x, weight.t(), out=out[:, place])
+            else:
+                out[:, place] = _unrounded(x, weight, its_bias).add_(added)
+
+
+def _unrounded(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    y = torch.mm(x, weight.t(), out_dtype=torch.float32)
+    return y if bias is None else y.add_(bias)

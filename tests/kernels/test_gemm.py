@@ -24,6 +24,13 @@ ROWS = (1, 2, 3, 5, 8, 9, 16, 17, 31, 32, 33, 64, 100, 128, 255, 256, 257, 1000)
 DTYPES = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
 
 
+@pytest.fixture(autouse=True)
+def exact_cublas() -> None:
+    """As the CUDA backend asks for."""
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+
+
 def packed(w: GPTQTensors, *, paired: bool = False) -> PackedLinear:
     return gemm.pack(w.qweight, w.scales, w.zeros, w.g_idx, w.group_size, "cuda", paired=paired)
 
@@ -197,6 +204,41 @@ def test_dequantize(group_size: int, dtype: torch.dtype) -> None:
         weight = packed(w, paired=paired)
         perm = torch.arange(k, device="cuda") if weight.perm is None else weight.perm.long()
         assert torch.equal(probes.dequantize(weight, dtype), w.dense[perm].t().to(dtype))
+
+
+@DTYPES
+@pytest.mark.parametrize("m", [40, 300])
+@pytest.mark.parametrize("act_order", [False, True], ids=["plain", "act-order"])
+def test_cublas_gets_the_weight_in_blocks(
+    act_order: bool, m: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seven strips at a time and the rest of four, of paired weights as well; and rounds once."""
+    k, n = 4096, 2 * 16 * 37
+    monkeypatch.setattr(gemm, "SCRATCH_BYTES", 2 * k * 16 * 7 + 100)
+    w = random_weight(k, n, 128, asym=True, act_order=act_order, device="cuda")
+    x, bias, residual = random_x(m, k, dtype), random_x(n, 1, dtype)[:, 0].contiguous(), random_x(m, n, dtype)
+    product = x.double() @ w.dense
+    for weight in (packed(w), packed(w, paired=True)):
+        for its_bias, its_residual in itertools.product((None, bias), (None, residual)):
+            y = torch.full((m, n), torch.nan, dtype=dtype, device="cuda")
+            gemm._by_cublas(x, weight, y, its_bias, its_residual, silu_mul=False)
+            expected = product + (0 if its_bias is None else bias.double())
+            expected = expected + (0 if its_residual is None else residual.double())
+            assert error(y, expected) < ERROR[dtype]
+            if its_residual is not None:
+                in_place = residual.clone()
+                gemm._by_cublas(x, weight, in_place, its_bias, in_place, silu_mul=False)
+                assert torch.equal(in_place, y)
+    gate, up = (product + bias.double()).split(n // 2, dim=1)
+    half = random_x(m, n // 2, dtype)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    gemm._by_cublas(x, weight, half, bias, half, silu_mul=True)
+    more = torch.cuda.max_memory_allocated() - before - (2 * m * k if act_order else 0)
+    assert more < gemm.SCRATCH_BYTES + 6 * 4 * m * 7 * 16 + 2**16, "no more than a block, and its products"
+    expected = functional.silu(gate) * up + random_x(m, n // 2, dtype).double()
+    assert error(half, expected) < 2 * ERROR[dtype]
 
 
 def test_packing_on_the_device_gives_the_bytes_of_the_cpu() -> None:

@@ -52,6 +52,9 @@ class CudaBackend:
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         self.device, self.dtype, self.head_dtype = device, dtype, dtype
+        # cuBLAS may add parts of a sum up in 16 bits where it cuts k: how exact a row is would depend on its company.
+        torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
 
     @staticmethod
     def device_name(device: torch.device) -> str:

@@ -163,6 +163,13 @@ def test_the_kernel_of_a_module_on_cuda_is_told_with_its_reason() -> None:
     assert backend.kernel(4, 4096, 4096, -1).num_bytes <= choice.num_bytes
 
 
+def test_cublas_adds_up_in_float32() -> None:
+    matmul = torch.backends.cuda.matmul
+    matmul.allow_fp16_reduced_precision_reduction = matmul.allow_bf16_reduced_precision_reduction = True
+    CudaBackend(torch.device("cuda"), torch.float16)
+    assert not matmul.allow_fp16_reduced_precision_reduction and not matmul.allow_bf16_reduced_precision_reduction
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not gemm.is_available(), reason=gemm.unavailable_reason() or "")
 @pytest.mark.parametrize("group_size", [32, 64, 128, 256, -1])
