@@ -5,10 +5,10 @@
 
 A step is its kernels one after another; a decode step of M sequences computes M rows:
 
-    product, few rows    (bytes^4 + issue^4)^(1/4) + start           up to 8 rows on Hopper, elsewhere up to 16
+    product, M <= 8      (bytes^4 + issue^4)^(1/4) + start
                          bytes = packed weights and scales / bandwidth
                          issue = weights / 4,096 * instructions / (SMs * clock * 1.57)
-    product, more rows   (bytes^1.5 + products^1.5)^(1/1.5) + tiles  and the 16-bit head
+    product, M > 8       (bytes^1.5 + products^1.5)^(1/1.5) + tiles  and the 16-bit head
                          products = 2 N K sqrt(M^2 + 24^2) / rate
     attention            t + min(1.3 t, 10 us) + start               t = keys and values / (0.92 * bandwidth)
     norm                 start
@@ -60,10 +60,10 @@ README = ROOT / "README.md"
 BEGIN, END = "<!-- cards: written by tools/roofline.py --page -->\n", "<!-- end of cards -->\n"
 RESULTS = ROOT / "benchmarks" / "results"
 
-GEMV_INSTRUCTIONS = {80: (170, 240), 89: (170, 240), 90: (160, 200), 100: (160, 200), 120: (170, 240)}
-"""architecture -> budget of the GEMV's loop for 4,096 weights: of up to 8 rows, and of up to 16"""
-GEMV_ROWS = {80: 16, 90: 8, 100: 16, 120: 16}
-"""architecture -> rows up to which products are the GEMV's"""
+GEMV_ROWS = 8
+"""up to which products are the GEMV's"""
+GEMV_INSTRUCTIONS = {80: 170, 89: 170, 90: 160, 100: 160, 120: 170}
+"""architecture -> budget of the GEMV's loop for 4,096 weights and up to 8 rows"""
 ISSUED = 1.57
 START_US, BOUNDARY_US, TILES_US, STEP_US = 2.0, 1.4, 5.5, 50.0
 TILE_ROWS = 24
@@ -162,9 +162,9 @@ def boundary(card: Card) -> float:
 def product_us(card: Card, product: Product, rows: int) -> float:
     """One product of so many rows."""
     read = product.packed_bytes / card.read_tb_s / 1e6
-    if product.quantized and rows <= GEMV_ROWS[card.code]:
+    if product.quantized and rows <= GEMV_ROWS:
         weights = product.in_features * product.out_features
-        instructions = GEMV_INSTRUCTIONS[card.code][rows > 8]
+        instructions = GEMV_INSTRUCTIONS[card.code]
         issue = weights / 4096 * instructions / (card.sms * card.ghz * 1e3 * ISSUED)
         return float((read**4 + issue**4) ** 0.25) + START_US + boundary(card)
     operations = 2 * product.in_features * product.out_features * (rows**2 + TILE_ROWS**2) ** 0.5
@@ -201,24 +201,23 @@ def measured(card: Card, model: str) -> dict[tuple[int, int], float]:
 
 def report(card: Card, model: Model, batches: list[int], context: int) -> Iterator[str]:
     """Lines for people: inputs, the formula, a row for each batch."""
-    few, more = GEMV_INSTRUCTIONS[card.code]
     yield f"{card.name}: {card.sms} SMs at {card.ghz} GHz, {card.memory_gb} GB, {card.tb_s} TB/s nominal and"
-    yield f"{card.read_tb_s:.2f} for reading, {card.tflops} TFLOP/s; code of {card.code / 10}: {few} ({more} beyond 8"
-    yield f"rows) instructions for 4,096 weights, {boundary(card)} us between kernels"
+    yield f"{card.read_tb_s:.2f} for reading, {card.tflops} TFLOP/s; code of {card.code / 10}:"
+    yield f"{GEMV_INSTRUCTIONS[card.code]} instructions for 4,096 weights, {boundary(card)} us between kernels"
     packed = sum(product.packed_bytes for product in model.products)
     yield f"{model.name}: {packed / 1e9:.2f} GB in 4 bits, head {model.head.packed_bytes / 1e9:.2f} GB,"
     yield f"{model.cache_bytes / 1e6:.3f} MB of cache a token, {context} tokens of context"
     assert __doc__ is not None
     yield __doc__.split("\n\n", 3)[3].split("Where the numbers")[0]
-    yield "| batch | products | attention | norms | head | a step, ms | by bytes alone | tok/s | measured |"
-    yield "|---|---|---|---|---|---|---|---|---|"
+    yield "| batch | us a layer | products | attention | norms | head | a step, ms | by bytes | tok/s | measured |"
+    yield "|---|---|---|---|---|---|---|---|---|---|"
     known = {
         batch: rate for (batch, mean), rate in measured(card, model.name).items() if context / 2 < mean < 2 * context
     }
     for batch in batches:
         step = step_of(card, model, batch, context)
         parts = (step.products, step.attention, step.norms, step.head, step.us, step.floor)
-        cells = [f"{us / 1e3:.2f}" for us in parts]
+        cells = [f"{step.products / model.layers:.1f}", *(f"{us / 1e3:.2f}" for us in parts)]
         cells.append(f"{batch / step.us * 1e6:,.0f}" if step.fits else "does not fit")
         yield f"| {batch} | {' | '.join(cells)} | {known.get(batch, '')} |"
 
