@@ -253,14 +253,22 @@ def _has_wgmma(device_index: int) -> bool:
 
 
 _CAPTURE = -1
+_workspaces: dict[tuple[int, int], Tensor] = {}
 
 
-@cache
 def _workspace(device_index: int, stream: int) -> Tensor:
     """Partial sums and flags of `_wgmma`, zeroed once: one per stream, since launches that overlap must not share one.
-    All captured graphs of a device share that of _CAPTURE, which `pack` makes before any capture begins; do not replay
-    two of them at the same time."""
-    return torch.zeros(_cuda.wgmma_workspace_bytes(), dtype=torch.uint8, device=torch.device("cuda", device_index))
+
+    A graph belongs to the stream on which it is captured, where that has worked kernel by kernel before, as a runner's
+    has: it is to be replayed there. All others share that of _CAPTURE, which `pack` makes before any capture begins: no
+    two of them are to be replayed at the same time."""
+    found = _workspaces.get((device_index, stream))
+    if found is None:
+        if stream != _CAPTURE and torch.cuda.is_current_stream_capturing():
+            return _workspace(device_index, _CAPTURE)
+        size, device = _cuda.wgmma_workspace_bytes(), torch.device("cuda", device_index)
+        found = _workspaces.setdefault((device_index, stream), torch.zeros(size, dtype=torch.uint8, device=device))
+    return found
 
 
 def _one_group(w: PackedLinear) -> bool:
@@ -273,9 +281,7 @@ def _wgmma(
 ) -> None:
     x = sort_activations(x, w)
     stream = _stream(x)
-    workspace = _workspace(x.device.index, _CAPTURE)
-    if not torch.cuda.is_current_stream_capturing():
-        workspace = _workspace(x.device.index, stream)
+    workspace = _workspace(x.device.index, stream)
     fits = out.stride(0) % 8 == 0 and out.data_ptr() % 16 == 0
     y = out if fits else torch.empty_like(out, memory_format=torch.contiguous_format)
     add = None if silu_mul else residual
