@@ -48,6 +48,7 @@ class SimulatedRunner:
     """One step ahead, as the CUDA runner is. Tokens are a hash of seat and position."""
 
     lookahead = 1
+    num_graphs = 0
     row_multiple = 192
     shared_rows = None
     num_blocks, block_size = 9594, 16

@@ -108,6 +108,10 @@ class Runner(Protocol[Launched]):
     lookahead: int
     """0: a step is collected before the next one is scheduled; 1: afterwards"""
 
+    @property
+    def num_graphs(self) -> int:
+        """Captured and kept by a GPU's runner; 0 where there are none."""
+
     def launch(self, step: Step) -> Launched:
         """Start a step, after all that were launched before, and do not wait for it. Raises DeviceMemoryError.
 

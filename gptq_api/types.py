@@ -164,6 +164,8 @@ class EngineStats(msgspec.Struct, frozen=True, array_like=True):
     """tokens computed by this step; 0 where there was none"""
     num_log_lines_dropped: int = 0
     """by the engine process, in total"""
+    num_graphs: int = 0
+    """CUDA graphs that are kept"""
 
 
 class StepOutput(msgspec.Struct, frozen=True, tag="step", kw_only=True):

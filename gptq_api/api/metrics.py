@@ -184,6 +184,10 @@ class _EngineCollector(Collector):
             counter = CounterMetricFamily(name, text, labels=["model_name"])
             counter.add_metric([self._model_name], value)
             yield counter
+        if engine.alive and engine.ready.device.startswith("cuda"):
+            graphs = GaugeMetricFamily("gptq_api:cuda_graphs", "CUDA graphs that are kept.", labels=["model_name"])
+            graphs.add_metric([self._model_name], stats.num_graphs)
+            yield graphs
         if engine.alive:
             info = GaugeMetricFamily(
                 "vllm:cache_config_info", "The KV cache.", labels=["model_name", "block_size", "num_gpu_blocks"]

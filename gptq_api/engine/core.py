@@ -221,6 +221,7 @@ class Engine(Generic[Launched]):
             num_prefix_hits=scheduler.counters.prefix_hits,
             num_batched_tokens=num_batched_tokens,
             num_log_lines_dropped=num_dropped(),
+            num_graphs=self.runner.num_graphs,
         )
 
 

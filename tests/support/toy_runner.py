@@ -79,6 +79,7 @@ class ToyRunner:
     """`out_of_memory`: the share of launches of more than one token that fail; `max_tokens`: more always fail."""
 
     vocab_size = NUM_TOKENS
+    num_graphs = 0
 
     def __init__(
         self, lookahead: int, max_num_seqs: int, block_size: int, out_of_memory: float = 0.0, max_tokens: int = 10**9

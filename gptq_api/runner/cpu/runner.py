@@ -45,6 +45,7 @@ class CpuRunner:
     """A loaded model and its KV cache. Not thread-safe: one caller steps it."""
 
     lookahead = 0
+    num_graphs = 0
     row_multiple = 1
     shared_rows: int | None = SHARED_ROWS
 

@@ -20,6 +20,7 @@ from gptq_api.model.layers.linear import Linear, PlainLinear
 from gptq_api.model.weights import LlamaWeights
 from gptq_api.runner.cuda.cache import CudaKVCache
 from gptq_api.runner.cuda.forward import CudaLlama
+from gptq_api.runner.cuda.graphs import GRAPH_BYTES
 from gptq_api.runner.cuda.linear import CudaDenseLinear, PackedGPTQLinear
 from gptq_api.runner.cuda.runner import CudaRunner, state_bytes
 from gptq_api.runner.inputs import StepInputs, StepShape, num_words, write_idle
@@ -27,8 +28,6 @@ from gptq_api.runner.memory import does_not_fit, free_memory, gpu_knob, plan_cac
 from gptq_api.runner.options import LoadOptions
 
 _log = logging.getLogger(__name__)
-_GRAPH_BYTES = 256 * 2**20
-"""left free for captured graphs and for what libraries allocate late"""
 
 
 def refusal(config: LlamaConfig, block_size: int) -> str | None:
@@ -145,7 +144,7 @@ class CudaBackend:
             transient = _largest_step(cuda, config, options, num_rows, kv_dtype)
             state = state_bytes(num_seqs, num_rows, max_model_len, options.block_size)
             workspace = torch.cuda.memory_allocated(device) - before + transient + state
-            memory = self.cache_memory(options, _GRAPH_BYTES + transient + state)
+            memory = self.cache_memory(options, GRAPH_BYTES + transient + state)
             plan = plan_cache(options, config, self, max_model_len, memory)
             cache = CudaKVCache(config, plan.num_blocks, options.block_size, kv_dtype, device)
         except torch.cuda.OutOfMemoryError:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import bisect
 import logging
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -22,6 +23,11 @@ _MIXED_ROWS = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 _MIXED_SEQUENCES = (8, 64)
 _MIXED_TILES = (1, 4, 16, 64)
 _WIDTHS = (128, 512, 2048, 8192)
+GRAPH_BYTES = 256 * 2**20
+"""left free on the device for graphs, and for what libraries allocate late"""
+_FEWEST, _MOST = 16, 256
+"""graphs beside those that are always kept, however large or small they are: there are 650 shapes, of which a load
+meets a few dozen. The fewest are more than the steps that may be under way, so that none of theirs is dropped"""
 
 
 class Buckets:
@@ -67,32 +73,50 @@ class Buckets:
 
 class Graphs:
     """`body` on static memory, by shape. A shape's first step runs kernel by kernel, which also compiles and loads what
-    must not be compiled or loaded during a capture; its second is captured, and from then on replayed."""
+    must not be compiled or loaded during a capture; its second is captured, and from then on replayed. As many graphs
+    are kept as GRAPH_BYTES hold; the one that was not used for the longest time makes room, and begins anew."""
 
-    def __init__(self, body: Callable[[StepShape], Tensor]) -> None:
-        """`body` returns a tensor that stays where it is: every later step of that shape leaves its result there."""
-        self._body = body
+    def __init__(self, body: Callable[[StepShape], Tensor], kept: Iterable[StepShape]) -> None:
+        """`body` returns a tensor that stays where it is: every later step of that shape leaves its result there.
+        `kept`: shapes that are never dropped."""
+        self._body, self._kept = body, frozenset(kept)
         self._pool = torch.cuda.graph_pool_handle()
-        self._captured: dict[StepShape, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self._captured: OrderedDict[StepShape, tuple[torch.cuda.CUDAGraph, Tensor]] = OrderedDict()
+        """in the order of their last use"""
         self._seen: set[StepShape] = set()
         self._refused: set[StepShape] = set()
+        self._num_weighed = 0
+        self.num_bytes = 0
+        """that all captures until now have taken from the device"""
+
+    def __len__(self) -> int:
+        return len(self._captured)
+
+    def __str__(self) -> str:
+        taken = self.num_bytes / 2**20
+        return f"{len(self)} CUDA graphs take {taken:.0f} MiB; up to {self._num_others()} more are kept, the last used"
 
     def run(self, shape: StepShape, capture: bool = True) -> Tensor:
         """`capture`: whether this shape will come again. Runs on the current stream, not the default one."""
-        if shape in self._captured:
-            graph, result = self._captured[shape]
+        found = self._captured.get(shape)
+        if found is not None:
+            self._captured.move_to_end(shape)
+            graph, result = found
             graph.replay()
             return result
         if capture and shape in self._seen and shape not in self._refused:
             captured = self._capture(shape)
             if captured is not None:
-                captured[0].replay()
-                return captured[1]
+                return captured
         elif capture:
             self._seen.add(shape)
         return self._body(shape)
 
-    def _capture(self, shape: StepShape) -> tuple[torch.cuda.CUDAGraph, Tensor] | None:
+    def _capture(self, shape: StepShape) -> Tensor | None:
+        """And replay it. None where it can not be captured."""
+        if shape not in self._kept:
+            self._make_room()
+        before = _free_bytes()
         graph = torch.cuda.CUDAGraph()
         try:
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
@@ -105,7 +129,29 @@ class Graphs:
             _log.warning("steps of %s run without a CUDA graph: %s", shape, str(error).partition("\n")[0])
             return None
         self._captured[shape] = graph, result
-        return graph, result
+        graph.replay()  # the first brings it to the device
+        self.num_bytes += max(0, before - _free_bytes())
+        self._num_weighed += 1
+        return result
+
+    def _make_room(self) -> None:
+        """For one more graph."""
+        others = [shape for shape in self._captured if shape not in self._kept]
+        for shape in others[: max(0, len(others) + 1 - self._num_others())]:
+            del self._captured[shape]
+            self._seen.discard(shape)
+
+    def _num_others(self) -> int:
+        """Graphs that there may be beside those that are always kept."""
+        if not self.num_bytes:
+            return _MOST
+        each = self.num_bytes / self._num_weighed
+        return min(_MOST, max(_FEWEST, int(GRAPH_BYTES / each) - len(self._kept)))
+
+
+def _free_bytes() -> int:
+    """Of the device, in which the driver and torch's pool keep graphs: neither tells how large one is."""
+    return torch.cuda.mem_get_info()[0]
 
 
 def _capped(sizes: tuple[int, ...], largest: int) -> list[int]:

@@ -7,6 +7,7 @@ sequences.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,6 +25,7 @@ from gptq_api.runner.inputs import Columns, Ints, SequenceTable, StepInputs, Ste
 from gptq_api.step import Admission, DeviceMemoryError, Masks, Sampled, Step
 from gptq_api.types import TokenLogprobs
 
+_log = logging.getLogger(__name__)
 _NUM_STAGES = 3
 """a step's pinned memory is filled while the step before it waits and the one before that is not collected yet"""
 
@@ -128,7 +130,11 @@ class CudaRunner:
         self._table = SequenceTable(max_num_seqs, max_blocks, cache.block_size)
         self._sampling = SamplingTable(max_num_seqs)
         self._buckets = Buckets(max_num_seqs, max_num_batched_tokens, max_blocks, TILE_ROWS)
-        self._graphs = Graphs(self._forward_and_sample)
+        self._graphs = Graphs(self._forward_and_sample, kept=self._buckets.start_shapes)
+
+    @property
+    def num_graphs(self) -> int:
+        return len(self._graphs)
 
     @torch.inference_mode()
     def launch(self, step: Step) -> Launched:
@@ -202,6 +208,7 @@ class CudaRunner:
                 for _ in range(2):
                     self.run_idle(shape, capture=True)
             self._stream.synchronize()
+        _log.info("%s", self._graphs)
 
     @torch.inference_mode()
     def run_idle(self, shape: StepShape, capture: bool) -> None:

@@ -19,6 +19,7 @@ from gptq_api.engine.core import Engine
 from gptq_api.grammar.compile import json_schema
 from gptq_api.kernels import gemm
 from gptq_api.runner.cpu.runner import CpuRunner
+from gptq_api.runner.cuda import graphs
 from gptq_api.runner.cuda.runner import CudaRunner
 from gptq_api.runner.load import load_runner
 from gptq_api.runner.loaded import LoadedRunner
@@ -168,6 +169,22 @@ def test_overlap_changes_nothing(demo: LoadedRunner) -> None:
     finally:
         demo.lookahead = 1
     assert overlapped.tokens == in_turn.tokens
+
+
+def test_graphs_that_make_room_for_others_change_nothing(demo: LoadedRunner, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps of many shapes, and room for the graphs of two of them."""
+    prompts = rambling(24, seed=3)
+    roomy = run(demo, prompts, steps_between=2, budget=64)
+    monkeypatch.setattr(graphs, "_MOST", 2)
+    runner = load("demo", dtype=demo.dtype)
+    assert isinstance(runner, CudaRunner)
+    at_start = runner.num_graphs
+    for _ in range(3):  # kernel by kernel, captured, captured anew
+        assert run(runner, prompts, steps_between=2, budget=64).tokens == roomy.tokens
+    assert at_start < runner.num_graphs <= at_start + 2
+    assert runner._graphs._num_weighed > runner.num_graphs
+    assert runner._graphs.num_bytes < graphs.GRAPH_BYTES
+    print(runner._graphs)
 
 
 def test_company_changes_little(demo: LoadedRunner) -> None:
