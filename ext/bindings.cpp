@@ -9,6 +9,7 @@
 #include "attention/attention_decode.h"
 #include "common/device.h"
 #include "gemm/dequant.h"
+#include "gemm/mma.h"
 #include "gemm/pack.h"
 #include "gemv/gemv.h"
 #include "ops/ops.h"
@@ -146,6 +147,17 @@ void attention_decode(std::uintptr_t qkv, std::uintptr_t cache, std::uintptr_t b
                " head_dim=" + std::to_string(head_dim));
 }
 
+void mma(std::uintptr_t w, std::uintptr_t x, std::uintptr_t y, std::uintptr_t bias, std::uintptr_t residual, std::uintptr_t workspace,
+         int M, int N, int K, int ldx, int ldy, int ldr, int paired, int groups, bool zeros, bool bf16, int tile, int split,
+         std::uintptr_t stream) {
+  gptq::MmaGemm call{};
+  call.weight = pointer<void>(w), call.x = pointer<void>(x), call.y = pointer<void>(y), call.bias = pointer<void>(bias);
+  call.residual = pointer<void>(residual), call.workspace = pointer<void>(workspace);
+  call.m = M, call.n = N, call.k = K, call.ldx = ldx, call.ldy = ldy, call.ldr = ldr;
+  call.paired = paired, call.groups = groups, call.zeros = zeros, call.bf16 = bf16, call.tile = tile, call.split = split;
+  raise_on(gptq::launch_mma(call, as_stream(stream)), shape("mma", M, N, K));
+}
+
 #ifdef GPTQ_API_HOPPER
 void wgmma(std::uintptr_t w, std::uintptr_t x, std::uintptr_t y, std::uintptr_t bias, std::uintptr_t residual, std::uintptr_t workspace,
            int M, int N, int K, int ldx, int ldy, int ldr, int paired, int groups, bool zeros, bool bf16, int tile, int sharing, int split,
@@ -208,6 +220,9 @@ PYBIND11_MODULE(_cuda, m, py::mod_gil_not_used()) {
         "ldo"_a, "table_stride"_a, "sequences"_a, "heads"_a, "kv_heads"_a, "block_size"_a, "head_dim"_a, "window"_a, "prefetch"_a, "bf16"_a,
         "fp8"_a, "blocks_per_sm"_a, "teams"_a, "stream"_a);
   m.def("attention_decode_workspace_bytes", &gptq::attention_decode_workspace_bytes, "heads"_a, "kv_heads"_a, "head_dim"_a);
+  m.def("mma", &mma, free_gil, "w"_a, "x"_a, "y"_a, "bias"_a, "residual"_a, "workspace"_a, "M"_a, "N"_a, "K"_a, "ldx"_a, "ldy"_a, "ldr"_a,
+        "paired"_a, "groups"_a, "zeros"_a, "bf16"_a, "tile"_a, "split"_a, "stream"_a);
+  m.def("mma_workspace_bytes", &gptq::mma_workspace_bytes);
 #ifdef GPTQ_API_HOPPER
   m.def("wgmma", &wgmma, free_gil, "w"_a, "x"_a, "y"_a, "bias"_a, "residual"_a, "workspace"_a, "M"_a, "N"_a, "K"_a, "ldx"_a, "ldy"_a,
         "ldr"_a, "paired"_a, "groups"_a, "zeros"_a, "bf16"_a, "tile"_a, "sharing"_a, "split"_a, "stream"_a);

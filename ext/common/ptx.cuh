@@ -65,9 +65,13 @@ __device__ __forceinline__ void bulk_load_everywhere(uint32_t dst, const void* s
 __device__ __forceinline__ void named_sync(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
 __device__ __forceinline__ void named_arrive(int id, int threads) { asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
 
-// ---- cp.async, for sm_80 .. sm_89 --------------------------------------------------------------------------------------------------
+// ---- cp.async -----------------------------------------------------------------------------------------------------------------------
 __device__ __forceinline__ void cp_async16(uint32_t dst, const void* src) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(dst), "l"(src) : "memory");
+}
+// With `bytes` 0, zeros, and src is not read.
+__device__ __forceinline__ void cp_async16_or_zeros(uint32_t dst, const void* src, int bytes) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(dst), "l"(src), "r"(bytes) : "memory");
 }
 __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int N>
@@ -112,6 +116,14 @@ __device__ __forceinline__ void sts64(uint32_t addr, uint32_t x, uint32_t y) {
   asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(addr), "r"(x), "r"(y) : "memory");
 }
 
+// ---- flags in global memory -----------------------------------------------------------------------------------------------------------
+__device__ __forceinline__ void flag_set(int* flag) { asm volatile("st.release.gpu.global.b32 [%0], 1;" ::"l"(flag) : "memory"); }
+__device__ __forceinline__ bool flag_is_set(const int* flag) {
+  int v;
+  asm volatile("ld.acquire.gpu.global.b32 %0, [%1];" : "=r"(v) : "l"(flag) : "memory");
+  return v != 0;
+}
+
 // ---- arithmetic --------------------------------------------------------------------------------------------------------------------
 __device__ __forceinline__ float exp2_approx(float v) {
   float r;
@@ -136,6 +148,12 @@ __device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], uint32_t add
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
                : "r"(addr)
                : "memory");
+}
+// An 8x8 matrix of 16-bit elements, lane 4g+t holding row g, columns 2t, 2t+1, turned.
+__device__ __forceinline__ uint32_t transpose_8x8(uint32_t v) {
+  uint32_t r;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(r) : "r"(v));
+  return r;
 }
 // c[0], c[1]: row g, columns 2t, 2t+1; c[2], c[3]: row g+8.
 template <bool BF>

@@ -85,18 +85,12 @@ constexpr TileTime kTileTimes[] = {
     {WgmmaTile::k192x128, 192, 128, 1, 103, true}, {WgmmaTile::k128x192, 128, 192, 2, 96, true},
     {WgmmaTile::k128x256, 128, 256, 2, 97, true},
 };
-constexpr int kCutCost = 8;              // chunks that cutting tiles along k takes as long as: partial sums are written, awaited and read
+constexpr int kCutCost = 8;              // chunks that cutting tiles along k takes as long as
 constexpr int64_t kSmallWeight = 16000;  // chunks of all strips
 constexpr int kNarrowWeight = 5600;      // output rows
 // Weights of a matrix from which operands may be rounded: their errors average out over many scales only, and for fewer the exact tiles
 // cost nothing.
 constexpr int64_t kFewWeights = 1 << 20;
-
-// In chunks per block. `clusters` work at a time.
-int64_t whole_time(int64_t tiles, int clusters, int chunks) { return (tiles + clusters - 1) / clusters * chunks; }
-int64_t cut_time(int64_t tiles, int clusters, int chunks) {
-  return (tiles * chunks + clusters - 1) / clusters + (tiles % clusters != 0 ? kCutCost : 0);
-}
 
 // Up to 32 tokens memory and issue slots are the limit, and two blocks per SM hide most; small weights have no work for so many.
 // Above, the tile that is done first: fewer padded tokens, fuller waves, less to add up.
@@ -111,7 +105,8 @@ Choice choose_tile(int m, int n, int chunks, int sms) {
     if (c.scaled && units * kStripRows * kChunkK < kFewWeights) continue;
     const int rows = c.rows * c.cluster, clusters = sms / c.cluster;
     const int64_t tiles = static_cast<int64_t>((m + c.tokens - 1) / c.tokens) * ((n + rows - 1) / rows);
-    const int64_t time = std::min(whole_time(tiles, clusters, chunks), cut_time(tiles, clusters, chunks)) * c.rows * c.tokens * c.percent;
+    const int64_t whole = whole_time(tiles, clusters, chunks), cut = cut_time(tiles, clusters, chunks, kCutCost);
+    const int64_t time = std::min(whole, cut) * c.rows * c.tokens * c.percent;
     if (time < least) least = time, best = {c.tile, WgmmaSharing::kOne};
   }
   return best;
@@ -130,7 +125,7 @@ cudaError_t launch_wgmma(const WgmmaGemm& call, cudaStream_t stream) {
   if ((call.groups != 0 && call.groups != 1 && call.groups != 2 && call.groups != 4) || call.paired < 0 || call.paired > 2 ||
       (call.paired == 2 && call.residual != nullptr) || call.tile < 0 || call.tile > static_cast<int>(WgmmaTile::kLast) ||
       call.sharing < 0 || call.sharing > static_cast<int>(WgmmaSharing::kTwo) || call.split < 0 ||
-      call.split > static_cast<int>(WgmmaSplit::kWhole))
+      call.split > static_cast<int>(GemmSplit::kWhole))
     return cudaErrorInvalidValue;
   Device device;
   if (const cudaError_t status = current_device(device); status != cudaSuccess) return status;
@@ -161,19 +156,11 @@ cudaError_t launch_wgmma(const WgmmaGemm& call, cudaStream_t stream) {
   p.paired = call.paired;
   p.m_tiles = (p.m + kernel.tokens - 1) / kernel.tokens;
   p.n_tiles = (p.strips + kernel.strips * kernel.cluster - 1) / (kernel.strips * kernel.cluster);
-  p.tiles = p.m_tiles * p.n_tiles;
 
-  // Whole tiles where that is sooner. Otherwise tiles that fill whole waves of clusters stay whole; the rest, and one wave with it, is cut
-  // into equal parts along k.
   const size_t partial = sizeof(float) * kernel.strips * kStripRows * kernel.tokens;
   const int wanted = device.sms * (choice.sharing == WgmmaSharing::kTwo ? 2 : 1);
   const int blocks = std::min({wanted, kMaxBlocks, static_cast<int>(kPartialBytes / partial)});
-  p.clusters = std::min(blocks / kernel.cluster, p.tiles * p.chunks);
-  const int over = p.tiles % p.clusters;
-  bool whole = whole_time(p.tiles, p.clusters, chunks) < cut_time(p.tiles, p.clusters, chunks);
-  if (call.split != 0) whole = call.split == static_cast<int>(WgmmaSplit::kWhole);
-  p.split_tiles = whole ? 0 : p.tiles < p.clusters || over == 0 ? over : over + p.clusters;
-  if (whole) p.clusters = std::min(p.clusters, p.tiles);
+  share_tiles(p, blocks / kernel.cluster, kCutCost, call.split);
 
   const int slot = kernel.tokens * kChunkK * 2 + wgmma_weight_bytes(kernel.strips, p.chunk_bytes), barriers = 16;
   p.stages = ((device.smem + 1024) / (choice.sharing == WgmmaSharing::kOne ? 1 : 2) - 1024 - kernel.turn_bytes) / (slot + barriers);

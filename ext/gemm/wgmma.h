@@ -25,7 +25,7 @@ struct WgmmaGemm {
   bool zeros;            // the stream carries zero points
   bool bf16;             // type of x, y, bias, residual; otherwise fp16
   int paired;            // 1: rows g, g+8 of a strip are outputs i, n/2 + i; i = 8 strip + g. 2: also, y = silu(row i) * (row n/2 + i)
-  int tile, sharing, split;  // for tests and tuning: a WgmmaTile, WgmmaSharing, WgmmaSplit; 0 lets the function choose
+  int tile, sharing, split;  // for tests and tuning: a WgmmaTile, WgmmaSharing, GemmSplit; 0 lets the function choose
 };
 
 size_t wgmma_workspace_bytes();

@@ -2,7 +2,7 @@
 #pragma once
 #include "common/layout.cuh"
 #include "gemm/wgmma_ptx.cuh"
-#include "gemm/wgmma_schedule.cuh"
+#include "gemm/schedule.cuh"
 #include "gemm/wgmma_shape.cuh"
 
 namespace gptq {

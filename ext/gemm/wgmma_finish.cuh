@@ -3,7 +3,7 @@
 #pragma once
 #include "common/vector.cuh"
 #include "gemm/wgmma_ptx.cuh"
-#include "gemm/wgmma_schedule.cuh"
+#include "gemm/schedule.cuh"
 #include "gemm/wgmma_shape.cuh"
 
 namespace gptq {

@@ -1,8 +1,8 @@
 // The kernel of wgmma.cu, compiled in wgmma_fp16.cu and wgmma_bf16.cu so that two cores work side by side.
 #pragma once
+#include "gemm/operands.cuh"
 #include "gemm/wgmma_feed.cuh"
 #include "gemm/wgmma_finish.cuh"
-#include "gemm/wgmma_operands.cuh"
 
 namespace gptq {
 namespace {

@@ -1,4 +1,4 @@
-// Warpgroup matrix multiply with A in registers, tensor-map loads with multicast, transposing stores to shared memory, flags:
+// Warpgroup matrix multiply with A in registers, tensor-map loads with multicast, transposing stores to shared memory:
 // the sm_90a instructions of the GEMM. Only translation units built for sm_90a may include this.
 #pragma once
 #include <cuda.h>
@@ -111,14 +111,6 @@ __device__ __forceinline__ void stmatrix_x4_trans(uint32_t addr, uint32_t r0, ui
 }
 __device__ __forceinline__ void stmatrix_x2_trans(uint32_t addr, uint32_t r0, uint32_t r1) {
   asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(addr), "r"(r0), "r"(r1) : "memory");
-}
-
-// ---- flags in global memory -----------------------------------------------------------------------------------------------------------
-__device__ __forceinline__ void flag_set(int* flag) { asm volatile("st.release.gpu.global.b32 [%0], 1;" ::"l"(flag) : "memory"); }
-__device__ __forceinline__ bool flag_is_set(const int* flag) {
-  int v;
-  asm volatile("ld.acquire.gpu.global.b32 %0, [%1];" : "=r"(v) : "l"(flag) : "memory");
-  return v != 0;
 }
 
 }  // namespace gptq

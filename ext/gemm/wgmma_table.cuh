@@ -4,19 +4,19 @@
 
 #include <cstdint>
 
+#include "gemm/schedule.cuh"
+
 namespace gptq {
 
-struct WgmmaParams {
+struct WgmmaParams : GemmTiles {  // n_tiles: rows of tiles, as many at a time as a cluster has blocks
   uint16_t* y;
   const uint16_t* bias;
   const uint16_t* residual;
   float* partials;
   int* flags;
-  int m, n, strips, chunks, chunk_bytes;
+  int chunk_bytes;
   int64_t ldy, ldr;
-  int m_tiles, n_tiles;    // n_tiles: rows of tiles, as many at a time as a cluster has blocks
-  int tiles, split_tiles;  // the first split_tiles are cut along k over all clusters
-  int clusters, stages, groups;
+  int stages, groups;
   int paired;
   bool zeros;
   bool one_group;  // of all k
@@ -27,7 +27,6 @@ enum class WgmmaTile : int { k128x16 = 1, k128x32, k128x64, k192x64, k192x96, k1
 
 // Blocks per SM.
 enum class WgmmaSharing : int { kOne = 1, kTwo };
-enum class WgmmaSplit : int { kAlongK = 1, kWhole };
 
 struct WgmmaKernel {
   const void* function;

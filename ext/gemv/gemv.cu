@@ -90,8 +90,12 @@ cudaError_t launch_rows(GemvArgs args, int groups, bool zeros, bool bf16, bool i
   const int index = (((tiles - 1) * 3 + groups / 2) * 2 + zeros) * 2 + bf16;
   if (const cudaError_t status = prepare(kernel, index, device); status != cudaSuccess) return status;
   if (takes_portable_kernel(device.code)) {
-    const int smem = portable_smem(tiles, chunk_bytes(groups, zeros));
-    return launch_kernel(kernel, {dim3(std::min(strips, 2 * device.sms)), kPortableWarps * 32, smem, stream, 1, false}, device, args);
+    const int blocks = std::min(strips, device.sms);
+    args.plan = plan_portable(args.M, (strips + blocks - 1) / blocks, device.smem, groups, zeros);
+    if (args.plan.depth < 2) return cudaErrorInvalidConfiguration;
+    args.plan.strips = strips / blocks;
+    args.plan.spare = strips % blocks;
+    return launch_kernel(kernel, {dim3(blocks), kPortableThreads, args.plan.total, stream, 1, false}, device, args);
   }
   GemvShape shape;
   if (!choose_shape(shape, device, args.M, args.K, tiles, groups, zeros, in_a_row)) return cudaErrorInvalidConfiguration;
@@ -122,8 +126,8 @@ cudaError_t launch_gemv(GemvArgs args, int groups, bool zeros, bool bf16, bool i
   // As many rows at a time as x fits in shared memory.
   GemvShape shape;
   const bool sixteen =
-      takes_portable_kernel(device.code) || choose_shape(shape, device, std::min(args.M, 16), args.K, 2, groups, zeros, false);
-  const int step = sixteen ? 16 : 8;
+      !takes_portable_kernel(device.code) && choose_shape(shape, device, std::min(args.M, 16), args.K, 2, groups, zeros, false);
+  const int step = sixteen ? 16 : kPortableMaxM;
   for (int row = 0; row < args.M; row += step) {
     GemvArgs part = args;
     part.M = std::min(step, args.M - row);

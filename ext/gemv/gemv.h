@@ -16,6 +16,7 @@ struct GemvPlan {
   int strips, spare;                   // of a cluster; that many clusters have one strip more
   int ring, x, sums, red, got, total;  // of shared memory
   int x_stride;                        // elements between tokens
+  int pass, slot;                      // of gemv_portable: strips at a time, bytes of a slot of one warp's ring
   int red_lanes;                       // float4 slots per column tile and warp: lanes whose columns hold no token leave nothing
 };
 

@@ -25,11 +25,17 @@
 
 namespace gptq {
 
+#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ < 900 || __CUDA_ARCH__ >= 1200)  // as takes_portable_kernel()
+#define GPTQ_GEMV_BOUNDS(NT) kPortableThreads, 1
+#else
+#define GPTQ_GEMV_BOUNDS(NT) kGemvThreads, NT == 1 ? kBlocksAtOnce : 1
+#endif
+
 template <int NT, int G, bool ZP, bool BF>
-__global__ void __launch_bounds__(kGemvThreads, NT == 1 ? kBlocksAtOnce : 1) gemv_kernel(const __grid_constant__ GemvArgs a) {
+__global__ void __launch_bounds__(GPTQ_GEMV_BOUNDS(NT)) gemv_kernel(const __grid_constant__ GemvArgs a) {
   extern __shared__ __align__(128) uint8_t smem[];
 #if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ < 900 || __CUDA_ARCH__ >= 1200)  // as takes_portable_kernel()
-  gemv_portable<NT, G, ZP, BF>(a, smem);
+  if constexpr (NT == 1) gemv_portable<G, ZP, BF>(a, smem);
 #elif defined(__CUDA_ARCH__)
   constexpr int kChunkBytes = Chunk<G, ZP>::kBytes, kHalfBytes = kMathWarps * kChunkBytes, kSlotBytes = kPair * kHalfBytes;
   const int warp = __shfl_sync(~0u, threadIdx.x >> 5, 0), lane = threadIdx.x & 31;  // shfl: so that the compiler knows it for uniform
@@ -130,6 +136,8 @@ __global__ void __launch_bounds__(kGemvThreads, NT == 1 ? kBlocksAtOnce : 1) gem
       slot++, chunk += kSlotBytes;
       if (slot == depth) slot = 0, phase ^= 1, chunk = chunk_first;
     };
+    using O = Offset<BF, ZP>;
+    const uint32_t ones[4] = {O::kRowG, O::kRowG8, O::kRowG, O::kRowG8};
     // This warp's chunks before `end` of a pair, or of a single strip.
     const auto multiply = [&](int end, auto strips_of_pair, auto sums_of_x) {
       constexpr bool kFirst = decltype(sums_of_x)::value != Sums::kFind;
@@ -140,7 +148,8 @@ __global__ void __launch_bounds__(kGemvThreads, NT == 1 ? kBlocksAtOnce : 1) gem
         const uint32_t x_at = c * (kChunkK * 2);
         const auto load_x = [&](int n, int u, uint32_t (&b)[4]) { ldmatrix_x4(b, x_lane[n] + x_at + u * 64); };
         const uint32_t sums = base + at.sums + c * (G * NT * 32);
-        chunk_mma<decltype(strips_of_pair)::value, NT, G, ZP, BF, decltype(sums_of_x)::value>(acc, chunk, kHalfBytes, sums, lane, load_x);
+        chunk_mma<decltype(strips_of_pair)::value, NT, G, ZP, BF, decltype(sums_of_x)::value>(acc, chunk, kHalfBytes, sums, lane, load_x,
+                                                                                              ones);
         next_slot();
       }
     };

@@ -12,13 +12,13 @@ enum class Sums { kCompute, kLeave, kFind };
 
 // One chunk of S strips, `apart` bytes from each other in shared memory, against NT column tiles: acc += scale * (sum v x - z sum x), group
 // by group. load_x(n, u, b): the B fragments of tokens 8n.. for the two k16 steps from k = 32u of the chunk. `sums`: [group][8 NT] float.
-template <int S, int NT, int G, bool ZP, bool BF, Sums kSumsOfX, typename LoadX>
-__device__ __forceinline__ void chunk_mma(float (&acc)[kPair][NT][4], uint32_t chunk, int apart, uint32_t sums, int lane,
-                                          const LoadX& load_x) {
+// `ones`: what computes the sums of x, see Offset.
+template <int S, int NT, int G, bool ZP, bool BF, Sums kSumsOfX, int ROOM, typename LoadX>
+__device__ __forceinline__ void chunk_mma(float (&acc)[ROOM][NT][4], uint32_t chunk, int apart, uint32_t sums, int lane,
+                                          const LoadX& load_x, const uint32_t (&ones)[4]) {
   using C = Chunk<G, ZP>;
   using O = Offset<BF, ZP>;
   constexpr bool kFind = kSumsOfX == Sums::kFind;
-  const uint32_t ones[4] = {O::kRowG, O::kRowG8, O::kRowG, O::kRowG8};
   constexpr int kUnits = 4 / G;  // of 32 k, in a group
   uint4 q[S];
 #pragma unroll

@@ -6,8 +6,8 @@ Everything runs on the current stream of x's device and may be captured into a C
 alignment are checked here; the extension below takes addresses. Knows nothing about checkpoints or models.
 
 Which kernel: up to 8 rows the decode kernel, whose cost is the bytes of the weight (same bits for a row at any M); from
-9 on the wgmma kernel where the device is a Hopper; elsewhere the decode kernel up to 32 rows (16 at a time), then the
-weight as a 16-bit matrix and torch.mm.
+9 on the wgmma kernel where the device is a Hopper; elsewhere the mma kernel, and for prompts of more than MMA_MAX_M
+rows the weight as a 16-bit matrix and torch.mm.
 """
 
 from __future__ import annotations
@@ -33,9 +33,10 @@ from gptq_api.kernels.reference import unpack
 
 __all__ = ["PackedLinear", "gemm", "is_available", "pack", "refusal", "unavailable_reason"]
 
-DECODE_MAX_M = 32
-WGMMA_MIN_M = 9
-"""where, on an H200, the wgmma kernels overtake the decode kernel: every linear of LLaMA 7B and 13B agrees"""
+DECODE_MAX_M = 8
+"""beyond, on an H200, the wgmma kernels overtake the decode kernel: every linear of LLaMA 7B and 13B agrees"""
+MMA_MAX_M = 1024
+"""beyond, writing the weight as a 16-bit matrix costs less than cuBLAS gains on the mma kernel"""
 ROW_MULTIPLE = 192
 """rows in the tiles that large products are made of; by the times that ext/gemm/wgmma.cu chooses them by, 1,437 rows of
 13B take 7 % longer a row than 1,536"""
@@ -101,8 +102,7 @@ def pack(
     perm = None if g_idx is None else sort_groups(g_idx.to(device), group_size)
     if device.type == "cuda":
         data = _pack_on_device(qweight.to(device), halves, offsets, perm, group_size, _columns(n, paired, out_order))
-        if _has_wgmma(data.device.index):
-            _workspace(data.device.index, _CAPTURE)
+        _workspace(data.device.index, _CAPTURE)
     else:
         weight = unpack(qweight, 4).to(torch.uint8)
         if perm is not None:
@@ -159,7 +159,7 @@ def gemm(
     only).
 
     bias [N]; residual like the result, may be `out`. Accumulates in float32 and rounds once. Same bits every run, and
-    for a row whatever M is within 1..8 (1..32 where there is no wgmma kernel). Raises ValueError on what does not fit,
+    for a row whatever M is within 1..8. Raises ValueError on what does not fit,
     RuntimeError with the shape when a launch fails.
 
     `in_a_row` is for measurements (probes.py): the kernels before and after are GEMMs of one token as well, and half of
@@ -198,10 +198,10 @@ def gemm(
     if x.stride(1) != 1 or x.stride(0) % 8 or x.data_ptr() % 16:
         x = x.clone(memory_format=torch.contiguous_format)
     with torch.cuda.device(x.device):
-        if m <= (WGMMA_MIN_M - 1 if _has_wgmma(x.device.index) else DECODE_MAX_M):
+        if m <= DECODE_MAX_M:
             _decode(x, weight, out, bias, residual, silu_mul, in_a_row)
-        elif _has_wgmma(x.device.index):
-            _wgmma(x, weight, out, bias, residual, silu_mul)
+        elif m <= MMA_MAX_M or _has_wgmma(x.device.index):
+            _by_tiles(x, weight, out, bias, residual, silu_mul)
         else:
             _by_cublas(x, weight, out, bias, residual, silu_mul)
     return out
@@ -257,7 +257,7 @@ _workspaces: dict[tuple[int, int], Tensor] = {}
 
 
 def _workspace(device_index: int, stream: int) -> Tensor:
-    """Partial sums and flags of `_wgmma`, zeroed once: one per stream, since launches that overlap must not share one.
+    """Partial sums and flags of `_by_tiles`, zeroed once: one per stream, since launches that overlap cannot share one.
 
     A graph belongs to the stream on which it is captured, where that has worked kernel by kernel before, as a runner's
     has: it is to be replayed there. All others share that of _CAPTURE, which `pack` makes before any capture begins: no
@@ -266,7 +266,8 @@ def _workspace(device_index: int, stream: int) -> Tensor:
     if found is None:
         if stream != _CAPTURE and torch.cuda.is_current_stream_capturing():
             return _workspace(device_index, _CAPTURE)
-        size, device = _cuda.wgmma_workspace_bytes(), torch.device("cuda", device_index)
+        size = _cuda.wgmma_workspace_bytes() if _has_wgmma(device_index) else _cuda.mma_workspace_bytes()
+        device = torch.device("cuda", device_index)
         found = _workspaces.setdefault((device_index, stream), torch.zeros(size, dtype=torch.uint8, device=device))
     return found
 
@@ -276,7 +277,7 @@ def _one_group(w: PackedLinear) -> bool:
     return w.groups_per_chunk == 1 and not 0 < w.group_size < w.in_features
 
 
-def _wgmma(
+def _by_tiles(
     x: Tensor, w: PackedLinear, out: Tensor, bias: Tensor | None, residual: Tensor | None, silu_mul: bool
 ) -> None:
     x = sort_activations(x, w)
@@ -284,13 +285,17 @@ def _wgmma(
     workspace = _workspace(x.device.index, stream)
     fits = out.stride(0) % 8 == 0 and out.data_ptr() % 16 == 0
     y = out if fits else torch.empty_like(out, memory_format=torch.contiguous_format)
-    add = None if silu_mul else residual
+    hopper = _has_wgmma(x.device.index)
+    add = None if silu_mul and hopper else residual
     if add is not None and (add.stride(0) % 8 or add.data_ptr() % 16):
         add = add.contiguous()
     addresses = (w.data.data_ptr(), x.data_ptr(), y.data_ptr(), _address(bias), _address(add), workspace.data_ptr())
     *shape, groups, zeros, bf16 = _sizes(x, w, y, add, silu_mul)
-    _cuda.wgmma(*addresses, *shape, 0 if _one_group(w) else groups, zeros, bf16, 0, 0, 0, stream)
-    if silu_mul and residual is not None:
+    if hopper:
+        _cuda.wgmma(*addresses, *shape, 0 if _one_group(w) else groups, zeros, bf16, 0, 0, 0, stream)
+    else:
+        _cuda.mma(*addresses, *shape, groups, zeros, bf16, 0, 0, stream)
+    if hopper and silu_mul and residual is not None:
         y += residual
     if not fits:
         out.copy_(y)

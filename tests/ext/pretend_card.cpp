@@ -5,6 +5,7 @@
 // Reads calls, a line each, and answers each with a line for every launch, then an empty one:
 //
 //   gemv M N K GROUPS ZEROS                         ->  KERNEL GRID THREADS SHARED CLUSTER OVERLAPPED
+//   mma M N K GROUPS ZEROS
 //   attention SEQUENCES HEADS KV_HEADS HEAD_DIM FP8 CONTEXT
 //
 // KERNEL is the mangled name, as ptxas tells it. Linked with the objects of the launchers and of their fp16 kernels, without a runtime.
@@ -18,6 +19,8 @@
 #include <string>
 
 #include "attention/attention_decode.h"
+#include "gemm/mma.h"
+#include "gemm/mma_table.cuh"
 #include "gemv/gemv.h"
 
 namespace {
@@ -33,6 +36,7 @@ std::map<const void*, std::string>& names() {  // filled before main()
 
 namespace gptq {
 const void* gemv_bf16(int, bool, int) { return nullptr; }
+MmaKernel mma_bf16(MmaTile, MmaFormat) { return {}; }
 const void* attention_decode_bf16(int, bool, bool) { return nullptr; }
 }  // namespace gptq
 
@@ -106,6 +110,12 @@ int main(int, char** argv) {
       words >> args.M >> args.N >> args.K >> groups >> zeros;
       args.ldx = args.K, args.ldy = args.N;
       status = gptq::launch_gemv(args, groups, zeros, false, false, nullptr);
+    } else if (what == "mma") {
+      gptq::MmaGemm call = {};
+      int zeros;
+      words >> call.m >> call.n >> call.k >> call.groups >> zeros;
+      call.zeros = zeros, call.ldx = call.k, call.ldy = call.n;
+      status = gptq::launch_mma(call, nullptr);
     } else if (what == "attention") {
       gptq::AttentionDecodeArgs args = {};
       int head_dim, fp8, context;

@@ -17,10 +17,15 @@ from tools.occupancy import LIMITS, blocks_per_sm
 
 pytestmark = needs_nvcc
 
-KERNELS = {"gemv_kernel": "gemv/gemv_fp16.cu", "attention_decode_kernel": "attention/attention_decode_fp16.cu"}
+KERNELS = {
+    "gemv_kernel": "gemv/gemv_fp16.cu",
+    "mma_kernel": "gemm/mma_fp16.cu",
+    "attention_decode_kernel": "attention/attention_decode_fp16.cu",
+}
 """what stands in a kernel's name -> its source"""
-SOURCES = ("common/device.cu", "gemv/gemv.cu", "attention/attention_decode.cu", *KERNELS.values())
+SOURCES = ("common/device.cu", "gemv/gemv.cu", "gemm/mma.cu", "attention/attention_decode.cu", *KERNELS.values())
 GEMV = "gemv {} 15360 5120 1 0"
+MMA = "mma {} 15360 5120 1 0"
 """qkv of a 13B, so many rows"""
 ATTENTION = "attention {} 40 40 128 0 {}"
 """of a 13B, so many sequences and tokens of context"""
@@ -91,12 +96,16 @@ def resident(launches: Launcher, compiled: Compiler) -> Callable[[str, str], tup
 @pytest.mark.parametrize(
     ("card", "call", "fit", "launched"),
     [
-        ("A100 80 GB", GEMV.format(1), 3, 2),
-        ("RTX 4090", GEMV.format(1), 1, 2),
-        ("RTX 5090", GEMV.format(1), 1, 2),
+        ("A100 80 GB", GEMV.format(1), 1, 1),
+        ("RTX 4090", GEMV.format(1), 1, 1),
+        ("RTX 5090", GEMV.format(8), 1, 1),
         ("H200", GEMV.format(1), 1, 1),
         ("H200", GEMV.format(8), 1, 1),
         ("B200", GEMV.format(1), 1, 1),
+        ("A100 80 GB", MMA.format(16), 2, 2),
+        ("RTX 4090", MMA.format(16), 1, 1),
+        ("A100 80 GB", MMA.format(256), 1, 1),
+        ("RTX 4090", MMA.format(256), 1, 1),
         # A block, and one of the GEMV before or after it.
         ("A100 80 GB", ATTENTION.format(1, 2048), 2, 1),
         ("RTX 4090", ATTENTION.format(1, 2048), 1, 1),
@@ -116,7 +125,14 @@ def test_blocks_of_an_sm(
 
 
 def test_code_of_8_0_is_launched_on_an_h200_as_on_an_a100(launches: Launcher) -> None:
-    for call in (GEMV.format(1), GEMV.format(16), ATTENTION.format(1, 2048), ATTENTION.format(64, 128)):
+    for call in (
+        GEMV.format(1),
+        GEMV.format(16),
+        MMA.format(16),
+        MMA.format(256),
+        ATTENTION.format(1, 2048),
+        ATTENTION.format(64, 128),
+    ):
         a100, h200 = (launches(find(card), call) for card in ("A100 80 GB", "H200 as 8.0"))
         shape = [(one.kernel, one.threads, one.shared, one.cluster, one.overlapped) for one in a100]
         assert shape == [(one.kernel, one.threads, one.shared, one.cluster, one.overlapped) for one in h200]
@@ -126,3 +142,16 @@ def test_launches_overlap_from_9_0_on_alone(launches: Launcher) -> None:
     for card, overlapped in (("A100 80 GB", False), ("RTX 4090", False), ("H200 as 8.0", False), ("H200", True)):
         (launch,) = launches(find(card), ATTENTION.format(1, 128))
         assert launch.overlapped is overlapped
+
+
+@pytest.mark.parametrize("card", ["RTX 3090", "RTX 4090", "L40S", "A100 80 GB", "RTX 5090", "B200"])
+def test_every_product_can_be_launched_on_every_card(card: str, launches: Launcher) -> None:
+    """What a launch asks for is less than a block may have: the program fails otherwise."""
+    for groups in (1, 2, 4):
+        for zeros in (0, 1):
+            for m in (9, 32, 33, 64, 300):
+                (launch,) = launches(find(card), f"mma {m} 27648 5120 {groups} {zeros}")
+                assert launch.shared > 0
+            for m in (1, 8):
+                (launch,) = launches(find(card), f"gemv {m} 5120 13824 {groups} {zeros}")
+                assert launch.shared > 0

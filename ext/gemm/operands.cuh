@@ -1,4 +1,4 @@
-// How a warp of the GEMM turns packed weights into the A operand of wgmma.
+// How a warp of a GEMM turns packed weights into the A operand of wgmma or mma.
 #pragma once
 #include "common/layout.cuh"
 #include "common/vector.cuh"
@@ -12,6 +12,7 @@ struct RowPair {
   ZeroPair zero;
   uint32_t scale[2], rest[2];  // bf16: the fp16 scale is scale + rest to 16 bits
 
+  RowPair() = default;
   __device__ __forceinline__ RowPair(uint32_t s, uint32_t z) : zero(load_zeros<BF>(z)) {
     if constexpr (BF) {
       const float2 f = scale_pair(s);
@@ -33,7 +34,11 @@ struct RowPair {
     for (int i = 0; i < 4; i++) {
       if constexpr (BF) {
         uint32_t low;
+#if __CUDA_ARCH__ >= 900
         asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(low) : "r"(a[i]), "r"(rest[i & 1]));
+#else  // which has no such instruction: plus -0
+        asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(low) : "r"(a[i]), "r"(rest[i & 1]), "r"(0x80008000u));
+#endif
         asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(a[i]) : "r"(a[i]), "r"(scale[i & 1]), "r"(low));
       } else {
         asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(a[i]) : "r"(a[i]), "r"(scale[i & 1]));
