@@ -4,6 +4,7 @@ in a row.
 
     python benchmarks/gemm.py --out benchmarks/results            # everything, a few minutes
     python benchmarks/gemm.py --quick                             # 13B alone, a few M
+    python benchmarks/gemm.py --chains                            # the GEMMs of a layer in a row alone, of 7B and 13B
     python benchmarks/gemm.py --draw benchmarks/results/gemm-nvidia-h200.json
 
 Method: random data; weights rotate over more than 1 GB, so that none is in the L2 when its turn comes; each figure is
@@ -266,6 +267,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--quick", action="store_true", help="13B alone, a few M")
+    parser.add_argument("--chains", action="store_true", help="only the GEMMs of a layer in a row")
     parser.add_argument("--models", nargs="+", choices=list(LINEARS), default=None)
     parser.add_argument("--dtype", choices=("float16", "bfloat16"), default="float16")
     parser.add_argument("--group-size", type=int, default=128)
@@ -287,13 +289,13 @@ def main() -> None:
         print(f"{name} ({what}): {state}; skipped")
     began, bench = time.monotonic(), Bench(getattr(torch, options.dtype), options.group_size)
     print(f"copy {bench.copy_tb_s:.2f} TB/s, cuBLAS 8192^3 {bench.peak_tflops:.0f} TFLOP/s", flush=True)
-    models = options.models or (["13B"] if options.quick else list(LINEARS))
+    models = options.models or (["13B"] if options.quick else ["7B", "13B"] if options.chains else list(LINEARS))
     all_m = QUICK_M if options.quick else ALL_M
     for few in (True, False):
         done: set[tuple[int, int]] = set()
         for model in models:
             for name, (k, n) in LINEARS[model].items():
-                if (k, n) not in done:
+                if (k, n) not in done and not options.chains:
                     ms = tuple(m for m in all_m if (m <= COOL_M) == few)
                     bench.linear(f"{model} {name}", k, n, ms, variants=model == "13B")
                     done.add((k, n))

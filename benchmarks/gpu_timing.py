@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import subprocess
 import sys
@@ -10,6 +11,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+
+from gptq_api.kernels.extension import compiled_for
 
 REPLAYS = 5
 
@@ -92,6 +95,12 @@ def ceilings() -> tuple[float, float]:
     return 2 * a.numel() / copy / 1e6, 2 * 8192**3 / multiply / 1e6
 
 
+def device_name() -> str:
+    """What results are named by: with a rehearsal of older code, also for which architecture that was compiled."""
+    name, index = torch.cuda.get_device_name(), torch.cuda.current_device()
+    return f"{name} sm{compiled_for(index)}" if os.environ.get("GPTQ_CUDA_MODULE") else name
+
+
 def machine(commit: str | None) -> dict[str, Any]:
     query = "name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit,temperature.gpu"
     smi = subprocess.run(
@@ -102,7 +111,8 @@ def machine(commit: str | None) -> dict[str, Any]:
         commit = found.stdout.strip() or "unknown"
     values = [value.strip() for value in smi.splitlines()[0].split(",")] if smi else []
     return {
-        "gpu": torch.cuda.get_device_name(),
+        "gpu": device_name(),
+        "compiled_for": compiled_for(torch.cuda.current_device()),
         "machine": dict(zip(query.split(","), values, strict=False)),
         "versions": {"python": sys.version.split()[0], "torch": torch.__version__, "cuda": torch.version.cuda},
         "commit": commit,

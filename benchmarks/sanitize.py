@@ -188,7 +188,7 @@ def main() -> None:
     result["seconds"] = round(time.monotonic() - began, 1)
     if options.out is not None:
         options.out.mkdir(parents=True, exist_ok=True)
-        name = f"sanitizer-{result['gpu'].lower().replace(' ', '-')}-sm{build}.json"
+        name = f"sanitizer-{torch.cuda.get_device_name().lower().replace(' ', '-')}-sm{build}.json"
         (options.out / name).write_text(json.dumps(result, indent=1) + "\n")
     bad = [part for part, what in result["launches"].items() if not what]
     bad += [f"{one.tool} {one.part}" for one, r in zip(todo, done, strict=True) if not r["finished"] or r["found"]]
