@@ -8,13 +8,14 @@ A step is its kernels one after another; a decode step of M sequences computes M
     product, M <= 8      (bytes^4 + issue^4)^(1/4) + start
                          bytes = packed weights and scales / bandwidth
                          issue = weights / 4,096 * instructions / (SMs * clock * 1.57)
-    product, M > 8       (bytes^1.5 + products^1.5)^(1/1.5) + tiles  and the 16-bit head
-                         products = 2 N K sqrt(M^2 + 24^2) / rate
-    attention            t + min(1.3 t, 10 us) + start               t = keys and values / (0.92 * bandwidth)
-    norm                 start
+                         start = 2.0 us, 5.6 us without programmatic dependent launch: before 9.0, and on 12.0
+    product, M > 8       (bytes^1.5 + products^1.5)^(1/1.5) + start   and the 16-bit head
+                         products = 2 N K rows / rate
+                         rows = sqrt(M^2 + 24^2) by wgmma, otherwise M in sixteens
+                         start = 5.5 us by wgmma, otherwise 6.9 us
+    attention            t + min(1.3 t, 10 us) + norm                 t = keys and values / (0.92 * bandwidth)
+    norm                 2.0 us, 3.4 us before 9.0
     step                 50 us more
-                         start = 2.0 us + boundary, tiles = 5.5 us + boundary
-                         boundary = 0 with programmatic dependent launch, 1.4 us without it, below 9.0
 
 Where the numbers are from:
 
@@ -23,12 +24,12 @@ Where the numbers are from:
     cards          tools/cards.py: data sheets, and what a read reaches of the bandwidth
     instructions   GEMV_INSTRUCTIONS, to which tests/ext/test_budgets.py holds the compiler
     1.57           instructions an SM issues in a clock with one block of eight warps: a pair of strips of 4,096 k, 32
-                   times 148 instructions, takes 3,000 clocks (docs/kernels.md)
+                   times 148 instructions, takes 3,000 clocks (docs/kernels-diary.md)
     rate           0.77 of the card's tensor rate by wgmma, as measured on an H200; by mma.sync 0.85 of a GeForce's and
                    0.65 of others', estimates
-    powers and the other numbers: fitted to benchmarks/results/decode-nvidia-h200.json and gemm-nvidia-h200.json;
-                   tests/tools/test_roofline.py says how near they come, for every card measured
-    1.4 us         between two kernels of a CUDA graph without overlap: 1.3 to 1.5 us
+    powers and the other numbers: fitted to benchmarks/results/decode-nvidia-h200.json and gemm-nvidia-h200.json, and
+                   to the code of 8.0 on an H200; tests/tools/test_roofline.py says how near they come, for every card
+                   measured. 1.4 us of 3.4 and 6.9 lie between two kernels of a graph that do not overlap
 
 Not in it: prefill, HTTP, power limits, cards with other clocks than the table's.
 """
@@ -65,8 +66,8 @@ GEMV_ROWS = 8
 GEMV_INSTRUCTIONS = {80: 175, 89: 175, 90: 160, 100: 160, 120: 169}
 """architecture -> budget of the GEMV's loop for 4,096 weights and up to 8 rows"""
 ISSUED = 1.57
-START_US, BOUNDARY_US, TILES_US, STEP_US = 2.0, 1.4, 5.5, 50.0
-TILE_ROWS = 24
+START_US, GEMV_ALONE_US, TILES_US, BOUNDARY_US, STEP_US = 2.0, 5.6, 5.5, 1.4, 50.0
+WGMMA_ROWS, MMA_ROWS = 24, 16
 ATTENTION_US = 10.0
 CACHE_SHARE = 0.92
 """of what a read reaches: blocks of a cache lie scattered"""
@@ -166,10 +167,11 @@ def product_us(card: Card, product: Product, rows: int) -> float:
         weights = product.in_features * product.out_features
         instructions = GEMV_INSTRUCTIONS[card.code]
         issue = weights / 4096 * instructions / (card.sms * card.ghz * 1e3 * ISSUED)
-        return float((read**4 + issue**4) ** 0.25) + START_US + boundary(card)
-    operations = 2 * product.in_features * product.out_features * (rows**2 + TILE_ROWS**2) ** 0.5
-    products = operations / card.reached_tflops / 1e6
-    return float((read**1.5 + products**1.5) ** (1 / 1.5)) + TILES_US + boundary(card)
+        return float((read**4 + issue**4) ** 0.25) + (START_US if card.code in (90, 100) else GEMV_ALONE_US)
+    by_wgmma = card.code == 90
+    rows_paid = (rows**2 + WGMMA_ROWS**2) ** 0.5 if by_wgmma else -(-rows // MMA_ROWS) * MMA_ROWS
+    products = 2 * product.in_features * product.out_features * rows_paid / card.reached_tflops / 1e6
+    return float((read**1.5 + products**1.5) ** (1 / 1.5)) + TILES_US + (0 if by_wgmma else BOUNDARY_US)
 
 
 def step_of(card: Card, model: Model, rows: int, context: int) -> Step:
@@ -203,7 +205,7 @@ def report(card: Card, model: Model, batches: list[int], context: int) -> Iterat
     """Lines for people: inputs, the formula, a row for each batch."""
     yield f"{card.name}: {card.sms} SMs at {card.ghz} GHz, {card.memory_gb} GB, {card.tb_s} TB/s nominal and"
     yield f"{card.read_tb_s:.2f} for reading, {card.tflops} TFLOP/s; code of {card.code / 10}:"
-    yield f"{GEMV_INSTRUCTIONS[card.code]} instructions for 4,096 weights, {boundary(card)} us between kernels"
+    yield f"{GEMV_INSTRUCTIONS[card.code]} instructions for 4,096 weights, {boundary(card)} us between two kernels"
     packed = sum(product.packed_bytes for product in model.products)
     yield f"{model.name}: {packed / 1e9:.2f} GB in 4 bits, head {model.head.packed_bytes / 1e9:.2f} GB,"
     yield f"{model.cache_bytes / 1e6:.3f} MB of cache a token, {context} tokens of context"
