@@ -61,10 +61,11 @@ CARDS = (
     Card("H100", 90, 90, 132, 1.980, 80, 3.350, "HBM3", 989, "NVIDIA H100 80GB HBM3"),
     Card("H200", 90, 90, 132, 1.980, 141, 4.800, "HBM3", 989, "NVIDIA H200"),
     Card("H200 as 8.0", 90, 80, 132, 1.980, 141, 4.800, "HBM3", 620, "NVIDIA H200 sm80"),
+    Card("H100 as 8.0", 90, 80, 132, 1.980, 80, 3.350, "HBM3", 620, "NVIDIA H100 80GB HBM3 sm80"),
     Card("B200", 100, 100, 148, 1.965, 180, 8.000, "HBM3e, two dies", 740, "NVIDIA B200"),
 )
-"""Of B200 and of an H200 that runs the code of 8.0, what mma.sync may reach, at 0.63 of an H200's wgmma for each SM and
-clock: an estimate."""
+"""The rate of mma.sync on an H200 is measured (docs/kernels-diary.md: 630 TFLOP/s alone); that of a B200 has it for each
+SM and clock, and is an estimate."""
 
 
 def find(name: str) -> Card:

@@ -243,9 +243,10 @@ def page() -> str:
             step = step_of(card, models[name], batch, PAGE_CONTEXT)
             expected = f"{batch / step.us * 1e6:,.0f}" if step.fits else ""
             cells.append(f"**{rates[0]:,.0f}** ({expected})" if rates else expected)
+        is_rehearsal = card.called.endswith("sm80")
         if any(known.values()):
-            how = "measured"
-        elif card.called.endswith("sm80"):
+            how = "the rehearsal" if is_rehearsal else "measured"
+        elif is_rehearsal:
             continue
         else:
             how = "rehearsed" if card.code == 80 else "expected"
