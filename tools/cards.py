@@ -64,7 +64,7 @@ CARDS = (
     Card("H100 as 8.0", 90, 80, 132, 1.980, 80, 3.350, "HBM3", 620, "NVIDIA H100 80GB HBM3 sm80"),
     Card("B200", 100, 100, 148, 1.965, 180, 8.000, "HBM3e, two dies", 740, "NVIDIA B200"),
 )
-"""The rate of mma.sync on an H200 is measured (docs/kernels-diary.md: 630 TFLOP/s alone); that of a B200 has it for each
+"""The rate of mma.sync on an H200 is measured (docs/kernels-diary.md: 630 TFLOP/s alone); a B200's has it for each
 SM and clock, and is an estimate."""
 
 
