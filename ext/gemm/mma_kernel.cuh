@@ -334,6 +334,9 @@ __global__ void __launch_bounds__(kMmaThreads, S::kBlocksPerSM) mma_kernel(const
       slot += p.slot;
       if (slot == end) slot = ring;
     }
+    // Of an odd number of chunks the first team has one more. The other one meets as often all the same: racecheck tells by the number of
+    // barriers that threads have passed what came before what.
+    if (S::kTeams == 2 && (s.last - s.first) % 2 == 1 && team == 1) named_sync(barrier, S::kTeam);
     int m_tile, n_tile;
     tile_position(p, s.tile, m_tile, n_tile);
     const int strip = n_tile * S::STRIPS + 2 * member;
