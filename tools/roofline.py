@@ -5,10 +5,11 @@
 
 A step is its kernels one after another; a decode step of M sequences computes M rows:
 
-    product, M <= 8      (bytes^4 + issue^4)^(1/4) + start
+    product, M <= 8      (bytes^4 + issue^4 + cached^4)^(1/4) + start
                          bytes = packed weights and scales / bandwidth
                          issue = weights / 4,096 * instructions / (SMs * clock * 1.57)
-                         start = 2.0 us, 5.6 us without programmatic dependent launch: before 9.0, and on 12.0
+                         cached = bytes with the tokens that come with them / (SMs * clock * 19), without bulk copies
+                         start = 2.0 us, 4.1 us without programmatic dependent launch: before 9.0, and on 12.0
     product, M > 8       (bytes^1.5 + products^1.5)^(1/1.5) + start   and the 16-bit head
                          products = 2 N K rows / rate
                          rows = sqrt(M^2 + 24^2) by wgmma, otherwise M in sixteens
@@ -66,7 +67,9 @@ GEMV_ROWS = 8
 GEMV_INSTRUCTIONS = {80: 175, 89: 175, 90: 160, 100: 160, 120: 169}
 """architecture -> budget of the GEMV's loop for 4,096 weights and up to 8 rows"""
 ISSUED = 1.57
-START_US, GEMV_ALONE_US, TILES_US, BOUNDARY_US, STEP_US = 2.0, 5.6, 5.5, 1.4, 50.0
+START_US, GEMV_ALONE_US, TILES_US, BOUNDARY_US, STEP_US = 2.0, 4.1, 5.5, 1.4, 50.0
+TOKEN_BYTES, PASS_BYTES, L2_BYTES = 256, 4 * 1056, 19
+"""of a token in a chunk; of four strips' weights in it; of the L2 for an SM in a clock"""
 WGMMA_ROWS, MMA_ROWS = 24, 16
 ATTENTION_US = 10.0
 CACHE_SHARE = 0.92
@@ -167,7 +170,12 @@ def product_us(card: Card, product: Product, rows: int) -> float:
         weights = product.in_features * product.out_features
         instructions = GEMV_INSTRUCTIONS[card.code]
         issue = weights / 4096 * instructions / (card.sms * card.ghz * 1e3 * ISSUED)
-        return float((read**4 + issue**4) ** 0.25) + (START_US if card.code in (90, 100) else GEMV_ALONE_US)
+        if card.code in (90, 100):
+            return float((read**4 + issue**4) ** 0.25) + START_US
+        # Tokens come through the L2 with the weights, once for every pass of four strips.
+        copied = product.packed_bytes * (1 + rows * TOKEN_BYTES / PASS_BYTES)
+        cached = copied / (card.sms * card.ghz * 1e3 * L2_BYTES)
+        return float((read**4 + issue**4 + cached**4) ** 0.25) + GEMV_ALONE_US
     by_wgmma = card.code == 90
     rows_paid = (rows**2 + WGMMA_ROWS**2) ** 0.5 if by_wgmma else -(-rows // MMA_ROWS) * MMA_ROWS
     products = 2 * product.in_features * product.out_features * rows_paid / card.reached_tflops / 1e6
