@@ -8,6 +8,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import httpx
@@ -86,7 +87,8 @@ def test_a_stream_comes_token_by_token(proxy: Server) -> None:
                 times.append(time.monotonic())
                 last = line
     assert last == "data: [DONE]" and len(times) > 100
-    assert times[-1] - times[0] > 20 * (times[1] - times[0]), "it did not come in one piece"
+    pauses = sum(after - before > 0.001 for before, after in pairwise(times))
+    assert pauses > 20, "it came in one piece, or in few"
 
 
 def test_answers_and_errors_come_through(proxy: Server, server: Server) -> None:

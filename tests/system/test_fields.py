@@ -95,6 +95,7 @@ def test_who_asked_stands_in_the_log(strict_server: Server) -> None:
     assert "job" in line and "k" * 512 in line and '"store": true' in line
 
 
+@pytest.mark.usefixtures("slow_engine")
 def test_an_urgent_request_overtakes_those_that_wait() -> None:
     order = list[str]()
     with Server("--max-num-seqs", "1") as server, ThreadPoolExecutor(4) as threads:
@@ -107,7 +108,7 @@ def test_an_urgent_request_overtakes_those_that_wait() -> None:
         def is_waiting(number: int) -> bool:
             return server.metric("vllm:num_requests_waiting") == number
 
-        jobs = [threads.submit(ask, "first", {}, max_tokens=300)]
+        jobs = [threads.submit(ask, "first", {}, max_tokens=900)]
         wait_for(lambda: server.metric("vllm:num_requests_running") == 1, 20)
         for number, (name, headers, fields) in enumerate(
             [("late", {"X-Priority": "3"}, {}), ("usual", {}, {}), ("urgent", {"X-Priority": "3"}, {"priority": -1})], 1
@@ -126,6 +127,7 @@ def test_a_wrong_priority_names_its_header(server: Server) -> None:
     check_error(server.chat(priority=1001), 400, "priority")
 
 
+@pytest.mark.usefixtures("slow_engine")
 def test_a_deadline_counts_the_time_in_the_queue(server: Server) -> None:
     with Server("--max-num-seqs", "1") as crowded, ThreadPoolExecutor(1) as threads:
         long = threads.submit(crowded.chat, "x", ignore_eos=True, timeout=20)
