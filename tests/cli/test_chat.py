@@ -304,6 +304,7 @@ def test_on_a_terminal(peer: Peer) -> None:
     terminal.wait_for(">")
     assert peer.bodies[-1]["messages"][-2]["content"].startswith("more more")
     terminal.type("half a line\x03")  # ^C clears the line
+    terminal.wait_for("\n")  # of the old prompt, which is drawn once more; the next one is waited for, not this
     terminal.wait_for(">")
     terminal.type("\x03")
     terminal.wait_for("again")
