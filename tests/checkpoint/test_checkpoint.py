@@ -257,3 +257,18 @@ def test_settings_are_read_from_the_tensors(bits: int, group_size: int, tmp_path
     summary = summarise(checkpoint)
     assert summary.bits == {bits: 7} and summary.num_sym == 0
     open_checkpoint(tmp_path, None, Expected(bits, group_size, None))
+
+
+@pytest.mark.parametrize(
+    ("name", "tie"),
+    [("model.embed_tokens.weight", False), ("model.embed_tokens.weight", True), ("lm_head.weight", False)],
+)
+def test_float64_is_read_as_float32(name: str, tie: bool, tmp_path: Path) -> None:
+    """No kernel has it, and who edits a checkpoint may leave it."""
+    folder = tmp_path / "model"
+    write_checkpoint(folder, random_model(Recipe(num_layers=1, tie=tie)))
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    save_file({**tensors, name: tensors[name].double()}, file)
+    load(folder, dtype="auto")
+    load(folder)

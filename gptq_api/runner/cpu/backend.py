@@ -81,7 +81,9 @@ class CpuBackend:
 
     def embedding_dtype(self, stored: torch.dtype, tied: bool) -> torch.dtype:
         """One tensor serves both ends where they are tied."""
-        return self.head_dtype if tied and not self._native else stored
+        if self._native:
+            return native.held(stored)
+        return self.head_dtype if tied else stored
 
     def kernel(self, bits: int, in_features: int, out_features: int, group_size: int) -> KernelChoice:
         packed = in_features * out_features * bits // 8

@@ -42,6 +42,11 @@ _num_threads = 0
 KINDS = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 
 
+def held(dtype: torch.dtype) -> torch.dtype:
+    """What unquantized weights stored so are computed with: float32 for what the kernels have not."""
+    return dtype if dtype in KINDS else torch.float32
+
+
 def module() -> Any:
     return _cpu
 
@@ -101,7 +106,7 @@ class QuantizedWeight:
         in_order = len(places) == self.in_features and bool((places == torch.arange(len(places))).all())
         self._order = None if in_order else places.to(torch.int32)
         self._q = _packed(qweight, bits, places)
-        kind = scales.dtype if scales.dtype in KINDS else torch.float32
+        kind = held(scales.dtype)
         self._kind = KINDS[kind]
         self._scales = _strips(scales.to(kind).index_select(0, groups))
         self._zeros = _strips(zeros.index_select(0, groups))
@@ -154,6 +159,7 @@ class DenseHead(DenseLinear):
     """An unquantized Linear [N, K] in the type that the checkpoint has it in, which may be the embedding's memory."""
 
     def __init__(self, weight: Tensor) -> None:
+        weight = weight.to(held(weight.dtype))
         kernel = f"dense {str(weight.dtype).removeprefix('torch.')} ({engine().instruction_set})"
         super().__init__(weight.contiguous(), kernel=kernel)
 
