@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor
 
 from gptq_api.kernels import extension, gemm
 from gptq_api.kernels.layout import PackedLinear
-from tests.kernels.test_wgmma import ALONG_K, BOUND, WHOLE, activations, error, weight
+from tests.kernels.test_wgmma import (
+    ALONG_K,
+    BOUND,
+    SHAPES,
+    WHOLE,
+    activations,
+    check_same_bits,
+    check_shape,
+    error,
+    weight,
+)
 
 pytestmark = [
     pytest.mark.gpu,
@@ -61,18 +73,9 @@ def test_every_tile_group_and_zero_point(tile: int, dtype: torch.dtype, workspac
 
 
 @pytest.mark.parametrize("tile", TILES.values(), ids=TILES)
-@pytest.mark.parametrize(("k", "n", "m"), [(5120, 5120, 64), (11008, 1040, 33), (1000, 4112, 300), (128, 20496, 128)])
+@SHAPES
 def test_shapes_cut_along_k_and_whole(tile: int, k: int, n: int, m: int, workspace: Tensor) -> None:
-    w, dense = weight(k, n, 128)
-    x, buffer = activations(m, k, torch.float16), torch.full((m + 2, n + 8), float("nan"), device="cuda").half()
-    y = buffer[1 : m + 1, :n]
-    for split in (ALONG_K, WHOLE):
-        buffer.fill_(float("nan"))
-        mma(x, w, y, workspace, tile, split)
-        assert error(y, x.double() @ dense) < 3e-4
-        assert buffer[0].isnan().all()
-        assert buffer[m + 1].isnan().all()
-        assert buffer[:, n:].isnan().all()
+    check_shape(k, n, m, (partial(mma, workspace=workspace, tile=tile, split=split) for split in (ALONG_K, WHOLE)))
 
 
 @pytest.mark.parametrize("m", [9, 16, 17, 33, 64, 65, 128, 129, 256, 1000])
@@ -94,23 +97,8 @@ def test_epilogues(m: int, dtype: torch.dtype, workspace: Tensor) -> None:
 
 
 @pytest.mark.parametrize("m", [12, 24, 48, 100, 256])
-def test_same_bits_in_a_graph_and_in_company(m: int, workspace: Tensor) -> None:
-    w, _ = weight(5120, 5120, 128)
-    x = activations(m, 5120, torch.float16)
-    first, y = (torch.empty(m, 5120, device="cuda", dtype=torch.float16) for _ in range(2))
-    mma(x, w, first, workspace)
-    graph = torch.cuda.CUDAGraph()
-    torch.cuda.synchronize()
-    with torch.cuda.graph(graph):
-        mma(x, w, y, workspace)
-    other, noise = torch.cuda.Stream(), torch.randn(2048, 2048, device="cuda", dtype=torch.float16)
-    for repeat in range(100):
-        if repeat % 2:
-            with torch.cuda.stream(other):
-                noise @ noise
-        y.fill_(float("nan"))
-        graph.replay() if repeat % 3 else mma(x, w, y, workspace)
-        assert torch.equal(y, first), repeat
+def test_same_bits_alone_in_a_graph_and_in_company(m: int, workspace: Tensor) -> None:
+    check_same_bits(m, partial(mma, workspace=workspace))
 
 
 def test_two_streams_at_once() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable, Iterable
+from functools import partial
 
 import pytest
 import torch
@@ -69,6 +71,47 @@ def activations(m: int, k: int, dtype: torch.dtype) -> Tensor:
     return torch.randn(m, k, device="cuda", generator=torch.Generator(device="cuda").manual_seed(m)).to(dtype)
 
 
+Product = Callable[[Tensor, PackedLinear, Tensor], object]
+"""(x, weight, y)"""
+SHAPES = pytest.mark.parametrize(
+    ("k", "n", "m"), [(5120, 5120, 64), (11008, 1040, 33), (1000, 4112, 300), (128, 20496, 128)]
+)
+
+
+def check_shape(k: int, n: int, m: int, products: Iterable[Product]) -> None:
+    """Each product is right, and writes its rows and columns of a wider y alone."""
+    w, dense = weight(k, n, 128)
+    x, buffer = activations(m, k, torch.float16), torch.full((m + 2, n + 8), float("nan"), device="cuda").half()
+    y = buffer[1 : m + 1, :n]
+    for product in products:
+        buffer.fill_(float("nan"))
+        product(x, w, y)
+        assert error(y, x.double() @ dense) < 3e-4
+        assert buffer[0].isnan().all()
+        assert buffer[m + 1].isnan().all()
+        assert buffer[:, n:].isnan().all()
+
+
+def check_same_bits(m: int, product: Product) -> None:
+    """Alone, in a graph, and beside another kernel."""
+    w, _ = weight(5120, 5120, 128)
+    x = activations(m, 5120, torch.float16)
+    first, y = (torch.empty(m, 5120, device="cuda", dtype=torch.float16) for _ in range(2))
+    product(x, w, first)
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        product(x, w, y)
+    other, noise = torch.cuda.Stream(), torch.randn(2048, 2048, device="cuda", dtype=torch.float16)
+    for repeat in range(100):
+        if repeat % 2:
+            with torch.cuda.stream(other):
+                noise @ noise
+        y.fill_(float("nan"))
+        graph.replay() if repeat % 3 else product(x, w, y)
+        assert torch.equal(y, first), repeat
+
+
 class TestOnHopper:
     pytestmark = hopper
 
@@ -86,20 +129,10 @@ class TestOnHopper:
                         assert error(y, x.double() @ dense) < 2.2e-4, (group_size, asym, m)
 
     @pytest.mark.parametrize("tile", TILES.values(), ids=TILES)
-    @pytest.mark.parametrize(
-        ("k", "n", "m"), [(5120, 5120, 64), (11008, 1040, 33), (1000, 4112, 300), (128, 20496, 128)]
-    )
+    @SHAPES
     def test_shapes_cut_along_k_and_whole(self, tile: int, k: int, n: int, m: int) -> None:
-        w, dense = weight(k, n, 128)
-        x, buffer = activations(m, k, torch.float16), torch.full((m + 2, n + 8), float("nan"), device="cuda").half()
-        y = buffer[1 : m + 1, :n]
-        for sharing, split in itertools.product((ONE, TWO) if tile < 3 else (ONE,), (ALONG_K, WHOLE)):
-            buffer.fill_(float("nan"))
-            wgmma(x, w, y, tile, sharing, split)
-            assert error(y, x.double() @ dense) < 3e-4
-            assert buffer[0].isnan().all()
-            assert buffer[m + 1].isnan().all()
-            assert buffer[:, n:].isnan().all()
+        ways = itertools.product((ONE, TWO) if tile < 3 else (ONE,), (ALONG_K, WHOLE))
+        check_shape(k, n, m, (partial(wgmma, tile=tile, sharing=sharing, split=split) for sharing, split in ways))
 
     @pytest.mark.parametrize("m", [33, 64, 65, 128, 129, 255, 256, 257, 384, 1000])
     @pytest.mark.parametrize("dtype", BOUND, ids=str)
@@ -116,21 +149,7 @@ class TestOnHopper:
 
     @pytest.mark.parametrize("m", [48, 100, 256])
     def test_same_bits_alone_in_a_graph_and_in_company(self, m: int) -> None:
-        w, _ = weight(5120, 5120, 128)
-        x = activations(m, 5120, torch.float16)
-        first, y = gemm.gemm(x, w), torch.empty(m, 5120, device="cuda", dtype=torch.float16)
-        graph = torch.cuda.CUDAGraph()
-        torch.cuda.synchronize()
-        with torch.cuda.graph(graph):
-            gemm.gemm(x, w, y)
-        other, noise = torch.cuda.Stream(), torch.randn(2048, 2048, device="cuda", dtype=torch.float16)
-        for repeat in range(100):
-            if repeat % 2:
-                with torch.cuda.stream(other):
-                    noise @ noise
-            y.fill_(float("nan"))
-            graph.replay() if repeat % 3 else gemm.gemm(x, w, y)
-            assert torch.equal(y, first), repeat
+        check_same_bits(m, gemm.gemm)
 
     @pytest.mark.parametrize("sharing", [ONE, TWO])
     def test_launches_in_a_row(self, sharing: int) -> None:
