@@ -144,6 +144,10 @@ class EngineSettings(ModelSettings):
     be several callers (keys, or addresses), an eighth is kept for those who hold few."""
     enable_prefix_caching: bool = True
     """Reuse the KV cache of prompts that begin alike."""
+    speculate: Literal["off", "auto", "ngram"] = "auto"
+    """Where an answer's next tokens can be guessed, compute several in one step; no token changes by it. ngram guesses
+    from the sequence's own text and the request's prediction, auto also from past answers of the same key, and both
+    only where it pays."""
     engine_timeout_s: float | None = Field(None, gt=0)
     """Seconds an engine that has work may be silent; then requests, running and new ones, get 503 engine_stalled, and
     so do /health and /ready, until it speaks. Longer than any step. Default: 60 on CUDA, 600 on the CPU, where the

@@ -58,11 +58,16 @@ class Step(msgspec.Struct, frozen=True):
     """tokens to compute, at least 1"""
     num_sampled: list[int]
     """How many of the last rows are sampled from. 0: a chunk of a longer prompt. 1: the last row. 1 + k: the last known
-    token and k drafted ones behind it, of which as many count as the sampled tokens confirm."""
+    token and k drafted ones behind it. Each row is sampled at its own position, as it would be alone, and the sequence
+    gets the tokens of its rows one after the other as long as a token is the draft of the next row; the first that
+    differs counts too. So drafts change no token."""
     new_blocks: list[NewBlocks]
     admitted: list[Admission]
     prompt_rows: dict[int, PromptRows] = {}
     """by entry, where logprobs of the prompt were asked for"""
+    drafts: dict[int, list[int]] = {}
+    """By entry: token ids below vocab_size that may follow the sequence's last known one. Each has a row behind it, so
+    num_new and num_sampled of the entry are both 1 + their number. Nobody promises that they are right."""
 
     @property
     def num_tokens(self) -> int:
@@ -107,6 +112,11 @@ class Runner(Protocol[Launched]):
     """rows of the embedding: token ids are below it"""
     lookahead: int
     """0: a step is collected before the next one is scheduled; 1: afterwards"""
+    max_draft_rows: int
+    """Rows of a step with drafts, those of all its sequences together, at most: so many rows have the bits each has
+    alone. Such a step computes nothing of a prompt. 0: no drafts."""
+    row_cost: float
+    """what one row more adds to such a step, as a share of a step of one row"""
 
     @property
     def num_graphs(self) -> int:

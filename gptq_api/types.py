@@ -115,6 +115,9 @@ class Add(msgspec.Struct, frozen=True, tag="add"):
     of a step."""
     level: int = 0
     """Between owners the lowest number is served first; equal ones in turn."""
+    prediction: bytes = b""
+    """`pack_ids` of what the answer may look like; empty: nobody has an idea. It changes no token: where it is right,
+    the answer comes in fewer steps."""
 
 
 class Abort(msgspec.Struct, frozen=True, tag="abort"):
@@ -166,6 +169,12 @@ class EngineStats(msgspec.Struct, frozen=True, array_like=True):
     """by the engine process, in total"""
     num_graphs: int = 0
     """CUDA graphs that are kept"""
+    num_drafts: int = 0
+    """times that tokens were drafted for a sequence in a step, in total"""
+    num_draft_tokens: int = 0
+    """tokens that were drafted, in total"""
+    num_accepted_tokens: int = 0
+    """of these, tokens that the sequences got, in total"""
 
 
 class StepOutput(msgspec.Struct, frozen=True, tag="step", kw_only=True):
@@ -188,6 +197,9 @@ class StepOutput(msgspec.Struct, frozen=True, tag="step", kw_only=True):
     prompt_logprobs: dict[int, PromptLogprobs] = {}
     """by sequence id, where they were asked for: those that this step computed. All of a prompt come before the first
     token, or with it."""
+    drafted: dict[int, tuple[int, int]] = {}
+    """sequence id -> (accepted, rejected) of the tokens that were drafted for it: of those that finish with this step
+    and had any"""
 
 
 ToEngine = Add | Abort

@@ -207,6 +207,7 @@ class Engine(Generic[Launched]):
             logprobs=told,
             stats=self.stats(num_batched_tokens),
             prompt_logprobs=progress.prompt_logprobs,
+            drafted=progress.drafted,
         )
 
     def stats(self, num_batched_tokens: int = 0) -> EngineStats:
@@ -222,6 +223,9 @@ class Engine(Generic[Launched]):
             num_batched_tokens=num_batched_tokens,
             num_log_lines_dropped=num_dropped(),
             num_graphs=self.runner.num_graphs,
+            num_drafts=scheduler.counters.drafts,
+            num_draft_tokens=scheduler.counters.draft_tokens,
+            num_accepted_tokens=scheduler.counters.accepted_tokens,
         )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import msgspec
 
@@ -21,6 +21,7 @@ class EngineOptions:
 
     load: LoadOptions
     enable_prefix_caching: bool
+    speculate: Literal["off", "auto", "ngram"]
     trace: Path | None
 
     @classmethod
@@ -28,6 +29,7 @@ class EngineOptions:
         return cls(
             load=LoadOptions.of(settings),
             enable_prefix_caching=settings.enable_prefix_caching,
+            speculate=settings.speculate,
             trace=settings.trace,
         )
 

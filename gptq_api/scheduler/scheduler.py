@@ -39,6 +39,11 @@ class Counters:
     """prompt tokens looked up in the prefix cache"""
     prefix_hits: int = 0
     """prompt tokens found there"""
+    drafts: int = 0
+    """times that tokens were drafted for a sequence"""
+    draft_tokens: int = 0
+    accepted_tokens: int = 0
+    """drafted tokens that sequences got"""
 
 
 @dataclass(slots=True)
@@ -53,6 +58,8 @@ class Progress:
     """sequence id -> prompt tokens found in the prefix cache, of those that got their first token"""
     prompt_logprobs: dict[int, PromptLogprobs] = field(default_factory=dict)
     """by sequence id"""
+    drafted: dict[int, tuple[int, int]] = field(default_factory=dict)
+    """sequence id -> (accepted, rejected) drafted tokens, of those that finished and had any"""
     finished: dict[int, FinishReason] = field(default_factory=dict)
     """by sequence id; these hold no memory any more"""
 

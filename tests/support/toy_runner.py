@@ -80,6 +80,8 @@ class ToyRunner:
 
     vocab_size = NUM_TOKENS
     num_graphs = 0
+    max_draft_rows = 0
+    row_cost = 0.1
 
     def __init__(
         self, lookahead: int, max_num_seqs: int, block_size: int, out_of_memory: float = 0.0, max_tokens: int = 10**9

@@ -48,6 +48,8 @@ class CpuRunner:
     num_graphs = 0
     row_multiple = 1
     shared_rows: int | None = SHARED_ROWS
+    max_draft_rows = 0
+    row_cost = 0.17
 
     def __init__(self, model: PlainLlama | NativeLlama, max_model_len: int, dtype: torch.dtype) -> None:
         self._model, self._seats, cache = model, Seats(), model.cache

@@ -99,6 +99,8 @@ class CudaRunner:
     lookahead = 1
     row_multiple = gemm.ROW_MULTIPLE
     shared_rows: int | None = None  # a step of many rows takes little longer than one of few
+    max_draft_rows = 0
+    row_cost = 0.02
 
     def __init__(
         self,
