@@ -198,8 +198,8 @@ class StepOutput(msgspec.Struct, frozen=True, tag="step", kw_only=True):
     """by sequence id, where they were asked for: those that this step computed. All of a prompt come before the first
     token, or with it."""
     drafted: dict[int, tuple[int, int]] = {}
-    """sequence id -> (accepted, rejected) of the tokens that were drafted for it: of those that finish with this step
-    and had any"""
+    """sequence id -> (accepted, rejected) of all tokens that were drafted for it by now: of those that had any in this
+    step. A reader may leave before a sequence has finished."""
 
 
 ToEngine = Add | Abort

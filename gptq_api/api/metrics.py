@@ -174,6 +174,12 @@ class _EngineCollector(Collector):
             "vllm:num_preemptions": ("Sequences thrown out of the KV cache and computed again.", stats.num_preemptions),
             "vllm:prefix_cache_queries": ("Prompt tokens looked up in the prefix cache.", stats.num_prefix_queries),
             "vllm:prefix_cache_hits": ("Prompt tokens found in the prefix cache.", stats.num_prefix_hits),
+            "vllm:spec_decode_num_drafts": ("Times that tokens were drafted for a sequence.", stats.num_drafts),
+            "vllm:spec_decode_num_draft_tokens": ("Tokens that were drafted.", stats.num_draft_tokens),
+            "vllm:spec_decode_num_accepted_tokens": (
+                "Drafted tokens that were the ones sampled.",
+                stats.num_accepted_tokens,
+            ),
             "gptq_api:engine_restarts": ("How often an engine that died was started again.", engine.num_restarts),
             "gptq_api:log_lines_dropped": (
                 "Log lines that were not written, because nobody read them or the disk was full.",

@@ -23,12 +23,18 @@ class SpeedLine:
         self._engine = engine
         self._since: float | None = None  # the period that runs, time.monotonic(); None: the engine rests
         self._num_computed = self._num_generated = self._num_first = 0
+        self._num_drafted = self._num_accepted = 0
+        self._totals = (0, 0)  # of drafted and accepted tokens, as the engine told them last
 
     def on_step(self, step: StepOutput) -> None:
-        self._num_computed += step.stats.num_batched_tokens
+        stats = step.stats
+        self._num_computed += stats.num_batched_tokens
         self._num_generated += len(step.tokens) // 4  # packed int32
         self._num_first += len(step.cached_tokens)
-        if self._since is None and step.stats.num_batched_tokens:
+        self._num_drafted += max(stats.num_draft_tokens - self._totals[0], 0)  # an engine that is new begins at 0
+        self._num_accepted += max(stats.num_accepted_tokens - self._totals[1], 0)
+        self._totals = stats.num_draft_tokens, stats.num_accepted_tokens
+        if self._since is None and stats.num_batched_tokens:
             self._begin()
 
     def _begin(self) -> None:
@@ -39,12 +45,13 @@ class SpeedLine:
         assert self._since is not None
         seconds, load = time.monotonic() - self._since, EngineLoad.of(self._engine)
         num_computed, num_generated, num_first = self._num_computed, self._num_generated, self._num_first
-        self._num_computed = self._num_generated = self._num_first = 0
+        num_drafted, num_accepted = self._num_drafted, self._num_accepted
+        self._num_computed = self._num_generated = self._num_first = self._num_drafted = self._num_accepted = 0
         if not num_computed and not load.num_running:
             self._since = None
             return
         # a token that was generated is computed by the step after, but for the last one of its sequence
-        num_prompt = max(num_computed - (num_generated - num_first), 0)
+        num_prompt = max(num_computed - (num_generated - num_first) - (num_drafted - num_accepted), 0)
         log.info(
             "speed",
             prompt_tok_s=round(num_prompt / seconds, 1),
@@ -52,5 +59,6 @@ class SpeedLine:
             running=load.num_running,
             waiting=load.num_waiting,
             cache_pct=round(100 * load.cache_usage, 1),
+            **({"drafts_accepted_pct": round(100 * num_accepted / num_drafted, 1)} if num_drafted else {}),
         )
         self._begin()

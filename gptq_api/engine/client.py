@@ -51,6 +51,8 @@ class Prompt:
     token_ids: list[int]
     params: list[SamplingParams]
     """one per sample"""
+    prediction: bytes = b""
+    """`pack_ids` of what each answer may look like"""
 
 
 _NO_STATS = EngineStats(0, 0, 0, 0, 0, 0, 0, 0)
@@ -223,7 +225,8 @@ class EngineClient:
             first_id = generation.first_id
             for prompt in prompts:
                 params = tuple(prompt.params)
-                self._send(Add(first_id, pack_ids(prompt.token_ids), params, cache_salt, priority, owner, level))
+                ids = pack_ids(prompt.token_ids)
+                self._send(Add(first_id, ids, params, cache_salt, priority, owner, level, prompt.prediction))
                 first_id += len(params)
             yield generation
         finally:  # finished, stop string, client gone, error: one door
@@ -289,6 +292,9 @@ class EngineClient:
         for sequence_id, num_cached in step.cached_tokens.items():
             if generation := generations.get(sequence_id):
                 generation.num_cached_tokens[sequence_id - generation.first_id] = num_cached
+        for sequence_id, drafted in step.drafted.items():
+            if generation := generations.get(sequence_id):
+                generation.drafted[sequence_id - generation.first_id] = drafted
         for sequence_id, told in step.prompt_logprobs.items():
             if generation := generations.get(sequence_id):
                 generation.put_prompt(sequence_id, told)

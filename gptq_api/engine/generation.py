@@ -40,6 +40,8 @@ class Generation:
         self.first_id, self.owner = first_id, owner
         self.num_cached_tokens = [0] * num_choices
         """by choice, prompt tokens that came from the prefix cache; known with the first token"""
+        self.drafted = [(0, 0)] * num_choices
+        """by choice, (accepted, rejected) of the tokens that were drafted for it so far"""
         self._leave = leave
         self._news: dict[int, Delta] = {}  # by choice, in the order of arrival
         self._running = set(range(num_choices))  # choices of which more may come

@@ -54,4 +54,7 @@ def continued(before: EngineStats, now: EngineStats) -> EngineStats:
         num_prefix_queries=before.num_prefix_queries + now.num_prefix_queries,
         num_prefix_hits=before.num_prefix_hits + now.num_prefix_hits,
         num_log_lines_dropped=before.num_log_lines_dropped + now.num_log_lines_dropped,
+        num_drafts=before.num_drafts + now.num_drafts,
+        num_draft_tokens=before.num_draft_tokens + now.num_draft_tokens,
+        num_accepted_tokens=before.num_accepted_tokens + now.num_accepted_tokens,
     )

@@ -169,7 +169,6 @@ CASES: dict[str, Case] = {
     ),
     "add_generation_prompt": Case(False, prompt_differs),
     "continue_final_message": Case(True, prompt_differs, {"messages": TALKED}),
-    "prediction": Case({"type": "content", "content": "x"}, nothing),
     "prompt_logprobs": Case(1, lambda seen: '"prompt_logprobs":[null,' in seen.answer.text),
     "echo": Case(True, lambda seen: seen.text.startswith(LONG)),
     "best_of": Case(3, lambda seen: seen.num_tokens == 36),
@@ -179,6 +178,7 @@ CASES: dict[str, Case] = {
 ELSEWHERE = {
     "priority": "tests/system/test_fields.py::test_an_urgent_request_overtakes_those_that_wait",
     "parallel_tool_calls": "tests/text/tools/test_grammar.py::test_auto",
+    "prediction": "tests/system/test_prediction.py::test_a_copy_comes_in_fewer_steps",
 }
 """fields whose effect takes more than two requests: the test that sees it"""
 

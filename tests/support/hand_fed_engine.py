@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from gptq_api.config import Settings
 from gptq_api.engine import wire
 from gptq_api.engine.client import EngineClient
-from gptq_api.types import EngineStats, FinishReason, PromptLogprobs, StepOutput, ToEngine, pack_ids
+from gptq_api.types import EngineStats, FinishReason, PromptLogprobs, StepOutput, ToEngine, TokenLogprobs, pack_ids
 
 
 class HandFedEngine(EngineClient):
@@ -42,6 +42,8 @@ class HandFedEngine(EngineClient):
         cached: dict[int, int] | None = None,
         num_running: int = 1,
         prompt_logprobs: dict[int, PromptLogprobs] | None = None,
+        logprobs: dict[int, TokenLogprobs] | None = None,
+        drafted: dict[int, tuple[int, int]] | None = None,
     ) -> None:
         """One message of the engine; `tokens`: (sequence id, token)."""
         output = StepOutput(
@@ -49,9 +51,10 @@ class HandFedEngine(EngineClient):
             tokens=pack_ids(token for _, token in tokens),
             finished=finished or {},
             cached_tokens=cached or {},
-            logprobs={},
+            logprobs=logprobs or {},
             stats=EngineStats(num_running, 0, 0, 0, 0, 0, 0, 1),
             prompt_logprobs=prompt_logprobs or {},
+            drafted=drafted or {},
         )
         message = wire.decode_from_engine(wire.encode(output)[4:])
         assert isinstance(message, StepOutput)

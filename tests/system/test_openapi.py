@@ -45,6 +45,10 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     (CHAT, {"stream": True, "logprobs": True, "top_logprobs": 2, "n": 2, **USAGE}),
     (CHAT, {"logprobs": True, "top_logprobs": 20, "n": 2, "temperature": 2, "skip_special_tokens": False}),
     (CHAT, {"frobnicate": 1}),
+    (
+        CHAT,
+        {"prediction": {"type": "content", "content": [{"type": "text", "text": "Hello"}]}, "stream": True, **USAGE},
+    ),
     (COMPLETIONS, {"stream": True, "echo": True}),
     (COMPLETIONS, {"stream": True, "logprobs": 2, **USAGE}),
     (COMPLETIONS, {"logprobs": 5, "best_of": 2, "prompt": ["a", "b"]}),

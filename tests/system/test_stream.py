@@ -318,6 +318,11 @@ def test_metrics_are_there_under_vllms_names(server: Server) -> None:
             "prompt_tokens_total",
             "time_to_first_token_seconds_bucket",
         ),
+        *(
+            "spec_decode_num_drafts_total",
+            "spec_decode_num_draft_tokens_total",
+            "spec_decode_num_accepted_tokens_total",
+        ),
         *("inter_token_latency_seconds_bucket", "e2e_request_latency_seconds_bucket", "cache_config_info"),
     ):
         assert re.search(rf"^vllm:{name}{{[^\n]*model_name=", text, re.M), name

@@ -61,8 +61,20 @@ class Work:
             return 0
         return sum(self.generation.num_cached_tokens[choice.index] for choice in self.choices if choice.sample == 0)
 
+    @property
+    def num_drafted(self) -> tuple[int, int]:
+        """(accepted, rejected) tokens that were drafted for all choices."""
+        if self.generation is None:
+            return 0, 0
+        drafted = [(choice, *self.generation.drafted[choice.index]) for choice in self.choices]
+        # what is behind a stop string is nobody's, and no answer has more accepted tokens than tokens
+        accepted = sum(min(accepted, choice.num_tokens) for choice, accepted, _ in drafted)
+        return accepted, sum(rejected for _, _, rejected in drafted)
+
     def usage(self) -> dict[str, object]:
         num_prompt = sum(len(prompt.token_ids) for prompt in self.prompts)
+        # what is guessed for those who predicted nothing is told in the log and in the metrics
+        accepted, rejected = self.num_drafted if self.prompts[0].prediction else (0, 0)
         return {
             "prompt_tokens": num_prompt,
             "completion_tokens": self.num_completion_tokens,
@@ -71,8 +83,8 @@ class Work:
             "completion_tokens_details": {
                 "reasoning_tokens": sum(choice.num_reasoning_tokens for choice in self.choices),
                 "audio_tokens": 0,
-                "accepted_prediction_tokens": 0,
-                "rejected_prediction_tokens": 0,
+                "accepted_prediction_tokens": accepted,
+                "rejected_prediction_tokens": rejected,
             },
         }
 
@@ -165,6 +177,9 @@ class Work:
             "tokens_cached": self.num_cached_tokens,
             "tokens_out": self.num_completion_tokens,
         }
+        accepted, rejected = self.num_drafted
+        if accepted or rejected:
+            record.notes |= {"tokens_drafted": accepted + rejected, "tokens_accepted": accepted}
         record.outcome = None if self.outcome == "done" else self.outcome
         metrics.prompt_tokens_cached.inc(self.num_cached_tokens)
         firsts = [choice.first_token_at for choice in self.choices if choice.first_token_at is not None]

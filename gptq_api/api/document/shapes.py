@@ -40,8 +40,10 @@ _USAGE = shape(
     completion_tokens_details=shape(
         reasoning_tokens=COUNT,
         audio_tokens=COUNT,
-        accepted_prediction_tokens=COUNT,
-        rejected_prediction_tokens=COUNT,
+        accepted_prediction_tokens=COUNT
+        | {"description": "with prediction: tokens that were drafted and are in the answer"},
+        rejected_prediction_tokens=COUNT
+        | {"description": "with prediction: drafted tokens that are not in the answer; completion_tokens has none"},
     ),
 )
 _SPELLED: dict[str, Schema] = {

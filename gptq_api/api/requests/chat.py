@@ -2,82 +2,24 @@
 
 from __future__ import annotations
 
-from itertools import islice
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, ModelWrapValidatorHandler, PlainValidator, PrivateAttr, WithJsonSchema, model_validator
+from pydantic import Field, ModelWrapValidatorHandler, PrivateAttr, model_validator
 
 from gptq_api.api.errors import bad_request, not_supported
-from gptq_api.api.requests.fields import (
-    MAX_TEXT,
-    MAX_UNKNOWN,
-    Body,
-    Count,
-    Name,
-    Text,
-    check_text,
-    printable,
-    unrecognized,
-)
+from gptq_api.api.requests.content import ContentOrNone, unknown_in_parts
+from gptq_api.api.requests.fields import MAX_UNKNOWN, Body, Count, Name, Text, printable, unrecognized
+from gptq_api.api.requests.prediction import PredictionFields
 from gptq_api.api.requests.refused import REFUSED_IN_MESSAGES
 from gptq_api.api.requests.serving import ServingFields
 from gptq_api.api.requests.template import EffortFields
 from gptq_api.api.requests.tools import MAX_TOOLS, ToolCall, ToolFields
-from gptq_api.text.chat import joined_parts
-
-MAX_PARTS = 1024
-
-
-def _content(value: Any) -> str | None:
-    """A string, or text parts, which become one."""
-    if value is None or isinstance(value, str):
-        if value is not None and len(value) > MAX_TEXT:
-            raise ValueError(f"it may have at most {MAX_TEXT} characters")
-        return value if value is None else check_text(value)
-    if not isinstance(value, list):
-        raise ValueError("it must be a string or an array of text parts")
-    if len(value) > MAX_PARTS:
-        raise ValueError(f"it may hold at most {MAX_PARTS} parts")
-    for part in value:
-        if not isinstance(part, dict) or part.get("type") != "text":
-            raise ValueError('only parts of type "text" are supported by this model')
-        if not isinstance(part.get("text"), str):
-            raise ValueError('a text part needs a string "text"')
-        check_text(part["text"])
-    return joined_parts(value)
-
-
-def unknown_in_parts(parts: list[dict[str, Any]]) -> list[str]:
-    """Paths of fields that nobody knows in the parts of a content, at most MAX_UNKNOWN."""
-    known = {"type", "text"}
-    names = ((index, name) for index, part in enumerate(parts) for name in part if name not in known)
-    return [f"content[{index}].{printable(name)}" for index, name in islice(names, MAX_UNKNOWN)]
-
-
-_PART = {
-    "type": "object",
-    "required": ["type", "text"],
-    "properties": {"type": {"type": "string", "enum": ["text"]}, "text": {"type": "string", "maxLength": MAX_TEXT}},
-}
-Content = Annotated[
-    str | None,
-    PlainValidator(_content),
-    WithJsonSchema(
-        {
-            "anyOf": [
-                {"type": "string", "maxLength": MAX_TEXT},
-                {"type": "array", "items": _PART, "maxItems": MAX_PARTS},
-                {"type": "null"},
-            ]
-        }
-    ),
-]
 
 
 class ChatMessage(Body):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     """`developer` is the newer name of `system`."""
-    content: Content = None
+    content: ContentOrNone = None
     tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
     """What the assistant called."""
     tool_call_id: Name | None = None
@@ -156,14 +98,7 @@ def check_messages(messages: list[ChatMessage], *, strict: bool) -> list[str]:
     return unknown
 
 
-class Prediction(Body):
-    """What the answer is expected to be. It is only a hint, and no answer depends on it."""
-
-    type: Literal["content"]
-    content: Content = None
-
-
-class ChatCompletionRequest(EffortFields, ServingFields, ToolFields):
+class ChatCompletionRequest(PredictionFields, EffortFields, ServingFields, ToolFields):
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=4096, fail_fast=True)]
     max_completion_tokens: Count | None = None
     """The newer name of max_tokens; wins."""
@@ -173,13 +108,9 @@ class ChatCompletionRequest(EffortFields, ServingFields, ToolFields):
     """Begin an answer after the last message. Default true."""
     continue_final_message: bool | None = None
     """Go on with the last message, which is the assistant's."""
-    prediction: Prediction | None = None
-    """Accepted, without effect: nothing is predicted with it."""
 
     def unknown(self, *, strict: bool) -> list[str]:
-        nested = [] if self.prediction is None else self.prediction.unknown(strict=strict)
-        predicted = [f"prediction.{name}" for name in nested]
-        return [*super().unknown(strict=strict), *predicted, *check_messages(self.messages, strict=strict)]
+        return [*super().unknown(strict=strict), *check_messages(self.messages, strict=strict)]
 
     @property
     def answer_limit(self) -> tuple[int | None, str]:

@@ -9,6 +9,7 @@ from pydantic import Field, PlainValidator, WithJsonSchema
 from gptq_api.api.errors import bad_request
 from gptq_api.api.requests.constraints import ConstrainedFields
 from gptq_api.api.requests.fields import MAX_TEXT, MAX_TOKEN, CountOrZero, check_text
+from gptq_api.api.requests.prediction import PredictionFields
 from gptq_api.api.requests.serving import ServingFields
 
 MAX_IDS = 2**18
@@ -68,7 +69,7 @@ Prompts = Annotated[
 ]
 
 
-class CompletionRequest(ServingFields, ConstrainedFields):
+class CompletionRequest(PredictionFields, ServingFields, ConstrainedFields):
     usual_tokens = 16
 
     prompt: Prompts

@@ -7,6 +7,7 @@ import json
 import secrets
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import msgspec
@@ -16,6 +17,7 @@ from gptq_api.api.requests.chat import ChatCompletionRequest, ChatMessage
 from gptq_api.api.requests.completions import CompletionRequest
 from gptq_api.api.requests.constraints import ConstrainedFields
 from gptq_api.api.requests.fields import SamplingFields
+from gptq_api.api.requests.prediction import PredictionFields
 from gptq_api.api.requests.template import TemplateFields, document_texts
 from gptq_api.api.requests.tools import Reading, ToolFields, reading
 from gptq_api.api.service import Service
@@ -24,11 +26,13 @@ from gptq_api.text.chat import ChatTemplateError
 from gptq_api.text.process import TextError, TextProcessGone
 from gptq_api.text.tokens import NoRowError
 from gptq_api.text.tools.history import has_many_calls, one_call_a_message, with_tools
-from gptq_api.types import SamplingParams
+from gptq_api.types import SamplingParams, pack_ids
 
 T = TypeVar("T")
 SMALLEST_TOP_P = 1e-6
 """top_p 0 is legal and means the likeliest token; any nucleus holds that one"""
+MAX_PREDICTED_CHARS = 16
+"""of a prediction for each token of the context; no text has so many, and what is longer is not worth encoding"""
 
 
 async def chat_prompt(service: Service, body: ChatCompletionRequest) -> tuple[Prompt, Reading]:
@@ -39,7 +43,7 @@ async def chat_prompt(service: Service, body: ChatCompletionRequest) -> tuple[Pr
     num_prompt_top, stop_ids = body.prompt_logprobs, tuple(service.template.stop_token_ids)
     grammar = found.grammar
     prompt = _prompt(service, body, ids, body.num_choices, num_top, num_prompt_top, stop_ids, "messages", grammar)
-    return prompt, found
+    return replace(prompt, prediction=await _prediction(service, body)), found
 
 
 async def chat_ids(service: Service, body: ChatCompletionRequest) -> list[int]:
@@ -141,12 +145,25 @@ async def completion_prompts(service: Service, body: CompletionRequest) -> list[
         num_top = 0  # ranked by them
     asked = [body.logprobs if body.echoes_logprobs else None, body.prompt_logprobs]
     num_prompt_top = max((num for num in asked if num is not None), default=None)
-    grammar = await _grammar(service, body)
+    grammar, prediction = await _grammar(service, body), await _prediction(service, body)
     prompts = []
     for item in body.prompt:
         ids = next(encoded) if isinstance(item, str) else item
-        prompts.append(_prompt(service, body, ids, num_samples, num_top, num_prompt_top, (), "prompt", grammar))
+        prompt = _prompt(service, body, ids, num_samples, num_top, num_prompt_top, (), "prompt", grammar)
+        prompts.append(replace(prompt, prediction=prediction))
     return prompts
+
+
+async def _prediction(service: Service, body: PredictionFields) -> bytes:
+    """What the answer may look like, for Prompt.prediction: encoded as text, as the model would write it, and at most
+    the context. Raises ApiError 400 where it cannot be encoded."""
+    if body.prediction is None or not body.prediction.content or service.settings.speculate == "off":
+        return b""
+    text = body.prediction.content[: MAX_PREDICTED_CHARS * service.max_tokens]
+    with refused_text("prediction.content"):
+        (ids,) = await service.text.encode([text])
+    num_rows = service.engine.ready.vocab_size
+    return pack_ids(token_id for token_id in ids[: service.max_tokens] if token_id < num_rows)
 
 
 async def _grammar(service: Service, body: ConstrainedFields) -> str:

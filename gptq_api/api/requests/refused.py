@@ -19,7 +19,6 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "json_schema": _NOTHING,
     "modalities": (None, ["text"]),
     "audio": _NOTHING,
-    "prediction": _NOTHING,
     "web_search_options": _NOTHING,
     "reasoning_effort": (None, "none"),
     "chat_template": _NOTHING,
