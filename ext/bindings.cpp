@@ -11,6 +11,7 @@
 #include "gemm/dequant.h"
 #include "gemm/mma.h"
 #include "gemm/pack.h"
+#include "gemm/same_bits.h"
 #include "gemv/gemv.h"
 #include "ops/ops.h"
 #include "sampler/sampler.h"
@@ -147,6 +148,9 @@ void attention_decode(std::uintptr_t qkv, std::uintptr_t cache, std::uintptr_t b
                " head_dim=" + std::to_string(head_dim));
 }
 
+using LaunchMma = cudaError_t (*)(const gptq::MmaGemm&, cudaStream_t);
+
+template <LaunchMma Launch>
 void mma(std::uintptr_t w, std::uintptr_t x, std::uintptr_t y, std::uintptr_t bias, std::uintptr_t residual, std::uintptr_t workspace,
          int M, int N, int K, int ldx, int ldy, int ldr, int paired, int groups, bool zeros, bool bf16, int tile, int split,
          std::uintptr_t stream) {
@@ -155,7 +159,7 @@ void mma(std::uintptr_t w, std::uintptr_t x, std::uintptr_t y, std::uintptr_t bi
   call.residual = pointer<void>(residual), call.workspace = pointer<void>(workspace);
   call.m = M, call.n = N, call.k = K, call.ldx = ldx, call.ldy = ldy, call.ldr = ldr;
   call.paired = paired, call.groups = groups, call.zeros = zeros, call.bf16 = bf16, call.tile = tile, call.split = split;
-  raise_on(gptq::launch_mma(call, as_stream(stream)), shape("mma", M, N, K));
+  raise_on(Launch(call, as_stream(stream)), shape(Launch == &gptq::launch_mma ? "mma" : "same_bits", M, N, K));
 }
 
 #ifdef GPTQ_API_HOPPER
@@ -220,9 +224,12 @@ PYBIND11_MODULE(_cuda, m, py::mod_gil_not_used()) {
         "ldo"_a, "table_stride"_a, "sequences"_a, "heads"_a, "kv_heads"_a, "block_size"_a, "head_dim"_a, "window"_a, "prefetch"_a, "bf16"_a,
         "fp8"_a, "blocks_per_sm"_a, "teams"_a, "stream"_a);
   m.def("attention_decode_workspace_bytes", &gptq::attention_decode_workspace_bytes, "heads"_a, "kv_heads"_a, "head_dim"_a);
-  m.def("mma", &mma, free_gil, "w"_a, "x"_a, "y"_a, "bias"_a, "residual"_a, "workspace"_a, "M"_a, "N"_a, "K"_a, "ldx"_a, "ldy"_a, "ldr"_a,
+  m.def("mma", &mma<&gptq::launch_mma>, free_gil, "w"_a, "x"_a, "y"_a, "bias"_a, "residual"_a, "workspace"_a, "M"_a, "N"_a, "K"_a, "ldx"_a, "ldy"_a, "ldr"_a,
         "paired"_a, "groups"_a, "zeros"_a, "bf16"_a, "tile"_a, "split"_a, "stream"_a);
   m.def("mma_workspace_bytes", &gptq::mma_workspace_bytes);
+  m.def("same_bits", &mma<&gptq::launch_same_bits>, free_gil, "w"_a, "x"_a, "y"_a, "bias"_a, "residual"_a, "workspace"_a, "M"_a, "N"_a, "K"_a, "ldx"_a, "ldy"_a, "ldr"_a,
+        "paired"_a, "groups"_a, "zeros"_a, "bf16"_a, "tile"_a, "split"_a, "stream"_a);
+  m.def("same_bits_workspace_bytes", &gptq::same_bits_workspace_bytes);
 #ifdef GPTQ_API_HOPPER
   m.def("wgmma", &wgmma, free_gil, "w"_a, "x"_a, "y"_a, "bias"_a, "residual"_a, "workspace"_a, "M"_a, "N"_a, "K"_a, "ldx"_a, "ldy"_a,
         "ldr"_a, "paired"_a, "groups"_a, "zeros"_a, "bf16"_a, "tile"_a, "sharing"_a, "split"_a, "stream"_a);

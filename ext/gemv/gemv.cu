@@ -119,6 +119,14 @@ cudaError_t launch_rows(GemvArgs args, int groups, bool zeros, bool bf16, bool i
 
 }  // namespace
 
+cudaError_t gemv_segment(int& chunks, int K, int groups, bool zeros) {
+  Device device;
+  if (const cudaError_t status = current_device(device); status != cudaSuccess) return status;
+  const int split = takes_portable_kernel(device.code) ? 1 : split_for(K, groups, zeros, device);
+  chunks = plan_gemv(1, K, 1, split, split, 1, 1, groups, zeros).share;
+  return cudaSuccess;
+}
+
 cudaError_t launch_gemv(GemvArgs args, int groups, bool zeros, bool bf16, bool in_a_row, cudaStream_t stream) {
   if (args.M < 1 || args.M > kGemvMaxM || args.N % kStripRows || args.K % 8) return cudaErrorInvalidValue;
   Device device;

@@ -37,4 +37,7 @@ constexpr int kGemvMaxM = 32;  // beyond 16 in two launches
 // `groups` per chunk: 1, 2, 4. `in_a_row`: with one token, half of every SM is left to the GEMV launched next.
 cudaError_t launch_gemv(GemvArgs args, int groups, bool zeros, bool bf16, bool in_a_row, cudaStream_t stream);
 
+// In which order a row is added up, for who adds in the same: chunks of 128 k in segments of so many, a multiple of 8.
+cudaError_t gemv_segment(int& chunks, int K, int groups, bool zeros);
+
 }  // namespace gptq

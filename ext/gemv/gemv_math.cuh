@@ -113,10 +113,10 @@ struct Outputs {
 #pragma unroll
     for (int i = 0; i < 2; i++) {
       if (token + i >= a.M) continue;
-      const float first = v[i] * O::kUnscaleG + low(bias), second = v[2 + i] * O::kUnscaleG8 + high(bias);
+      const float first = __fmaf_rn(v[i], O::kUnscaleG, low(bias)), second = __fmaf_rn(v[2 + i], O::kUnscaleG8, high(bias));
       uint16_t* y = a.y + static_cast<size_t>(token + i) * a.ldy;
       if (a.paired == 2) {
-        y[r0] = to_16bit<BF>(silu(first) * second + low(residual[i]));
+        y[r0] = to_16bit<BF>(__fmaf_rn(silu(first), second, low(residual[i])));
       } else {
         y[r0] = to_16bit<BF>(first + low(residual[i]));
         y[r1] = to_16bit<BF>(second + high(residual[i]));

@@ -7,7 +7,8 @@ alignment are checked here; the extension below takes addresses. Knows nothing a
 
 Which kernel: up to 8 rows the decode kernel, whose cost is the bytes of the weight (same bits for a row at any M); from
 9 on the wgmma kernel where the device is a Hopper; elsewhere the mma kernel, and for prompts of more than MMA_MAX_M
-rows the weight as a 16-bit matrix and torch.mm.
+rows the weight as a 16-bit matrix and torch.mm. These add in other orders. With `same_bits` more than 8 rows go to a
+kernel that adds in the decode kernel's (ext/gemm/same_bits.cu): a row's result is the same bits for every M.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from gptq_api.kernels.layout import (
 )
 from gptq_api.kernels.reference import unpack
 
-__all__ = ["PackedLinear", "gemm", "is_available", "pack", "refusal", "unavailable_reason"]
+__all__ = ["PackedLinear", "gemm", "is_available", "pack", "prepare_same_bits", "refusal", "unavailable_reason"]
 
 DECODE_MAX_M = 8
 """beyond, on an H200, the wgmma kernels overtake the decode kernel: every linear of LLaMA 7B and 13B agrees"""
@@ -155,12 +156,13 @@ def gemm(
     residual: Tensor | None = None,
     silu_mul: bool = False,
     in_a_row: bool = False,
+    same_bits: bool = False,
 ) -> Tensor:
     """x fp16 or bf16 [M, K], rows 16-byte aligned (else copied) -> [M, N], or [M, N/2] with `silu_mul` (paired weights
     only).
 
     bias [N]; residual like the result, may be `out`. Accumulates in float32 and rounds once. Same bits every run, and
-    for a row whatever M is within 1..8. Raises ValueError on what does not fit,
+    for a row whatever M is within 1..8; with `same_bits`, whatever M is. Raises ValueError on what does not fit,
     RuntimeError with the shape when a launch fails.
 
     `in_a_row` is for measurements (probes.py): the kernels before and after are GEMMs of one token as well, and half of
@@ -201,6 +203,8 @@ def gemm(
     with torch.cuda.device(x.device):
         if m <= DECODE_MAX_M:
             _decode(x, weight, out, bias, residual, silu_mul, in_a_row)
+        elif same_bits:
+            _in_order(x, weight, out, bias, residual, silu_mul)
         elif m <= MMA_MAX_M or _has_wgmma(x.device.index):
             _by_tiles(x, weight, out, bias, residual, silu_mul)
         else:
@@ -254,22 +258,33 @@ def _has_wgmma(device_index: int) -> bool:
 
 
 _CAPTURE = -1
-_workspaces: dict[tuple[int, int], Tensor] = {}
+_workspaces: dict[tuple[int, int, bool], Tensor] = {}
 
 
-def _workspace(device_index: int, stream: int) -> Tensor:
-    """Partial sums and flags of `_by_tiles`, zeroed once: one per stream, since launches that overlap cannot share one.
+def prepare_same_bits(device: torch.device) -> None:
+    """Before the first `gemm` with `same_bits` on that device that is captured: makes the workspace of such graphs."""
+    _workspace(torch.cuda.current_device() if device.index is None else device.index, _CAPTURE, same_bits=True)
+
+
+def _workspace(device_index: int, stream: int, *, same_bits: bool = False) -> Tensor:
+    """Partial sums and flags of `_by_tiles`, or of `_in_order` with `same_bits`, zeroed once: one per stream, since
+    launches that overlap cannot share one.
 
     A graph belongs to the stream on which it is captured, where that has worked kernel by kernel before, as a runner's
-    has: it is to be replayed there. All others share that of _CAPTURE, which `pack` makes before any capture begins: no
-    two of them are to be replayed at the same time."""
-    found = _workspaces.get((device_index, stream))
+    has: it is to be replayed there. All others share that of _CAPTURE, which `pack` or `prepare_same_bits` makes before
+    any capture begins: no two of them are to be replayed at the same time."""
+    found = _workspaces.get((device_index, stream, same_bits))
     if found is None:
         if stream != _CAPTURE and torch.cuda.is_current_stream_capturing():
-            return _workspace(device_index, _CAPTURE)
-        size = _cuda.wgmma_workspace_bytes() if _has_wgmma(device_index) else _cuda.mma_workspace_bytes()
+            return _workspace(device_index, _CAPTURE, same_bits=same_bits)
         device = torch.device("cuda", device_index)
-        found = _workspaces.setdefault((device_index, stream), torch.zeros(size, dtype=torch.uint8, device=device))
+        with torch.cuda.device(device):
+            if same_bits:
+                size = _cuda.same_bits_workspace_bytes()
+            else:
+                size = _cuda.wgmma_workspace_bytes() if _has_wgmma(device_index) else _cuda.mma_workspace_bytes()
+        made = torch.zeros(size, dtype=torch.uint8, device=device)
+        found = _workspaces.setdefault((device_index, stream, same_bits), made)
     return found
 
 
@@ -298,6 +313,23 @@ def _by_tiles(
         _cuda.mma(*addresses, *shape, groups, zeros, bf16, 0, 0, stream)
     if hopper and silu_mul and residual is not None:
         y += residual
+    if not fits:
+        out.copy_(y)
+
+
+def _in_order(
+    x: Tensor, w: PackedLinear, out: Tensor, bias: Tensor | None, residual: Tensor | None, silu_mul: bool
+) -> None:
+    """By tiles, in the decode kernel's order of sums."""
+    x = sort_activations(x, w)
+    stream = _stream(x)
+    workspace = _workspace(x.device.index, stream, same_bits=True)
+    fits = out.stride(0) % 2 == 0 and out.data_ptr() % 4 == 0
+    y = out if fits else torch.empty_like(out, memory_format=torch.contiguous_format)
+    if residual is not None and (residual.stride(0) % 2 or residual.data_ptr() % 4):
+        residual = residual.contiguous()
+    addresses = (w.data.data_ptr(), x.data_ptr(), y.data_ptr(), _address(bias), _address(residual))
+    _cuda.same_bits(*addresses, workspace.data_ptr(), *_sizes(x, w, y, residual, silu_mul), 0, 0, stream)
     if not fits:
         out.copy_(y)
 

@@ -16,13 +16,19 @@ class PackedGPTQLinear:
 
     kernel = "cuda int4"
 
-    def __init__(self, weight: PackedLinear, bias: Tensor | None, *, sorted_by_producer: bool) -> None:
+    def __init__(
+        self, weight: PackedLinear, bias: Tensor | None, *, sorted_by_producer: bool, same_bits: bool = False
+    ) -> None:
         """`bias` [N] on the device in the activations' type, in the order of the weight's outputs.
-        `sorted_by_producer`: whoever makes x applies act-order; otherwise the kernel gathers by itself."""
+        `sorted_by_producer`: whoever makes x applies act-order; otherwise the kernel gathers by itself.
+        `same_bits`: a row's result does not depend on how many there are; products of more than 8 take longer."""
         self.order: InputOrder | None = None
         if weight.perm is not None:
             self.order = InputOrder(weight.perm, "producer" if sorted_by_producer else "kernel")
         self._weight, self._bias = weight if of_kernel(self.order) is not None else weight.without_perm(), bias
+        self._same_bits = same_bits
+        if same_bits:
+            gemm.prepare_same_bits(weight.data.device)
 
     @property
     def num_bytes(self) -> int:
@@ -32,12 +38,14 @@ class PackedGPTQLinear:
 
     def in_order(self) -> PackedGPTQLinear:
         """The same weight for an x that is made in its order anyway."""
-        return PackedGPTQLinear(self._weight.without_perm(), self._bias, sorted_by_producer=False)
+        weight = self._weight.without_perm()
+        return PackedGPTQLinear(weight, self._bias, sorted_by_producer=False, same_bits=self._same_bits)
 
     def forward(
         self, x: Tensor, out: Tensor | None = None, *, residual: Tensor | None = None, silu_mul: bool = False
     ) -> Tensor:
-        return gemm.gemm(x, self._weight, out, bias=self._bias, residual=residual, silu_mul=silu_mul)
+        w, b, same_bits = self._weight, self._bias, self._same_bits
+        return gemm.gemm(x, w, out, bias=b, residual=residual, silu_mul=silu_mul, same_bits=same_bits)
 
 
 class CudaDenseLinear(DenseLinear):
