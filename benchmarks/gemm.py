@@ -98,6 +98,7 @@ class Bench:
     def __init__(self, dtype: torch.dtype, group_size: int) -> None:
         self.dtype, self.group_size = dtype, group_size
         self.clock = Clock()
+        gemm.prepare_same_bits(torch.device("cuda"))
         self.copy_tb_s, self.peak_tflops = ceilings()
         self.records: list[dict[str, Any]] = []
         self.sm_mhz = 0.0
@@ -178,8 +179,10 @@ class Bench:
             x = torch.randn(m, hidden, device="cuda").to(self.dtype)
             x16 = x.half()
 
-            def ours(layers: list[list[PackedLinear]], x: Tensor = x, in_a_row: bool = True) -> None:
-                product = partial(gemm.gemm, in_a_row=in_a_row)
+            def ours(
+                layers: list[list[PackedLinear]], x: Tensor = x, in_a_row: bool = True, same_bits: bool = False
+            ) -> None:
+                product = partial(gemm.gemm, in_a_row=in_a_row, same_bits=same_bits)
                 for qkv, o, gate_up, down in layers:
                     y = product(product(x, qkv)[:, :hidden], o)
                     product(product(y, gate_up, silu_mul=True), down)
@@ -196,11 +199,16 @@ class Bench:
                 (partial(ours, ordered, in_a_row=False), CHAIN_LAYERS),
             ]
             jobs += [(cublas, CHAIN_LAYERS), (partial(ours, layers, in_a_row=False), CHAIN_LAYERS)]
-            us, order_us, cublas_us, apart_us = self.timed(m, jobs)
+            if m > gemm.DECODE_MAX_M:
+                jobs.append((partial(ours, layers, same_bits=True), CHAIN_LAYERS))
+            us, order_us, cublas_us, apart_us, *same_bits_us = self.timed(m, jobs)
             work = self.work(weight_bytes, 2.0 * m * sum(k * n for k, n in shapes.values()))
             record = self.record(0, 0, m, us, cublas_us, work, chain=model)
             print(line(f"chain {model}", m, record) + f"  act-order {order_us:.2f}", flush=True)
             self.record(0, 0, m, order_us, cublas_us, work, chain=model, act_order=True)
+            for its_us in same_bits_us:
+                print(f"{'':14s} with same_bits {its_us:8.2f} us", flush=True)
+                self.record(0, 0, m, its_us, cublas_us, work, chain=model, same_bits=True)
             if m == 1:  # more rows are launched the same way
                 print(f"{'':14s} not told that they are in a row {apart_us:8.2f} us", flush=True)
                 self.record(0, 0, m, apart_us, cublas_us, work, chain=model, in_a_row=False)

@@ -72,7 +72,8 @@ class Quantized:
 
 
 def products() -> Iterator[str]:
-    """The GEMV and the GEMMs that `gemm` chooses for this build, every format, and what it does before them."""
+    """The GEMV and the GEMMs that `gemm` chooses for this build, every format, and what it does before them; and what
+    it chooses where a row's bits are not to depend on the others."""
     for k, n, group_size, asym, ms in (
         (1160, 528, 128, False, (1, 8, 9, 16, 20, 40, 100, 300)),
         (512, 272, 32, True, (3, 12, 33)),
@@ -88,6 +89,9 @@ def products() -> Iterator[str]:
             gemm.gemm(x, weight, residual, bias=bias, residual=residual)
             gemm.gemm(x, weight, filled(m, n, dtype=dtype), in_a_row=m < 9 and weight.perm is None)
             gemm.gemm(x, weight, filled(m, n // 2, dtype=dtype), silu_mul=True)
+            if m > gemm.DECODE_MAX_M:
+                gemm.gemm(x, weight, residual, bias=bias, residual=residual, same_bits=True)
+                gemm.gemm(x, weight, filled(m, n // 2, dtype=dtype), silu_mul=True, same_bits=True)
             yield f"gemm M={m} {source} {dtype}"
 
 

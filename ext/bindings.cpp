@@ -224,11 +224,11 @@ PYBIND11_MODULE(_cuda, m, py::mod_gil_not_used()) {
         "ldo"_a, "table_stride"_a, "sequences"_a, "heads"_a, "kv_heads"_a, "block_size"_a, "head_dim"_a, "window"_a, "prefetch"_a, "bf16"_a,
         "fp8"_a, "blocks_per_sm"_a, "teams"_a, "stream"_a);
   m.def("attention_decode_workspace_bytes", &gptq::attention_decode_workspace_bytes, "heads"_a, "kv_heads"_a, "head_dim"_a);
-  m.def("mma", &mma<&gptq::launch_mma>, free_gil, "w"_a, "x"_a, "y"_a, "bias"_a, "residual"_a, "workspace"_a, "M"_a, "N"_a, "K"_a, "ldx"_a, "ldy"_a, "ldr"_a,
-        "paired"_a, "groups"_a, "zeros"_a, "bf16"_a, "tile"_a, "split"_a, "stream"_a);
+  m.def("mma", &mma<&gptq::launch_mma>, free_gil, "w"_a, "x"_a, "y"_a, "bias"_a, "residual"_a, "workspace"_a, "M"_a, "N"_a, "K"_a,
+        "ldx"_a, "ldy"_a, "ldr"_a, "paired"_a, "groups"_a, "zeros"_a, "bf16"_a, "tile"_a, "split"_a, "stream"_a);
   m.def("mma_workspace_bytes", &gptq::mma_workspace_bytes);
-  m.def("same_bits", &mma<&gptq::launch_same_bits>, free_gil, "w"_a, "x"_a, "y"_a, "bias"_a, "residual"_a, "workspace"_a, "M"_a, "N"_a, "K"_a, "ldx"_a, "ldy"_a, "ldr"_a,
-        "paired"_a, "groups"_a, "zeros"_a, "bf16"_a, "tile"_a, "split"_a, "stream"_a);
+  m.def("same_bits", &mma<&gptq::launch_same_bits>, free_gil, "w"_a, "x"_a, "y"_a, "bias"_a, "residual"_a, "workspace"_a, "M"_a, "N"_a,
+        "K"_a, "ldx"_a, "ldy"_a, "ldr"_a, "paired"_a, "groups"_a, "zeros"_a, "bf16"_a, "tile"_a, "split"_a, "stream"_a);
   m.def("same_bits_workspace_bytes", &gptq::same_bits_workspace_bytes);
 #ifdef GPTQ_API_HOPPER
   m.def("wgmma", &wgmma, free_gil, "w"_a, "x"_a, "y"_a, "bias"_a, "residual"_a, "workspace"_a, "M"_a, "N"_a, "K"_a, "ldx"_a, "ldy"_a,

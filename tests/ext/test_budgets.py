@@ -107,6 +107,17 @@ def mma(narrow: int, of_32: int, of_64: int, taller: int, widest: int, spills: i
     )
 
 
+def same_bits(narrow: int, of_32: int, of_64: int) -> tuple[Line, ...]:
+    """The same of the tiles 128x16, 128x32 and both with 64 tokens; the sums of x are 8 products of the loop."""
+    return (
+        Line(r"Lb1ELi4ELi16E", 176, Loop(40, narrow)),
+        Line(r"Lb1ELi4ELi32E", 255, Loop(72, of_32)),
+        Line(r"Lb1ELi[48]ELi64E", 255, Loop(136, of_64), spills=80, why=TWO_SETS),
+        Line(r"Lb0ELi4ELi(16|32)E", 255),
+        Line(r"Lb0ELi[48]ELi64E", 255, spills=140, why=TWO_SETS),
+    )
+
+
 DEQUANT = (Line("gather", 64), Line("dequant", 80))
 OPS = (Line("rope", 112), Line("rms_norm", 128), Line("embed", 24))
 TABLE: dict[tuple[str, str], tuple[Line, ...]] = {
@@ -120,6 +131,9 @@ TABLE: dict[tuple[str, str], tuple[Line, ...]] = {
     ("gemm/mma_fp16.cu", "80"): mma(450, 520, 660, 640, 830),
     ("gemm/mma_bf16.cu", "89"): mma(470, 530, 675, 655, 915),
     ("gemm/mma_fp16.cu", "120"): mma(455, 540, 735, 705, 1005, spills=80),
+    ("gemm/same_bits_fp16.cu", "80"): same_bits(520, 605, 855),
+    ("gemm/same_bits_bf16.cu", "90"): same_bits(565, 650, 955),
+    ("gemm/same_bits_fp16.cu", "120"): same_bits(540, 650, 960),
     **{("gemm/dequant.cu", arch): DEQUANT for arch in ("80", "90", "120")},
     ("gemm/pack.cu", "80"): (Line("pack_kernel", 32),),
     ("attention/attention_decode_fp16.cu", "80"): attention(960, 1680, 2820, 3780, 3040),
@@ -196,7 +210,14 @@ def test_every_source_of_kernels_is_in_the_table() -> None:
         for path in EXT.rglob("*.cu")
         if re.search(r"__global__|_kernel\.cuh|_fp16\.cu|_bf16\.cu", path.name + path.read_text())
     }
-    launchers = {"gemv/gemv.cu", "gemm/wgmma.cu", "gemm/mma.cu", "attention/attention_decode.cu", "common/device.cu"}
+    launchers = {
+        "gemv/gemv.cu",
+        "gemm/wgmma.cu",
+        "gemm/mma.cu",
+        "gemm/same_bits.cu",
+        "attention/attention_decode.cu",
+        "common/device.cu",
+    }
     assert there - launchers == listed
 
 

@@ -110,7 +110,7 @@ def test_epilogues_and_act_order(k: int, group_size: int, asym: bool, dtype: tor
         alone = rows_alone(x, w, residual=added, **how)
         for m in (9, 40, 100):
             some = None if added is None else added[:m]
-            y = gemm.gemm(x[:m], w, residual=some, same_bits=True, **how)  # type: ignore[arg-type]
+            y = gemm.gemm(x[:m], w, residual=some, same_bits=True, **how)
             assert torch.equal(bits(y), bits(alone[:m])), (m, sorted(how))
     y = residual.clone()
     gemm.gemm(x, w, y, bias=bias, residual=y, same_bits=True)
