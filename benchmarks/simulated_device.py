@@ -51,7 +51,7 @@ class SimulatedRunner:
     num_graphs = 0
     row_multiple = 192
     shared_rows = None
-    max_draft_rows, row_cost = 0, 0.02
+    max_draft_rows, row_cost, wait_cost = 0, 0.02, 0.1
     num_blocks, block_size = 9594, 16
     max_model_len = 4096
     vocab_size = VOCAB_SIZE

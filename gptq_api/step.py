@@ -117,6 +117,9 @@ class Runner(Protocol[Launched]):
     alone. Such a step computes nothing of a prompt. 0: no drafts."""
     row_cost: float
     """what one row more adds to such a step, as a share of a step of one row"""
+    wait_cost: float
+    """what it costs to launch a step only when the one before it is collected, as a share of a step of one row; 0 where
+    that is always so"""
 
     @property
     def num_graphs(self) -> int:

@@ -98,12 +98,19 @@ class Engine(Generic[Launched]):
             message.priority,
             owner=message.owner,
             level=message.level,
+            prediction=self._predicted(message),
         )
         if not fits:
             self._give_up(message)
 
     def _give_up(self, message: Add) -> None:
         self._finished |= dict.fromkeys(_ids(message), "error")
+
+    def _predicted(self, message: Add) -> list[int]:
+        """As far as the model has rows for it: no step may see another id, and what comes behind it is no guess."""
+        ids, num_rows = unpack_ids(message.prediction), self.runner.vocab_size
+        bad = next((i for i, token_id in enumerate(ids) if not 0 <= token_id < num_rows), len(ids))
+        return ids[:bad]
 
     def _has_rows(self, message: Add) -> bool:
         num_rows = self.runner.vocab_size

@@ -85,6 +85,7 @@ def _serve(sock: socket.socket, inbox: Inbox, told: EngineOptions) -> int:
     from gptq_api.runner.load import identify, load_runner, token_budget
     from gptq_api.scheduler.blocks import BlockManager
     from gptq_api.scheduler.scheduler import Scheduler
+    from gptq_api.scheduler.speculation import speculation_of
     from gptq_api.text.folder import checkpoint_folder
     from gptq_api.text.process import BlockingTokenizer
 
@@ -125,6 +126,7 @@ def _serve(sock: socket.socket, inbox: Inbox, told: EngineOptions) -> int:
         told.enable_prefix_caching,
         runner.row_multiple,
         shared_rows=runner.shared_rows,
+        speculation=speculation_of(told.speculate, runner.max_draft_rows, runner.row_cost, runner.wait_cost),
     )
     engine = Engine(runner, scheduler, trace, grammars, lambda *compiled: inbox.put(_Compiled(*compiled)))
     gc.collect()

@@ -9,8 +9,9 @@ more to compute, without a value here. It costs one surplus step where that toke
 sequence that reaches max_tokens is known beforehand. Blocks and seats are given back at once, whatever is in flight:
 steps run in the order in which they are scheduled, so the next owner writes after the last one read.
 
-With `num_drafted` a sequence that decodes gets that many rows more, for tokens that the runner guesses. How many of
-them count is known with the result of the step, and so is how many tokens of the sequence have been computed.
+With a `Speculation` a sequence that decodes may get rows more, for tokens that are guessed behind its last one. How
+many of them count is known with the result of the step, and so is how many tokens of the sequence have been computed.
+Guessing takes known tokens: while it pays, nothing is scheduled as long as a step is in flight.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from gptq_api.scheduler.blocks import BlockManager, block_hash
 from gptq_api.scheduler.sequence import Sequence
 from gptq_api.scheduler.shared_steps import SharedSteps
 from gptq_api.scheduler.shares import who_leaves_a_seat, who_leaves_blocks, who_loses_its_blocks
+from gptq_api.scheduler.speculation import Speculation
 from gptq_api.scheduler.waiting import WaitingQueue
 from gptq_api.step import Admission, NewBlocks, PromptRows, Sampled, Step
 from gptq_api.types import FinishReason, PromptLogprobs, SamplingParams
@@ -68,8 +70,8 @@ class Scheduler:
     """`add`, `abort`, and per step `schedule` (decide) and `update` (digest). Sequences stay in here.
 
     max_num_seqs: sequences in one step; max_num_batched_tokens: tokens in one step; row_multiple: what their number is
-    best a multiple of, where they are many; num_drafted: tokens that the runner guesses behind a sequence's last one;
-    shared_rows: sequences that decode in one step while several owners share it, which is also small (None: all).
+    best a multiple of, where they are many; shared_rows: sequences that decode in one step while several owners share
+    it, which is also small (None: all); speculation: what is drafted (None: nothing).
     """
 
     def __init__(
@@ -79,10 +81,10 @@ class Scheduler:
         max_num_batched_tokens: int,
         enable_prefix_caching: bool = True,
         row_multiple: int = 1,
-        num_drafted: int = 0,
         shared_rows: int | None = None,
+        speculation: Speculation | None = None,
     ) -> None:
-        self.blocks, self._row_multiple, self._num_drafted = blocks, row_multiple, num_drafted
+        self.blocks, self._row_multiple, self._speculation = blocks, row_multiple, speculation
         self.max_num_seqs, self.max_num_batched_tokens = max_num_seqs, max_num_batched_tokens
         self.enable_prefix_caching = enable_prefix_caching
         self.waiting = WaitingQueue()
@@ -92,6 +94,7 @@ class Scheduler:
         self._live: dict[int, Sequence] = {}
         self._free_seats = list(range(max_num_seqs - 1, -1, -1))
         self._in_flight: deque[list[Sequence]] = deque()  # those of each scheduled step, in its order
+        self._num_drafted_steps = 0  # of them
         # who was not admitted for lack of blocks, and how many have to be free for it
         self._short: tuple[Sequence, int] | None = None
         self._budget = max_num_batched_tokens  # less for a while after the device had no memory for a step
@@ -107,11 +110,13 @@ class Scheduler:
         *,
         owner: bytes = b"",
         level: int = 0,
+        prediction: list[int] | None = None,
     ) -> bool:
         """Queue a sequence for each of `params`, with the ids from `first_id` on. False, and none is queued, where one
         could never finish, even alone in the cache: admission should have refused them.
 
         The lowest `level` comes first; within it owners take turns, and of an owner the lowest `priority` comes first.
+        `prediction`: what the answers may look like.
         """
         longest = len(token_ids) + max(one.max_tokens for one in params)
         if not token_ids or longest > self.blocks.num_blocks * self.blocks.block_size:
@@ -120,6 +125,7 @@ class Scheduler:
         for sequence_id, one in enumerate(params, first_id):
             place = (level, priority, self._num_added)
             seq = Sequence(sequence_id, token_ids, one, cache_salt, owner, place, hashes, shares_prompt=len(params) > 1)
+            seq.prediction = prediction or []
             self.waiting.add(seq)
             self._num_added += 1
             self._live[sequence_id] = seq
@@ -135,6 +141,8 @@ class Scheduler:
         if seq is not None:
             (self.waiting if seq.seat < 0 else self.running).remove(seq)
             self._give_back(seq)
+            if self._speculation is not None:
+                self._speculation.ended(seq)
 
     def has_work(self) -> bool:
         return bool(self.waiting or self.running)
@@ -142,6 +150,8 @@ class Scheduler:
     def schedule(self) -> Step:
         """Choose the tokens of one step, which counts as computed from here on; at least one whenever there is work
         and no token in flight."""
+        if self._num_drafted_steps:  # how far its sequences are is not known, and without them a step would be small
+            return _nothing()
         taken: dict[Sequence, int] = {}
         has_room = self._make_room()
         pending = [(seq, seq.num_pending_tokens) for seq in self.running]
@@ -150,8 +160,17 @@ class Scheduler:
         decoding = self._shared_steps.chosen(
             [(seq, num) for seq, num in pending if num == 1], beside_prompts=has_room or bool(prompts)
         )
+        drafts: dict[Sequence, list[int]] = {}
+        if self._speculation is not None and decoding and not prompts and not has_room:
+            alone = [seq for seq, _ in decoding]
+            if not self._in_flight:
+                drafts = self._speculation.drafts(alone, self._budget)
+            elif self._speculation.had_better_wait(alone):
+                return _nothing()
         budget = self._step_budget(len(decoding))
         budget = min(budget, len(decoding) + self._shared_steps.most_prompt_tokens(budget))
+        if drafts:
+            budget = self._budget
         kept = self._kept_for_a_newcomer(budget - len(decoding), prompts) if has_room and prompts else 0
         preempted: set[Sequence] = set()
         # Running before waiting: a token owed beats a token promised, and one of an answer one of a prompt. A prompt in
@@ -166,11 +185,9 @@ class Scheduler:
                 break
             if seq in preempted:
                 continue
-            n = min(num_pending, most)
-            if self._num_drafted and num_pending == 1:
-                n += self._num_drafts(seq, budget)
+            n = min(num_pending, most) + len(drafts.get(seq, ()))
             while not self.blocks.grow(seq.block_table, seq.num_computed_tokens + n):
-                if n > num_pending:  # a guess is worth nobody's memory
+                if drafts.pop(seq, None):  # a guess is worth nobody's memory
                     n = num_pending
                     continue
                 victim = who_loses_its_blocks(self.running, self.waiting.num_owners, self.blocks)
@@ -182,13 +199,16 @@ class Scheduler:
             else:
                 taken[seq] = n
                 budget -= n
-        step = Step([], [], [], [], [], [])
+        step = _nothing()
         self._in_flight.append([])
         for seq, n in taken.items():
+            if seq in drafts:
+                step.drafts[len(step.seats)] = drafts[seq]
             self._commit(step, seq, n)  # only now: until here any of them could still be preempted
+        self._num_drafted_steps += bool(step.drafts)
 
         unfinished = {seq.owner for seq, num in prompts if taken.get(seq, 0) < num}
-        while not preempted and budget and len(self.running) < self.max_num_seqs:
+        while not preempted and not step.drafts and budget and len(self.running) < self.max_num_seqs:
             first = self.waiting.first()
             # a preempted one is admitted when all its tokens are known
             if first is None or first.num_tokens_in_flight or first.owner in unfinished:
@@ -249,14 +269,6 @@ class Scheduler:
             return 0
         return max(0, min(len(seq.token_ids), budget // (len(prompts) + 1)))
 
-    def _num_drafts(self, seq: Sequence, budget: int) -> int:
-        """How many tokens may be guessed behind the sequence's last one, which may be in flight. None in a grammar: a
-        mask is made for one row."""
-        if seq.params.grammar:
-            return 0
-        left = seq.params.max_tokens - seq.num_output_tokens - seq.num_tokens_in_flight
-        return max(0, min(self._num_drafted, budget - 1, left - 1))
-
     def preempt(self, seq: Sequence) -> None:
         """Take a running sequence's memory; what it has so far becomes a longer prompt."""
         self.running.remove(seq)
@@ -270,6 +282,7 @@ class Scheduler:
         now on: one more with every step that succeeds. Returns the ids of the step's sequences."""
         size = self.blocks.block_size
         sequences = self._in_flight.pop()
+        self._num_drafted_steps -= bool(step.drafts)
         for seq, start, num_sampled in zip(sequences, step.num_computed, step.num_sampled, strict=True):
             self.blocks.discard(seq.block_hashes[start // size : seq.num_known_computed_tokens // size])
             seq.num_computed_tokens = start
@@ -288,6 +301,7 @@ class Scheduler:
         Tokens of sequences that are gone are dropped; one that was preempted meanwhile gets its tokens.
         """
         self._budget = min(self._budget + 1, self.max_num_batched_tokens)
+        self._num_drafted_steps -= bool(step.drafts)
         progress, done, place = Progress(), set[Sequence](), 0
         sick = min(sampled.tokens, default=0) < 0
         columns = zip(self._in_flight.popleft(), step.num_sampled, sampled.num_tokens, strict=True)
@@ -302,9 +316,21 @@ class Scheduler:
                 seq.num_computed_tokens -= most - num
             if entry in sampled.prompt_logprobs:
                 progress.prompt_logprobs[seq.sequence_id] = sampled.prompt_logprobs[entry]
+            num_before = len(seq.token_ids)
             reason = self._take(seq, sampled.tokens, places, progress)
+            if self._speculation is not None:
+                num_drafted = len(step.drafts.get(entry, ()))
+                num_accepted = min(len(seq.token_ids) - num_before, max(0, num - 1))
+                self._speculation.learn(seq, num_before, num_drafted, num_accepted)
+                if num_drafted:
+                    self.counters.drafts += 1
+                    self.counters.draft_tokens += num_drafted
+                    self.counters.accepted_tokens += num_accepted
             if reason is not None:
                 progress.finished[seq.sequence_id] = reason
+                if seq.drafting is not None and seq.drafting.num_drafted:
+                    accepted = seq.drafting.num_accepted
+                    progress.drafted[seq.sequence_id] = accepted, seq.drafting.num_drafted - accepted
                 done.add(seq)
                 del self._live[seq.sequence_id]
         if done:
@@ -313,6 +339,8 @@ class Scheduler:
                 if seq.seat < 0:
                     self.waiting.remove(seq)
                 self._give_back(seq)
+                if self._speculation is not None:
+                    self._speculation.ended(seq)
         return progress
 
     def _take(self, seq: Sequence, tokens: list[int], places: range, progress: Progress) -> FinishReason | None:
@@ -424,3 +452,7 @@ class Scheduler:
         for i in range(len(hashes), num_blocks):
             parent = hashes[-1] if hashes else seq.cache_salt
             hashes.append(block_hash(parent, seq.token_ids[i * size : (i + 1) * size]))
+
+
+def _nothing() -> Step:
+    return Step([], [], [], [], [], [])

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from gptq_api.types import SamplingParams
+
+if TYPE_CHECKING:
+    from gptq_api.scheduler.drafts import Knowledge
+    from gptq_api.scheduler.speculation import Drafting
 
 
 @dataclass(slots=True, eq=False)
@@ -44,6 +49,12 @@ class Sequence:
     """the number of the step in which it decoded last, where not all were in every step"""
     num_cached_tokens: int | None = None
     """prompt tokens found in the prefix cache when it was first scheduled; None until then"""
+    prediction: list[int] = field(default_factory=list)
+    """what the answer may look like"""
+    knowledge: Knowledge | None = None
+    """what its guesses are made from, once there were any"""
+    drafting: Drafting | None = None
+    """how good they were"""
 
     def __post_init__(self) -> None:
         self.num_prompt_tokens = len(self.token_ids)

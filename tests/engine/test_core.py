@@ -14,10 +14,31 @@ from hypothesis import strategies as st
 
 from gptq_api.engine.core import Engine
 from gptq_api.scheduler.blocks import BlockManager, block_hash
+from gptq_api.scheduler.drafts import DraftSource, PastAnswers, TextDrafts
 from gptq_api.scheduler.scheduler import Scheduler
+from gptq_api.scheduler.sequence import Sequence
+from gptq_api.scheduler.speculation import Speculation
 from gptq_api.step import Sampled
 from gptq_api.types import Add, SamplingParams, StepOutput, pack_ids, unpack_ids
-from tests.support.toy_runner import NUM_TOKENS, STOP, Launched, ToyRunner, expected, score
+from tests.support.draft_sources import Fickle, Garbage, Truth
+from tests.support.toy_runner import NUM_TOKENS, STOP, Launched, ToyRunner, expected, next_token, score
+
+
+def truth() -> Truth:
+    """To the end of a sequence and beyond."""
+
+    def following(seq: Sequence, tokens: list[int]) -> int:
+        return next_token(tokens, seq.num_prompt_tokens, seq.params)
+
+    return Truth(following)
+
+
+SOURCES: dict[str, Callable[[], DraftSource]] = {
+    "truth": truth,
+    "garbage": lambda: Garbage(NUM_TOKENS),
+    "fickle": lambda: Fickle(truth(), Garbage(NUM_TOKENS)),
+    "texts": lambda: TextDrafts(PastAnswers(most_tokens=100, longest=20)),
+}
 
 
 class World:
@@ -33,13 +54,18 @@ class World:
         caching: bool = True,
         out_of_memory: float = 0.0,
         max_tokens: int = 10**9,
-        num_drafted: int = 0,
+        draft_rows: int = 0,
+        drafts: str = "truth",
+        row_cost: float = 0.0,
+        wait_cost: float = 0.0,
+        confirms: float = 1.0,
         shared_rows: int | None = None,
     ) -> None:
-        self.runner = ToyRunner(lookahead, max_num_seqs, block_size, out_of_memory, max_tokens)
+        self.runner = ToyRunner(lookahead, max_num_seqs, block_size, out_of_memory, max_tokens, draft_rows, confirms)
         self.blocks = BlockManager(num_blocks, block_size)
+        speculation = Speculation(SOURCES[drafts](), draft_rows, row_cost, wait_cost) if draft_rows else None
         self.scheduler = Scheduler(
-            self.blocks, max_num_seqs, budget, caching, num_drafted=num_drafted, shared_rows=shared_rows
+            self.blocks, max_num_seqs, budget, caching, shared_rows=shared_rows, speculation=speculation
         )
         self.engine: Engine[Launched] = Engine(self.runner, self.scheduler)
         self.prompts: dict[int, tuple[list[int], SamplingParams]] = {}
@@ -47,6 +73,7 @@ class World:
         self.scores: dict[int, list[float]] = {}
         self.finished: dict[int, str] = {}
         self.aborted: set[int] = set()
+        self.drafted: dict[int, tuple[int, int]] = {}
         self.outputs: list[StepOutput] = []
 
     def add(self, prompt: list[int], salt: bytes = b"", **params: object) -> int:
@@ -102,6 +129,8 @@ class World:
             for sequence_id, reason in output.finished.items():
                 assert sequence_id not in self.finished and sequence_id not in self.aborted
                 self.finished[sequence_id] = reason
+            assert output.drafted.keys() <= output.finished.keys()
+            self.drafted |= output.drafted
         return output
 
     def drain(self, most: int = 20_000) -> None:
@@ -124,6 +153,14 @@ class World:
         assert self.blocks.num_free == self.blocks.num_blocks
         assert sorted(self.scheduler._free_seats) == list(range(self.scheduler.max_num_seqs))
         assert not self.scheduler._live
+        counters, told = self.scheduler.counters, list(self.drafted.values())
+        assert all(accepted >= 0 <= rejected and accepted + rejected > 0 for accepted, rejected in told)
+        assert all(accepted <= len(self.tokens[i]) for i, (accepted, _) in self.drafted.items())
+        assert sum(accepted for accepted, _ in told) <= counters.accepted_tokens <= self.runner.num_confirmed
+        assert sum(map(sum, told)) <= counters.draft_tokens
+        if not self.aborted:
+            assert sum(map(sum, told)) == counters.draft_tokens
+            assert sum(accepted for accepted, _ in told) == counters.accepted_tokens
 
 
 @settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -137,7 +174,9 @@ class World:
     num_sequences=st.integers(1, 25),
     caching=st.booleans(),
     out_of_memory=st.sampled_from([0.0, 0.0, 0.1, 0.5]),
-    num_drafted=st.sampled_from([0, 0, 1, 3]),
+    draft_rows=st.sampled_from([0, 2, 4, 8, 8]),
+    drafts=st.sampled_from(sorted(SOURCES)),
+    confirms=st.sampled_from([1.0, 1.0, 0.6]),
     shared_rows=st.sampled_from([None, None, 1, 3]),
 )
 @pytest.mark.slow
@@ -151,7 +190,9 @@ def test_random_workloads(
     num_sequences: int,
     caching: bool,
     out_of_memory: float,
-    num_drafted: int,
+    draft_rows: int,
+    drafts: str,
+    confirms: float,
     shared_rows: int | None,
 ) -> None:
     rng = random.Random(seed)
@@ -163,7 +204,9 @@ def test_random_workloads(
         budget,
         caching,
         out_of_memory,
-        num_drafted=num_drafted,
+        draft_rows=draft_rows,
+        drafts=drafts,
+        confirms=confirms,
         shared_rows=shared_rows,
     )
     capacity = num_blocks * block_size
@@ -349,11 +392,11 @@ def test_what_can_never_fit_ends_with_an_error() -> None:
 
 @pytest.mark.parametrize("lookahead", [0, 1])
 def test_drafted_tokens_bring_the_same_text_in_fewer_steps(lookahead: int) -> None:
-    """A sequence gets one to four tokens from a step, in the order of its text; surplus ones are nobody's."""
-    plain, drafting = World(lookahead), World(lookahead, num_drafted=3)
+    """A sequence gets one to eight tokens from a step, in the order of its text; surplus ones are nobody's."""
+    plain, drafting = World(lookahead), World(lookahead, draft_rows=8, row_cost=0.02, wait_cost=0.1 * lookahead)
     for world in (plain, drafting):
-        for seed in range(6):
-            world.add(PROMPT, max_tokens=20, seed=seed)
+        for seed in (1, 2):
+            world.add(PROMPT, max_tokens=60, stop_token_ids=(), seed=seed)
         world.drain()
         world.check()
     assert plain.runner.num_confirmed == 0 < drafting.runner.num_confirmed
@@ -362,14 +405,110 @@ def test_drafted_tokens_bring_the_same_text_in_fewer_steps(lookahead: int) -> No
         for output in drafting.outputs
         if output.sequence_ids
     )
-    assert most == 4
-    if not lookahead:
-        assert len(drafting.outputs) < 0.7 * len(plain.outputs)
+    assert most == 4, "eight rows for two"
+    assert drafting.runner.num_launches < 0.4 * plain.runner.num_launches
+    assert drafting.drafted.keys() == {1, 2}
+
+
+def test_whoever_guesses_wrong_does_not_keep_the_device_waiting() -> None:
+    """A step ahead as without: of drafts that are never right, and of a text that repeats only by chance."""
+    for drafts in ("garbage", "texts"):
+        world = World(draft_rows=8, drafts=drafts, row_cost=0.02, wait_cost=0.1, num_blocks=1000)
+        for seed in range(5):
+            world.add(PROMPT, max_tokens=300, stop_token_ids=(), seed=seed)
+            world.drain()
+        world.check()
+        assert world.runner.num_launches > 1480
+        assert world.runner.num_late < 90 and world.runner.num_rows < 1.05 * (1500 + 5 * len(PROMPT))
+
+
+@pytest.mark.parametrize("lookahead", [0, 1])
+def test_nothing_behind_the_end_of_a_sequence_is_told_or_counted(lookahead: int) -> None:
+    """A stop token, max_tokens, and logits that are not finite among tokens that were drafted rightly."""
+    seed = first_seed(lambda tokens, reason: reason == "stop" and len(tokens) == 6)
+    world = World(lookahead, draft_rows=8)
+    world.add(PROMPT, seed=seed)
+    world.drain()
+    world.check()
+    assert sum(world.drafted[1]) == 7 and world.drafted[1][0] == len(world.tokens[1]) - 1
+    world.add(PROMPT, seed=seed, stop_token_ids=(), max_tokens=6)
+    world.drain()
+    world.check()
+    assert world.drafted[2] == (4, 0) and len(world.tokens[2]) == 6, "five rows, for its last five tokens"
+    bias: dict[str, Any] = {"logit_bias": {1: 1.0}, "stop_token_ids": (), "max_tokens": 20}
+    sick = next(
+        s
+        for s in range(1000)
+        if (found := expected(PROMPT, SamplingParams(seed=s, **bias)))[1] == "error" and len(found[0]) == 4
+    )
+    world.add(PROMPT, seed=sick, **bias)
+    world.drain()
+    world.check()
+    assert world.finished[3] == "error" and len(world.tokens[3]) == 4
+
+
+@pytest.mark.parametrize("num_steps", range(1, 5))
+@pytest.mark.parametrize("how", ["abort", "preempt"])
+@pytest.mark.parametrize("lookahead", [0, 1])
+def test_whoever_goes_or_gives_way_with_drafts_in_flight(lookahead: int, how: str, num_steps: int) -> None:
+    world = World(lookahead, draft_rows=8)
+    for seed in (1, 2):
+        world.add(PROMPT, max_tokens=30, stop_token_ids=(), seed=seed)
+    for _ in range(num_steps):
+        world.step()
+    if how == "abort":
+        world.abort(1)
+    else:
+        world.scheduler.preempt(world.scheduler.running[0])
+    world.add([6, 6], max_tokens=3)  # takes its seat, and its blocks
+    world.drain()
+    world.check()
+
+
+def test_a_step_with_drafts_that_the_device_has_no_memory_for_is_done_with_fewer() -> None:
+    for lookahead in (0, 1):
+        world = World(lookahead, draft_rows=8, max_tokens=3)
+        world.add(PROMPT[:3], max_tokens=40, stop_token_ids=())
+        world.drain()
+        world.check()
+        assert world.runner.num_confirmed > 0 and world.scheduler.counters.draft_tokens > 20
+
+
+def test_prompts_and_drafts_share_no_step() -> None:
+    """The toy runner looks. Whoever comes does not wait for an answer that is drafted to its end."""
+    for lookahead in (0, 1):
+        world = World(lookahead, draft_rows=8, num_blocks=200)
+        world.add(PROMPT, max_tokens=200, stop_token_ids=())
+        for _ in range(6):
+            world.step()
+        late = world.add([7, 7, 7], max_tokens=1)
+        for _ in range(3):
+            world.step()
+        assert late in world.finished and 1 not in world.finished
+        world.drain()
+        world.check()
+
+
+def test_a_prediction_is_taken_as_far_as_the_model_has_rows_for_it() -> None:
+    params = SamplingParams(max_tokens=30, seed=3)
+    right, _ = expected(PROMPT, params)
+    for prediction, accepted in (
+        (right, len(right) - 5),
+        ([*right[:4], NUM_TOKENS, *right[5:]], 2),
+        ([-1], 0),
+        ([7] * 1000, 0),
+    ):
+        world = World(0, draft_rows=8, drafts="texts", row_cost=0.02)
+        world.prompts[1], world.tokens[1] = (PROMPT, params), []
+        world.engine.add(Add(1, pack_ids(PROMPT), (params,), prediction=pack_ids(prediction)))
+        world.drain()
+        world.check()
+        assert world.scheduler.counters.accepted_tokens >= accepted
 
 
 def test_guesses_take_nobodys_memory() -> None:
     """Where the cache has no room for drafted tokens, a step goes without, and nobody is preempted for them."""
-    world = World(0, num_blocks=4, block_size=2, max_num_seqs=1, num_drafted=3)
+    world = World(0, num_blocks=4, block_size=2, max_num_seqs=1, draft_rows=4)
     world.add([1, 2, 3], max_tokens=5, stop_token_ids=())
     world.drain()
     assert world.scheduler.counters.preemptions == 0

@@ -4,8 +4,8 @@ It has a device's memory and nothing else: by seat the tokens of an admission an
 KV slot the tokens it was written for. A step's work is done when its result is asked for, in the order of launching.
 Stale blocks, positions or seats are assertion errors.
 
-Of a sequence's drafted tokens it confirms as many as it likes, none of them being what the sequence would not have got
-anyway; the rows of the others leave noise in the cache.
+Of a sequence's drafted tokens it takes those that it would have sampled anyway, or fewer, as it likes; the rows of the
+others leave in the cache what they were computed from.
 """
 
 from __future__ import annotations
@@ -76,21 +76,32 @@ class Launched:
 
 
 class ToyRunner:
-    """`out_of_memory`: the share of launches of more than one token that fail; `max_tokens`: more always fail."""
+    """`out_of_memory`: the share of launches of more than one token that fail; `max_tokens`: more always fail;
+    `confirms`: how likely a draft that is right is taken."""
 
     vocab_size = NUM_TOKENS
     num_graphs = 0
-    max_draft_rows = 0
     row_cost = 0.1
 
     def __init__(
-        self, lookahead: int, max_num_seqs: int, block_size: int, out_of_memory: float = 0.0, max_tokens: int = 10**9
+        self,
+        lookahead: int,
+        max_num_seqs: int,
+        block_size: int,
+        out_of_memory: float = 0.0,
+        max_tokens: int = 10**9,
+        max_draft_rows: int = 0,
+        confirms: float = 1.0,
     ) -> None:
         self.lookahead, self.max_num_seqs, self.block_size = lookahead, max_num_seqs, block_size
         self.out_of_memory, self.max_tokens = out_of_memory, max_tokens
+        self.max_draft_rows, self.confirms = max_draft_rows, confirms
+        self.wait_cost = 0.1 * lookahead
         self.num_rows = 0
         self.num_confirmed = 0
         """drafted tokens that counted"""
+        self.num_launches = self.num_late = 0
+        """of these, launches that found the device idle"""
         self.most_in_flight = 0
         self._rng = random.Random(5)
         self._seats: dict[int, Seat] = {}
@@ -102,7 +113,15 @@ class ToyRunner:
         assert {new.seat for new in step.admitted} | {new.seat for new in step.new_blocks} <= set(step.seats)
         if step.num_tokens > self.max_tokens or (step.num_tokens > 1 and self._rng.random() < self.out_of_memory):
             raise DeviceMemoryError(f"{step.num_tokens} tokens")
+        if step.drafts:
+            assert not step.admitted and sum(step.num_new) <= self.max_draft_rows
+            assert all(drafts for drafts in step.drafts.values()) and max(step.drafts) < len(step.seats)
+            assert not self._queue, "drafted behind tokens that nobody knows"
+        for entry, num in enumerate(step.num_sampled):
+            wanted = 1 + len(step.drafts[entry]) if entry in step.drafts else min(num, 1)
+            assert num == wanted and (entry not in step.drafts or step.num_new[entry] == wanted)
         self.num_rows += step.num_tokens
+        self.num_launches, self.num_late = self.num_launches + 1, self.num_late + (not self._queue)
         # A value: what is done with it later must not depend on what happens meanwhile.
         launched = Launched(msgspec.json.decode(msgspec.json.encode(step), type=Step))
         self._queue.append(launched)
@@ -123,30 +142,28 @@ class ToyRunner:
         for blocks in step.new_blocks:
             self._seats[blocks.seat].block_table[blocks.first :] = blocks.block_ids
         seats = [self._seats[seat] for seat in step.seats]
-        work = list(zip(seats, step.num_computed, step.num_new, step.num_sampled, strict=True))
-        for seat, start, num_new, num_sampled in work:
-            num_drafted = max(0, num_sampled - 1)
-            end = start + num_new - num_drafted
+        drafts = [step.drafts.get(entry, []) for entry in range(len(seats))]
+        work = list(zip(seats, step.num_computed, step.num_new, step.num_sampled, drafts, strict=True))
+        for seat, start, num_new, num_sampled, drafted in work:
+            end = start + num_new - len(drafted)
             assert num_new >= 1 and end <= len(seat.history), "a token nobody has sampled"
             assert (num_sampled > 0) == (end == len(seat.history))
             for position in range(start, end):
                 self._kv[self._kv_slot(seat, position)] = seat.history[: position + 1]
-            for position in range(end, end + num_drafted):
-                self._kv[self._kv_slot(seat, position)] = [-7]  # overwritten where the draft turns out to be right
+            for i in range(1, 1 + len(drafted)):
+                self._kv[self._kv_slot(seat, end + i - 1)] = seat.history + drafted[:i]
         counts: list[int] = []
         tokens: list[int] = []
-        for seat, start, num_new, num_sampled in work:  # after all writes: as a layer does
-            end = start + num_new - max(0, num_sampled - 1)
-            for position in range(end):
-                assert self._kv.get(self._kv_slot(seat, position)) == seat.history[: position + 1], "stale K/V"
-            sampled = self._sample(seat, num_sampled)
-            for position in range(end, end + len(sampled) - 1):
-                self._kv[self._kv_slot(seat, position)] = seat.history[: position + 1]
+        for seat, start, num_new, num_sampled, drafted in work:  # after all writes: as a layer does
+            text = seat.history + drafted
+            for position in range(start + num_new):
+                assert self._kv.get(self._kv_slot(seat, position)) == text[: position + 1], "stale K/V"
+            sampled = self._sample(seat, drafted) if num_sampled else []
             counts.append(len(sampled))
             tokens += sampled
         scores = dict[int, PromptLogprobs]()
         for entry, rows in step.prompt_rows.items():
-            seat, start, num_new, _ = work[entry]
+            seat, start, num_new, _, _ = work[entry]
             assert rows.num and start <= rows.first and rows.first + rows.num <= start + num_new
             assert rows.first + rows.num < seat.admission.num_prompt_tokens
             assert rows.num_top == seat.admission.params.prompt_logprobs
@@ -155,10 +172,14 @@ class ToyRunner:
             scores[entry] = PromptLogprobs(rows.first + 1, logprobs.tobytes(), b"", b"", b"")
         return Sampled(counts, tokens, {}, scores)
 
-    def _sample(self, seat: Seat, most: int) -> list[int]:
+    def _sample(self, seat: Seat, drafted: list[int]) -> list[int]:
         params, sampled = seat.admission.params, list[int]()
         num_prompt = seat.admission.num_prompt_tokens
-        while len(sampled) < most and (not sampled or self._rng.random() < 0.6):
+        while not sampled or (
+            sampled == drafted[: len(sampled)]
+            and len(sampled) <= len(drafted)
+            and (self.confirms == 1 or self._rng.random() < self.confirms)
+        ):
             # Behind a token that could not be sampled all is noise, and nobody may look at it.
             sick = -1 in seat.history
             token = -1 if sick else next_token(seat.history, num_prompt, params)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import msgspec
 import torch
 from torch import Tensor
 
@@ -14,7 +15,7 @@ from gptq_api.runner.cpu.native_forward import NativeLlama
 from gptq_api.runner.cpu.prompt_logprobs import SLICE_ROWS, in_torch, packed, scored
 from gptq_api.runner.seats import Seat, Seats
 from gptq_api.step import DeviceMemoryError, Masks, PromptRows, Sampled, Step
-from gptq_api.types import PromptLogprobs
+from gptq_api.types import PromptLogprobs, TokenLogprobs
 
 _NO_MEMORY = "DefaultCPUAllocator"
 """in what torch says where the system gives it no memory, as a plain RuntimeError"""
@@ -26,7 +27,8 @@ class Computed:
 
     step: Step
     logits: Tensor | None = None
-    """float32 [S, V], until the step has sampled"""
+    """float32 [R, V], until the step has sampled: a row of each entry that samples, then those of the drafts, entry by
+    entry"""
     sampling: list[int] = field(default_factory=list)
     """the entries that sample"""
     seats: list[Seat] = field(default_factory=list)
@@ -41,6 +43,10 @@ SHARED_ROWS = 8
 second that 16 rows make; of the demo more rows make no more of them."""
 
 
+MAX_DRAFT_ROWS = 8
+"""any number of rows have the bits that each has alone; more cost more than they bring"""
+
+
 class CpuRunner:
     """A loaded model and its KV cache. Not thread-safe: one caller steps it."""
 
@@ -48,8 +54,8 @@ class CpuRunner:
     num_graphs = 0
     row_multiple = 1
     shared_rows: int | None = SHARED_ROWS
-    max_draft_rows = 0
     row_cost = 0.17
+    wait_cost = 0.0
 
     def __init__(self, model: PlainLlama | NativeLlama, max_model_len: int, dtype: torch.dtype) -> None:
         self._model, self._seats, cache = model, Seats(), model.cache
@@ -58,6 +64,7 @@ class CpuRunner:
         self.block_size = cache.block_size
         self.num_blocks, self.cache_bytes = cache.num_blocks, cache.num_bytes
         self.device = str(model.embedding.device)
+        self.max_draft_rows = MAX_DRAFT_ROWS if self.device == "cpu" else 0  # cuBLAS has other bits for other rows
         is_native = native.is_available() and self.device == "cpu"
         self._sample = native_sampler.sample if is_native else sampler.sample
         self._log_softmax = native_sampler.log_softmax if is_native else in_torch
@@ -88,6 +95,12 @@ class CpuRunner:
         if not seats:
             return Computed(step, sampled=Sampled([], []))
         x, first_rows = self._forward(step, seats)
+        if step.drafts and not bool(x.sum().isfinite()):
+            # Nobody sees K and V of a wrong draft, but zero times NaN is not zero: the step goes without.
+            for i in step.drafts:
+                self._model.cache.scrub(seats[i].block_table)
+            step = _without_drafts(step)
+            x, first_rows = self._forward(step, seats)
         scores = {
             i: self._score(x, first_rows[i] - step.num_computed[i], seats[i], rows)
             for i, rows in step.prompt_rows.items()
@@ -95,7 +108,9 @@ class CpuRunner:
         sampling = [i for i, num in enumerate(step.num_sampled) if num]
         if not sampling:
             return Computed(step, sampled=Sampled(step.num_sampled, [], {}, scores))
-        logits = self._model.logits(x, [first_rows[i] + step.num_new[i] - 1 for i in sampling])
+        rows = [first_rows[i] + step.num_new[i] - step.num_sampled[i] for i in sampling]
+        behind = [first_rows[i] + k for i, drafts in step.drafts.items() for k in range(1, 1 + len(drafts))]
+        logits = self._model.logits(x, rows + behind)
         launched = Computed(step, logits, sampling, [seats[i] for i in sampling], scores)
         if not any(seat.params.grammar for seat in launched.seats):
             self.draw(launched)
@@ -109,14 +124,43 @@ class CpuRunner:
         if masks is not None:
             row_of = {entry: row for row, entry in enumerate(launched.sampling)}
             rows = {row_of[entry]: words for entry, words in zip(masks.entries, masks.words, strict=True)}
-        tokens, logprobs = self._sample(launched.logits, launched.seats, rows)
+        step, num_plain = launched.step, len(launched.sampling)
+        tokens, logprobs = self._sample(launched.logits[:num_plain], launched.seats, rows)
         for seat, token in zip(launched.seats, tokens, strict=True):
             seat.token_ids.append(max(token, 0))
             if token < 0:
                 self._model.cache.scrub(seat.block_table)
+        counts = step.num_sampled
+        if step.drafts:
+            counts, tokens, logprobs = self._follow_drafts(launched, tokens, logprobs)
         found = {place: logprob for place, logprob in enumerate(logprobs) if logprob is not None}
         launched.logits = None
-        launched.sampled = Sampled(launched.step.num_sampled, tokens, found, launched.scores)
+        launched.sampled = Sampled(counts, tokens, found, launched.scores)
+
+    def _follow_drafts(
+        self, launched: Computed, first: list[int], logprobs: list[TokenLogprobs | None]
+    ) -> tuple[list[int], list[int], list[TokenLogprobs | None]]:
+        """What each sampling entry got from its first row -> (how many tokens each entry gets, all tokens, theirs). A
+        row behind is sampled where all before it were right, and sees their tokens."""
+        assert launched.logits is not None
+        step, row = launched.step, len(launched.sampling)
+        counts = list(step.num_sampled)
+        tokens, found = list[int](), list[TokenLogprobs | None]()
+        for entry, seat, token, logprob in zip(launched.sampling, launched.seats, first, logprobs, strict=True):
+            tokens.append(token)
+            found.append(logprob)
+            drafts = step.drafts.get(entry, [])
+            counts[entry] = 1
+            for drafted, behind in zip(drafts, range(row, row + len(drafts)), strict=True):
+                if tokens[-1] != drafted:
+                    break
+                (token,), (logprob,) = self._sample(launched.logits[behind : behind + 1], [seat])
+                seat.token_ids.append(max(token, 0))
+                tokens.append(token)
+                found.append(logprob)
+                counts[entry] += 1
+            row += len(drafts)
+        return counts, tokens, found
 
     def collect(self, launched: Computed) -> Sampled:
         """What a launched step sampled."""
@@ -131,6 +175,7 @@ class CpuRunner:
         """
         x, first_rows = self._forward(step, self._seats.take_in(step))
         sampling = [i for i, num in enumerate(step.num_sampled) if num]
+        assert not step.drafts
         counts = enumerate(step.num_new)
         if every_row:
             wanted = [first_rows[i] + k for i, num in counts for k in range(num)]
@@ -151,10 +196,16 @@ class CpuRunner:
 
     def _forward(self, step: Step, seats: list[Seat]) -> tuple[Tensor, list[int]]:
         """(what the model's `logits` takes, where in it the first row of each entry stands)."""
-        assert max(step.num_sampled) <= 1, "drafted tokens are for runners that draft"
         spans = [
             Span(start, n, seat.block_table)
             for seat, start, n in zip(seats, step.num_computed, step.num_new, strict=True)
         ]
-        columns = zip(seats, step.num_computed, step.num_new, strict=True)
-        return self._model.forward([seat.token_ids[start : start + n] for seat, start, n in columns], spans)
+        columns = enumerate(zip(seats, step.num_computed, step.num_new, strict=True))
+        texts = [seat.token_ids[start : start + n] + step.drafts.get(i, []) for i, (seat, start, n) in columns]
+        return self._model.forward(texts, spans)
+
+
+def _without_drafts(step: Step) -> Step:
+    ones = [1 if i in step.drafts else num for i, num in enumerate(step.num_new)]
+    sampled = [min(num, 1) for num in step.num_sampled]
+    return msgspec.structs.replace(step, num_new=ones, num_sampled=sampled, drafts={})

@@ -101,6 +101,7 @@ class CudaRunner:
     shared_rows: int | None = None  # a step of many rows takes little longer than one of few
     max_draft_rows = 0
     row_cost = 0.02
+    wait_cost = 0.1
 
     def __init__(
         self,

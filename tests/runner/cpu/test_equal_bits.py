@@ -1,5 +1,5 @@
 """What a request gets from the whole engine, tokens and logprobs to the last bit, whatever goes on beside it: alone,
-among 31 others, in chunks, preempted, behind a cached prefix, on 1, 2 and 3 threads."""
+among 31 others, in chunks, preempted, behind a cached prefix, on 1, 2 and 3 threads, drafted by whom it may be."""
 
 from __future__ import annotations
 
@@ -16,10 +16,16 @@ from gptq_api.runner.cpu import native
 from gptq_api.runner.cpu.runner import CpuRunner
 from gptq_api.runner.load import load_runner
 from gptq_api.runner.options import LoadOptions
+from gptq_api.runner.solo import Solo, step_of
 from gptq_api.scheduler.blocks import BlockManager
+from gptq_api.scheduler.drafts import LONGEST_MATCH, DraftSource, Guess, PastAnswers, TextDrafts
 from gptq_api.scheduler.scheduler import Counters, Scheduler
+from gptq_api.scheduler.sequence import Sequence
+from gptq_api.scheduler.speculation import Speculation
 from gptq_api.types import Add, SamplingParams, TokenLogprobs, pack_ids, unpack_ids
 from tests.support.checkpoints import Recipe, random_model, write_checkpoint
+from tests.support.draft_sources import Fickle, Garbage, Truth
+from tests.support.lagging_runner import LaggingRunner
 
 WINDOWS = {"use_sliding_window": True, "sliding_window": 37, "max_window_layers": 1}
 MODELS: dict[str, Recipe | None] = {
@@ -39,7 +45,7 @@ KINDS: list[dict[str, Any]] = [
     {"temperature": 0.8, "top_p": 0.9},
     {"temperature": 1.2, "top_k": 20, "repetition_penalty": 1.2},
     {"temperature": 0.0, "frequency_penalty": 0.6, "top_logprobs": 0},
-    {"temperature": 0.7, "min_p": 0.02, "logit_bias": {7: 2.0}},
+    {"temperature": 0.7, "min_p": 0.02, "logit_bias": {7: 2.0}, "min_tokens": 5, "stop_token_ids": (8, 9)},
 ]
 
 
@@ -92,18 +98,20 @@ def requests(vocab_size: int) -> list[tuple[list[int], SamplingParams]]:
 
 
 def answers(
-    runner: CpuRunner,
+    runner: CpuRunner | LaggingRunner,
     wanted: range,
     *,
     budget: int = 512,
     preempts: bool = False,
     caching: bool = False,
     times: int = 1,
+    source: DraftSource | None = None,
 ) -> tuple[list[Answer], Counters]:
     """What the `wanted` of the requests get, the last time where they are asked several times. `preempts`: every third
-    step somebody has to begin anew."""
+    step somebody has to begin anew. `source`: drafts, which are always tried."""
     blocks = BlockManager(NUM_BLOCKS, runner.block_size)
-    scheduler = Scheduler(blocks, COMPANY, budget, caching, shared_rows=runner.shared_rows)
+    speculation = None if source is None else Speculation(source, runner.max_draft_rows, row_cost=0.0)
+    scheduler = Scheduler(blocks, COMPANY, budget, caching, shared_rows=runner.shared_rows, speculation=speculation)
     engine, asked, rng = Engine(runner, scheduler), requests(runner.vocab_size), random.Random(2)
     num_steps = 0
     for _ in range(times):
@@ -114,7 +122,9 @@ def answers(
                 engine.add(Add(i, pack_ids(asked[i][0]), (asked[i][1],)))
             del waiting[:3]
             output = engine.step()
-            assert output is not None and not set(output.finished.values()) - {"length"}
+            if output is None:  # a step ahead
+                continue
+            assert not set(output.finished.values()) - {"length", "stop"}
             columns = zip(unpack_ids(output.sequence_ids), unpack_ids(output.tokens), strict=True)
             for place, (i, token) in enumerate(columns):
                 found[i].tokens.append(token)
@@ -152,3 +162,68 @@ def test_a_request_gets_the_same_bits_whatever_goes_on_beside_it(
         found, counters = answers(several, everybody, budget=61, preempts=True, caching=True)
         assert same(found) and counters.preemptions > 5 and counters.prefix_hits > 100
         assert answers(several, range(1))[0] == alone[:1]
+
+
+@pytest.mark.parametrize("dtype", ["auto", "float32", "bfloat16"])
+def test_drafts_change_no_bit(model_path: str, dtype: str) -> None:
+    """Whoever drafts, on a runner that looks ahead or not, one sequence or three, preempted or not."""
+    runner = load(model_path, dtype)
+    plain = [answers(runner, range(i, i + 1))[0][0] for i in range(SUBJECTS)]
+    asked = requests(runner.vocab_size)
+
+    def following(seq: Sequence, tokens: list[int]) -> int:
+        place, text = len(tokens) - seq.num_prompt_tokens, plain[seq.sequence_id].tokens
+        return text[place] if place < len(text) and tokens[: seq.num_prompt_tokens] == asked[seq.sequence_id][0] else -1
+
+    truth, garbage = Truth(following), Garbage(runner.vocab_size)
+    sources: list[DraftSource] = [truth, garbage, Fickle(truth, garbage), TextDrafts(PastAnswers())]
+    for source in sources:
+        for either in (runner, LaggingRunner(runner)):
+            for wanted in (range(1), range(1, 4), range(4, 5)):
+                found, counters = answers(either, wanted, source=source, preempts=len(wanted) > 1, times=2)
+                assert found == plain[wanted.start : wanted.stop]
+                if source is not truth:
+                    continue
+                assert counters.accepted_tokens == counters.draft_tokens > 2 * counters.drafts * (len(wanted) == 1)
+
+
+@pytest.mark.parametrize("dtype", ["auto", "float32", "bfloat16"])
+@pytest.mark.parametrize("ours", [True, False])
+def test_logits_are_the_same_bits_alone_and_among_rows_of_their_own_sequence(
+    model_path: str, dtype: str, ours: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One row is what decoding computes, 2 to 8 what a step with drafts does; from either side of a block's end, and on
+    contexts that torch sums in other orders."""
+    if not ours:
+        monkeypatch.setattr(native, "_cpu", None)
+    runner = load(model_path, dtype)
+    rng = random.Random(3)
+    ids = [rng.randrange(3, runner.vocab_size) for _ in range(190)]
+    for context in (1, 14, 60, 121, 180):
+        solo = Solo(ids[: context + 8], SamplingParams(max_tokens=9), list(range(13)))
+        runner.logits(step_of([solo], [context]))
+        alone = [runner.logits(step_of([solo], [1]), every_row=True)[0][0] for _ in range(8)]
+        for num_rows in range(2, 9):
+            solo.num_computed_tokens = context
+            together = runner.logits(step_of([solo], [num_rows]), every_row=True)[0]
+            assert torch.equal(together, torch.stack(alone[:num_rows]))
+
+
+def test_a_wrong_draft_whose_numbers_are_not_finite_leaves_no_trace(model_path: str) -> None:
+    if model_path == "demo":
+        pytest.skip("its embedding is its head")
+    runner: Any = load(model_path, "auto")
+    (plain,), _ = answers(runner, range(2, 3))
+    used = {*plain.tokens, *requests(runner.vocab_size)[2][0]}
+    poison = next(token for token in range(runner.vocab_size) if token not in used)
+    runner._model.embedding[poison] = torch.nan
+
+    class Poison:
+        def guess(self, seq: Sequence, most: int) -> Guess | None:
+            return Guess([poison] * most, LONGEST_MATCH, "poison")
+
+        def ended(self, seq: Sequence) -> None:
+            pass
+
+    found, counters = answers(runner, range(2, 3), source=Poison())
+    assert found == [plain] and counters.drafts > 5 and counters.accepted_tokens == 0

@@ -1,0 +1,193 @@
+"""What may come next in a text, guessed from texts: its own, what the client predicted, past answers.
+
+A text that ends as another one went on before is likely to go on like it. `Pairs` finds where in a text its last two
+tokens stood before, in a few microseconds however long it is; of the places it looks at the one counts that has most
+tokens in common with the end, which also says how far to trust it.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from gptq_api.scheduler.sequence import Sequence
+
+LONGEST_MATCH = 16
+"""tokens that are compared; a longer match is no surer"""
+_MOST_PLACES = 24
+"""that are looked at for one guess, the last ones first"""
+_END = -1
+"""behind each past answer: no token"""
+_CATCH_UP = 4096
+"""tokens of a text that are taken in for one guess: a millisecond. Of a longer prompt nothing is guessed before."""
+
+
+@dataclass(slots=True, frozen=True)
+class Guess:
+    """How a text may go on."""
+
+    tokens: list[int]
+    """in their order, at least one"""
+    match: int
+    """how many tokens of the text's end stood before these where they were found; 0: nothing was compared"""
+    source: str
+    """who guessed: each is right as often as it is right"""
+
+
+class DraftSource(Protocol):
+    """Guesses. It may be wrong, and may say another thing each time."""
+
+    def guess(self, seq: Sequence, most: int) -> Guess | None:
+        """How the known tokens of a sequence that decodes may go on; `most` tokens."""
+
+    def ended(self, seq: Sequence) -> None:
+        """A sequence that guesses may have been asked for has all its tokens, or is gone."""
+
+
+class Pairs:
+    """Where in a growing text each pair of tokens ends."""
+
+    __slots__ = ("_before", "_last", "num_tokens")
+
+    def __init__(self) -> None:
+        self.num_tokens = 0
+        """how far the text has been taken in"""
+        self._last: dict[int, int] = {}
+        self._before = array("i")  # by the place of a pair's second token: of the same pair before it, -1: none
+
+    def take_in(self, tokens: list[int], end: int) -> None:
+        """The text's tokens up to `end`; at least one has to come behind it, or there is nothing to guess."""
+        last, before = self._last, self._before
+        if not before:
+            before.append(-1)
+        for i in range(max(1, self.num_tokens), end):
+            pair = tokens[i - 1] << 32 | tokens[i]
+            before.append(last.get(pair, -1))
+            last[pair] = i
+        self.num_tokens = end
+
+    def find(self, tokens: list[int], ending: list[int], most: int = LONGEST_MATCH) -> tuple[int, int]:
+        """(how many tokens of `ending` stand there, where it went on) for the place in the text that has most in common
+        with `ending`, the last of several. (0, 0): not even two."""
+        length = len(ending)
+        place = self._last.get(ending[-2] << 32 | ending[-1], -1) if length > 1 else -1
+        best, found, left = 0, 0, _MOST_PLACES
+        while place >= 0 and left:
+            match, limit = 2, min(most, place + 1, length)
+            while match < limit and tokens[place - match] == ending[-1 - match]:
+                match += 1
+            if match > best:
+                best, found = match, place + 1
+                if match == most:
+                    break
+            place, left = self._before[place], left - 1
+        return best, found
+
+
+@dataclass(slots=True)
+class _Text:
+    tokens: list[int]
+    pairs: Pairs = field(default_factory=Pairs)
+
+
+@dataclass(slots=True)
+class Knowledge:
+    """Of one sequence."""
+
+    pairs: Pairs = field(default_factory=Pairs)
+    """of its own tokens, up to the last but one"""
+    prediction: _Text | None = None
+
+
+class TextDrafts:
+    """Guesses from texts: the longest match counts, and of equal ones a prediction, the sequence's own text, past
+    answers of its cache salt, in this order. Another salt's answers are never looked at: how fast an answer comes would
+    tell what others were answered."""
+
+    def __init__(self, past: PastAnswers | None = None) -> None:
+        self._past = past
+
+    def guess(self, seq: Sequence, most: int) -> Guess | None:
+        known = seq.knowledge
+        if known is None:
+            known = seq.knowledge = Knowledge(prediction=_Text(seq.prediction) if seq.prediction else None)
+        best = self._predicted(seq, known.prediction, most) if known.prediction is not None else None
+        if best is not None and best.match in (0, LONGEST_MATCH):
+            return best
+        tokens, match = seq.token_ids, 0 if best is None else best.match
+        if _has_taken_in(known.pairs, tokens):
+            found, place = known.pairs.find(tokens, tokens)
+            if found > match:
+                following, match = tokens[place : place + most], found
+                while len(following) < most:  # what repeats itself goes on repeating itself
+                    following = (following + following)[:most]
+                best = Guess(following, match, "text")
+        if match < LONGEST_MATCH and self._past is not None:
+            found, following = self._past.find(seq.cache_salt, tokens, most)
+            if found > match:
+                best = Guess(following, found, "past")
+        return best
+
+    def _predicted(self, seq: Sequence, prediction: _Text, most: int) -> Guess | None:
+        start = max(seq.num_prompt_tokens, len(seq.token_ids) - LONGEST_MATCH)
+        answer = seq.token_ids[start:]
+        match, place = len(answer), len(answer)
+        if answer != prediction.tokens[:match] or match > 1:  # of the first two alone there are no pairs
+            known = _has_taken_in(prediction.pairs, prediction.tokens)
+            match, place = prediction.pairs.find(prediction.tokens, answer) if known else (0, 0)
+            if not match:
+                return None
+        following = prediction.tokens[place : place + most]
+        return Guess(following, match, "prediction") if following else None
+
+    def ended(self, seq: Sequence) -> None:
+        if self._past is not None:
+            self._past.add(seq.cache_salt, seq.token_ids, seq.num_prompt_tokens)
+        seq.knowledge = None
+
+
+def _has_taken_in(pairs: Pairs, tokens: list[int]) -> bool:
+    """Whether the text's pairs are there but for the last one, which nothing follows, or can be made in little time."""
+    end = len(tokens) - 1
+    if pairs.num_tokens < end:
+        pairs.take_in(tokens, min(end, pairs.num_tokens + _CATCH_UP))
+    return pairs.num_tokens >= end
+
+
+class PastAnswers:
+    """The last answers of each salt, each with the end of its prompt: as many as memory is given for."""
+
+    def __init__(self, most_tokens: int = 1 << 16, longest: int = 1 << 13) -> None:
+        """`most_tokens`: of all salts; some 150 bytes each. `longest`: of one answer; a salt keeps twice as many."""
+        self._most_tokens, self._longest = most_tokens, longest
+        self._texts: OrderedDict[bytes, _Text] = OrderedDict()  # by salt, the one used longest ago first
+        self.num_tokens = 0
+
+    def find(self, salt: bytes, ending: list[int], most: int) -> tuple[int, list[int]]:
+        """(how many tokens of `ending` stand before them, tokens that followed in an answer); (0, []): none."""
+        text = self._texts.get(salt)
+        if text is None or not _has_taken_in(text.pairs, text.tokens):
+            return 0, []
+        match, place = text.pairs.find(text.tokens, ending)
+        following = text.tokens[place : place + most] if match else []
+        if _END in following:
+            del following[following.index(_END) :]
+        return (match, following) if following else (0, [])
+
+    def add(self, salt: bytes, token_ids: list[int], num_prompt_tokens: int) -> None:
+        """An answer has ended, or as much of it as there will be."""
+        if len(token_ids) - num_prompt_tokens < 2:
+            return
+        first = max(0, num_prompt_tokens - LONGEST_MATCH)
+        answer = token_ids[first : min(len(token_ids), first + self._longest - 1)]
+        text = self._texts.setdefault(salt, _Text([]))
+        self._texts.move_to_end(salt)
+        self.num_tokens -= len(text.tokens)
+        if len(text.tokens) + len(answer) + 1 > 2 * self._longest:  # the older half goes
+            text = self._texts[salt] = _Text(text.tokens[-self._longest :])
+        text.tokens += [*answer, _END]
+        self.num_tokens += len(text.tokens)
+        while self.num_tokens > self._most_tokens:
+            self.num_tokens -= len(self._texts.popitem(last=False)[1].tokens)
