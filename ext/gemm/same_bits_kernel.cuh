@@ -120,8 +120,8 @@ struct SameBitsPlaces {
 };
 
 // A chunk of a warp's strips: acc += scale * (sum v x - z sum x), group by group, as chunk_mma of gemv_math.cuh. `ask` for the next one,
-// once the tensor cores work. Each of the first warps computes the sums of x of 16 tokens, and leaves them for all: x is the A operand there,
-// and each column of the product the same.
+// once the tensor cores work. Each of the first warps computes the sums of x of 16 tokens, and leaves them for all: x is the A operand
+// there, and each column of the product the same.
 template <class S, typename Ask>
 __device__ __forceinline__ void multiply_chunk(float (&acc)[2][S::kTiles][4], const SameBitsParams& p, const SameBitsPlaces& places,
                                                uint32_t slot, const Ask& ask) {
