@@ -42,6 +42,7 @@ def emulated_gemm(
     bias: Tensor | None = None,
     residual: Tensor | None = None,
     silu_mul: bool = False,
+    same_bits: bool = False,
 ) -> Tensor:
     assert weight.paired or not silu_mul
     y = x.double() @ emulate(weight)
