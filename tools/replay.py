@@ -3,8 +3,9 @@
     python tools/replay.py trace.jsonl [--device cuda] [--dtype float16] [any flag of the server]
 
 Steps are launched in their order and as far ahead as the runner looks, with no scheduler and no clients, so two commits
-or two devices do exactly the same work. Printed are the times beside the recorded ones, and how many sampled tokens are
-the same.
+or two devices do exactly the same work: drafts are those that were recorded, and a sequence that gets another number of
+tokens from them is admitted once more, with what was recorded. Printed are the times beside the recorded ones, and how
+many sampled tokens are the same.
 """
 
 from __future__ import annotations
@@ -28,7 +29,46 @@ from gptq_api.runner.load import load_runner
 from gptq_api.runner.loaded import LoadedRunner
 from gptq_api.runner.options import LoadOptions
 from gptq_api.settings_source import load_settings
-from gptq_api.step import Masks
+from gptq_api.step import Admission, Masks, NewBlocks, Sampled, Step
+
+
+class Recorded:
+    """What the trace says of the sequences in their seats."""
+
+    def __init__(self) -> None:
+        self._admissions: dict[int, Admission] = {}
+        self._tokens: dict[int, list[int]] = {}
+        self._blocks: dict[int, list[int]] = {}
+        self._astray: set[int] = set()
+        """seats that the runner knows another text of"""
+
+    def corrected(self, step: Step) -> Step:
+        """The step, in which sequences that have gone astray are admitted with their recorded tokens."""
+        admitted, new_blocks = list(step.admitted), list(step.new_blocks)
+        for new in step.admitted:
+            self._admissions[new.seat], self._tokens[new.seat] = new, list(new.token_ids)
+            self._blocks[new.seat] = []
+            self._astray.discard(new.seat)
+        for blocks in step.new_blocks:
+            self._blocks[blocks.seat][blocks.first :] = blocks.block_ids
+        for seat in self._astray.intersection(step.seats):
+            admitted.append(msgspec.structs.replace(self._admissions[seat], token_ids=list(self._tokens[seat])))
+            new_blocks = [blocks for blocks in new_blocks if blocks.seat != seat]
+            new_blocks.append(NewBlocks(seat, 0, list(self._blocks[seat])))
+            self._astray.discard(seat)
+        return msgspec.structs.replace(step, admitted=admitted, new_blocks=new_blocks)
+
+    def compare(self, traced: TracedStep, sampled: Sampled) -> int:
+        """How many tokens are as recorded."""
+        place = replayed = num_same = 0
+        for entry, (num, num_now) in enumerate(zip(traced.sampled.num_tokens, sampled.num_tokens, strict=True)):
+            tokens, now = traced.sampled.tokens[place : place + num], sampled.tokens[replayed : replayed + num_now]
+            place, replayed = place + num, replayed + num_now
+            num_same += sum(a == b for a, b in zip(tokens, now, strict=False))
+            self._tokens[traced.step.seats[entry]] += tokens
+            if entry in traced.step.drafts and tokens != now:
+                self._astray.add(traced.step.seats[entry])
+        return num_same
 
 
 def replay(runner: LoadedRunner, steps: Iterable[TracedStep]) -> dict[str, Any]:
@@ -37,6 +77,7 @@ def replay(runner: LoadedRunner, steps: Iterable[TracedStep]) -> dict[str, Any]:
     recorded: list[float] = []
     replayed: list[float] = []
     num_tokens = num_same = 0
+    known = Recorded()
     began = time.perf_counter()
 
     def collect() -> None:
@@ -46,12 +87,14 @@ def replay(runner: LoadedRunner, steps: Iterable[TracedStep]) -> dict[str, Any]:
         recorded.append(traced.total_ms)
         replayed.append((time.perf_counter() - started) * 1e3)
         num_tokens += len(traced.sampled.tokens)
-        num_same += sum(a == b for a, b in zip(traced.sampled.tokens, sampled.tokens, strict=False))
+        num_same += known.compare(traced, sampled)
 
     constrained: dict[int, bool] = {}  # by seat
     for traced in steps:
         constrained |= {new.seat: bool(new.params.grammar) for new in traced.step.admitted}
-        launched = runner.launch(traced.step)
+        while in_flight and (traced.step.drafts or in_flight[-1][1].step.drafts):
+            collect()  # as the engine did: drafts follow known tokens
+        launched = runner.launch(known.corrected(traced.step))
         in_flight.append((time.perf_counter(), traced, launched))
         masks = recorded_masks(traced, constrained, runner.vocab_size)
         if masks is not None:

@@ -27,6 +27,9 @@ def trace(tmp_path_factory: pytest.TempPathFactory) -> Path:
         bodies = [chat_body(f"Count to {i}.", temperature=i % 2, seed=i, n=3 if i == 5 else 1) for i in range(6)]
         replies = list(pool.map(lambda body: server.post("/v1/chat/completions", body).json(), bodies))
         assert all("choices" in reply for reply in replies)
+        for _ in range(2):  # the second time it is drafted
+            reply = server.post("/v1/chat/completions", chat_body("What is GPTQ?", temperature=0, max_tokens=40)).json()
+            assert "choices" in reply
     return path
 
 
@@ -38,8 +41,11 @@ def test_every_token_of_every_answer_is_in_it(trace: Path) -> None:
     at = 0.0
     for traced in found:
         assert traced.at_s >= at and 0 < traced.launch_ms <= traced.total_ms
-        assert len(traced.sampled.tokens) == sum(traced.sampled.num_tokens) == sum(traced.step.num_sampled)
+        assert len(traced.sampled.tokens) == sum(traced.sampled.num_tokens)
+        for entry, (most, num) in enumerate(zip(traced.step.num_sampled, traced.sampled.num_tokens, strict=True)):
+            assert num == most or (entry in traced.step.drafts and 0 < num < most)
         at = traced.at_s
+    assert any(traced.step.drafts for traced in found)
     assert {seat for traced in found for seat in traced.step.seats} == {0, 1, 2, 3}
 
 
@@ -49,6 +55,21 @@ def test_a_replay_samples_the_same_tokens(trace: Path) -> None:
     assert result["steps"] == sum(1 for _ in read_trace(trace)[1])
     assert result["tokens"] == result["same_tokens"] > 50
     assert result["median_ms"] > 0 and result["recorded_median_ms"] > 0
+
+
+def test_a_replay_follows_a_text_that_was_drafted_otherwise(trace: Path, tmp_path: Path) -> None:
+    """As on another device: the recorded text goes on, whatever is sampled now."""
+    head, *lines = trace.read_bytes().splitlines()
+    other = [json.loads(line) for line in lines]
+    changed = next(line for line in other if line["step"]["drafts"] and sum(line["sampled"]["num_tokens"]) > 3)
+    for entry, drafts in changed["step"]["drafts"].items():  # the first is wrong now, and right as it was recorded
+        place = sum(changed["sampled"]["num_tokens"][: int(entry)])
+        drafts[0] = changed["sampled"]["tokens"][place] = drafts[0] ^ 1
+    path = tmp_path / "other.jsonl"
+    path.write_bytes(b"\n".join([head, *(json.dumps(line).encode() for line in other)]) + b"\n")
+    done = subprocess.run([*REPLAY, str(path), "--num-threads", "1"], capture_output=True, text=True, check=True)
+    result = json.loads(done.stdout)
+    assert result["steps"] == len(lines) and result["tokens"] * 0.5 < result["same_tokens"] < result["tokens"]
 
 
 def test_what_is_no_trace_is_a_sentence(tmp_path: Path) -> None:
