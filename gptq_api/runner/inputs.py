@@ -31,6 +31,9 @@ class StepShape(NamedTuple):
     """blocks per sequence"""
     num_tiles: int
     """query tiles of prefill attention; 0: every sequence has one row and none was admitted (pure decode)"""
+    drafted: bool = False
+    """Pure decode in which a sequence may have several rows, drafted tokens behind its last one. Each row counts as a
+    sequence, with the context that it would have alone."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +96,10 @@ class Columns:
     """tokens in the cache after it"""
     decode: bool
     """every sequence has one row, and none was admitted in this step"""
+    num_sampled: Ints
+    """rows that are sampled from, the last ones of each"""
+    drafted: bool = False
+    """each row of the step counts as a sequence: some have drafts"""
 
     @property
     def num_rows(self) -> int:
@@ -119,9 +126,16 @@ class SequenceTable:
         """Note the blocks that have come since the last step."""
         for blocks in step.new_blocks:
             self._blocks[blocks.seat, blocks.first : blocks.first + len(blocks.block_ids)] = blocks.block_ids
-        seats, computed, new = (np.array(c, np.int32) for c in (step.seats, step.num_computed, step.num_new))
+        columns = (step.seats, step.num_computed, step.num_new, step.num_sampled)
+        seats, computed, new, sampled = (np.array(column, np.int32) for column in columns)
+        if step.drafts:
+            assert not step.admitted and (new == np.maximum(sampled, 1)).all(), "beside drafts only what decodes"
+            ends = np.cumsum(new, dtype=np.int32)
+            computed = np.arange(ends[-1], dtype=np.int32) - np.repeat(ends - new - computed, new)
+            seats, sampled, new = np.repeat(seats, new), np.repeat(np.minimum(sampled, 1), new), np.ones_like(computed)
+            return Columns(seats, computed, new, computed + 1, True, sampled, drafted=True)
         decode = not step.admitted and int(new.max(initial=1)) == 1
-        return Columns(seats, computed, new, computed + new, decode)
+        return Columns(seats, computed, new, computed + new, decode, sampled)
 
     def write(self, step: Columns, tile_rows: int, to: StepInputs[Ints]) -> None:
         """Fill the arrays of a shape that holds the step, padding included; all but `sampling`."""

@@ -19,7 +19,7 @@ from gptq_api.model.config import LlamaConfig
 from gptq_api.model.layers.linear import Linear, PlainLinear
 from gptq_api.model.weights import LlamaWeights
 from gptq_api.runner.cuda.cache import CudaKVCache
-from gptq_api.runner.cuda.forward import CudaLlama
+from gptq_api.runner.cuda.forward import MAX_DRAFT_ROWS, CudaLlama
 from gptq_api.runner.cuda.graphs import GRAPH_BYTES
 from gptq_api.runner.cuda.linear import CudaDenseLinear, PackedGPTQLinear
 from gptq_api.runner.cuda.runner import CudaRunner, state_bytes
@@ -140,7 +140,8 @@ class CudaBackend:
         kv_dtype = self.cache_dtype(options.kv_cache_dtype)
         try:
             before = torch.cuda.memory_allocated(device)
-            cuda = CudaLlama(weights, max(num_rows, num_seqs), num_seqs, max_model_len, self.dtype)
+            sampled = max(num_seqs, MAX_DRAFT_ROWS)
+            cuda = CudaLlama(weights, max(num_rows, sampled), sampled, max_model_len, self.dtype)
             transient = _largest_step(cuda, config, options, num_rows, kv_dtype)
             state = state_bytes(num_seqs, num_rows, max_model_len, options.block_size)
             workspace = torch.cuda.memory_allocated(device) - before + transient + state

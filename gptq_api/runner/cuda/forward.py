@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gptq_api.kernels import ops
+from gptq_api.kernels import gemm, ops
 from gptq_api.kernels.decode_attention import RotaryInputs, decode_attention, decode_attention_workspace
 from gptq_api.kernels.order import of_kernel, of_producer
 from gptq_api.kernels.prefill_attention import prefill_attention
@@ -25,6 +25,10 @@ from gptq_api.runner.inputs import StepInputs
 
 SCATTER_MAX_ROWS = 8
 """of a decode step, up to which the attention stores its results in o's order: beyond, a gather costs less"""
+
+
+MAX_DRAFT_ROWS = gemm.DECODE_MAX_M
+"""of a step with drafts: up to so many, a product gives a row the same bits"""
 
 
 @dataclass(frozen=True)
@@ -103,13 +107,27 @@ class CudaLlama:
         self._logits = buffer(max_sequences, c.vocab_size, torch.float32)
         self._workspace = decode_attention_workspace(c.num_attention_heads, c.num_key_value_heads, c.head_dim, device)
 
+    @property
+    def max_draft_rows(self) -> int:
+        """Up to how many rows each has the bits it has alone; 0: cuBLAS multiplies with some weight."""
+        linears = [linear for layer in self._layers for linear in (layer.qkv, layer.o, layer.gate_up, layer.down)]
+        packed = all(isinstance(linear, PackedGPTQLinear) for linear in linears)
+        return MAX_DRAFT_ROWS if packed and isinstance(self._lm_head, CudaDenseLinear) else 0
+
     def forward(
-        self, inputs: StepInputs[Tensor], history: Tensor, cache: list[Tensor], decode: bool, every_row: bool = False
+        self,
+        inputs: StepInputs[Tensor],
+        history: Tensor,
+        cache: list[Tensor],
+        decode: bool,
+        every_row: bool = False,
+        drafted: bool = False,
     ) -> Tensor:
         """K and V of the step's rows are in `cache` afterwards. Returns float32 logits [S, V] of `last_rows`, in a
         buffer that the next step overwrites; with `every_row` those of all rows, [T, V], in memory of their own.
 
-        `decode`: every sequence has one row, in the order of the rows.
+        `decode`: every sequence has one row, in the order of the rows. `drafted`, with `decode`: several of these
+        sequences may be rows of one.
         """
         rows = inputs.positions.shape[0]
         x, normed = self._x[:rows], self._normed[:rows]
@@ -118,7 +136,8 @@ class CudaLlama:
         for layer, kv in zip(self._layers, cache, strict=True):
             ops.rms_norm(x, layer.input_norm, self._eps, normed, layer.input_order)
             qkv = layer.qkv.forward(normed, self._qkv[:rows])
-            attended = self._attend(qkv, layer, kv, inputs, decode, layer.o_index if few else None)
+            index = layer.o_index if few else None
+            attended = self._attend(qkv, layer, kv, inputs, index, alone=decode and not drafted, tiles=not decode)
             (layer.o_sorted if few else layer.o).forward(attended, x, residual=x)
             ops.rms_norm(x, layer.post_attention_norm, self._eps, normed, layer.gate_up_order)
             gated = layer.gate_up.forward(normed, self._gated[:rows], silu_mul=True)
@@ -143,22 +162,26 @@ class CudaLlama:
         layer: _Layer,
         kv: Tensor,
         inputs: StepInputs[Tensor],
-        decode: bool,
         out_index: Tensor | None,
+        *,
+        alone: bool,
+        tiles: bool,
     ) -> Tensor:
+        """`alone`: no row attends to another one of this step, so the attention may write keys and values itself.
+        `tiles`: some sequences have several rows."""
         out = self._attended[: len(qkv)]
         where = (inputs.block_tables, inputs.context_lens, inputs.query_start)
         rotary = None
         norms = (layer.q_norm, layer.k_norm, self._eps)
-        if decode:
+        if alone:
             rotary = RotaryInputs(inputs.positions, inputs.slot_mapping, self._cos_sin, *norms)
         else:
             ops.rope_and_write(qkv, inputs.positions, inputs.slot_mapping, self._cos_sin, kv, self._num_heads, *norms)
         window = layer.window
         shared = (self._num_heads, self._scale)
         # What a pure decode step reads of the cache was there before its first kernel.
-        decode_attention(qkv, kv, *where, out, *shared, self._workspace, window, rotary, out_index, prefetch=decode)
-        if not decode:
+        decode_attention(qkv, kv, *where, out, *shared, self._workspace, window, rotary, out_index, prefetch=alone)
+        if tiles:
             prefill_attention(qkv, kv, *where, inputs.tiles, out, *shared, window)
         return out
 

@@ -19,6 +19,7 @@ _log = logging.getLogger(__name__)
 _SMALL_BATCHES = (1, 2, 4, 6, 8, 16, 24, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256)
 MAX_MIXED_ROWS = 512
 """larger steps keep the device busy for longer than the host needs to launch their kernels, without padding"""
+_DRAFT_ROWS = (2, 4, 6, 8)
 _MIXED_ROWS = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 _MIXED_SEQUENCES = (8, 64)
 _MIXED_TILES = (1, 4, 16, 64)
@@ -33,7 +34,15 @@ meets a few dozen. The fewest are more than the steps that may be under way, so 
 class Buckets:
     """The shapes that steps are padded to, so that few graphs serve all."""
 
-    def __init__(self, max_num_seqs: int, max_num_batched_tokens: int, max_blocks: int, tile_rows: int) -> None:
+    def __init__(
+        self,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        max_blocks: int,
+        tile_rows: int,
+        max_draft_rows: int = 0,
+    ) -> None:
+        self._drafts = _capped(_DRAFT_ROWS, max_draft_rows) if max_draft_rows else []
         self._decode = _capped((*_SMALL_BATCHES, *range(384, max_num_seqs, 128)), max_num_seqs)
         most_rows = min(MAX_MIXED_ROWS, max_num_batched_tokens)
         self._mixed = _capped(_MIXED_ROWS, most_rows)
@@ -44,8 +53,10 @@ class Buckets:
 
     @property
     def start_shapes(self) -> list[StepShape]:
-        """What is captured before the first request: decode steps of every batch size, with the smallest tables."""
-        return [StepShape(rows, rows, self._widths[0], 0) for rows in reversed(self._decode)]
+        """What is captured before the first request: decode steps of every batch size, with the smallest tables, and
+        steps with drafts."""
+        decode = [StepShape(rows, rows, self._widths[0], 0) for rows in reversed(self._decode)]
+        return decode + [StepShape(rows, rows, self._widths[0], 0, drafted=True) for rows in reversed(self._drafts)]
 
     def padded(self, num_sequences: int) -> int:
         """The batch size of a decode step of so many."""
@@ -55,6 +66,10 @@ class Buckets:
         """`num_blocks`: of the longest context."""
         rows = self.padded(num_sequences)
         return StepShape(rows, rows, self._width(num_blocks), 0)
+
+    def draft_shape(self, num_rows: int, num_blocks: int) -> StepShape:
+        rows = _at_least(num_rows, self._drafts)
+        return StepShape(rows, rows, self._width(num_blocks), 0, drafted=True)
 
     def mixed_shape(self, num_rows: int, num_sequences: int, num_tiles: int, num_blocks: int) -> StepShape | None:
         """None where the step is too large for a graph."""

@@ -18,7 +18,7 @@ from gptq_api.kernels import gemm, sampling
 from gptq_api.kernels.prefill_attention import TILE_ROWS
 from gptq_api.kernels.sampling import MAX_TOP_LOGPROBS, SamplingInputs, SamplingTable, StepNeeds
 from gptq_api.runner.cuda.cache import CudaKVCache
-from gptq_api.runner.cuda.forward import CudaLlama
+from gptq_api.runner.cuda.forward import MAX_DRAFT_ROWS, CudaLlama
 from gptq_api.runner.cuda.graphs import Buckets, Graphs
 from gptq_api.runner.cuda.prompt_logprobs import PromptScores, score
 from gptq_api.runner.inputs import Columns, Ints, SequenceTable, StepInputs, StepShape, num_words, write_idle
@@ -58,7 +58,7 @@ class Launched:
 
     step: Step
     context: Ints
-    """[S], tokens in the cache after it"""
+    """[S], tokens in the cache after it; with drafts each row is one of the S, here and in what follows"""
     stage: _Stage
     block_tables: Ints
     """[S, blocks], the stage's"""
@@ -80,17 +80,46 @@ class _Drawing:
     lengths: list[int]
     """of all rows, padding included"""
     needs: StepNeeds
+    num_rows: int
+    """without padding"""
+    first_rows: list[int] | None
+    """of each entry, in a step with drafts"""
+
+    def rows_of(self, entries: list[int]) -> list[int]:
+        """Their only rows: an entry with a grammar has no drafts."""
+        return entries if self.first_rows is None else [self.first_rows[entry] for entry in entries]
 
 
 def _largest_shape(max_num_seqs: int, max_num_batched_tokens: int, max_blocks: int) -> StepShape:
-    rows = max(max_num_seqs, max_num_batched_tokens)
-    return StepShape(rows, max_num_seqs, max_blocks, rows // TILE_ROWS + max_num_seqs)
+    num_sampled = max(max_num_seqs, MAX_DRAFT_ROWS)
+    rows = max(num_sampled, max_num_batched_tokens)
+    return StepShape(rows, num_sampled, max_blocks, rows // TILE_ROWS + max_num_seqs)
 
 
 def state_bytes(max_num_seqs: int, max_num_batched_tokens: int, max_model_len: int, block_size: int) -> int:
     """What a CudaRunner allocates on the device."""
     largest = _largest_shape(max_num_seqs, max_num_batched_tokens, -(-max_model_len // block_size))
-    return 4 * (max_num_seqs * (max_model_len + 3 + 2 * MAX_TOP_LOGPROBS) + num_words(largest))
+    per_row = 3 + 2 * MAX_TOP_LOGPROBS
+    return 4 * (max_num_seqs * max_model_len + largest.num_sequences * per_row + num_words(largest))
+
+
+def _kept(step: Step, drawn: list[int]) -> tuple[list[int], list[int], list[int]]:
+    """From the token that each row drew: (how many tokens each entry gets, the rows that these come from, all rows that
+    count as drawn). A row counts as long as every row of its sequence before it drew the draft behind that."""
+    if not step.drafts:
+        rows = [i for i, num in enumerate(step.num_sampled) if num]
+        return step.num_sampled, rows, rows
+    num_tokens, rows, start = list[int](), list[int](), 0
+    for entry, num in enumerate(step.num_sampled):
+        kept = min(1, num)
+        for i, draft in enumerate(step.drafts.get(entry, ())):
+            if drawn[start + i] != draft:
+                break
+            kept += 1
+        num_tokens.append(kept)
+        rows += range(start, start + kept)
+        start += step.num_new[entry]
+    return num_tokens, rows, list(range(start))
 
 
 class CudaRunner:
@@ -99,8 +128,7 @@ class CudaRunner:
     lookahead = 1
     row_multiple = gemm.ROW_MULTIPLE
     shared_rows: int | None = None  # a step of many rows takes little longer than one of few
-    max_draft_rows = 0
-    row_cost = 0.02
+    row_cost = 0.02  # 13B: eight rows take 1.15 times as long as one
     wait_cost = 0.1
 
     def __init__(
@@ -123,16 +151,19 @@ class CudaRunner:
         self.eos_token_ids = model.config.eos_token_ids
         self.description = ""
         device, max_blocks = model.device, -(-max_model_len // cache.block_size)
+        self.max_draft_rows = model.max_draft_rows
         largest = _largest_shape(max_num_seqs, max_num_batched_tokens, max_blocks)
+        num_sampled = largest.num_sequences
         self._stream = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
         self._history = torch.zeros(max_num_seqs, max_model_len, dtype=torch.int32, device=device)
-        self._tokens = torch.zeros(max_num_seqs, dtype=torch.int32, device=device)
-        self._logprobs = torch.zeros(max_num_seqs, 2, 1 + MAX_TOP_LOGPROBS, dtype=torch.int32, device=device)
+        self._tokens = torch.zeros(num_sampled, dtype=torch.int32, device=device)
+        self._logprobs = torch.zeros(num_sampled, 2, 1 + MAX_TOP_LOGPROBS, dtype=torch.int32, device=device)
         self._inputs = torch.zeros(num_words(largest), dtype=torch.int32, device=device)
-        self._stages = [_Stage(num_words(largest), max_num_seqs) for _ in range(_NUM_STAGES)]
+        self._stages = [_Stage(num_words(largest), num_sampled) for _ in range(_NUM_STAGES)]
         self._table = SequenceTable(max_num_seqs, max_blocks, cache.block_size)
         self._sampling = SamplingTable(max_num_seqs)
-        self._buckets = Buckets(max_num_seqs, max_num_batched_tokens, max_blocks, TILE_ROWS)
+        limits = (max_num_seqs, max_num_batched_tokens, max_blocks, TILE_ROWS, self.max_draft_rows)
+        self._buckets = Buckets(*limits)
         self._graphs = Graphs(self._forward_and_sample, kept=self._buckets.start_shapes)
 
     @property
@@ -142,7 +173,6 @@ class CudaRunner:
     @torch.inference_mode()
     def launch(self, step: Step) -> Launched:
         """Start the step behind those launched before."""
-        assert max(step.num_sampled) <= 1, "drafted tokens are for runners that draft"
         with torch.cuda.stream(self._stream):
             try:
                 self._admit(step.admitted)
@@ -157,7 +187,8 @@ class CudaRunner:
         drawing = launched.drawing
         assert drawing is not None, "a step without grammars has sampled"
         with torch.cuda.stream(self._stream):
-            self._finish(drawing, launched.stage, len(launched.step.seats), masks)
+            self._write_drafts(launched.step)
+            self._finish(drawing, launched.stage, masks)
 
     @torch.inference_mode()
     def collect(self, launched: Launched) -> Sampled:
@@ -165,40 +196,42 @@ class CudaRunner:
         not finite in their blocks becomes zeros."""
         step, stage = launched.step, launched.stage
         stage.done.synchronize()
-        drawn = stage.tokens[: len(step.seats)].tolist()
-        wanted = [i for i, num in enumerate(step.num_sampled) if num]
-        tokens = [drawn[i] for i in wanted]
+        drawn = stage.tokens[: len(launched.context)].tolist()
+        num_tokens, rows, drawn_from = _kept(step, drawn)
         logprobs: dict[int, TokenLogprobs] = {}
         if launched.num_top is not None:
-            for place, i in enumerate(wanted):
+            for place, i in enumerate(rows):
                 num_top = launched.num_top[i]
                 found = sampling.read_logprobs(stage.logprobs[i], num_top) if num_top >= 0 else None
                 if found is not None:
                     logprobs[place] = found
-        for i, token in zip(wanted, tokens, strict=True):
-            if token < 0:
+        for i in drawn_from:
+            if drawn[i] < 0:
                 num_blocks = -(-int(launched.context[i]) // self._cache.block_size)
                 self._scrub(launched.block_tables[i, :num_blocks])
         scores = {} if launched.scores is None else launched.scores.read()
-        return Sampled(step.num_sampled, tokens, logprobs, scores)
+        return Sampled(num_tokens, [drawn[i] for i in rows], logprobs, scores)
 
     @torch.inference_mode()
     def logits(self, step: Step, every_row: bool = False) -> tuple[Tensor, list[int]]:
-        """Run the model without sampling: (float32 [S, V], the entries of the S sequences that would sample).
+        """Run the model without sampling: (float32 [S, V], the entries of the S sequences that would sample; in a step
+        with drafts, rows of either).
 
         With `every_row`, the rows of all new tokens in the step's order. For evaluation: waits.
         """
         with torch.cuda.stream(self._stream):
             self._admit(step.admitted)
             columns = self._table.take_in(step)
+            self._write_drafts(step)
             shape, _ = self._shape(columns, exact=True)
             stage = self._stages[0]
             stage.done.synchronize()
             host, _ = stage.views(shape, keep=False)
             self._table.write(columns, TILE_ROWS, host)
             inputs = self._copy_in(stage, shape)
-            logits = self._model.forward(inputs, self._history, self._cache.layers, columns.decode, every_row)
-            wanted = [i for i, num in enumerate(step.num_sampled) if num]
+            caches = (self._history, self._cache.layers)
+            logits = self._model.forward(inputs, *caches, columns.decode, every_row, columns.drafted)
+            wanted = np.flatnonzero(columns.num_sampled).tolist()
             result = logits if every_row else logits[wanted]
             self._stream.synchronize()
             return result, wanted
@@ -233,23 +266,28 @@ class CudaRunner:
         shape, recurs = self._shape(columns, exact=False)
         host, packed = stage.views(shape, recurs)
         self._table.write(columns, TILE_ROWS, host)
-        num, padding = len(step.seats), shape.num_sequences - len(step.seats)
-        seats = np.where(step.num_sampled, columns.seats, -1).tolist() + [-1] * padding
+        self._write_drafts(step)
+        num, padding = len(columns.seats), shape.num_sequences - len(columns.seats)
+        seats = np.where(columns.num_sampled, columns.seats, -1).tolist() + [-1] * padding
         lengths = columns.context.tolist() + [0] * padding
         needs = self._sampling.fill(packed, seats, lengths)
         inputs = self._copy_in(stage, shape)
         logits = self._graphs.run(shape, recurs)
         scores = score(self._model, self._history, step, columns) if step.prompt_rows else None
-        drawing = _Drawing(logits, SamplingInputs(inputs.sampling), seats, lengths, needs)
-        num_top = self._sampling.top_logprobs(step.seats) if needs.logprobs else None
+        first_rows = np.cumsum([0, *step.num_new[:-1]]).tolist() if step.drafts else None
+        drawing = _Drawing(logits, SamplingInputs(inputs.sampling), seats, lengths, needs, num, first_rows)
+        num_top = self._sampling.top_logprobs(seats[:num]) if needs.logprobs else None
         waits = self._sampling.constrained(seats)
         if not waits:
-            self._finish(drawing, stage, num, None)
+            if needs.adjust:
+                self._write_drafts(step)
+            self._finish(drawing, stage, None)
         return Launched(step, columns.context, stage, host.block_tables, num_top, scores, drawing if waits else None)
 
-    def _finish(self, drawing: _Drawing, stage: _Stage, num: int, masks: Masks | None) -> None:
-        """From the logits of a step, which its graph has sampled from as they are, to what `collect` reads."""
-        logits, how, needs = drawing.logits, drawing.how, drawing.needs
+    def _finish(self, drawing: _Drawing, stage: _Stage, masks: Masks | None) -> None:
+        """From the logits of a step, which its graph has sampled from as they are, to what `collect` reads. Where it
+        samples again, `history` has its drafts once more."""
+        logits, how, needs, num = drawing.logits, drawing.how, drawing.needs, drawing.num_rows
         tokens = self._tokens[: len(logits)]
         if needs.adjust or masks is not None:
             # The step has sampled from the raw logits: sample again, over it.
@@ -257,7 +295,7 @@ class CudaRunner:
             adjusted = torch.empty_like(logits) if needs.logprobs else logits
             allowed = None
             if masks is not None:
-                packed = sampling.packed_masks(len(logits), masks.entries, masks.words)
+                packed = sampling.packed_masks(len(logits), drawing.rows_of(masks.entries), masks.words)
                 allowed = packed.pin_memory().to(logits.device, non_blocking=True)
             entries = entries.to(logits.device, non_blocking=True)
             sampling.adjust(logits, how, self._history, entries, adjusted, allowed)
@@ -270,14 +308,16 @@ class CudaRunner:
         stage.done.record()
 
     def _forward_and_sample(self, shape: StepShape) -> Tensor:
-        inputs = StepInputs.over(self._inputs, shape)
-        logits = self._model.forward(inputs, self._history, self._cache.layers, decode=not shape.num_tiles)
+        inputs, decode = StepInputs.over(self._inputs, shape), not shape.num_tiles
+        logits = self._model.forward(inputs, self._history, self._cache.layers, decode, drafted=shape.drafted)
         sampling.sample(logits, SamplingInputs(inputs.sampling), self._history, self._tokens[: shape.num_sequences])
         return logits
 
     def _shape(self, step: Columns, exact: bool) -> tuple[StepShape, bool]:
         """(shape, whether it is one of the few that steps are padded to)."""
         num_blocks, num = step.num_blocks(self._cache.block_size), len(step.seats)
+        if step.drafted:
+            return self._buckets.draft_shape(num, num_blocks), True
         tiles = 0 if step.decode else max(1, step.num_tiles(TILE_ROWS))
         if not exact:
             if step.decode:
@@ -304,6 +344,19 @@ class CudaRunner:
             self._sampling.set(new.seat, new.params, new.num_prompt_tokens)
             self._history[new.seat, : len(text)].copy_(tokens[start : start + len(text)], non_blocking=True)
             start += len(text)
+
+    def _write_drafts(self, step: Step) -> None:
+        """Drafted tokens into `history`, behind the last known one: rows read their inputs there, and penalties what
+        comes before them. What a row samples goes to the same places, so a step that samples again needs them again."""
+        if not step.drafts:
+            return
+        tokens = [token for drafts in step.drafts.values() for token in drafts]
+        pinned, start = torch.tensor(tokens, dtype=torch.int32).pin_memory(), 0
+        for entry, drafts in step.drafts.items():
+            first, num = step.num_computed[entry] + 1, len(drafts)
+            row = self._history[step.seats[entry], first : first + num]
+            row.copy_(pinned[start : start + num], non_blocking=True)
+            start += num
 
     def _scrub(self, blocks: Ints) -> None:
         with torch.cuda.stream(self._stream):

@@ -21,9 +21,9 @@ from gptq_api.model.config import read_config
 from gptq_api.model.loader import load_llama
 from gptq_api.runner.cpu.backend import CpuBackend
 from gptq_api.runner.cuda.cache import CudaKVCache
-from gptq_api.runner.cuda.forward import CudaLlama
+from gptq_api.runner.cuda.forward import MAX_DRAFT_ROWS, CudaLlama
 from gptq_api.runner.cuda.graphs import Buckets
-from gptq_api.runner.cuda.runner import CudaRunner
+from gptq_api.runner.cuda.runner import CudaRunner, _kept
 from gptq_api.runner.inputs import SequenceTable, StepInputs, StepShape, num_words
 from gptq_api.runner.load import load_runner
 from gptq_api.runner.loaded import LoadedRunner
@@ -31,9 +31,11 @@ from gptq_api.runner.options import LoadOptions
 from gptq_api.runner.solo import Solo, step_of
 from gptq_api.scheduler.blocks import BlockManager
 from gptq_api.scheduler.scheduler import Scheduler
+from gptq_api.step import Step
 from gptq_api.types import Add, SamplingParams, TokenLogprobs, pack_ids, unpack_ids
 from tests.support import cuda_stand_ins
 from tests.support.checkpoints import Recipe, random_model, write_checkpoint
+from tests.support.drafting import generate, nothing
 from tests.support.letters import END, letters
 
 BASE = Recipe(max_position_embeddings=128)
@@ -67,7 +69,7 @@ def runners(folder: Path, num_blocks: int, num_seqs: int = NUM_SEQS) -> tuple[Lo
     length, config = reference.max_model_len, read_config(folder)
     model, _ = load_llama(open_checkpoint(folder), config, length, CpuBackend(CPU, torch.float32))
     cache = CudaKVCache(config, reference.num_blocks, BLOCK, torch.float32, CPU)
-    forward = CudaLlama(model, BUDGET, num_seqs, length, torch.float32)
+    forward = CudaLlama(model, BUDGET, max(num_seqs, MAX_DRAFT_ROWS), length, torch.float32)
     return reference, CudaRunner(forward, cache, num_seqs, BUDGET, length, 0)
 
 
@@ -254,3 +256,61 @@ def test_every_step_fits_its_bucket(num_seqs: int, budget: int, max_blocks: int)
 
 def step_shape(rows: int, sequences: int, tiles: int, blocks: int) -> StepShape:
     return StepShape(rows, sequences, blocks, tiles)
+
+
+def drafted_step() -> Step:
+    """Three sequences of 9, 4 and 17 tokens; the first has two drafts, the last three."""
+    rows = [3, 1, 4]
+    return Step([2, 0, 1], [8, 3, 16], rows, rows, [], [], drafts={0: [50, 51], 2: [60, 61, 62]})
+
+
+def test_each_row_of_a_step_with_drafts_counts_as_a_sequence() -> None:
+    table = SequenceTable(4, 6, 4)
+    params = SamplingParams(max_tokens=1)
+    solos = [
+        Solo(list(range(length)), params, block_table=blocks, seat=seat)
+        for seat, length, blocks in ((2, 9, [7, 8, 9]), (0, 4, [3, 2]), (1, 17, [10, 11, 12, 13, 14]))
+    ]
+    table.take_in(step_of(solos, [8, 3, 16]))
+    columns = table.take_in(drafted_step())
+    assert columns.drafted and columns.decode and columns.num_rows == 8
+    shape = Buckets(4, 64, 6, 4, 8).draft_shape(8, columns.num_blocks(4))
+    assert shape.drafted and shape.num_rows == shape.num_sequences == 8
+    arrays = StepInputs.over(np.full(num_words(shape), 99, np.int32), shape)
+    table.write(columns, 4, arrays)
+    assert arrays.row_seat.tolist() == [2, 2, 2, 0, 1, 1, 1, 1]
+    assert arrays.positions.tolist() == [8, 9, 10, 3, 16, 17, 18, 19]
+    assert arrays.context_lens.tolist() == [9, 10, 11, 4, 17, 18, 19, 20]
+    assert arrays.slot_mapping.tolist() == [36, 37, 38, 15, 56, 57, 58, 59]
+    assert arrays.query_start.tolist() == list(range(9))
+    assert arrays.last_rows.tolist() == list(range(8))
+    assert arrays.block_tables[:, :5].tolist() == [[7, 8, 9, 0, 0]] * 3 + [[3, 2, 0, 0, 0]] + [[10, 11, 12, 13, 14]] * 4
+    assert columns.num_sampled.tolist() == [1] * 8
+
+
+@pytest.mark.parametrize(
+    ("drawn", "num_tokens", "rows"),
+    [
+        ([50, 51, 99, 1, 60, 61, 62, 98], [3, 1, 4], [0, 1, 2, 3, 4, 5, 6, 7]),
+        ([99, 51, 98, 1, 60, 97, 62, 96], [1, 1, 2], [0, 3, 4, 5]),
+        ([50, 99, 98, -1, -1, 61, 62, 98], [2, 1, 1], [0, 1, 3, 4]),
+    ],
+)
+def test_rows_count_while_the_drafts_are_right(drawn: list[int], num_tokens: list[int], rows: list[int]) -> None:
+    assert _kept(drafted_step(), drawn) == (num_tokens, rows, list(range(8)))
+
+
+@pytest.mark.parametrize("grammars", [("",), ("", "of all ids"), ("", "", "of all ids", "")])
+def test_drafts_change_no_text(grammars: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CudaLlama, "max_draft_rows", MAX_DRAFT_ROWS)
+    _, runner = runners(write_checkpoint(tmp_path, random_model(BASE)), 80)
+    params = [SamplingParams(max_tokens=40, temperature=0, grammar=grammar) for grammar in grammars]
+    prompts = [[3 + i, 50, 20 - i] * (1 + i) for i in range(len(grammars))]
+    plain = generate(runner, prompts, params, nothing)
+
+    def now_and_then_right(sequence: int, output: list[int]) -> list[int]:
+        right = plain[sequence].output[len(output) : len(output) + len(output) % 5]
+        return [*right, 5] if len(output) % 3 else right
+
+    drafted = generate(runner, prompts, params, now_and_then_right)
+    assert [text.output for text in drafted] == [text.output for text in plain]
