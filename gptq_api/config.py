@@ -120,6 +120,10 @@ class ModelSettings(CommandSettings):
     decode. Default: 512 on the CPU, 2048 on CUDA."""
     num_threads: int | None = Field(None, ge=1, le=4096)
     """CPU threads of the engine. Default: the physical cores this process may use, and one for a small model."""
+    batch_invariant: bool = False
+    """On CUDA: an answer's tokens and logprobs are the same bits whoever else is in the batch, in chunks, after
+    preemption and behind a cached prefix, at the price of slower prompts and large batches. On the CPU they are so
+    anyway."""
     packed_cache: str = Field("auto", min_length=1)
     """Folder in which weights that were packed for the CPU are kept, so that the next start need only read them. auto
     is gptq-api/packed in $XDG_CACHE_HOME or ~/.cache; off keeps none. Models below 64 MiB are packed each time."""

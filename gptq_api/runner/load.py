@@ -159,9 +159,14 @@ def choose_backend(
             dequantizes=enough,
             packed_cache=options.packed_cache,
         )
+    reason = "it computes in float32" if dtype == torch.float32 else refusal(config, options.block_size)
+    if reason is not None and options.batch_invariant:
+        raise ConfigError(
+            f"--batch-invariant: the CUDA kernels do not serve this model ({reason}), and cuBLAS adds up in an "
+            "order that depends on the batch; leave it out, or use --device cpu"
+        )
     if dtype == torch.float32:
         return BACKENDS["cpu"](device, dtype)
-    reason = refusal(config, options.block_size)
     if reason is not None:
         _log.warning("the CUDA kernels do not serve this: %s. It runs slowly, in float32", reason)
         return BACKENDS["cpu"](device, torch.float32)

@@ -30,6 +30,7 @@ class LoadOptions:
     max_num_seqs: int = 256
     max_num_batched_tokens: int | None = None
     num_threads: int | None = None
+    batch_invariant: bool = False
     packed_cache: str = "auto"
 
     @classmethod

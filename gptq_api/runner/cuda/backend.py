@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from gptq_api.checkpoint.checkpoint import Checkpoint, GPTQTensors
+from gptq_api.errors import ConfigError
 from gptq_api.kernels import decode_attention, gemm, ops, prefill_attention
 from gptq_api.kernels.layout import CHUNK_K, STRIP_ROWS, chunk_bytes
 from gptq_api.kernels.reference import ReferenceWeight
@@ -19,7 +20,7 @@ from gptq_api.model.config import LlamaConfig
 from gptq_api.model.layers.linear import Linear, PlainLinear
 from gptq_api.model.weights import LlamaWeights
 from gptq_api.runner.cuda.cache import CudaKVCache
-from gptq_api.runner.cuda.forward import MAX_DRAFT_ROWS, CudaLlama
+from gptq_api.runner.cuda.forward import MAX_DRAFT_ROWS, CudaLlama, of_cublas
 from gptq_api.runner.cuda.graphs import GRAPH_BYTES
 from gptq_api.runner.cuda.linear import CudaDenseLinear, PackedGPTQLinear
 from gptq_api.runner.cuda.runner import CudaRunner, state_bytes
@@ -138,11 +139,18 @@ class CudaBackend:
         config, device, num_seqs = weights.config, self.device, options.max_num_seqs
         num_rows = options.max_num_batched_tokens or self.default_batched_tokens
         kv_dtype = self.cache_dtype(options.kv_cache_dtype)
+        if options.batch_invariant and (others := of_cublas(weights)):
+            more = f" and {len(others) - 1} more" if len(others) > 1 else ""
+            raise ConfigError(
+                f"--batch-invariant: cuBLAS multiplies by {others[0]}{more}, and adds up in an order that "
+                "depends on the batch; leave it out, or serve a checkpoint whose Linears are all quantized to 4 bits"
+            )
         try:
             before = torch.cuda.memory_allocated(device)
             sampled = max(num_seqs, MAX_DRAFT_ROWS)
-            cuda = CudaLlama(weights, max(num_rows, sampled), sampled, max_model_len, self.dtype)
-            transient = _largest_step(cuda, config, options, num_rows, kv_dtype)
+            sizes = (max(num_rows, sampled), sampled, max_model_len)
+            cuda = CudaLlama(weights, *sizes, self.dtype, options.batch_invariant)
+            transient = _largest_step(cuda, config, options, num_rows, max_model_len, kv_dtype)
             state = state_bytes(num_seqs, num_rows, max_model_len, options.block_size)
             workspace = torch.cuda.memory_allocated(device) - before + transient + state
             memory = self.cache_memory(options, GRAPH_BYTES + transient + state)
@@ -159,7 +167,12 @@ class CudaBackend:
 
 @torch.inference_mode()
 def _largest_step(
-    model: CudaLlama, config: LlamaConfig, options: LoadOptions, num_rows: int, kv_dtype: torch.dtype
+    model: CudaLlama,
+    config: LlamaConfig,
+    options: LoadOptions,
+    num_rows: int,
+    max_model_len: int,
+    kv_dtype: torch.dtype,
 ) -> int:
     """Bytes that the largest step allocates while it runs. A small one follows: between them they compile all that is
     compiled at first use."""
@@ -169,7 +182,8 @@ def _largest_step(
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
     tiles = num_rows // prefill_attention.TILE_ROWS + num_seqs
-    for shape in (StepShape(num_rows, num_seqs, 1, tiles), StepShape(1, 1, 1, 1)):
+    width = -(-max_model_len // options.block_size) if options.batch_invariant else 1  # each row gets a table then
+    for shape in (StepShape(num_rows, num_seqs, width, tiles), StepShape(1, 1, 1, 1)):
         host = np.zeros(num_words(shape), np.int32)
         write_idle(StepInputs.over(host, shape))
         inputs = StepInputs.over(torch.from_numpy(host).to(device), shape)

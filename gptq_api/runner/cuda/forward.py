@@ -31,6 +31,17 @@ MAX_DRAFT_ROWS = gemm.DECODE_MAX_M
 """of a step with drafts: up to so many, a product gives a row the same bits"""
 
 
+def of_cublas(model: LlamaWeights) -> list[str]:
+    """The Linears in which a row's bits depend on how many rows there are."""
+    names = [
+        f"{name} of layer {i}"
+        for i, layer in enumerate(model.layers)
+        for name in ("qkv", "o", "gate_up", "down")
+        if not isinstance(getattr(layer, name), PackedGPTQLinear)
+    ]
+    return names if isinstance(model.lm_head, CudaDenseLinear | PackedGPTQLinear) else [*names, "the quantized head"]
+
+
 @dataclass(frozen=True)
 class _Layer:
     """LayerWeights with what its kernels want to know, in their types."""
@@ -81,13 +92,43 @@ def _weight(norm: RMSNorm, dtype: torch.dtype, perm: Tensor | None = None) -> Te
     return weight if perm is None else weight[perm.long()]
 
 
+@dataclass(frozen=True)
+class _Context:
+    """What each sequence of a step attends to."""
+
+    block_tables: Tensor
+    lengths: Tensor
+    query_start: Tensor
+    tiles: Tensor | None
+    """of sequences of several rows; None: there are none"""
+
+    @classmethod
+    def of(cls, inputs: StepInputs[Tensor], by_row: bool) -> _Context:
+        """`by_row`: as if each row were a sequence, so that one kernel attends, in the order of a decode step."""
+        if not by_row:
+            tiles = inputs.tiles if len(inputs.tiles) else None
+            return cls(inputs.block_tables, inputs.context_lens, inputs.query_start, tiles)
+        rows = torch.arange(len(inputs.positions) + 1, dtype=torch.int32, device=inputs.positions.device)
+        sequence = torch.searchsorted(inputs.query_start[1:], rows[:-1], right=True)
+        sequence = sequence.clamp_(max=len(inputs.block_tables) - 1)  # padding, whose length is 0
+        return cls(inputs.block_tables.index_select(0, sequence), inputs.positions + 1, rows, None)
+
+
 class CudaLlama:
     """A Llama on the device with buffers for steps of up to `max_rows` tokens and `max_sequences` sequences."""
 
     def __init__(
-        self, model: LlamaWeights, max_rows: int, max_sequences: int, max_model_len: int, dtype: torch.dtype
+        self,
+        model: LlamaWeights,
+        max_rows: int,
+        max_sequences: int,
+        max_model_len: int,
+        dtype: torch.dtype,
+        batch_invariant: bool = False,
     ) -> None:
+        """`batch_invariant`: a row has the same bits in every step, unless `of_cublas` names something."""
         self.config, self.num_bytes, self.dtype = model.config, model.num_bytes, dtype
+        self._batch_invariant, self._of_cublas = batch_invariant, of_cublas(model)
         self._embedding, self._lm_head, c = model.embedding, model.lm_head, model.config
         self._layers = [_Layer.of(layer, dtype) for layer in model.layers]
         self._norm = _weight(model.norm, dtype)
@@ -109,10 +150,8 @@ class CudaLlama:
 
     @property
     def max_draft_rows(self) -> int:
-        """Up to how many rows each has the bits it has alone; 0: cuBLAS multiplies with some weight."""
-        linears = [linear for layer in self._layers for linear in (layer.qkv, layer.o, layer.gate_up, layer.down)]
-        packed = all(isinstance(linear, PackedGPTQLinear) for linear in linears)
-        return MAX_DRAFT_ROWS if packed and isinstance(self._lm_head, CudaDenseLinear) else 0
+        """Up to how many rows each has the bits it has alone."""
+        return 0 if self._of_cublas else MAX_DRAFT_ROWS
 
     def forward(
         self,
@@ -130,6 +169,7 @@ class CudaLlama:
         sequences may be rows of one.
         """
         rows = inputs.positions.shape[0]
+        where = _Context.of(inputs, by_row=self._batch_invariant and not decode)
         x, normed = self._x[:rows], self._normed[:rows]
         ops.embed(history, inputs.row_seat, inputs.positions, self._embedding, x)
         few = decode and rows <= SCATTER_MAX_ROWS
@@ -137,7 +177,7 @@ class CudaLlama:
             ops.rms_norm(x, layer.input_norm, self._eps, normed, layer.input_order)
             qkv = layer.qkv.forward(normed, self._qkv[:rows])
             index = layer.o_index if few else None
-            attended = self._attend(qkv, layer, kv, inputs, index, alone=decode and not drafted, tiles=not decode)
+            attended = self._attend(qkv, layer, kv, inputs, where, index, alone=decode and not drafted)
             (layer.o_sorted if few else layer.o).forward(attended, x, residual=x)
             ops.rms_norm(x, layer.post_attention_norm, self._eps, normed, layer.gate_up_order)
             gated = layer.gate_up.forward(normed, self._gated[:rows], silu_mul=True)
@@ -162,15 +202,14 @@ class CudaLlama:
         layer: _Layer,
         kv: Tensor,
         inputs: StepInputs[Tensor],
+        context: _Context,
         out_index: Tensor | None,
         *,
         alone: bool,
-        tiles: bool,
     ) -> Tensor:
-        """`alone`: no row attends to another one of this step, so the attention may write keys and values itself.
-        `tiles`: some sequences have several rows."""
+        """`alone`: no row attends to another one of this step, so the attention may write keys and values itself."""
         out = self._attended[: len(qkv)]
-        where = (inputs.block_tables, inputs.context_lens, inputs.query_start)
+        where = (context.block_tables, context.lengths, context.query_start)
         rotary = None
         norms = (layer.q_norm, layer.k_norm, self._eps)
         if alone:
@@ -181,8 +220,8 @@ class CudaLlama:
         shared = (self._num_heads, self._scale)
         # What a pure decode step reads of the cache was there before its first kernel.
         decode_attention(qkv, kv, *where, out, *shared, self._workspace, window, rotary, out_index, prefetch=alone)
-        if tiles:
-            prefill_attention(qkv, kv, *where, inputs.tiles, out, *shared, window)
+        if context.tiles is not None:
+            prefill_attention(qkv, kv, *where, context.tiles, out, *shared, window)
         return out
 
     def _head(self, x: Tensor, out: Tensor) -> Tensor:
