@@ -16,12 +16,14 @@ from dataclasses import dataclass
 import msgspec
 import numpy as np
 
-from gptq_api.step import Masks, Sampled, Step
+from gptq_api.step import Masks, PromptCosts, Sampled, Step
 
 _ROWS_MS = ((1, 3.2), (8, 3.2), (32, 4.4), (64, 5.7), (128, 7.6), (256, 12.6), (512, 20.9), (2048, 77.5), (8192, 310.0))
 """rows of a step -> what its Linears take"""
 _CONTEXT_MS = 0.2e-3
 """per token of a decoding sequence: 819 KB of K and V at 4 TB/s"""
+_PROMPT_CONTEXT_MS = 1.9e-6
+"""per row of a prompt and token before it: 0.82 MFLOP at 430 TFLOP/s"""
 _SAMPLE_MS = 0.0125
 """per sampled token"""
 FIRST_TOKEN = 16_000
@@ -29,12 +31,13 @@ FIRST_TOKEN = 16_000
 VOCAB_SIZE = 32_000
 
 
-def step_ms(rows: int, context: int, sampled: int) -> float:
-    """Milliseconds of a step; `context`: tokens that its decoding sequences see, together."""
+def step_ms(rows: int, context: int, sampled: int, prompt_context: float = 0) -> float:
+    """Milliseconds of a step; `context`: tokens that its decoding sequences see, together; `prompt_context`: those that
+    the rows of prompts see."""
     i = min(max(bisect_right(_ROWS_MS, (rows, 0.0)), 1), len(_ROWS_MS) - 1)
     (low, low_ms), (high, high_ms) = _ROWS_MS[i - 1], _ROWS_MS[i]
     linears = low_ms + (max(rows, 1) - low) * (high_ms - low_ms) / (high - low)
-    return linears + context * _CONTEXT_MS + sampled * _SAMPLE_MS
+    return linears + context * _CONTEXT_MS + sampled * _SAMPLE_MS + prompt_context * _PROMPT_CONTEXT_MS
 
 
 @dataclass(slots=True)
@@ -52,6 +55,7 @@ class SimulatedRunner:
     row_multiple = 192
     shared_rows = None
     max_draft_rows, row_cost, wait_cost = 0, 0.02, 0.1
+    prompt_costs: PromptCosts | None = PromptCosts(decode_ms=3.2, row_ms=0.037, context_ms=1.9e-6)
     num_blocks, block_size = 9594, 16
     max_model_len = 4096
     vocab_size = VOCAB_SIZE
@@ -64,8 +68,10 @@ class SimulatedRunner:
         self._busy_until = 0.0
 
     def launch(self, step: Step) -> _Launched:
-        context = sum(start for start, n in zip(step.num_computed, step.num_new, strict=True) if n == 1)
-        seconds = step_ms(step.num_tokens, context, sum(step.num_sampled)) / 1e3
+        columns = list(zip(step.num_computed, step.num_new, strict=True))
+        context = sum(start for start, n in columns if n == 1)
+        prompts = sum(n * (start + n / 2) for start, n in columns if n > 1)
+        seconds = step_ms(step.num_tokens, context, sum(step.num_sampled), prompts) / 1e3
         self._busy_until = max(self._now(), self._busy_until) + seconds
         tokens = [
             FIRST_TOKEN + (seat * 7919 + start * 104729) % (VOCAB_SIZE - FIRST_TOKEN)

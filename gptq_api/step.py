@@ -100,6 +100,18 @@ class Sampled(msgspec.Struct, frozen=True):
     """for each of the Step's `prompt_rows`"""
 
 
+@dataclass(slots=True, frozen=True)
+class PromptCosts:
+    """What a runner's steps take, in milliseconds: estimates, which decide how large steps are and nothing else."""
+
+    decode_ms: float
+    """a step of one row"""
+    row_ms: float
+    """what a row of a prompt adds to a step of many"""
+    context_ms: float
+    """and it adds more for each token before it"""
+
+
 class DeviceMemoryError(RuntimeError):
     """The device has no memory for this step. A runner's `launch` raises it having launched nothing that samples."""
 
@@ -120,6 +132,9 @@ class Runner(Protocol[Launched]):
     wait_cost: float
     """what it costs to launch a step only when the one before it is collected, as a share of a step of one row; 0 where
     that is always so"""
+
+    prompt_costs: PromptCosts | None
+    """None: not known"""
 
     @property
     def num_graphs(self) -> int:

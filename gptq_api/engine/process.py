@@ -127,6 +127,7 @@ def _serve(sock: socket.socket, inbox: Inbox, told: EngineOptions) -> int:
         runner.row_multiple,
         shared_rows=runner.shared_rows,
         speculation=speculation_of(told.speculate, runner.max_draft_rows, runner.row_cost, runner.wait_cost),
+        prompt_costs=runner.prompt_costs,
     )
     engine = Engine(runner, scheduler, trace, grammars, lambda *compiled: inbox.put(_Compiled(*compiled)))
     gc.collect()

@@ -54,6 +54,12 @@ class LlamaConfig:
     torch_dtype: str | None
 
     @property
+    def weights_per_layer(self) -> int:
+        """of its Linears"""
+        heads, kv = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
+        return self.hidden_size * (2 * heads + 2 * kv + 3 * self.intermediate_size)
+
+    @property
     def kv_elements_per_token(self) -> int:
         return 2 * self.num_hidden_layers * self.num_key_value_heads * self.head_dim
 

@@ -24,12 +24,10 @@ from gptq_api.scheduler.sequence import Sequence
 from gptq_api.scheduler.shared_steps import SharedSteps
 from gptq_api.scheduler.shares import who_leaves_a_seat, who_leaves_blocks, who_loses_its_blocks
 from gptq_api.scheduler.speculation import Speculation
+from gptq_api.scheduler.step_budget import StepBudget
 from gptq_api.scheduler.waiting import WaitingQueue
-from gptq_api.step import Admission, NewBlocks, PromptRows, Sampled, Step
+from gptq_api.step import Admission, NewBlocks, PromptCosts, PromptRows, Sampled, Step
 from gptq_api.types import FinishReason, PromptLogprobs, SamplingParams
-
-MANY_TILES = 4
-"""so many, and a rounding to whole ones changes little in what a step takes"""
 
 
 @dataclass(slots=True)
@@ -71,7 +69,8 @@ class Scheduler:
 
     max_num_seqs: sequences in one step; max_num_batched_tokens: tokens in one step; row_multiple: what their number is
     best a multiple of, where they are many; shared_rows: sequences that decode in one step while several owners share
-    it, which is also small (None: all); speculation: what is drafted (None: nothing).
+    it, which is also small (None: all); speculation: what is drafted (None: nothing); prompt_costs: what the runner
+    says of them.
     """
 
     def __init__(
@@ -83,8 +82,10 @@ class Scheduler:
         row_multiple: int = 1,
         shared_rows: int | None = None,
         speculation: Speculation | None = None,
+        prompt_costs: PromptCosts | None = None,
     ) -> None:
-        self.blocks, self._row_multiple, self._speculation = blocks, row_multiple, speculation
+        self.blocks, self._speculation = blocks, speculation
+        self._step_budget = StepBudget(max_num_batched_tokens, row_multiple, prompt_costs)
         self.max_num_seqs, self.max_num_batched_tokens = max_num_seqs, max_num_batched_tokens
         self.enable_prefix_caching = enable_prefix_caching
         self.waiting = WaitingQueue()
@@ -167,7 +168,9 @@ class Scheduler:
                 drafts = self._speculation.drafts(alone, self._budget)
             elif self._speculation.had_better_wait(alone):
                 return _nothing()
-        budget = self._step_budget(len(decoding))
+        context = max((seq.num_computed_tokens for seq, _ in prompts), default=0)
+        budget = self._step_budget.num_rows(len(decoding), len(prompts) + len(self.waiting), context)
+        budget = min(budget, self._budget)
         budget = min(budget, len(decoding) + self._shared_steps.most_prompt_tokens(budget))
         if drafts:
             budget = self._budget
@@ -360,18 +363,6 @@ class Scheduler:
             if reason is not None:
                 return reason
         return None
-
-    def _step_budget(self, num_decoding: int) -> int:
-        """Tokens of the next step. Whoever decodes waits for the prompts beside it, so while somebody does, these get
-        3/4 of the limit, less 2 tokens for each such sequence (beside its own row it costs the reading of its context),
-        and a quarter at least; of many, as many as fill the tiles of the model's products."""
-        limit = self.max_num_batched_tokens
-        if num_decoding:
-            num_rows = num_decoding + max(1, limit // 4, 3 * limit // 4 - 2 * num_decoding)
-            if num_rows >= MANY_TILES * self._row_multiple:
-                num_rows = round(num_rows / self._row_multiple) * self._row_multiple
-            limit = min(limit, num_rows)
-        return min(limit, self._budget)
 
     def _append(self, seq: Sequence, token: int) -> FinishReason | None:
         num_known = seq.num_known_computed_tokens

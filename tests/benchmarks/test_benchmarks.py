@@ -154,3 +154,22 @@ def test_an_attack_is_measured(tmp_path: Path) -> None:
     subprocess.run([*command, "--out", str(out)], check=True, timeout=100)
     row = json.loads(out.read_text())["rows"]["killed_engine_told"]
     assert 0 < row["value"] < 20_000 and row["must"] == 200
+
+
+@pytest.mark.parametrize("script", ["latency"], indirect=True)
+def test_prompts_take_the_time_that_others_can_wait(script: ModuleType) -> None:
+    """On the simulated device, where a step of 64 that decode takes 9 ms: whoever decodes waits 16 more for prompts,
+    and a burst still has its first tokens sooner than with steps limited by their rows."""
+    wave, users = script.LOADS["64 users, 128 tokens in and out"]
+    felt, before = (script.load(wave, users, by_rows=by_rows) for by_rows in (False, True))
+    assert felt.between_p99() < 26 < 55 < before.between_p99()
+    assert felt.tokens_per_second > 0.99 * before.tokens_per_second
+    long, users = script.LOADS["4 that decode beside a prompt of 30,000 tokens"]
+    felt, before = (script.load(long, users, by_rows=by_rows) for by_rows in (False, True))
+    assert felt.between_p99(range(4)) < 40 < 100 < before.between_p99(range(4))
+    assert felt.first[4] < 1.1 * before.first[4]
+    for burst in ("256 at once, the same", "256 at once, sampled lengths"):
+        requests, users = script.LOADS[burst]
+        felt, before = (script.load(requests, users, by_rows=by_rows) for by_rows in (False, True))
+        assert script.p99(felt.first) < 0.95 * script.p99(before.first)
+        assert felt.tokens_per_second > 0.99 * before.tokens_per_second

@@ -18,7 +18,7 @@ from hashlib import blake2b
 
 import msgspec
 
-from gptq_api.step import Admission, DeviceMemoryError, Masks, Sampled, Step
+from gptq_api.step import Admission, DeviceMemoryError, Masks, PromptCosts, Sampled, Step
 from gptq_api.types import PromptLogprobs, SamplingParams
 
 STOP = 0
@@ -81,6 +81,11 @@ class ToyRunner:
 
     vocab_size = NUM_TOKENS
     num_graphs = 0
+<<<<<<< HEAD
+=======
+    max_draft_rows = 0
+    prompt_costs: PromptCosts | None = None
+>>>>>>> 17aa158 (Prompts get a time in each step, not a number of rows: whoever decodes waits 16 ms for them, and a burst has large steps)
     row_cost = 0.1
 
     def __init__(

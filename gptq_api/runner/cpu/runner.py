@@ -14,7 +14,7 @@ from gptq_api.runner.cpu.forward import PlainLlama
 from gptq_api.runner.cpu.native_forward import NativeLlama
 from gptq_api.runner.cpu.prompt_logprobs import SLICE_ROWS, in_torch, packed, scored
 from gptq_api.runner.seats import Seat, Seats
-from gptq_api.step import DeviceMemoryError, Masks, PromptRows, Sampled, Step
+from gptq_api.step import DeviceMemoryError, Masks, PromptCosts, PromptRows, Sampled, Step
 from gptq_api.types import PromptLogprobs, TokenLogprobs
 
 _NO_MEMORY = "DefaultCPUAllocator"
@@ -53,6 +53,7 @@ class CpuRunner:
     lookahead = 0
     num_graphs = 0
     row_multiple = 1
+    prompt_costs: PromptCosts | None = None  # steps are limited by their rows
     shared_rows: int | None = SHARED_ROWS
     row_cost = 0.17
     wait_cost = 0.0
