@@ -170,7 +170,7 @@ def choose_backend(
     if reason is not None:
         _log.warning("the CUDA kernels do not serve this: %s. It runs slowly, in float32", reason)
         return BACKENDS["cpu"](device, torch.float32)
-    return BACKENDS["cuda"](device, dtype)
+    return CudaBackend(device, dtype, batch_invariant=options.batch_invariant)
 
 
 def _default_threads(checkpoint: Checkpoint) -> int:

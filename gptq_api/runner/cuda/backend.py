@@ -50,8 +50,10 @@ class CudaBackend:
     kind = "cuda"
     default_batched_tokens = 2048
 
-    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, device: torch.device, dtype: torch.dtype, *, batch_invariant: bool = False) -> None:
+        """`batch_invariant`: products give a row the same bits however many there are."""
         self.device, self.dtype, self.head_dtype = device, dtype, dtype
+        self._same_bits = batch_invariant
         # cuBLAS may add parts of a sum up in 16 bits where it cuts k: how exact a row is would depend on its company.
         torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
@@ -111,7 +113,8 @@ class CudaBackend:
             raise PackError(str(error)) from None
         if bias is not None and order is not None:
             bias = bias[order]
-        return PackedGPTQLinear(weight, bias, sorted_by_producer=role.sorted_by_producer)
+        by_producer = role.sorted_by_producer
+        return PackedGPTQLinear(weight, bias, sorted_by_producer=by_producer, same_bits=self._same_bits)
 
     def fed_by(self, gate_up: Linear, down: Linear) -> Linear:
         if isinstance(gate_up, PackedGPTQLinear) and isinstance(down, PackedGPTQLinear):

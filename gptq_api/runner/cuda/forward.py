@@ -39,7 +39,7 @@ def of_cublas(model: LlamaWeights) -> list[str]:
         for name in ("qkv", "o", "gate_up", "down")
         if not isinstance(getattr(layer, name), PackedGPTQLinear)
     ]
-    return names if isinstance(model.lm_head, CudaDenseLinear | PackedGPTQLinear) else [*names, "the quantized head"]
+    return names if isinstance(model.lm_head, PackedGPTQLinear) else [*names, "the head"]
 
 
 @dataclass(frozen=True)

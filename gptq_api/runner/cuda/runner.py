@@ -266,7 +266,7 @@ class CudaRunner:
             self.run_idle(shape, capture)
             end.record()
             end.synchronize()
-            times.append(begin.elapsed_time(end))
+            times.append(float(begin.elapsed_time(end)))
         return sorted(times)[1]
 
     @torch.inference_mode()
