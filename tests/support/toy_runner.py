@@ -81,11 +81,7 @@ class ToyRunner:
 
     vocab_size = NUM_TOKENS
     num_graphs = 0
-<<<<<<< HEAD
-=======
-    max_draft_rows = 0
     prompt_costs: PromptCosts | None = None
->>>>>>> 17aa158 (Prompts get a time in each step, not a number of rows: whoever decodes waits 16 ms for them, and a burst has large steps)
     row_cost = 0.1
 
     def __init__(
