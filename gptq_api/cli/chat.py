@@ -76,7 +76,8 @@ class Chat:
             self._fail(error)
             return self._interactive and not error.fatal
         ending = "stopped" if stopped else {"length": "cut at the token limit"}.get(report.finish_reason or "", "")
-        self._note(timer.summary(report.num_tokens) + (f", {ending}" if ending else ""))
+        drafted = f"{report.num_accepted} of {report.num_drafted} drafted tokens accepted" if report.num_drafted else ""
+        self._note(", ".join(filter(None, (timer.summary(report.num_tokens), drafted, ending))))
         return True
 
     async def _stream(

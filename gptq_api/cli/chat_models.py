@@ -36,6 +36,9 @@ class Report:
     """What an answer turned out to be, filled in while it streams."""
 
     num_tokens: int = 0
+    num_drafted: int = 0
+    num_accepted: int = 0
+    """drafted tokens that were the right ones; of a server nobody asks"""
     finish_reason: str | None = None
     num_dropped: int = 0
     """oldest messages of the conversation that were left out because the context is full"""
@@ -102,6 +105,8 @@ class LocalModel:
                 async for (delta,) in generation:
                     pieces = choice.take(delta)
                     report.num_tokens, report.finish_reason = choice.num_tokens, choice.finish_reason
+                    accepted, rejected = generation.drafted[0]
+                    report.num_accepted, report.num_drafted = accepted, accepted + rejected
                     for piece in pieces:
                         if piece.text:
                             yield piece.text
