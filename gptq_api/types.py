@@ -200,6 +200,8 @@ class StepOutput(msgspec.Struct, frozen=True, tag="step", kw_only=True):
     drafted: dict[int, tuple[int, int]] = {}
     """sequence id -> (accepted, rejected) of all tokens that were drafted for it by now: of those that had any in this
     step. A reader may leave before a sequence has finished."""
+    predicted: dict[int, tuple[int, int]] = {}
+    """the same of those that its `Add.prediction` suggested"""
 
 
 ToEngine = Add | Abort

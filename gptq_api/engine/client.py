@@ -295,6 +295,9 @@ class EngineClient:
         for sequence_id, drafted in step.drafted.items():
             if generation := generations.get(sequence_id):
                 generation.drafted[sequence_id - generation.first_id] = drafted
+        for sequence_id, predicted in step.predicted.items():
+            if generation := generations.get(sequence_id):
+                generation.predicted[sequence_id - generation.first_id] = predicted
         for sequence_id, told in step.prompt_logprobs.items():
             if generation := generations.get(sequence_id):
                 generation.put_prompt(sequence_id, told)

@@ -215,6 +215,7 @@ class Engine(Generic[Launched]):
             stats=self.stats(num_batched_tokens),
             prompt_logprobs=progress.prompt_logprobs,
             drafted=progress.drafted,
+            predicted=progress.predicted,
         )
 
     def stats(self, num_batched_tokens: int = 0) -> EngineStats:

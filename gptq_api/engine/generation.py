@@ -42,6 +42,8 @@ class Generation:
         """by choice, prompt tokens that came from the prefix cache; known with the first token"""
         self.drafted = [(0, 0)] * num_choices
         """by choice, (accepted, rejected) of the tokens that were drafted for it so far"""
+        self.predicted = [(0, 0)] * num_choices
+        """the same of those that its prediction suggested"""
         self._leave = leave
         self._news: dict[int, Delta] = {}  # by choice, in the order of arrival
         self._running = set(range(num_choices))  # choices of which more may come

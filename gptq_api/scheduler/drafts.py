@@ -14,6 +14,8 @@ from typing import Protocol
 
 from gptq_api.scheduler.sequence import Sequence
 
+PREDICTION = "prediction"
+"""the source of what the client said"""
 LONGEST_MATCH = 16
 """tokens that are compared; a longer match is no surer"""
 _MOST_PLACES = 24
@@ -140,7 +142,7 @@ class TextDrafts:
             if not match:
                 return None
         following = prediction.tokens[place : place + most]
-        return Guess(following, match, "prediction") if following else None
+        return Guess(following, match, PREDICTION) if following else None
 
     def ended(self, seq: Sequence) -> None:
         if self._past is not None:

@@ -59,7 +59,9 @@ class Progress:
     prompt_logprobs: dict[int, PromptLogprobs] = field(default_factory=dict)
     """by sequence id"""
     drafted: dict[int, tuple[int, int]] = field(default_factory=dict)
-    """sequence id -> (accepted, rejected) drafted tokens, of those that finished and had any"""
+    """sequence id -> (accepted, rejected) drafted tokens by now, of those that had any in this step"""
+    predicted: dict[int, tuple[int, int]] = field(default_factory=dict)
+    """the same of those that its prediction suggested"""
     finished: dict[int, FinishReason] = field(default_factory=dict)
     """by sequence id; these hold no memory any more"""
 
@@ -329,11 +331,12 @@ class Scheduler:
                     self.counters.drafts += 1
                     self.counters.draft_tokens += num_drafted
                     self.counters.accepted_tokens += num_accepted
+                    assert seq.drafting is not None
+                    progress.drafted[seq.sequence_id] = seq.drafting.drafted.told
+                    if seq.drafting.predicted.num:
+                        progress.predicted[seq.sequence_id] = seq.drafting.predicted.told
             if reason is not None:
                 progress.finished[seq.sequence_id] = reason
-                if seq.drafting is not None and seq.drafting.num_drafted:
-                    accepted = seq.drafting.num_accepted
-                    progress.drafted[seq.sequence_id] = accepted, seq.drafting.num_drafted - accepted
                 done.add(seq)
                 del self._live[seq.sequence_id]
         if done:

@@ -19,7 +19,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
-from gptq_api.scheduler.drafts import LONGEST_MATCH, DraftSource, Guess, PastAnswers, TextDrafts
+from gptq_api.scheduler.drafts import LONGEST_MATCH, PREDICTION, DraftSource, Guess, PastAnswers, TextDrafts
 from gptq_api.scheduler.sequence import Sequence
 
 _MARGIN = 1.03
@@ -66,6 +66,24 @@ class Rates:
 
 
 @dataclass(slots=True)
+class Tally:
+    """What became of drafted tokens."""
+
+    num: int = 0
+    num_accepted: int = 0
+    """those that the sequence got"""
+
+    def add(self, num: int, num_accepted: int) -> None:
+        self.num += num
+        self.num_accepted += num_accepted
+
+    @property
+    def told(self) -> tuple[int, int]:
+        """(accepted, rejected)."""
+        return self.num_accepted, self.num - self.num_accepted
+
+
+@dataclass(slots=True)
 class Drafting:
     """What is known of one sequence."""
 
@@ -74,9 +92,9 @@ class Drafting:
     guess: Guess | None = None
     place: int = 0
     """where in the sequence its first token would stand"""
-    num_drafted: int = 0
-    num_accepted: int = 0
-    """drafted tokens that the sequence got"""
+    drafted: Tally = field(default_factory=Tally)
+    predicted: Tally = field(default_factory=Tally)
+    """the part of them that its prediction suggested"""
 
 
 @dataclass(slots=True)
@@ -172,13 +190,14 @@ class Speculation:
         drafting = seq.drafting
         if drafting is None:
             return
-        drafting.num_drafted += num_drafted
-        drafting.num_accepted += num_accepted
+        drafting.drafted.add(num_drafted, num_accepted)
         if drafting.guess is None:
             return
         guess, drafting.guess = drafting.guess, None
         if drafting.place != num_before:
             return
+        if guess.source == PREDICTION:
+            drafting.predicted.add(num_drafted, num_accepted)
         own = drafting.rates.get(guess.source)
         if own is None:
             own = drafting.rates[guess.source] = Rates(_KEPT)

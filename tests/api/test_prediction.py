@@ -134,12 +134,10 @@ async def test_ids_without_a_row_are_left_out() -> None:
 
 
 @contextmanager
-def work_of(
-    engine: HandFedEngine, num_samples: int = 1, predicted: bool = True, stop: tuple[str, ...] = ()
-) -> Iterator[Work]:
+def work_of(engine: HandFedEngine, num_samples: int = 1, stop: tuple[str, ...] = ()) -> Iterator[Work]:
     service = Service(engine.settings, engine, TextProcess(checkpoint_folder("demo")), tokenizer(), None, "demo")  # type: ignore[arg-type]
     params = [SamplingParams(max_tokens=20, seed=seed, top_logprobs=0) for seed in range(num_samples)]
-    prompt = Prompt([1, 2, 3], params, pack_ids([7, 8, 9] if predicted else []))
+    prompt = Prompt([1, 2, 3], params, pack_ids([7, 8, 9]))
     new_text = partial(TextStream, tokenizer(), stop=stop, continues=True)
     with admitted(service, RequestRecord("req"), [prompt], new_text, Terms()) as work:
         yield work
@@ -168,28 +166,19 @@ async def test_all_samples_share_it_and_usage_adds_up() -> None:
     with work_of(engine, 2) as work:
         assert isinstance(engine.sent[0], Add)
         assert unpack_ids(engine.sent[0].prediction) == [7, 8, 9] and len(engine.sent[0].params) == 2
-        step(engine, *((1, token) for token in ids), (2, ids[0]), drafted={1: (3, 1), 2: (0, 4)})
-        step(engine, (2, ids[1]), finished={1: "length", 2: "length"}, drafted={2: (0, 8)})
+        step(engine, *((1, token) for token in ids), (2, ids[0]), drafted={1: (3, 1), 2: (0, 4)}, predicted={1: (2, 0)})
+        last = {"drafted": {2: (0, 8)}, "predicted": {2: (0, 4)}}
+        step(engine, (2, ids[1]), finished={1: "length", 2: "length"}, **last)
         answer = await whole(work, CompletionFormat(HEAD, 2, UsageEvents(False, False), None, ["", ""]))
-        assert accepted(answer["usage"]) == (3, 9)
+        assert accepted(answer["usage"]) == (2, 4), "what was drafted from other texts is none of it"
         assert answer["usage"]["completion_tokens"] == len(ids) + 2, "drafts are none"
     assert work.record.notes["tokens_drafted"] == 12 and work.record.notes["tokens_accepted"] == 3
-
-
-async def test_without_a_prediction_usage_says_nothing_of_guesses() -> None:
-    engine = HandFedEngine()
-    with work_of(engine, predicted=False) as work:
-        step(
-            engine, *((1, token) for token in tokenizer().encode("one two")), finished={1: "stop"}, drafted={1: (1, 2)}
-        )
-        answer = await whole(work, ChatFormat(HEAD, 1, UsageEvents(False, False), None))
-        assert accepted(answer["usage"]) == (0, 0)
-    assert work.record.notes["tokens_drafted"] == 3 and work.record.notes["tokens_accepted"] == 1
 
 
 async def test_a_stream_tells_what_came_of_it_at_its_end_and_in_chunks() -> None:
     engine = HandFedEngine()
     ids = tokenizer().encode("one two three four")
+    told = {1: (len(ids) - 2, 2)}
     with work_of(engine) as work:
         shape = ChatFormat(HEAD, 1, UsageEvents(True, True), partial(chat_logprobs, tokenizer(), num_top=0))
         stream = events(work, shape)
@@ -197,17 +186,16 @@ async def test_a_stream_tells_what_came_of_it_at_its_end_and_in_chunks() -> None
         step(engine, (1, ids[0]))
         (chunk,) = await item(stream)
         assert accepted(chunk["usage"]) == (0, 0)
-        step(engine, *((1, token) for token in ids[1:]), drafted={1: (len(ids) - 2, 2)})
+        step(engine, *((1, token) for token in ids[1:]), drafted=told, predicted=told)
         (chunk,) = await item(stream)
-        assert accepted(chunk["usage"]) == (len(ids) - 2, 2), "one chunk for a run"
-        assert chunk["choices"][0]["delta"]["content"] == tokenizer().decode(ids).removeprefix(
-            tokenizer().decode(ids[:1])
-        )
-        told = chunk["choices"][0]["logprobs"]["content"]
-        assert [entry["logprob"] for entry in told] == [-float(token) for token in ids[1:]]
+        assert accepted(chunk["usage"]) == told[1], "one chunk for a run"
+        text, first = tokenizer().decode(ids), tokenizer().decode(ids[:1])
+        assert chunk["choices"][0]["delta"]["content"] == text.removeprefix(first)
+        entries = chunk["choices"][0]["logprobs"]["content"]
+        assert [entry["logprob"] for entry in entries] == [-float(token) for token in ids[1:]]
         engine.step(finished={1: "length"})
         *_, usage = await item(stream)
-        assert usage["choices"] == [] and accepted(usage["usage"]) == (len(ids) - 2, 2)
+        assert usage["choices"] == [] and accepted(usage["usage"]) == told[1]
         assert usage["usage"]["completion_tokens"] == len(ids)
 
 
@@ -217,7 +205,7 @@ async def test_a_stop_string_inside_a_run_ends_text_logprobs_and_bill(way: str) 
     ids = tokenizer().encode("one two three four five six")
     with work_of(engine, stop=(" three",)) as work:
         shape = ChatFormat(HEAD, 1, UsageEvents(True, False), partial(chat_logprobs, tokenizer(), num_top=0))
-        step(engine, *((1, token) for token in ids), drafted={1: (len(ids) - 1, 1)})
+        step(engine, *((1, token) for token in ids), drafted={1: (len(ids) - 1, 1)}, predicted={1: (len(ids) - 1, 1)})
         if way == "whole":
             answer = await whole(work, shape)
             text, told = answer["choices"][0]["message"]["content"], answer["choices"][0]["logprobs"]["content"]
@@ -233,7 +221,7 @@ async def test_a_stop_string_inside_a_run_ends_text_logprobs_and_bill(way: str) 
         assert tokenizer().decode(ids[:num]).endswith(" three") and num < len(ids)
         assert [entry["logprob"] for entry in told] == [-float(token) for token in ids[: len(told)]]
         assert "".join(entry["token"] for entry in told).strip() == "one two"
-        assert accepted(usage)[0] <= num, "what stands behind it is nobody's"
+        assert accepted(usage) == (num, 1), "what stands behind it is nobody's"
 
 
 async def _once(data: bytes) -> AsyncIterator[bytes]:

@@ -129,7 +129,9 @@ class World:
             for sequence_id, reason in output.finished.items():
                 assert sequence_id not in self.finished and sequence_id not in self.aborted
                 self.finished[sequence_id] = reason
-            assert output.drafted.keys() <= output.finished.keys()
+            assert output.drafted.keys().isdisjoint(self.finished.keys() - output.finished.keys())
+            for sequence_id, part in output.predicted.items():
+                assert all(num <= of for num, of in zip(part, output.drafted[sequence_id], strict=True))
             self.drafted |= output.drafted
         return output
 
@@ -504,6 +506,8 @@ def test_a_prediction_is_taken_as_far_as_the_model_has_rows_for_it() -> None:
         world.drain()
         world.check()
         assert world.scheduler.counters.accepted_tokens >= accepted
+        told = next((output.predicted[1] for output in reversed(world.outputs) if 1 in output.predicted), (0, 0))
+        assert told[0] >= accepted and (accepted or not told[0])
 
 
 def test_guesses_take_nobodys_memory() -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from gptq_api.scheduler.drafts import LONGEST_MATCH, Guess
 from gptq_api.scheduler.sequence import Sequence
-from gptq_api.scheduler.speculation import Speculation, speculation_of
+from gptq_api.scheduler.speculation import Tally, Speculation, speculation_of
 from gptq_api.types import SamplingParams
 from tests.support.draft_sources import Garbage, Truth
 
@@ -58,7 +58,7 @@ def test_the_truth_is_drafted_as_far_as_rows_go() -> None:
     drafted = run(speculation, seq, list(range(4, 204)))
     assert drafted[5:-1] == [7] * len(drafted[5:-1]) and len(drafted) < 30
     assert seq.drafting is not None
-    assert (seq.drafting.num_drafted, seq.drafting.num_accepted) == (sum(drafted), 200 - len(drafted))
+    assert seq.drafting.drafted == Tally(sum(drafted), 200 - len(drafted))
 
 
 def test_garbage_is_given_up_and_tried_no_more() -> None:

@@ -44,6 +44,7 @@ class HandFedEngine(EngineClient):
         prompt_logprobs: dict[int, PromptLogprobs] | None = None,
         logprobs: dict[int, TokenLogprobs] | None = None,
         drafted: dict[int, tuple[int, int]] | None = None,
+        predicted: dict[int, tuple[int, int]] | None = None,
     ) -> None:
         """One message of the engine; `tokens`: (sequence id, token)."""
         output = StepOutput(
@@ -55,6 +56,7 @@ class HandFedEngine(EngineClient):
             stats=EngineStats(num_running, 0, 0, 0, 0, 0, 0, 1),
             prompt_logprobs=prompt_logprobs or {},
             drafted=drafted or {},
+            predicted=predicted or {},
         )
         message = wire.decode_from_engine(wire.encode(output)[4:])
         assert isinstance(message, StepOutput)

@@ -49,6 +49,8 @@ class Choice:
         """all that came, where somebody asked for them; the first `num_tokens` count"""
         self._num_told_ids = 0
         self.num_tokens = 0
+        self.num_received = 0
+        """tokens that came: more than count where a stop string was met before the last of them"""
         self.num_reasoning_tokens = 0
         self.first_token_at: float | None = None
         self.last_token_at: float | None = None
@@ -89,6 +91,7 @@ class Choice:
         shown.
         """
         tokens = delta.tokens
+        self.num_received += len(tokens)
         if self.token_ids is not None:
             self.token_ids += tokens
         if tokens:

@@ -61,20 +61,21 @@ class Work:
             return 0
         return sum(self.generation.num_cached_tokens[choice.index] for choice in self.choices if choice.sample == 0)
 
-    @property
-    def num_drafted(self) -> tuple[int, int]:
-        """(accepted, rejected) tokens that were drafted for all choices."""
+    def _drafted(self, *, predicted: bool) -> tuple[int, int]:
+        """(accepted, rejected) tokens that were drafted for all choices, or of these what the prediction suggested."""
         if self.generation is None:
             return 0, 0
-        drafted = [(choice, *self.generation.drafted[choice.index]) for choice in self.choices]
-        # what is behind a stop string is nobody's, and no answer has more accepted tokens than tokens
-        accepted = sum(min(accepted, choice.num_tokens) for choice, accepted, _ in drafted)
-        return accepted, sum(rejected for _, _, rejected in drafted)
+        counts = self.generation.predicted if predicted else self.generation.drafted
+        accepted = 0
+        for choice in self.choices:
+            # what is behind a stop string is nobody's: drafted tokens, and the one behind them that was not
+            num_surplus = max(choice.num_received - choice.num_tokens - 1, 0)
+            accepted += max(counts[choice.index][0] - num_surplus, 0)
+        return accepted, sum(rejected for _, rejected in counts)
 
     def usage(self) -> dict[str, object]:
         num_prompt = sum(len(prompt.token_ids) for prompt in self.prompts)
-        # what is guessed for those who predicted nothing is told in the log and in the metrics
-        accepted, rejected = self.num_drafted if self.prompts[0].prediction else (0, 0)
+        accepted, rejected = self._drafted(predicted=True)  # all that was drafted stands in the log and in the metrics
         return {
             "prompt_tokens": num_prompt,
             "completion_tokens": self.num_completion_tokens,
@@ -177,7 +178,7 @@ class Work:
             "tokens_cached": self.num_cached_tokens,
             "tokens_out": self.num_completion_tokens,
         }
-        accepted, rejected = self.num_drafted
+        accepted, rejected = self._drafted(predicted=False)
         if accepted or rejected:
             record.notes |= {"tokens_drafted": accepted + rejected, "tokens_accepted": accepted}
         record.outcome = None if self.outcome == "done" else self.outcome

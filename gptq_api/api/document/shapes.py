@@ -41,9 +41,9 @@ _USAGE = shape(
         reasoning_tokens=COUNT,
         audio_tokens=COUNT,
         accepted_prediction_tokens=COUNT
-        | {"description": "with prediction: tokens that were drafted and are in the answer"},
+        | {"description": "tokens of the prediction that saved a step: they are in the answer"},
         rejected_prediction_tokens=COUNT
-        | {"description": "with prediction: drafted tokens that are not in the answer; completion_tokens has none"},
+        | {"description": "tokens of the prediction that were tried in vain; completion_tokens has none of them"},
     ),
 )
 _SPELLED: dict[str, Schema] = {
