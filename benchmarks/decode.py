@@ -164,7 +164,8 @@ class Measured:
         blocks = BlockManager(self.runner.num_blocks, self.runner.block_size)
         budget = token_budget(self.options, torch.device(self.runner.device))
         users = max_num_seqs or self.options.max_num_seqs
-        scheduler = Scheduler(blocks, users, budget, False, self.runner.row_multiple)
+        costs = self.runner.prompt_costs
+        scheduler = Scheduler(blocks, users, budget, False, self.runner.row_multiple, prompt_costs=costs)
         return Engine(self.runner, scheduler, grammars=self.grammars)
 
     def add(self, engine: Engine[Any], lengths: list[tuple[int, int]], constrained: int = 0) -> None:
