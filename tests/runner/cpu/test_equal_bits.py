@@ -98,7 +98,7 @@ def requests(vocab_size: int) -> list[tuple[list[int], SamplingParams]]:
 
 
 def answers(
-    runner: CpuRunner | LaggingRunner,
+    runner: Any,
     wanted: range,
     *,
     budget: int = 512,
