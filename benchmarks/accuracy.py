@@ -36,6 +36,7 @@ from torch import Tensor
 from gptq_api.bench.measure import measure
 from gptq_api.bench.row import Dtype, Job
 from gptq_api.config import Settings
+from gptq_api.model.config import read_config
 from gptq_api.runner.load import load_runner
 from gptq_api.runner.options import LoadOptions
 from gptq_api.runner.solo import Solo, step_of
@@ -117,10 +118,11 @@ def perplexity(model: str, text: Path, dtype: Dtype, num_windows: int | None = N
 def continued(model: str, dtype: Dtype, prompts: list[list[int]], max_tokens: int) -> list[list[int]]:
     """Greedy answers."""
     flags = ["--device", "cpu", "--dtype", dtype, "--no-enable-prefix-caching", "--max-queued-requests", "1000"]
-    found: tuple[list[list[int]], Any] = asyncio.run(
-        answers(load_settings(Settings, [model, *flags]), prompts, max_tokens, 8, end=True)
-    )
-    return found[0]
+    ends = read_config(checkpoint_folder(model)).eos_token_ids
+    params = SamplingParams(max_tokens=max_tokens, temperature=0.0, stop_token_ids=ends)
+    settings = load_settings(Settings, [model, *flags])
+    found, _ = asyncio.run(answers(settings, prompts, [params] * len(prompts), 8))
+    return [tokens for tokens, _ in found]
 
 
 def agreement(found: list[list[int]], exact: list[list[int]]) -> dict[str, Any]:

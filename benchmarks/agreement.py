@@ -1,12 +1,15 @@
-"""Does the greedy answer depend on company? Measures it, for the demo model or any checkpoint.
+"""Does an answer depend on company? Measures it, for the demo model or any checkpoint.
 
-Every prompt is answered four times: alone; beside 31 others; beside them in a cache so small that sequences are
-preempted and recomputed; and once more, with its prefix in the cache. Written are the shares of prompts with the same
-tokens as alone, per activation type; for an fp8 KV cache also the share with the same tokens as without it. Prompts
-are random: half are token ids, half are sentences of the tokenizer's own words, lengths 4 to 120 tokens.
+Every prompt is answered under eight conditions: alone, without drafts; alone in an engine started anew, with drafts;
+beside 31 others; beside them in chunks of at most 48 tokens a step; in a cache so small that sequences are preempted
+and recomputed; with its prefix in the cache; and beside 255 others. Written are the shares of prompts with the same
+tokens as alone, and with the same tokens and logprobs to the last bit, per activation type; for an fp8 KV cache also
+the share with the same tokens as without it. Prompts are random: half are token ids, half are sentences of the
+tokenizer's own words, lengths 4 to 120 tokens. Half of the answers are greedy, half are drawn at temperature 0.8, each
+with a seed of its own.
 
     python benchmarks/agreement.py --prompts bfloat16:1000,float32:150 --out benchmarks/results/agreement-cpu.json
-    python benchmarks/agreement.py --device cuda --prompts float16:1000,bfloat16:1000,float16/fp8:1000
+    python benchmarks/agreement.py --device cuda --options=--batch-invariant --prompts float16:1000,bfloat16:1000
 """
 
 from __future__ import annotations
@@ -47,65 +50,82 @@ def random_prompts(model: str, count: int, seed: int) -> list[list[int]]:
     return prompts
 
 
+Answer = tuple[list[int], list[tuple[float, list[tuple[int, float]]]]]
+"""tokens, and of each its logprob and the likeliest ones"""
+
+
 async def answers(
-    settings: Settings, prompts: list[list[int]], max_tokens: int, company: int, *, end: bool = False
-) -> tuple[Any, EngineClient]:
-    """Greedy continuations of all prompts, `company` at a time; with `end`, up to the model's end of text."""
+    settings: Settings, prompts: list[list[int]], params: list[SamplingParams], company: int, times: int = 1
+) -> tuple[list[Answer], EngineClient]:
+    """Continuations of all prompts, `company` at a time; the last ones of several times."""
     engine = EngineClient(settings)
     await engine.start()
     places = asyncio.Semaphore(company)
-    stops = tuple(engine.ready.eos_token_ids) if end else ()
-    params = SamplingParams(max_tokens=max_tokens, temperature=0.0, stop_token_ids=stops)
 
-    async def one(prompt: list[int]) -> list[int]:
-        tokens: list[int] = []
+    async def one(prompt: list[int], how: SamplingParams) -> Answer:
+        answer: Answer = ([], [])
         async with places:
-            with engine.submit([Prompt(prompt, [params])]) as generation:
+            with engine.submit([Prompt(prompt, [how])]) as generation:
                 async for (delta,) in generation:
-                    tokens += delta.tokens
-        return tokens
+                    answer[0].extend(delta.tokens)
+                    answer[1].extend((told.logprob, told.top) for told in delta.logprobs)
+        return answer
 
-    result = await asyncio.gather(*[one(prompt) for prompt in prompts])
-    if company > 1 and settings.enable_prefix_caching:
-        again = await asyncio.gather(*[one(prompt) for prompt in prompts])
-        await engine.stop()
-        return [result, again], engine
+    for _ in range(times):
+        result = await asyncio.gather(*[one(*each) for each in zip(prompts, params, strict=True)])
     await engine.stop()
     return result, engine
 
 
-async def measure(model: str, device: str, kind: str, prompts: list[list[int]], max_tokens: int) -> dict[str, Any]:
-    """`kind`: an activation type, with /fp8 for that type of KV cache."""
+async def measure(
+    model: str, device: str, kind: str, prompts: list[list[int]], max_tokens: int, options: list[str]
+) -> dict[str, Any]:
+    """`kind`: an activation type, with /fp8 for that type of KV cache; `options`: flags of the server."""
     dtype, _, cache = kind.partition("/")
-    common = [model, "--device", device, "--dtype", dtype, "--max-queued-requests", str(len(prompts))]
+    params = [
+        SamplingParams(max_tokens=max_tokens, temperature=0.8 * (i // 2 % 2), seed=i, top_logprobs=2)
+        for i in range(len(prompts))
+    ]
+    common = [model, "--device", device, "--dtype", dtype, "--max-queued-requests", str(len(prompts)), *options]
 
-    def settings(*flags: str, kv_cache_dtype: str = cache or "auto") -> Settings:
-        return load_settings(Settings, [*common, "--kv-cache-dtype", kv_cache_dtype, *flags])
+    async def answered(
+        company: int, *flags: str, kv_cache_dtype: str = cache or "auto", caching: bool = False, times: int = 1
+    ) -> tuple[list[Answer], EngineClient]:
+        if not caching:
+            flags = ("--no-enable-prefix-caching", *flags)
+        settings = load_settings(Settings, [*common, "--kv-cache-dtype", kv_cache_dtype, *flags])
+        return await answers(settings, prompts, params, company, times)
 
     started = time.perf_counter()
-    alone, _ = await answers(settings("--no-enable-prefix-caching"), prompts, max_tokens, 1)
-    beside, _ = await answers(settings("--no-enable-prefix-caching"), prompts, max_tokens, COMPANY)
-    tight = settings("--no-enable-prefix-caching", "--block-size", "8", "--num-blocks", "80")
-    squeezed, squeezed_engine = await answers(tight, prompts, max_tokens, COMPANY)
-    (_, again), cached_engine = await answers(settings(), prompts, max_tokens, COMPANY)
-
-    def share(other: list[list[int]]) -> float:
-        num_same: int = sum(a == b for a, b in zip(alone, other, strict=True))
-        return round(float(num_same) / len(prompts), 4)
-
+    alone, _ = await answered(1, "--speculate", "off")
     row: dict[str, Any] = {"dtype": dtype}
     if cache:
-        plain, _ = await answers(settings("--no-enable-prefix-caching", kv_cache_dtype="auto"), prompts, max_tokens, 1)
-        row |= {"kv_cache_dtype": cache, "same_as_without": share(plain)}
-    return row | {
-        "prompts": len(prompts),
-        "tokens_each": max_tokens,
-        f"same_beside_{COMPANY - 1}_others": share(beside),
-        "same_with_preemption": share(squeezed),
-        "preemptions": squeezed_engine.stats.num_preemptions,
-        "same_with_prefix_hits": share(again),
-        "prefix_hit_tokens": cached_engine.stats.num_prefix_hits,
-        "seconds": round(time.perf_counter() - started, 1),
+        plain, _ = await answered(1, "--speculate", "off", kv_cache_dtype="auto")
+        row |= {"kv_cache_dtype": cache, "same_as_without": share(alone, plain)["same_tokens"]}
+    row |= {"prompts": len(prompts), "tokens_each": max_tokens}
+    drafted, engine = await answered(1)
+    row["alone, restarted, with drafts"] = share(alone, drafted) | {
+        "drafted": engine.stats.num_draft_tokens,
+        "accepted": engine.stats.num_accepted_tokens,
+    }
+    beside, _ = await answered(COMPANY)
+    row[f"beside {COMPANY - 1} others"] = share(alone, beside)
+    chunked, _ = await answered(COMPANY, "--max-num-batched-tokens", "48")
+    row["in chunks"] = share(alone, chunked)
+    squeezed, engine = await answered(COMPANY, "--block-size", "8", "--num-blocks", "80")
+    row["preempted"] = share(alone, squeezed) | {"preemptions": engine.stats.num_preemptions}
+    again, engine = await answered(COMPANY, caching=True, times=2)
+    row["behind a cached prefix"] = share(alone, again) | {"prefix_hit_tokens": engine.stats.num_prefix_hits}
+    many, _ = await answered(256, "--max-num-seqs", "256")
+    row["beside 255 others"] = share(alone, many)
+    return row | {"seconds": round(time.perf_counter() - started, 1)}
+
+
+def share(alone: list[Answer], other: list[Answer]) -> dict[str, float]:
+    pairs = list(zip(alone, other, strict=True))
+    return {
+        "same_tokens": round(sum(a[0] == b[0] for a, b in pairs) / len(pairs), 4),
+        "same_bits": round(sum(a == b for a, b in pairs) / len(pairs), 4),
     }
 
 
@@ -117,6 +137,7 @@ def main() -> int:
     )
     parser.add_argument("--device", default="auto")
     parser.add_argument("--max-tokens", type=int, default=24)
+    parser.add_argument("--options", default="", help="flags of the server, as in --options=--batch-invariant")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--commit", help="what was measured, where there is no git")
     parser.add_argument("--out", type=Path)
@@ -124,11 +145,15 @@ def main() -> int:
     rows = []
     for kind, count in (item.split(":") for item in args.prompts.split(",")):
         prompts = random_prompts(args.model, int(count), args.seed)
-        rows.append(asyncio.run(measure(args.model, args.device, kind, prompts, args.max_tokens)))
+        flags = args.options.split()
+        rows.append(asyncio.run(measure(args.model, args.device, kind, prompts, args.max_tokens, flags)))
         print(json.dumps(rows[-1]))
     if args.out:
         args.out.write_text(
-            json.dumps({"model": args.model, "machine": machine(args.commit), "rows": rows}, indent=1) + "\n"
+            json.dumps(
+                {"model": args.model, "machine": machine(args.commit), "options": args.options, "rows": rows}, indent=1
+            )
+            + "\n"
         )
     return 0
 
