@@ -8,7 +8,7 @@ import pytest
 
 from gptq_api.scheduler.drafts import LONGEST_MATCH, Guess
 from gptq_api.scheduler.sequence import Sequence
-from gptq_api.scheduler.speculation import Tally, Speculation, speculation_of
+from gptq_api.scheduler.speculation import Speculation, Tally, speculation_of
 from gptq_api.types import SamplingParams
 from tests.support.draft_sources import Garbage, Truth
 
