@@ -89,7 +89,7 @@ class Chat:
         async def show() -> None:
             async with contextlib.aclosing(cast(Any, self._model.answer(messages, report))) as answer:
                 async for piece in answer:
-                    timer.tick()
+                    timer.tick(report.num_tokens)
                     pieces.append(piece)
                     sys.stdout.write(_CONTROL.sub("", piece))  # a model's escape codes are not for this terminal
                     sys.stdout.flush()
@@ -157,19 +157,21 @@ class _Timer:
     def __init__(self) -> None:
         self._start = time.perf_counter()
         self._first: float | None = None
+        self._num_first = 0  # tokens that came with the first text
         self._last = self._start
 
-    def tick(self) -> None:
+    def tick(self, num_tokens: int) -> None:
+        """Text has come, with which there are so many tokens."""
         self._last = time.perf_counter()
         if self._first is None:
-            self._first = self._last
+            self._first, self._num_first = self._last, num_tokens
 
     def summary(self, num_tokens: int) -> str:
         if self._first is None:
             return f"no text, {num_tokens} tokens"
         parts = [f"{num_tokens} tokens", f"first after {self._first - self._start:.2f} s"]
-        if num_tokens > 1 and self._last > self._first:
-            parts.insert(1, f"{(num_tokens - 1) / (self._last - self._first):.1f} tokens/s")
+        if num_tokens > self._num_first and self._last > self._first:
+            parts.insert(1, f"{(num_tokens - self._num_first) / (self._last - self._first):.1f} tokens/s")
         return ", ".join(parts)
 
 

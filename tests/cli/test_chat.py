@@ -385,6 +385,17 @@ def test_in_process(checkpoint: Path) -> None:
     assert runs[0].stdout == runs[1].stdout
 
 
+def test_what_was_drafted_stands_behind_an_answer() -> None:
+    """The same is asked twice. The rate is that of the tokens behind the first text, which may be several."""
+    question = "What is a GPTQ checkpoint?\n"
+    drafting, plain = (
+        chat(question * 2, "--temperature", "0", "--num-threads", "1", "--speculate", mode) for mode in ("auto", "off")
+    )
+    assert drafting.stdout == plain.stdout
+    assert re.search(r"first after [0-9.]+ s, [1-9][0-9]* of [1-9][0-9]* drafted tokens accepted\n", drafting.stderr)
+    assert "drafted" not in plain.stderr
+
+
 def test_in_process_forgets_the_oldest_turns_when_the_context_is_full(checkpoint: Path) -> None:
     lines = ["word " * 20] * 4 + ["word " * 2000, "never"]
     done = chat("\n".join(lines), str(checkpoint), *SMALL, "--max-tokens", "40", "--seed", "3")
