@@ -39,7 +39,8 @@ class Prediction(Body):
 class PredictionFields(Body):
     prediction: Prediction | None = None
     """What the answer may look like, such as the file that it changes a little: where that is right, several tokens
-    come in one step (`--speculate`). No token of the answer depends on it. What is longer than the context is cut."""
+    come in one step (`--speculate`). No token of the answer depends on it. What is longer than the context is cut, and
+    an answer that follows a grammar (tools, `response_format`) makes no use of it."""
 
     def unknown(self, *, strict: bool) -> list[str]:
         nested = [] if self.prediction is None else self.prediction.unknown(strict=strict)

@@ -31,8 +31,8 @@ from gptq_api.types import SamplingParams, pack_ids
 T = TypeVar("T")
 SMALLEST_TOP_P = 1e-6
 """top_p 0 is legal and means the likeliest token; any nucleus holds that one"""
-MAX_PREDICTED_CHARS = 16
-"""of a prediction for each token of the context; no text has so many, and what is longer is not worth encoding"""
+MAX_PREDICTED_CHARS = 8
+"""of a prediction for each token of the context, twice as many as texts have; the rest is not worth encoding"""
 
 
 async def chat_prompt(service: Service, body: ChatCompletionRequest) -> tuple[Prompt, Reading]:
