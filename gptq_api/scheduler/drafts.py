@@ -54,27 +54,35 @@ class Pairs:
     __slots__ = ("_before", "_last", "num_tokens")
 
     def __init__(self) -> None:
-        self.num_tokens = 0
-        """how far the text has been taken in"""
+        self.num_tokens = 1
+        """how far the text has been taken in: as a second token of pairs"""
         self._last: dict[int, int] = {}
-        self._before = array("i")  # by the place of a pair's second token: of the same pair before it, -1: none
+        self._before = array("i", [-1])  # by the place of a pair's second token: of the same pair before it, -1: none
 
-    def take_in(self, tokens: list[int], end: int) -> None:
-        """The text's tokens up to `end`; at least one has to come behind it, or there is nothing to guess."""
+    def take_in(self, tokens: list[int]) -> bool:
+        """The text's pairs but for the last one, which nothing follows. False: it is long, and they are not all there
+        yet."""
+        start, end = self.num_tokens, len(tokens) - 1
+        if start >= end:
+            return True
         last, before = self._last, self._before
-        if not before:
-            before.append(-1)
-        for i in range(max(1, self.num_tokens), end):
+        reached = min(end, start + _CATCH_UP)
+        for i in range(start, reached):
             pair = tokens[i - 1] << 32 | tokens[i]
             before.append(last.get(pair, -1))
             last[pair] = i
-        self.num_tokens = end
+        self.num_tokens = reached
+        return reached == end
 
     def find(self, tokens: list[int], ending: list[int], most: int = LONGEST_MATCH) -> tuple[int, int]:
         """(how many tokens of `ending` stand there, where it went on) for the place in the text that has most in common
-        with `ending`, the last of several. (0, 0): not even two."""
+        with `ending`, the last of several. (0, 0): not even two, or the text is long and not all there yet."""
         length = len(ending)
-        place = self._last.get(ending[-2] << 32 | ending[-1], -1) if length > 1 else -1
+        if length < 2 or not self.take_in(tokens):
+            return 0, 0
+        place = self._last.get(ending[-2] << 32 | ending[-1], -1)
+        if place < 0:
+            return 0, 0
         best, found, left = 0, 0, _MOST_PLACES
         while place >= 0 and left:
             match, limit = 2, min(most, place + 1, length)
@@ -115,18 +123,20 @@ class TextDrafts:
         known = seq.knowledge
         if known is None:
             known = seq.knowledge = Knowledge(prediction=_Text(seq.prediction) if seq.prediction else None)
-        best = self._predicted(seq, known.prediction, most) if known.prediction is not None else None
-        if best is not None and best.match in (0, LONGEST_MATCH):
-            return best
-        tokens, match = seq.token_ids, 0 if best is None else best.match
-        if _has_taken_in(known.pairs, tokens):
-            found, place = known.pairs.find(tokens, tokens)
-            if found > match:
-                following, match = tokens[place : place + most], found
-                while len(following) < most:  # what repeats itself goes on repeating itself
-                    following = (following + following)[:most]
-                best = Guess(following, match, "text")
-        if match < LONGEST_MATCH and self._past is not None:
+        tokens, best, match = seq.token_ids, None, 1
+        if known.prediction is not None:
+            best = self._predicted(seq, known.prediction, most)
+            if best is not None:
+                if best.match in (0, LONGEST_MATCH):
+                    return best
+                match = best.match
+        found, place = known.pairs.find(tokens, tokens)
+        if found > match:
+            following, match = tokens[place : place + most], found
+            while len(following) < most:  # what repeats itself goes on repeating itself
+                following = (following + following)[:most]
+            best = Guess(following, match, "text")
+        if self._past is not None and match < LONGEST_MATCH and self._past.texts:
             found, following = self._past.find(seq.cache_salt, tokens, most)
             if found > match:
                 best = Guess(following, found, "past")
@@ -137,8 +147,7 @@ class TextDrafts:
         answer = seq.token_ids[start:]
         match, place = len(answer), len(answer)
         if answer != prediction.tokens[:match] or match > 1:  # of the first two alone there are no pairs
-            known = _has_taken_in(prediction.pairs, prediction.tokens)
-            match, place = prediction.pairs.find(prediction.tokens, answer) if known else (0, 0)
+            match, place = prediction.pairs.find(prediction.tokens, answer)
             if not match:
                 return None
         following = prediction.tokens[place : place + most]
@@ -150,27 +159,19 @@ class TextDrafts:
         seq.knowledge = None
 
 
-def _has_taken_in(pairs: Pairs, tokens: list[int]) -> bool:
-    """Whether the text's pairs are there but for the last one, which nothing follows, or can be made in little time."""
-    end = len(tokens) - 1
-    if pairs.num_tokens < end:
-        pairs.take_in(tokens, min(end, pairs.num_tokens + _CATCH_UP))
-    return pairs.num_tokens >= end
-
-
 class PastAnswers:
     """The last answers of each salt, each with the end of its prompt: as many as memory is given for."""
 
     def __init__(self, most_tokens: int = 1 << 16, longest: int = 1 << 13) -> None:
         """`most_tokens`: of all salts; some 150 bytes each. `longest`: of one answer; a salt keeps twice as many."""
         self._most_tokens, self._longest = most_tokens, longest
-        self._texts: OrderedDict[bytes, _Text] = OrderedDict()  # by salt, the one used longest ago first
+        self.texts: OrderedDict[bytes, _Text] = OrderedDict()  # by salt, the one used longest ago first
         self.num_tokens = 0
 
     def find(self, salt: bytes, ending: list[int], most: int) -> tuple[int, list[int]]:
         """(how many tokens of `ending` stand before them, tokens that followed in an answer); (0, []): none."""
-        text = self._texts.get(salt)
-        if text is None or not _has_taken_in(text.pairs, text.tokens):
+        text = self.texts.get(salt)
+        if text is None:
             return 0, []
         match, place = text.pairs.find(text.tokens, ending)
         following = text.tokens[place : place + most] if match else []
@@ -184,12 +185,12 @@ class PastAnswers:
             return
         first = max(0, num_prompt_tokens - LONGEST_MATCH)
         answer = token_ids[first : min(len(token_ids), first + self._longest - 1)]
-        text = self._texts.setdefault(salt, _Text([]))
-        self._texts.move_to_end(salt)
+        text = self.texts.setdefault(salt, _Text([]))
+        self.texts.move_to_end(salt)
         self.num_tokens -= len(text.tokens)
         if len(text.tokens) + len(answer) + 1 > 2 * self._longest:  # the older half goes
-            text = self._texts[salt] = _Text(text.tokens[-self._longest :])
+            text = self.texts[salt] = _Text(text.tokens[-self._longest :])
         text.tokens += [*answer, _END]
         self.num_tokens += len(text.tokens)
         while self.num_tokens > self._most_tokens:
-            self.num_tokens -= len(self._texts.popitem(last=False)[1].tokens)
+            self.num_tokens -= len(self.texts.popitem(last=False)[1].tokens)

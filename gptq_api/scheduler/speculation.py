@@ -15,7 +15,6 @@ Only few sequences draft: where many decode, their rows are worth more than gues
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -90,7 +89,7 @@ class Drafting:
     rates: dict[str, Rates] = field(default_factory=dict)
     """by source"""
     guess: Guess | None = None
-    place: int = 0
+    place: int = -1
     """where in the sequence its first token would stand"""
     drafted: Tally = field(default_factory=Tally)
     predicted: Tally = field(default_factory=Tally)
@@ -115,37 +114,46 @@ class Speculation:
     def drafts(self, decoding: list[Sequence], most_rows: int) -> dict[Sequence, list[int]]:
         """What is drafted in a step in which these sequences decode, whose tokens are all known; `most_rows`: of the
         step."""
-        if not self._may_draft(decoding):
+        candidates = self._candidates(decoding)
+        if not candidates:
             return {}
-        chosen, gain = self._chosen(self._candidates(decoding), len(decoding), min(most_rows, self._max_rows))
+        chosen, gain = self._chosen(candidates, len(decoding), min(most_rows, self._max_rows))
         return chosen if gain > _MARGIN else {}
 
     def had_better_wait(self, decoding: list[Sequence]) -> bool:
         """Whether the next step of these sequences, some of which have a token in flight, is better chosen when that is
         known: it will probably be what is guessed, and more behind it."""
-        if not self._may_draft(decoding):
+        candidates = self._candidates(decoding)
+        if not candidates:
             return False
-        _, gain = self._chosen(self._candidates(decoding), len(decoding), self._max_rows)
+        _, gain = self._chosen(candidates, len(decoding), self._max_rows)
         return gain > _MARGIN
 
-    def _may_draft(self, decoding: list[Sequence]) -> bool:
-        """A step that follows a grammar has no drafts: a mask is made for one row."""
-        return 0 < len(decoding) <= self._max_rows // 2 and not any(seq.params.grammar for seq in decoding)
-
-    def _candidates(self, decoding: list[Sequence]) -> Iterable[_Candidate]:
+    def _candidates(self, decoding: list[Sequence]) -> list[_Candidate]:
+        """Of those that are guessed for: none where many decode, or where a step follows a grammar, whose masks are for
+        one row."""
+        found: list[_Candidate] = []
+        if len(decoding) > self._max_rows // 2:
+            return found
         for seq in decoding:
-            in_flight = seq.num_tokens_in_flight
-            left = seq.params.max_tokens - seq.num_output_tokens  # a step with k drafts may bring k + 1
+            if seq.params.grammar:
+                return []
+        for seq in decoding:
             drafting = seq.drafting
             if drafting is None:
                 drafting = seq.drafting = Drafting()
             place = len(seq.token_ids)
-            if drafting.guess is None or drafting.place != place:
+            if drafting.place != place:
                 drafting.guess, drafting.place = self.source.guess(seq, self._max_rows), place
             guess = drafting.guess
+            if guess is None:
+                continue
+            in_flight = seq.num_tokens_in_flight
+            left = seq.params.max_tokens - seq.num_output_tokens  # a step with k drafts may bring k + 1
             most = min(left - 1, self._max_rows - len(decoding) + in_flight)
-            if guess is not None and most > in_flight:
-                yield _Candidate(seq, guess, self._chances(drafting, guess, most))
+            if most > in_flight:
+                found.append(_Candidate(seq, guess, self._chances(drafting, guess, most)))
+        return found
 
     def _chances(self, drafting: Drafting, guess: Guess, most: int) -> list[float]:
         own, everybody = drafting.rates.get(guess.source), self._all[guess.source]
@@ -158,7 +166,7 @@ class Speculation:
         return chances
 
     def _chosen(
-        self, candidates: Iterable[_Candidate], num_decoding: int, most_rows: int
+        self, candidates: list[_Candidate], num_decoding: int, most_rows: int
     ) -> tuple[dict[Sequence, list[int]], float]:
         """(the drafts that pay most, how many times as many tokens they bring in the same time).
 
@@ -194,7 +202,7 @@ class Speculation:
         if drafting.guess is None:
             return
         guess, drafting.guess = drafting.guess, None
-        if drafting.place != num_before:
+        if drafting.place != num_before or len(seq.token_ids) == num_before:
             return
         if guess.source == PREDICTION:
             drafting.predicted.add(num_drafted, num_accepted)

@@ -36,7 +36,7 @@ def test_the_longest_match_is_found_and_of_equal_ones_the_last() -> None:
         text = [rng.randrange(6) for _ in range(rng.randrange(1, 60))]
         pairs = Pairs()
         for end in range(len(text)):
-            pairs.take_in(text, end)
+            assert pairs.take_in(text[: end + 1])
         ending = text if rng.random() < 0.5 else [rng.randrange(6) for _ in range(rng.randrange(20))]
         assert pairs.find(text, ending) == longest_match(text, ending)
 
@@ -88,7 +88,7 @@ def test_past_answers_take_a_bounded_memory_and_the_salt_used_last_keeps_its_own
     for i in range(300):
         answer = [rng.randrange(1000) for _ in range(rng.randrange(2, 400))]
         past.add(b"salt %d" % (i % 7), [*range(30), *answer], 30)
-        kept = {salt: len(text.tokens) for salt, text in past._texts.items()}
+        kept = {salt: len(text.tokens) for salt, text in past.texts.items()}
         assert sum(kept.values()) == past.num_tokens <= 1000 and max(kept.values()) <= 400
         assert past.find(b"salt %d" % (i % 7), answer[:2], 1)[0] == 2 or len(answer) < 3
 

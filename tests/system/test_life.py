@@ -277,13 +277,13 @@ if "gptq_api.engine.process" in sys.orig_argv:
     launch = CpuRunner.launch
     def faulty(self, step):
         launched, place = launch(self, step), 0
-        for seat, num_sampled in zip(step.seats, step.num_sampled):
+        for seat, num_tokens in zip(step.seats, launched.sampled.num_tokens):
             sequence = self._seats._seats[seat]
-            if num_sampled and sequence.params.seed == 666 and sequence.num_output_tokens == 6:
+            if num_tokens and sequence.params.seed == 666 and sequence.num_output_tokens >= 6:
                 launched.sampled.tokens[place] = -1
-            if sequence.params.seed == 667 and sequence.num_output_tokens == 6:
+            if sequence.params.seed == 667 and sequence.num_output_tokens >= 6:
                 raise RuntimeError("injected")
-            place += num_sampled
+            place += num_tokens
         return launched
     CpuRunner.launch = faulty
 """

@@ -47,6 +47,12 @@ MAX_DRAFT_ROWS = 8
 """any number of rows have the bits that each has alone; more cost more than they bring"""
 
 
+ROW_COST, SMALL_MODEL_ROW_COST = 0.17, 0.36
+"""what a row more adds to a step of one, of weights that come from memory and of such that the caches hold, which take
+their time to compute (`benchmarks/speculation.py`)"""
+SMALL_MODEL_BYTES = 64 * 2**20
+
+
 class CpuRunner:
     """A loaded model and its KV cache. Not thread-safe: one caller steps it."""
 
@@ -55,7 +61,6 @@ class CpuRunner:
     row_multiple = 1
     prompt_costs: PromptCosts | None = None  # steps are limited by their rows
     shared_rows: int | None = SHARED_ROWS
-    row_cost = 0.17
     wait_cost = 0.0
 
     def __init__(self, model: PlainLlama | NativeLlama, max_model_len: int, dtype: torch.dtype) -> None:
@@ -71,6 +76,7 @@ class CpuRunner:
         self._log_softmax = native_sampler.log_softmax if is_native else in_torch
         self.dtype = str(dtype).removeprefix("torch.")
         self.weight_bytes, self.workspace_bytes = model.num_bytes, 0
+        self.row_cost = ROW_COST if self.weight_bytes > SMALL_MODEL_BYTES else SMALL_MODEL_ROW_COST
         self.eos_token_ids = model.config.eos_token_ids
         self.description = ""
 
@@ -114,12 +120,15 @@ class CpuRunner:
         logits = self._model.logits(x, rows + behind)
         launched = Computed(step, logits, sampling, [seats[i] for i in sampling], scores)
         if not any(seat.params.grammar for seat in launched.seats):
-            self.draw(launched)
+            self._draw(launched, None)
         return launched
 
     @torch.inference_mode()
-    def draw(self, launched: Computed, masks: Masks | None = None) -> None:
+    def draw(self, launched: Computed, masks: Masks) -> None:
         """Sample from a step's logits."""
+        self._draw(launched, masks)
+
+    def _draw(self, launched: Computed, masks: Masks | None) -> None:
         assert launched.logits is not None, "a step samples once"
         rows = {}
         if masks is not None:
