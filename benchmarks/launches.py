@@ -21,6 +21,7 @@ from gptq_api.kernels.decode_attention import (
     decode_attention,
     decode_attention_workspace,
 )
+from gptq_api.kernels.head import head
 from gptq_api.kernels.layout import PackedLinear, sort_groups
 from gptq_api.runner.cuda import graphs
 from gptq_api.runner.cuda.runner import CudaRunner
@@ -211,6 +212,20 @@ def between() -> Iterator[str]:
             yield f"rope_and_write T={rows} D={dim} {'e4m3' if fp8 else '16-bit'} {dtype}"
 
 
+def heads() -> Iterator[str]:
+    """The head by every tile that is chosen for this build: vocabularies and widths that end within a tile and a slot."""
+    for size, width, ms in (
+        (300, 200, (1, 9, 20, 40, 100, 150, 200, 300)),
+        (1031, 1024, (1, 8, 33, 129)),
+        (40000, 64, (3, 12, 70)),  # several tiles a block
+    ):
+        for dtype, m in product(DTYPES, ms):
+            x, weight = normal(m, width, dtype=dtype), normal(size, width, dtype=dtype)
+            head(x, weight, filled(m, size, dtype=torch.float32))
+            head(x, weight, filled(m, size + 1, dtype=torch.float32)[:, :size])
+            yield f"head M={m} V={size} H={width} {dtype}"
+
+
 KINDS: tuple[dict[str, Any], ...] = (
     {"temperature": 0.0},
     {"temperature": 0.7},
@@ -293,6 +308,7 @@ def in_graphs() -> Iterator[str]:
 
 PARTS: dict[str, Callable[[], Iterator[str]]] = {
     "products": products,
+    "head": heads,
     "layouts": layouts,
     "attention": attention,
     "between": between,

@@ -13,6 +13,7 @@
 #include "gemm/pack.h"
 #include "gemm/same_bits.h"
 #include "gemv/gemv.h"
+#include "head/head.h"
 #include "ops/ops.h"
 #include "sampler/sampler.h"
 #ifdef GPTQ_API_HOPPER
@@ -162,7 +163,23 @@ void mma(std::uintptr_t w, std::uintptr_t x, std::uintptr_t y, std::uintptr_t bi
   raise_on(Launch(call, as_stream(stream)), shape(Launch == &gptq::launch_mma ? "mma" : "same_bits", M, N, K));
 }
 
+gptq::HeadProduct head_product(std::uintptr_t w, std::uintptr_t x, std::uintptr_t logits, int M, int V, int H, long long ldx,
+                               long long ldl, bool bf16, int tokens) {
+  return {pointer<const void>(w), pointer<const void>(x), pointer<float>(logits), M, V, H, ldx, ldl, bf16, tokens};
+}
+
+void head(std::uintptr_t w, std::uintptr_t x, std::uintptr_t logits, int M, int V, int H, long long ldx, long long ldl, bool bf16,
+          int tokens, std::uintptr_t stream) {
+  raise_on(gptq::launch_head(head_product(w, x, logits, M, V, H, ldx, ldl, bf16, tokens), as_stream(stream)), shape("head", M, V, H));
+}
+
 #ifdef GPTQ_API_HOPPER
+void head_wgmma(std::uintptr_t w, std::uintptr_t x, std::uintptr_t logits, int M, int V, int H, long long ldx, long long ldl, bool bf16,
+                int tokens, std::uintptr_t stream) {
+  raise_on(gptq::launch_head_wgmma(head_product(w, x, logits, M, V, H, ldx, ldl, bf16, tokens), as_stream(stream)),
+           shape("head_wgmma", M, V, H));
+}
+
 void wgmma(std::uintptr_t w, std::uintptr_t x, std::uintptr_t y, std::uintptr_t bias, std::uintptr_t residual, std::uintptr_t workspace,
            int M, int N, int K, int ldx, int ldy, int ldr, int paired, int groups, bool zeros, bool bf16, int tile, int sharing, int split,
            std::uintptr_t stream) {
@@ -230,9 +247,12 @@ PYBIND11_MODULE(_cuda, m, py::mod_gil_not_used()) {
   m.def("same_bits", &mma<&gptq::launch_same_bits>, free_gil, "w"_a, "x"_a, "y"_a, "bias"_a, "residual"_a, "workspace"_a, "M"_a, "N"_a,
         "K"_a, "ldx"_a, "ldy"_a, "ldr"_a, "paired"_a, "groups"_a, "zeros"_a, "bf16"_a, "tile"_a, "split"_a, "stream"_a);
   m.def("same_bits_workspace_bytes", &gptq::same_bits_workspace_bytes);
+  m.def("head", &head, free_gil, "w"_a, "x"_a, "logits"_a, "M"_a, "V"_a, "H"_a, "ldx"_a, "ldl"_a, "bf16"_a, "tokens"_a, "stream"_a);
 #ifdef GPTQ_API_HOPPER
   m.def("wgmma", &wgmma, free_gil, "w"_a, "x"_a, "y"_a, "bias"_a, "residual"_a, "workspace"_a, "M"_a, "N"_a, "K"_a, "ldx"_a, "ldy"_a,
         "ldr"_a, "paired"_a, "groups"_a, "zeros"_a, "bf16"_a, "tile"_a, "sharing"_a, "split"_a, "stream"_a);
   m.def("wgmma_workspace_bytes", &gptq::wgmma_workspace_bytes);
+  m.def("head_wgmma", &head_wgmma, free_gil, "w"_a, "x"_a, "logits"_a, "M"_a, "V"_a, "H"_a, "ldx"_a, "ldl"_a, "bf16"_a, "tokens"_a,
+        "stream"_a);
 #endif
 }

@@ -12,13 +12,12 @@
 // two such kernels sharing a GPU cannot wait for each other in a circle.
 #include "gemm/wgmma.h"
 
-#include <cuda.h>
-
 #include <algorithm>
 #include <atomic>
 
 #include "common/launch.cuh"
 #include "common/layout.cuh"
+#include "common/tensor_map.cuh"
 #include "gemm/wgmma_table.cuh"
 
 namespace gptq {
@@ -28,23 +27,9 @@ constexpr int kMaxBlocks = 264;  // of one launch: two for each of 132 SMs
 constexpr size_t kFlagBytes = 8192;
 constexpr size_t kPartialBytes = size_t{kMaxBlocks} * 128 * 128 * sizeof(float);  // or half as many blocks with tiles twice that size
 
-using Encode = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*, const cuuint64_t*, const cuuint32_t*,
-                            const cuuint32_t*, CUtensorMapInterleave, CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
-
-// The driver's function, asked for at run time: the library loads where there is no driver.
-Encode tensor_map_encoder() {
-  static const Encode encode = [] {
-    void* entry = nullptr;
-    cudaDriverEntryPointQueryResult found;
-    const cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &found);
-    return error == cudaSuccess && found == cudaDriverEntryPointSuccess ? reinterpret_cast<Encode>(entry) : nullptr;
-  }();
-  return encode;
-}
-
 // The packed weight as [strips][chunks][bytes of a chunk], in units of 8 bytes; a box is one chunk of `strips` strips.
 bool map_weight(CUtensorMap& map, const WgmmaGemm& call, const WgmmaParams& p, int strips) {
-  const Encode encode = tensor_map_encoder();
+  const EncodeTensorMap encode = tensor_map_encoder();
   if (encode == nullptr) return false;
   const cuuint64_t chunk = static_cast<cuuint64_t>(p.chunk_bytes);
   const cuuint64_t size[3] = {chunk / 8, static_cast<cuuint64_t>(p.chunks), static_cast<cuuint64_t>(p.strips)},
@@ -52,18 +37,6 @@ bool map_weight(CUtensorMap& map, const WgmmaGemm& call, const WgmmaParams& p, i
   const cuuint32_t box[3] = {static_cast<cuuint32_t>(chunk / 8), 1, static_cast<cuuint32_t>(strips)}, step[3] = {1, 1, 1};
   return encode(&map, CU_TENSOR_MAP_DATA_TYPE_FLOAT64, 3, const_cast<void*>(call.weight), size, stride, box, step,
                 CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_NONE, CU_TENSOR_MAP_L2_PROMOTION_NONE,
-                CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
-}
-
-// x [m, k]; a box is 64 k of `tokens` tokens, zeros beyond m and k.
-bool map_tokens(CUtensorMap& map, const WgmmaGemm& call, int tokens) {
-  const Encode encode = tensor_map_encoder();
-  if (encode == nullptr) return false;
-  const cuuint64_t size[2] = {static_cast<cuuint64_t>(call.k), static_cast<cuuint64_t>(call.m)},
-                   stride[1] = {static_cast<cuuint64_t>(call.ldx) * 2};
-  const cuuint32_t box[2] = {64, static_cast<cuuint32_t>(tokens)}, step[2] = {1, 1};
-  return encode(&map, call.bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2, const_cast<void*>(call.x), size,
-                stride, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
                 CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 
@@ -167,7 +140,8 @@ cudaError_t launch_wgmma(const WgmmaGemm& call, cudaStream_t stream) {
   if (p.stages < 2) return cudaErrorInvalidConfiguration;
 
   CUtensorMap weights, tokens;
-  if (!map_weight(weights, call, p, kernel.strips) || !map_tokens(tokens, call, kernel.tokens / kernel.cluster))
+  if (!map_weight(weights, call, p, kernel.strips) ||
+      !map_rows(tokens, call.x, call.bf16, call.m, call.k, call.ldx, kernel.tokens / kernel.cluster))
     return cudaErrorInvalidValue;
 
   static std::atomic<uint64_t> done[2][2][static_cast<int>(WgmmaTile::kLast) + 1];

@@ -10,7 +10,8 @@
 
 namespace gptq {
 
-// ---- wgmma m64nNk16, fp32 accumulators, A (weights) from registers, B (tokens) from shared memory, K-major ------------------------------
+// ---- wgmma m64nNk16, fp32 accumulators, A (weights) from registers (Wgmma) or shared memory (WgmmaShared), B (tokens) from shared memory,
+// both K-major ----------------------------------------------------------------------------------------------------------------------------
 // d[4j], d[4j+1]: row g of the warp's 16, columns 8j+2t, 8j+2t+1; d[4j+2], d[4j+3]: row g+8. `accumulate` 0 overwrites d.
 
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
@@ -20,7 +21,7 @@ __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
 }
 
-// B tile with rows of 64 k (128 B) under the 128-byte swizzle: groups of 8 rows lie 1024 B apart. `start` is the address / 16; 16 k are 2.
+// A tile with rows of 64 k (128 B) under the 128-byte swizzle: groups of 8 rows lie 1024 B apart. `start` is the address / 16; 16 k are 2.
 __device__ __forceinline__ uint64_t wgmma_desc(uint32_t start) {
   constexpr uint32_t kSwizzle128 = 1u << 30, kStride = 1024 >> 4;
   uint64_t desc;
@@ -30,9 +31,12 @@ __device__ __forceinline__ uint64_t wgmma_desc(uint32_t start) {
 
 template <bool BF, int N>
 struct Wgmma;
+template <bool BF, int N>
+struct WgmmaShared;
 
 // The accumulators of N columns, N/2 registers, as asm text (GPTQ_R) and as operands (GPTQ_D).
-#define GPTQ_R8 "%0, %1, %2, %3, %4, %5, %6, %7"
+#define GPTQ_R4 "%0, %1, %2, %3"
+#define GPTQ_R8 GPTQ_R4 ", %4, %5, %6, %7"
 #define GPTQ_R16 GPTQ_R8 ", %8, %9, %10, %11, %12, %13, %14, %15"
 #define GPTQ_R32 GPTQ_R16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
 #define GPTQ_R48 GPTQ_R32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
@@ -66,6 +70,26 @@ GPTQ_WGMMA_BOTH(96, GPTQ_R48, "%48, %49, %50, %51", "%52", "%53", GPTQ_D32(0), G
 GPTQ_WGMMA_BOTH(128, GPTQ_R64, "%64, %65, %66, %67", "%68", "%69", GPTQ_D64(0))
 GPTQ_WGMMA_BOTH(192, GPTQ_R96, "%96, %97, %98, %99", "%100", "%101", GPTQ_D64(0), GPTQ_D32(64))
 GPTQ_WGMMA_BOTH(256, GPTQ_R128, "%128, %129, %130, %131", "%132", "%133", GPTQ_D64(0), GPTQ_D64(64))
+#define GPTQ_WGMMA_SHARED(BF, TYPE, N, REGS, A, B, ACC, ...)                                                                       \
+  template <>                                                                                                                   \
+  struct WgmmaShared<BF, N> {                                                                                                   \
+    static __device__ __forceinline__ void mma(float (&d)[N / 2], uint64_t a, uint64_t b, int accumulate) {                     \
+      asm volatile("{\n.reg .pred acc;\nsetp.ne.b32 acc, " ACC ", 0;\nwgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE \
+                   " {" REGS "}, " A ", " B ", acc, 1, 1, 0, 0;\n}\n"                                                            \
+                   : __VA_ARGS__                                                                                                \
+                   : "l"(a), "l"(b), "r"(accumulate));                                                                          \
+    }                                                                                                                           \
+  };
+#define GPTQ_WGMMA_SHARED_BOTH(...) GPTQ_WGMMA_SHARED(false, "f16", __VA_ARGS__) GPTQ_WGMMA_SHARED(true, "bf16", __VA_ARGS__)
+GPTQ_WGMMA_SHARED_BOTH(8, GPTQ_R4, "%4", "%5", "%6", GPTQ_D4(0))
+GPTQ_WGMMA_SHARED_BOTH(16, GPTQ_R8, "%8", "%9", "%10", GPTQ_D8(0))
+GPTQ_WGMMA_SHARED_BOTH(32, GPTQ_R16, "%16", "%17", "%18", GPTQ_D16(0))
+GPTQ_WGMMA_SHARED_BOTH(64, GPTQ_R32, "%32", "%33", "%34", GPTQ_D32(0))
+GPTQ_WGMMA_SHARED_BOTH(128, GPTQ_R64, "%64", "%65", "%66", GPTQ_D64(0))
+GPTQ_WGMMA_SHARED_BOTH(192, GPTQ_R96, "%96", "%97", "%98", GPTQ_D64(0), GPTQ_D32(64))
+GPTQ_WGMMA_SHARED_BOTH(256, GPTQ_R128, "%128", "%129", "%130", GPTQ_D64(0), GPTQ_D64(64))
+#undef GPTQ_WGMMA_SHARED_BOTH
+#undef GPTQ_WGMMA_SHARED
 #undef GPTQ_WGMMA_BOTH
 #undef GPTQ_WGMMA
 #undef GPTQ_D64
@@ -80,6 +104,7 @@ GPTQ_WGMMA_BOTH(256, GPTQ_R128, "%128, %129, %130, %131", "%132", "%133", GPTQ_D
 #undef GPTQ_R32
 #undef GPTQ_R16
 #undef GPTQ_R8
+#undef GPTQ_R4
 
 // ---- tensor-map loads: the map fixes the size of the box --------------------------------------------------------
 __device__ __forceinline__ void tensor_prefetch(const CUtensorMap* map) {

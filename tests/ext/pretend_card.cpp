@@ -6,6 +6,7 @@
 //
 //   gemv M N K GROUPS ZEROS                         ->  KERNEL GRID THREADS SHARED CLUSTER OVERLAPPED
 //   mma M N K GROUPS ZEROS
+//   head M V H
 //   attention SEQUENCES HEADS KV_HEADS HEAD_DIM FP8 CONTEXT
 //
 // KERNEL is the mangled name, as ptxas tells it. Linked with the objects of the launchers and of their fp16 kernels, without a runtime.
@@ -22,6 +23,7 @@
 #include "gemm/mma.h"
 #include "gemm/mma_table.cuh"
 #include "gemv/gemv.h"
+#include "head/head.h"
 
 namespace {
 
@@ -37,6 +39,7 @@ std::map<const void*, std::string>& names() {  // filled before main()
 namespace gptq {
 const void* gemv_bf16(int, bool, int) { return nullptr; }
 MmaKernel mma_bf16(MmaTile, MmaFormat) { return {}; }
+const void* head_bf16(int) { return nullptr; }
 const void* attention_decode_bf16(int, bool, bool) { return nullptr; }
 }  // namespace gptq
 
@@ -116,6 +119,11 @@ int main(int, char** argv) {
       words >> call.m >> call.n >> call.k >> call.groups >> zeros;
       call.zeros = zeros, call.ldx = call.k, call.ldy = call.n;
       status = gptq::launch_mma(call, nullptr);
+    } else if (what == "head") {
+      gptq::HeadProduct call = {};
+      words >> call.m >> call.n >> call.k;
+      call.ldx = call.k, call.ldl = call.n;
+      status = gptq::launch_head(call, nullptr);
     } else if (what == "attention") {
       gptq::AttentionDecodeArgs args = {};
       int head_dim, fp8, context;

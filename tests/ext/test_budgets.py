@@ -118,6 +118,22 @@ def same_bits(narrow: int, of_32: int, of_64: int) -> tuple[Line, ...]:
     )
 
 
+def head(narrow: int, of_16: int, of_32: int, of_64: int, of_128: int) -> tuple[Line, ...]:
+    """Instructions of the loop over slots of 64 k, with those that turn to the next tile, some 80 of them."""
+    return (
+        Line(r"ELi8E", 64, Loop(4, narrow)),
+        Line(r"ELi16E", 64, Loop(8, of_16)),
+        Line(r"ELi32E", 80, Loop(16, of_32)),
+        Line(r"ELi64E", 104, Loop(32, of_64)),
+        Line(r"ELi128E", 160, Loop(64, of_128)),
+    )
+
+
+HEAD_WGMMA = (
+    Line(r"ELi(8|16|32)E", 48, Loop(4, 55), "HGMMA"),
+    Line(r"ELi(64|128|192)E", 128, Loop(4, 55), "HGMMA"),
+    Line(r"ELi256E", 168, Loop(4, 58), "HGMMA"),
+)
 DEQUANT = (Line("gather", 64), Line("dequant", 80))
 OPS = (Line("rope", 112), Line("rms_norm", 128), Line("embed", 24))
 TABLE: dict[tuple[str, str], tuple[Line, ...]] = {
@@ -140,6 +156,11 @@ TABLE: dict[tuple[str, str], tuple[Line, ...]] = {
     ("attention/attention_decode_bf16.cu", "89"): attention(960, 1090, 2830, 3010, 2560),
     ("attention/attention_decode_fp16.cu", "90"): attention(960, 1090, 2910, 3010, 2550),
     ("attention/attention_decode_fp16.cu", "120"): attention(860, 1200, 2520, 2870, 2290, 44),
+    ("head/head_fp16.cu", "80"): head(160, 165, 170, 195, 255),
+    ("head/head_bf16.cu", "89"): head(160, 165, 170, 195, 255),
+    ("head/head_fp16.cu", "90"): head(160, 165, 170, 195, 255),
+    ("head/head_fp16.cu", "120"): head(155, 165, 180, 225, 310),
+    ("head/head_wgmma.cu", "90a"): HEAD_WGMMA,
     ("ops/ops.cu", "80"): OPS,
     ("ops/ops.cu", "120"): OPS,
     **{("sampler/sampler.cu", arch): (Line("sample_kernel", 64),) for arch in ("80", "90", "120")},
@@ -196,6 +217,7 @@ def test_wgmma_is_not_serialised(compiled: Compiler) -> None:
     assert len(done.usage) == 2 * WGMMA_TILES
     assert "wgmma.mma_async instructions are serialized" not in done.log
     assert "C7508" not in done.log  # setmaxnreg ignored
+    assert "wgmma.mma_async instructions are serialized" not in compiled("head/head_wgmma.cu", "90a").log
 
 
 def test_what_is_spilled_has_a_reason() -> None:
@@ -215,6 +237,7 @@ def test_every_source_of_kernels_is_in_the_table() -> None:
         "gemm/wgmma.cu",
         "gemm/mma.cu",
         "gemm/same_bits.cu",
+        "head/head.cu",
         "attention/attention_decode.cu",
         "common/device.cu",
     }

@@ -20,13 +20,22 @@ pytestmark = needs_nvcc
 KERNELS = {
     "gemv_kernel": "gemv/gemv_fp16.cu",
     "mma_kernel": "gemm/mma_fp16.cu",
+    "head_kernel": "head/head_fp16.cu",
     "attention_decode_kernel": "attention/attention_decode_fp16.cu",
 }
 """what stands in a kernel's name -> its source"""
-SOURCES = ("common/device.cu", "gemv/gemv.cu", "gemm/mma.cu", "attention/attention_decode.cu", *KERNELS.values())
+SOURCES = (
+    "common/device.cu",
+    "gemv/gemv.cu",
+    "gemm/mma.cu",
+    "head/head.cu",
+    "attention/attention_decode.cu",
+    *KERNELS.values(),
+)
 GEMV = "gemv {} 15360 5120 1 0"
 MMA = "mma {} 15360 5120 1 0"
 """qkv of a 13B, so many rows"""
+HEAD = "head {} 32000 5120"
 ATTENTION = "attention {} 40 40 128 0 {}"
 """of a 13B, so many sequences and tokens of context"""
 
@@ -106,6 +115,10 @@ def resident(launches: Launcher, compiled: Compiler) -> Callable[[str, str], tup
         ("RTX 4090", MMA.format(16), 1, 1),
         ("A100 80 GB", MMA.format(256), 1, 1),
         ("RTX 4090", MMA.format(256), 1, 1),
+        ("A100 80 GB", HEAD.format(1), 1, 1),
+        ("RTX 4090", HEAD.format(64), 1, 1),
+        ("RTX 4090", HEAD.format(256), 1, 1),
+        ("B200", HEAD.format(256), 1, 1),
         # A block, and one of the GEMV before or after it.
         ("A100 80 GB", ATTENTION.format(1, 2048), 2, 1),
         ("RTX 4090", ATTENTION.format(1, 2048), 1, 1),
@@ -130,6 +143,8 @@ def test_code_of_8_0_is_launched_on_an_h200_as_on_an_a100(launches: Launcher) ->
         GEMV.format(16),
         MMA.format(16),
         MMA.format(256),
+        HEAD.format(1),
+        HEAD.format(256),
         ATTENTION.format(1, 2048),
         ATTENTION.format(64, 128),
     ):
@@ -155,3 +170,14 @@ def test_every_product_can_be_launched_on_every_card(card: str, launches: Launch
             for m in (1, 8):
                 (launch,) = launches(find(card), f"gemv {m} 5120 13824 {groups} {zeros}")
                 assert launch.shared > 0
+
+
+@pytest.mark.parametrize("card", ["RTX 3090", "RTX 4090", "A100 80 GB", "RTX 5090", "B200"])
+def test_the_head_s_ring_fills_what_an_sm_has(card: str, launches: Launcher) -> None:
+    """At least three slots, and with few tokens as many bytes in flight as hide the memory's latency."""
+    for m in (1, 9, 17, 33, 100, 256, 3000):
+        (launch,) = launches(find(card), HEAD.format(m))
+        tokens = next((tokens for tokens in (8, 16, 32, 64) if m <= tokens), 128)
+        slot = (128 + tokens) * 128
+        assert launch.shared % slot == 0 and launch.shared // slot >= 3
+        assert launch.shared >= 60 << 10

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from gptq_api.kernels import gemm, ops
 from gptq_api.kernels.decode_attention import RotaryInputs, decode_attention, decode_attention_workspace
+from gptq_api.kernels.head import head as head_product
 from gptq_api.kernels.order import of_kernel, of_producer
 from gptq_api.kernels.prefill_attention import prefill_attention
 from gptq_api.model.layers.linear import Linear
@@ -39,7 +40,7 @@ def of_cublas(model: LlamaWeights) -> list[str]:
         for name in ("qkv", "o", "gate_up", "down")
         if not isinstance(getattr(layer, name), PackedGPTQLinear)
     ]
-    return names if isinstance(model.lm_head, PackedGPTQLinear) else [*names, "the head"]
+    return names if isinstance(model.lm_head, PackedGPTQLinear | CudaDenseLinear) else [*names, "the head"]
 
 
 @dataclass(frozen=True)
@@ -228,5 +229,5 @@ class CudaLlama:
         head = self._lm_head
         if isinstance(head, CudaDenseLinear):
             # Logits are never rounded to 16 bits: the greedy token would be decided by it.
-            return torch.mm(x, head.weight.t(), out_dtype=torch.float32, out=out)
+            return head_product(x, head.weight, out)
         return out.copy_(head.forward(x))

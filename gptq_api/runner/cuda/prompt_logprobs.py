@@ -21,7 +21,7 @@ from gptq_api.types import PromptLogprobs
 
 SLICE_ROWS = 64
 """Whose logits are there at a time. Always as many, since the head's product with another number of rows may be a
-kernel never used before, which takes some 50 ms to load."""
+kernel never used before, which takes time to load."""
 
 
 @dataclass(frozen=True)

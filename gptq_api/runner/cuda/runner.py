@@ -348,8 +348,8 @@ class CudaRunner:
             shape = self._buckets.mixed_shape(step.num_rows, num, tiles, num_blocks)
             if shape is not None:
                 return shape, True
-        # As many sequences as a decode step may have: the head's product with other numbers of rows may be a cuBLAS
-        # kernel never used before, which takes some 50 ms to load while the device waits.
+        # As many sequences as a decode step may have: a product with other numbers of rows may be a kernel never used
+        # before, which takes time to load while the device waits (with a head by cuBLAS some 50 ms).
         return StepShape(step.num_rows, num if exact else self._buckets.padded(num), num_blocks, tiles), False
 
     def _copy_in(self, stage: _Stage, shape: StepShape) -> StepInputs[Tensor]:
