@@ -17,6 +17,7 @@
 #include "ops/ops.h"
 #include "sampler/sampler.h"
 #ifdef GPTQ_API_HOPPER
+#include "gemm/same_bits_wgmma.h"
 #include "gemm/wgmma.h"
 #endif
 
@@ -249,6 +250,8 @@ PYBIND11_MODULE(_cuda, m, py::mod_gil_not_used()) {
   m.def("same_bits_workspace_bytes", &gptq::same_bits_workspace_bytes);
   m.def("head", &head, free_gil, "w"_a, "x"_a, "logits"_a, "M"_a, "V"_a, "H"_a, "ldx"_a, "ldl"_a, "bf16"_a, "tokens"_a, "stream"_a);
 #ifdef GPTQ_API_HOPPER
+  m.def("same_bits_wgmma", &mma<&gptq::launch_same_bits_wgmma>, free_gil, "w"_a, "x"_a, "y"_a, "bias"_a, "residual"_a, "workspace"_a,
+        "M"_a, "N"_a, "K"_a, "ldx"_a, "ldy"_a, "ldr"_a, "paired"_a, "groups"_a, "zeros"_a, "bf16"_a, "tile"_a, "split"_a, "stream"_a);
   m.def("wgmma", &wgmma, free_gil, "w"_a, "x"_a, "y"_a, "bias"_a, "residual"_a, "workspace"_a, "M"_a, "N"_a, "K"_a, "ldx"_a, "ldy"_a,
         "ldr"_a, "paired"_a, "groups"_a, "zeros"_a, "bf16"_a, "tile"_a, "sharing"_a, "split"_a, "stream"_a);
   m.def("wgmma_workspace_bytes", &gptq::wgmma_workspace_bytes);

@@ -5,8 +5,8 @@
 #pragma once
 #include "common/layout.cuh"
 #include "common/ptx.cuh"
-#include "common/vector.cuh"
-#include "gemm/same_bits_table.cuh"
+#include "gemm/same_bits_finish.cuh"
+#include "gemm/same_bits_sums.cuh"
 
 namespace gptq {
 namespace {
@@ -19,6 +19,7 @@ struct SameBitsShape {
   static constexpr int kStrips = 2 * WARPS, kTiles = TN / 8, kPairs = TN / 16;  // column tiles of eight, and pairs of them
   static constexpr int kAtOnce = kPairs < 2 ? kPairs : 2;                       // pairs that are multiplied with the weights as expanded
   static constexpr int kTokenBytes = TN * kChunkK * 2;                          // of a slot
+  static constexpr int kSums = 8 * kTiles;                                      // of a lane: [strip][column tile][4]
   static constexpr int kRows = kThreads / 16;                                   // tokens that are brought in at a time
   static constexpr int kBlocksPerSM = WARPS == 4 ? 2 : 1;
 };
@@ -30,16 +31,6 @@ __device__ __forceinline__ T kept(T v) {
   else asm("" : "+r"(v));
   return v;
 }
-
-// The chunks of a chain: first, first + kChains, ... below end.
-struct Chain {
-  int first, end;
-  __device__ __forceinline__ Chain(const SameBitsParams& p, int chain) {
-    const int segment = chain / kChains * p.segment;
-    first = segment + chain % kChains;
-    end = min(segment + p.segment, p.k_chunks);
-  }
-};
 
 // What a block asks for next: a chunk of a tile. A warp brings in the weights of its strips, and with the others the tokens.
 template <class S>
@@ -123,9 +114,8 @@ struct SameBitsPlaces {
 // once the tensor cores work. Each of the first warps computes the sums of x of 16 tokens, and leaves them for all: x is the A operand
 // there, and each column of the product the same.
 template <class S, typename Ask>
-__device__ __forceinline__ void multiply_chunk(float (&acc)[2][S::kTiles][4], const SameBitsParams& p, const SameBitsPlaces& places,
+__device__ __forceinline__ void multiply_chunk(float (&acc)[S::kSums], const SameBitsParams& p, const SameBitsPlaces& places,
                                                uint32_t slot, const Ask& ask) {
-  using O = Offset<S::BF, true>;
   const uint32_t tokens = slot + places.tokens, weights = slot + places.weights, own = slot + places.own_tokens;
   const int size = p.chunk_bytes, lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   constexpr bool kAllSum = S::kPairs == S::WARPS;
@@ -177,25 +167,17 @@ __device__ __forceinline__ void multiply_chunk(float (&acc)[2][S::kTiles][4], co
 #pragma unroll
       for (int s = 0; s < 2; s++) {
         scale[s] = scale_pair(lds32(slot + places.scales + s * size + 32 * group));
-        zero[s] = make_float2(1.f, 1.f);  // what is in the sums of x then
-        if (p.zeros) {
-          const uint32_t pair = lds16(slot + places.zeros + s * size + 16 * group);
-          zero[s] = make_float2(O::kZeroBase + static_cast<float>(pair & 255u), O::kZeroBase + static_cast<float>(pair >> 8));
-        }
+        zero[s] = zero_pair<S::BF>(p.zeros, p.zeros ? lds16(slot + places.zeros + s * size + 16 * group) : 0u);
       }
 #pragma unroll
       for (int n = 0; n < 2 * S::kAtOnce; n++) {
-        const float2 found = lds64(places.sums + (group * S::TN + (2 * first + n) * 8 + (lane & 3) * 2) * 4);
-        const float off_of[4] = {found.x, found.y, __fmul_rn(found.x, O::kG8), __fmul_rn(found.y, O::kG8)};
+        const float2 off_of = lds64(places.sums + (group * S::TN + (2 * first + n) * 8 + (lane & 3) * 2) * 4);
 #pragma unroll
-        for (int s = 0; s < 2; s++)
+        for (int s = 0; s < 2; s++) {
+          finish_group<S::BF>(acc + (s * S::kTiles + 2 * first + n) * 4, part[s][n], scale[s], zero[s], off_of);
 #pragma unroll
-          for (int i = 0; i < 4; i++) {
-            const float whole = __fmaf_rn(i < 2 ? zero[s].x : zero[s].y, off_of[i], part[s][n][i]);
-            float& sum = acc[s][2 * first + n][i];
-            sum = __fmaf_rn(i < 2 ? scale[s].x : scale[s].y, whole, sum);
-            part[s][n][i] = 0.f;
-          }
+          for (int i = 0; i < 4; i++) part[s][n][i] = 0.f;
+        }
       }
     };
     expand_k16(0);
@@ -221,91 +203,9 @@ __device__ __forceinline__ void multiply_chunk(float (&acc)[2][S::kTiles][4], co
   }
 }
 
-// Sums of a tile that blocks leave for one another, each lane for its like.
-template <class S>
-struct Pieces {
-  const SameBitsParams& p;
-  __device__ __forceinline__ Pieces(const SameBitsParams& p) : p(p) {}
-  __device__ __forceinline__ float4* at(int block, int piece) const {
-    const int64_t first = (static_cast<int64_t>(block) * kPieceSlots + piece) * S::WARPS + (threadIdx.x >> 5);
-    return reinterpret_cast<float4*>(p.partials) + first * (2 * S::kTiles * 32) + (threadIdx.x & 31);
-  }
-};
-
-template <class S, typename Do>
-__device__ __forceinline__ void each(const Do& act) {
-#pragma unroll
-  for (int s = 0; s < 2; s++)
-#pragma unroll
-    for (int n = 0; n < S::kTiles; n++)
-#pragma unroll
-      for (int i = 0; i < 4; i++) act(s, n, i);
-}
-
-template <class S>
-__device__ __forceinline__ void leave(float4* to, const float (&d)[2][S::kTiles][4]) {
-#pragma unroll
-  for (int s = 0; s < 2; s++)
-#pragma unroll
-    for (int n = 0; n < S::kTiles; n++)
-      __stcg(to + (s * S::kTiles + n) * 32, make_float4(d[s][n][0], d[s][n][1], d[s][n][2], d[s][n][3]));
-}
-
-// d += what was left there.
-template <class S>
-__device__ __forceinline__ void add_left(float (&d)[2][S::kTiles][4], const float4* from) {
-#pragma unroll
-  for (int s = 0; s < 2; s++)
-#pragma unroll
-    for (int n = 0; n < S::kTiles; n++) {
-      const float4 v = __ldcg(from + (s * S::kTiles + n) * 32);
-      d[s][n][0] += v.x, d[s][n][1] += v.y, d[s][n][2] += v.z, d[s][n][3] += v.w;
-    }
-}
-
-// Writes a strip: 8x8 corners are turned in registers, so that a lane has two neighbouring outputs of a token. The arithmetic is that of
-// Outputs::store in gemv_math.cuh.
-template <class S>
-__device__ __forceinline__ void store_strip(const SameBitsParams& p, const float (&d)[S::kTiles][4], int strip, int first_token) {
-  using O = Offset<S::BF, false>;
-  if (strip >= p.strips) return;
-  const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
-  const int column[2] = {p.paired ? 8 * strip : 16 * strip, p.paired ? p.n / 2 + 8 * strip : 16 * strip + 8};  // of rows 0 and 8
-  float bias[2] = {};
-  if (p.bias != nullptr) bias[0] = from_16bit<S::BF>(p.bias[column[0] + g]), bias[1] = from_16bit<S::BF>(p.bias[column[1] + g]);
-#pragma unroll
-  for (int n = 0; n < S::kTiles; n++) {
-    const int token = first_token + n * 8 + g;  // of this lane, once turned
-    const bool exists = token < p.m;
-    const auto place = [&](const uint16_t* from, int64_t stride, int corner) {
-      return reinterpret_cast<const uint32_t*>(from + token * stride + column[corner] + 2 * t);
-    };
-    const auto residual = [&](int corner) {  // of two tokens
-      const uint32_t r = p.residual == nullptr ? 0u : transpose_8x8(exists ? *place(p.residual, p.ldr, corner) : 0u);
-      return make_float2(from_16bit<S::BF>(static_cast<uint16_t>(r)), from_16bit<S::BF>(static_cast<uint16_t>(r >> 16)));
-    };
-    const auto store = [&](int corner, float first, float second) {
-      const uint32_t turned = transpose_8x8(pack2<S::BF>(first, second));
-      if (exists) *const_cast<uint32_t*>(place(p.y, p.ldy, corner)) = turned;
-    };
-    float v[4];
-#pragma unroll
-    for (int i = 0; i < 4; i++) v[i] = __fmaf_rn(d[n][i], i < 2 ? O::kUnscaleG : O::kUnscaleG8, bias[i / 2]);
-    const float2 r = residual(0);
-    if (p.paired == 2) {
-      store(0, __fmaf_rn(silu(v[0]), v[2], r.x), __fmaf_rn(silu(v[1]), v[3], r.y));
-    } else {
-      store(0, v[0] + r.x, v[1] + r.y);
-      const float2 r8 = residual(1);
-      store(1, v[2] + r8.x, v[3] + r8.y);
-    }
-  }
-}
-
 template <class S>
 __global__ void __launch_bounds__(S::kThreads, S::kBlocksPerSM) same_bits_kernel(const __grid_constant__ SameBitsParams p) {
   extern __shared__ __align__(128) uint8_t smem[];
-  using O = Offset<S::BF, true>;
   const int warp = __shfl_sync(~0u, threadIdx.x >> 5, 0), lane = threadIdx.x & 31;
   const uint32_t ring = smem_addr(smem), end = ring + p.stages * p.slot;
   grid_launch_dependents();
@@ -332,95 +232,33 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocksPerSM) same_bits_kernel
     places.scales = kept(chunk + kWeightBytes + (lane & 28));
     places.zeros = kept(chunk + kWeightBytes + 32 * p.groups + (lane & 28) / 2);
     places.sums = kept(ring + p.sums);
-    places.minus = p.zeros ? O::kRowG : Offset<S::BF, false>::kRowG;
+    places.minus = minus_of<S::BF>(p.zeros);
   }
-  const Pieces<S> pieces(p);
-  const int mine = p.clusters - 1 - blockIdx.x;
-  Walk walk(p, blockIdx.x);
-  Segment s;
+  InRegisters<S::kSums> total;
+  const auto multiply = [&](const Segment&, int chain, float(&acc)[S::kSums]) {
+    const Chain at(p, chain);
 #pragma unroll 1
-  while (walk.next(p, s)) {
-    float total[2][S::kTiles][4] = {}, acc[2][S::kTiles][4];
-    const int whole_from = s.first == 0 ? 0 : (s.first + kChains - 1) / kChains * kChains;  // chains before it are left by themselves
-    int piece = 0;
-#pragma unroll 1
-    for (int chain = s.first; chain < s.last; chain++) {
-      each<S>([&](int f, int n, int i) { acc[f][n][i] = 0.f; });
-      const Chain at(p, chain);
-#pragma unroll 1
-      for (int c = at.first; c < at.end; c += kChains) {
-        cp_async_wait<kSameBitsDepth - 2>();
-        __syncthreads();  // the slot has come through all threads, and none still reads the one before
-        multiply_chunk<S>(acc, p, places, slot, ask);
-        slot += p.slot;
-        if (slot == end) slot = ring;
-      }
-      each<S>([&](int f, int n, int i) { total[f][n][i] += acc[f][n][i]; });
-      // The sum of a segment, or of what this block has of one. The first block of a tile keeps that with which it ends, and adds up those
-      // before; the others leave each.
-      const bool complete = chain % kChains == kChains - 1 || chain + 1 == p.chunks;
-      if (s.first == 0) {
-        if (!complete || chain + 1 == s.last) continue;
-        float4* const before = pieces.at(mine, kPieces);
-        if (chain >= kChains) {
-          each<S>([&](int f, int n, int i) { acc[f][n][i] = total[f][n][i], total[f][n][i] = 0.f; });
-          add_left<S>(total, before);
-          each<S>([&](int f, int n, int i) { total[f][n][i] += acc[f][n][i]; });
-        }
-        leave<S>(before, total);
-      } else {
-        if (!complete && chain >= whole_from && chain + 1 < s.last) continue;
-        leave<S>(pieces.at(mine, piece++), total);
-      }
-      each<S>([&](int f, int n, int i) { total[f][n][i] = 0.f; });
+    for (int c = at.first; c < at.end; c += kChains) {
+      cp_async_wait<kSameBitsDepth - 2>();
+      __syncthreads();  // the slot has come through all threads, and none still reads the one before
+      multiply_chunk<S>(acc, p, places, slot, ask);
+      slot += p.slot;
+      if (slot == end) slot = ring;
     }
-    if (s.first > 0) {
-      __syncwarp();
-      if (lane == 0) {
-        __threadfence();
-        flag_set(p.flags + mine * kMmaWarps + warp);
-      }
-      continue;
-    }
-    // The segments before the one that `total` is of; from here on those that are complete.
-    auto& sum = acc;
-    each<S>([&](int f, int n, int i) { sum[f][n][i] = 0.f; });
-    if (s.last > kChains) add_left<S>(sum, pieces.at(mine, kPieces));
-    const auto close = [&](int chain) {  // the last one in `total`
-      if (chain % kChains != kChains - 1 && chain + 1 != p.chunks) return;
-      each<S>([&](int f, int n, int i) { sum[f][n][i] += total[f][n][i], total[f][n][i] = 0.f; });
-    };
-    close(s.last - 1);
-    if (s.last < p.chunks) {
-      const int tile_end = (s.tile + 1) * p.chunks;
-      for (int i = mine + 1; split_begin(p, i) < tile_end; i++) {
-        int* flag = p.flags + i * kMmaWarps + warp;
-        if (lane == 0) {
-          while (!flag_is_set(flag)) __nanosleep(20);
-          *flag = 0;  // ready for the next launch on this stream
-        }
-        __syncwarp();
-        const int first = split_begin(p, i) - s.tile * p.chunks, last = min(split_begin(p, i + 1) - s.tile * p.chunks, p.chunks);
-        const int its_whole_from = (first + kChains - 1) / kChains * kChains;
-        piece = 0;
-#pragma unroll 1
-        for (int chain = first; chain < last; chain++) {
-          if (chain >= its_whole_from) chain = min(min(chain / kChains * kChains + kChains, p.chunks), last) - 1;
-          add_left<S>(total, pieces.at(i, piece++));
-          close(chain);
-        }
-      }
-    }
+  };
+  const auto store = [&](int tile, const float(&sums)[S::kSums]) {
     int m_tile, n_tile;
-    tile_position(p, s.tile, m_tile, n_tile);
+    tile_position(p, tile, m_tile, n_tile);
 #pragma unroll
-    for (int f = 0; f < 2; f++) store_strip<S>(p, sum[f], n_tile * S::kStrips + 2 * warp + f, m_tile * S::TN);
-  }
+    for (int f = 0; f < 2; f++)
+      store_strip<S::BF, S::TN>(p, sums + f * 4 * S::kTiles, n_tile * S::kStrips + 2 * warp + f, m_tile * S::TN);
+  };
+  add_up<S::kSums>(p, S::WARPS, warp, total, multiply, store);
 }
 
 template <class S>
 SameBitsKernel info() {
-  return {reinterpret_cast<const void*>(same_bits_kernel<S>), S::WARPS, S::kBlocksPerSM};
+  return {reinterpret_cast<const void*>(same_bits_kernel<S>), S::WARPS, S::kBlocksPerSM, 0};
 }
 
 template <bool BF, bool ONE>

@@ -17,7 +17,7 @@
 
 #include "common/launch.cuh"
 #include "common/layout.cuh"
-#include "common/tensor_map.cuh"
+#include "gemm/weight_map.cuh"
 #include "gemm/wgmma_table.cuh"
 
 namespace gptq {
@@ -26,19 +26,6 @@ namespace {
 constexpr int kMaxBlocks = 264;  // of one launch: two for each of 132 SMs
 constexpr size_t kFlagBytes = 8192;
 constexpr size_t kPartialBytes = size_t{kMaxBlocks} * 128 * 128 * sizeof(float);  // or half as many blocks with tiles twice that size
-
-// The packed weight as [strips][chunks][bytes of a chunk], in units of 8 bytes; a box is one chunk of `strips` strips.
-bool map_weight(CUtensorMap& map, const WgmmaGemm& call, const WgmmaParams& p, int strips) {
-  const EncodeTensorMap encode = tensor_map_encoder();
-  if (encode == nullptr) return false;
-  const cuuint64_t chunk = static_cast<cuuint64_t>(p.chunk_bytes);
-  const cuuint64_t size[3] = {chunk / 8, static_cast<cuuint64_t>(p.chunks), static_cast<cuuint64_t>(p.strips)},
-                   stride[2] = {chunk, chunk * p.chunks};
-  const cuuint32_t box[3] = {static_cast<cuuint32_t>(chunk / 8), 1, static_cast<cuuint32_t>(strips)}, step[3] = {1, 1, 1};
-  return encode(&map, CU_TENSOR_MAP_DATA_TYPE_FLOAT64, 3, const_cast<void*>(call.weight), size, stride, box, step,
-                CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_NONE, CU_TENSOR_MAP_L2_PROMOTION_NONE,
-                CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
-}
 
 struct Choice {
   WgmmaTile tile;
@@ -140,7 +127,7 @@ cudaError_t launch_wgmma(const WgmmaGemm& call, cudaStream_t stream) {
   if (p.stages < 2) return cudaErrorInvalidConfiguration;
 
   CUtensorMap weights, tokens;
-  if (!map_weight(weights, call, p, kernel.strips) ||
+  if (!map_weight(weights, call.weight, p.strips, p.chunks, p.chunk_bytes, kernel.strips) ||
       !map_rows(tokens, call.x, call.bf16, call.m, call.k, call.ldx, kernel.tokens / kernel.cluster))
     return cudaErrorInvalidValue;
 

@@ -14,6 +14,7 @@ kernel that adds in the decode kernel's (ext/gemm/same_bits.cu): a row's result 
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -317,6 +318,11 @@ def _by_tiles(
         out.copy_(y)
 
 
+@cache
+def _same_bits_kernel(device_index: int) -> Any:
+    return _cuda.same_bits_wgmma if _has_wgmma(device_index) else _cuda.same_bits
+
+
 def _in_order(
     x: Tensor, w: PackedLinear, out: Tensor, bias: Tensor | None, residual: Tensor | None, silu_mul: bool
 ) -> None:
@@ -329,7 +335,8 @@ def _in_order(
     if residual is not None and (residual.stride(0) % 2 or residual.data_ptr() % 4):
         residual = residual.contiguous()
     addresses = (w.data.data_ptr(), x.data_ptr(), y.data_ptr(), _address(bias), _address(residual))
-    _cuda.same_bits(*addresses, workspace.data_ptr(), *_sizes(x, w, y, residual, silu_mul), 0, 0, stream)
+    launch = _same_bits_kernel(x.device.index)
+    launch(*addresses, workspace.data_ptr(), *_sizes(x, w, y, residual, silu_mul), 0, 0, stream)
     if not fits:
         out.copy_(y)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from functools import partial
+import itertools
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -17,22 +18,38 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not gemm.is_available(), reason=gemm.unavailable_reason() or "available"),
 ]
-TILES = {"128x16": 1, "128x32": 2, "128x64": 3, "256x64": 4}
+KERNELS = {
+    "same_bits": {"128x16": 1, "128x32": 2, "128x64": 3, "256x64": 4},
+    "same_bits_wgmma": {"128x16": 1, "128x32": 2, "128x64": 3, "192x96": 4, "128x128": 5},
+}
+"""for any GPU, and for a Hopper: their tiles"""
 ROWS = (9, 16, 17, 31, 64, 100, 128, 257, 600)
+Launch = Callable[..., None]
 
 
-@pytest.fixture(scope="module")
-def workspace() -> Tensor:
-    return torch.zeros(extension.cuda.same_bits_workspace_bytes(), dtype=torch.uint8, device="cuda")
+@pytest.fixture(params=KERNELS)
+def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Which `gemm` takes."""
+    name: str = request.param
+    if name == "same_bits_wgmma" and not gemm._has_wgmma(torch.cuda.current_device()):
+        pytest.skip("needs compute capability 9.0, and kernels compiled for it")
+    monkeypatch.setattr(gemm, "_same_bits_kernel", lambda index: getattr(extension.cuda, name))
+    return name
 
 
-def by_tile(x: Tensor, w: PackedLinear, y: Tensor, workspace: Tensor, tile: int = 0, split: int = 0) -> None:
-    """The kernel for more than 8 rows whatever M is, a tile of the table."""
-    extension.cuda.same_bits(
-        *(w.data.data_ptr(), x.data_ptr(), y.data_ptr(), 0, 0, workspace.data_ptr()),
-        *(x.shape[0], w.out_features, x.shape[1], x.stride(0), y.stride(0), 0, int(w.paired)),
-        *(w.groups_per_chunk, w.has_zeros, x.dtype == torch.bfloat16, tile, split, gemm._stream(x)),
-    )
+@pytest.fixture
+def by_tile(kernel: str) -> Launch:
+    """The kernel whatever M is, by a tile of the table."""
+    workspace = torch.zeros(extension.cuda.same_bits_workspace_bytes(), dtype=torch.uint8, device="cuda")
+
+    def launch(x: Tensor, w: PackedLinear, y: Tensor, tile: int = 0, split: int = 0) -> None:
+        getattr(extension.cuda, kernel)(
+            *(w.data.data_ptr(), x.data_ptr(), y.data_ptr(), 0, 0, workspace.data_ptr()),
+            *(x.shape[0], w.out_features, x.shape[1], x.stride(0), y.stride(0), 0, int(w.paired)),
+            *(w.groups_per_chunk, w.has_zeros, x.dtype == torch.bfloat16, tile, split, gemm._stream(x)),
+        )
+
+    return launch
 
 
 def rows_alone(
@@ -54,6 +71,7 @@ def bits(y: Tensor) -> Tensor:
 @pytest.mark.parametrize("dtype", BOUND, ids=str)
 @pytest.mark.parametrize("asym", [False, True], ids=["sym", "asym"])
 @pytest.mark.parametrize("group_size", [32, 64, 128, 256, -1])
+@pytest.mark.usefixtures("kernel")
 def test_each_row_as_alone_and_among_eight(group_size: int, asym: bool, dtype: torch.dtype) -> None:
     w, dense = weight(1160, 528, group_size, asym=asym)
     x = activations(max(ROWS), 1160, dtype)
@@ -64,7 +82,6 @@ def test_each_row_as_alone_and_among_eight(group_size: int, asym: bool, dtype: t
         assert torch.equal(bits(gemm.gemm(x[:m], w, same_bits=True)), bits(alone[:m])), m
 
 
-@pytest.mark.parametrize("tile", TILES.values(), ids=TILES)
 @pytest.mark.parametrize(
     ("k", "n", "group_size", "asym"),
     [
@@ -77,24 +94,24 @@ def test_each_row_as_alone_and_among_eight(group_size: int, asym: bool, dtype: t
     ],
 )
 def test_every_tile_cut_along_k_and_whole(
-    tile: int, k: int, n: int, group_size: int, asym: bool, workspace: Tensor
+    kernel: str, by_tile: Launch, k: int, n: int, group_size: int, asym: bool
 ) -> None:
     w, _ = weight(k, n, group_size, asym=asym)
     for dtype in BOUND:
         x = activations(130, k, dtype)
         alone = rows_alone(x, w, 4)
         assert torch.equal(bits(rows_alone(x[:8], w)), bits(alone[:8]))
-        for m in (7, 65, 130):
-            for split in (0, ALONG_K, WHOLE):
-                buffer = torch.full((m + 2, n + 8), float("nan"), device="cuda", dtype=dtype)
-                by_tile(x[:m], w, buffer[1 : m + 1, :n], workspace, tile, split)
-                assert torch.equal(bits(buffer[1 : m + 1, :n]), bits(alone[:m])), (dtype, m, split)
-                buffer[1 : m + 1, :n] = float("nan")
-                assert buffer.isnan().all(), (dtype, m, split)
+        for m, tile, split in itertools.product((7, 65, 130), KERNELS[kernel].values(), (0, ALONG_K, WHOLE)):
+            buffer = torch.full((m + 2, n + 8), float("nan"), device="cuda", dtype=dtype)
+            by_tile(x[:m], w, buffer[1 : m + 1, :n], tile, split)
+            assert torch.equal(bits(buffer[1 : m + 1, :n]), bits(alone[:m])), (dtype, m, tile, split)
+            buffer[1 : m + 1, :n] = float("nan")
+            assert buffer.isnan().all(), (dtype, m, tile, split)
 
 
 @pytest.mark.parametrize("dtype", BOUND, ids=str)
 @pytest.mark.parametrize(("k", "group_size", "asym"), [(2048, 128, False), (13824, 32, True)])
+@pytest.mark.usefixtures("kernel")
 def test_epilogues_and_act_order(k: int, group_size: int, asym: bool, dtype: torch.dtype) -> None:
     w, _ = weight(k, 2080, group_size, asym=asym, order=True, paired=True)
     x, bias, residual = activations(100, k, dtype), activations(1, 2080, dtype)[0], activations(100, 2080, dtype)
@@ -123,7 +140,7 @@ def test_epilogues_and_act_order(k: int, group_size: int, asym: bool, dtype: tor
 
 
 @pytest.mark.parametrize("dtype", BOUND, ids=str)
-def test_numbers_of_every_size(dtype: torch.dtype, workspace: Tensor) -> None:
+def test_numbers_of_every_size(kernel: str, by_tile: Launch, dtype: torch.dtype) -> None:
     """Zeros of either sign, subnormal and very large numbers, and rows that are not finite."""
     for group_size, asym in ((128, False), (32, True)):
         w, _ = weight(5120, 1040, group_size, asym=asym)
@@ -133,17 +150,18 @@ def test_numbers_of_every_size(dtype: torch.dtype, workspace: Tensor) -> None:
         x[1], x[2], x[3, 7], x[4, 9], x[5] = 0.0, -0.0, float("inf"), float("nan"), x[5] * 2.0**-14
         x[6] = torch.where(torch.arange(5120, device="cuda") % 700 == 5, x[6], 0.0)
         alone = rows_alone(x, w)
-        for tile in TILES.values():
+        for tile in KERNELS[kernel].values():
             y = torch.empty_like(alone)
-            by_tile(x, w, y, workspace, tile)
+            by_tile(x, w, y, tile)
             assert torch.equal(bits(y), bits(alone)), (group_size, tile)
 
 
 @pytest.mark.parametrize("m", [12, 48, 100, 256])
-def test_same_bits_alone_in_a_graph_and_in_company(m: int, workspace: Tensor) -> None:
-    check_same_bits(m, partial(by_tile, workspace=workspace))
+def test_same_bits_alone_in_a_graph_and_in_company(m: int, by_tile: Launch) -> None:
+    check_same_bits(m, by_tile)
 
 
+@pytest.mark.usefixtures("kernel")
 def test_two_streams_at_once() -> None:
     w, _ = weight(5120, 5120, 128)
     x = activations(128, 5120, torch.float16)
@@ -158,6 +176,7 @@ def test_two_streams_at_once() -> None:
     assert all(torch.equal(result, first) for result in results)
 
 
+@pytest.mark.usefixtures("kernel")
 def test_a_row_ends_where_k_does() -> None:
     """What lies behind a row in memory is not multiplied, not even by zero."""
     w, _ = weight(1000, 512, 128)
@@ -167,7 +186,8 @@ def test_a_row_ends_where_k_does() -> None:
     assert torch.equal(bits(y), bits(rows_alone(wide[:, :1000].contiguous(), w)))
 
 
-def test_a_linear_is_told_once(workspace: Tensor) -> None:
+@pytest.mark.usefixtures("kernel")
+def test_a_linear_is_told_once() -> None:
     w, _ = weight(2048, 2080, 128, order=True)
     x = activations(300, 2048, torch.bfloat16)
     bias = activations(1, 2080, torch.bfloat16)[0]
