@@ -213,7 +213,7 @@ def between() -> Iterator[str]:
 
 
 def heads() -> Iterator[str]:
-    """The head by every tile that is chosen for this build: vocabularies and widths that end within a tile and a slot."""
+    """The head by every tile that this build chooses: vocabularies and widths that end within a tile and a slot."""
     for size, width, ms in (
         (300, 200, (1, 9, 20, 40, 100, 150, 200, 300)),
         (1031, 1024, (1, 8, 33, 129)),

@@ -1,8 +1,8 @@
 // The head's product by wgmma: tiles of 128 rows of the weight x 8 to 256 tokens. Two warpgroups have 64 rows each, and both operands come
 // from shared memory, which one thread fills by tensor maps, a slot for 64 k. The weights are A and tokens B, whatever the tile: head.h.
 //
-// From 64 tokens on two blocks are a cluster: each has rows of its own, and brings half of the tokens in for both, without which the L2
-// could not keep up.
+// Of many tokens two blocks are a cluster: each has rows of its own, and brings half of the tokens in for both, without which the L2 could
+// not keep up.
 //
 // Programmatic dependent launch: weights of the first lap over the ring are asked for before grid_wait(), x after it.
 #pragma once
@@ -15,10 +15,10 @@ namespace {
 constexpr int kHeadGroups = 2;                          // warpgroups that multiply, and one warp more
 constexpr int kWgmmaThreads = kHeadGroups * 128 + 32;
 
-template <bool BF_, int TN_>
+template <bool BF_, int TN_, int CL_>
 struct WgmmaHead {
   static constexpr bool BF = BF_;
-  static constexpr int TN = TN_, CL = TN < 64 ? 1 : 2;
+  static constexpr int TN = TN_, CL = CL_;
   static constexpr int kWeightBytes = kHeadRows * kHeadRowBytes, kTokenBytes = TN * kHeadRowBytes, kSlot = head_slot_bytes(TN);
   static constexpr int kBarrierBytes = 16;  // of a slot
 };

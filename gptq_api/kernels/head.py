@@ -53,12 +53,13 @@ def head(x: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
     if x.stride(1) != 1 or x.stride(0) % 8 or x.stride(0) < width or x.data_ptr() % 16:
         x = x.clone(memory_format=torch.contiguous_format)
     with torch.cuda.device(x.device):
-        product = _cuda.head_wgmma if _has_wgmma(x.device.index) else _cuda.head
-        product(
-            *(weight.data_ptr(), x.data_ptr(), out.data_ptr(), m, size, width),
-            *(x.stride(0), max(out.stride(0), size), x.dtype == torch.bfloat16, 0),
-            torch.cuda.current_stream(x.device).cuda_stream,
-        )
+        arguments = (weight.data_ptr(), x.data_ptr(), out.data_ptr(), m, size, width)
+        strides, bf16 = (x.stride(0), max(out.stride(0), size)), x.dtype == torch.bfloat16
+        stream = torch.cuda.current_stream(x.device).cuda_stream
+        if _has_wgmma(x.device.index):
+            _cuda.head_wgmma(*arguments, *strides, bf16, 0, 0, stream)
+        else:
+            _cuda.head(*arguments, *strides, bf16, 0, stream)
     return out
 
 

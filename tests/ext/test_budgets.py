@@ -130,9 +130,9 @@ def head(narrow: int, of_16: int, of_32: int, of_64: int, of_128: int) -> tuple[
 
 
 HEAD_WGMMA = (
-    Line(r"ELi(8|16|32)E", 48, Loop(4, 55), "HGMMA"),
-    Line(r"ELi(64|128|192)E", 128, Loop(4, 55), "HGMMA"),
-    Line(r"ELi256E", 168, Loop(4, 58), "HGMMA"),
+    Line(r"ELi(8|16|32)ELi[12]E", 48, Loop(4, 55), "HGMMA"),
+    Line(r"ELi(64|128|192)ELi[12]E", 128, Loop(4, 55), "HGMMA"),
+    Line(r"ELi256ELi2E", 168, Loop(4, 58), "HGMMA"),
 )
 
 

@@ -18,7 +18,23 @@ ON_DEVICE = [
 ]
 DTYPES = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
 KERNELS = pytest.mark.parametrize("kernel", ["head", "head_wgmma"])
-TOKENS = {"head": (8, 16, 32, 64, 128), "head_wgmma": (8, 16, 32, 64, 128, 192, 256)}
+TILES: dict[str, tuple[tuple[int, ...], ...]] = {
+    "head": ((8,), (16,), (32,), (64,), (128,)),
+    "head_wgmma": (
+        (8, 1),
+        (16, 1),
+        (16, 2),
+        (32, 1),
+        (32, 2),
+        (64, 1),
+        (64, 2),
+        (128, 1),
+        (128, 2),
+        (192, 2),
+        (256, 2),
+    ),
+}
+"""tokens, and of wgmma blocks of a cluster"""
 BOUND = 2.0**-20
 """of a logit's error, over the sum of its products' absolute values"""
 
@@ -43,14 +59,14 @@ def fenced(values: Tensor, before: int = 8, behind: int = 8) -> Tensor:
     return inner
 
 
-def by_tile(kernel: str, x: Tensor, weight: Tensor, tokens: int) -> Tensor:
+def by_tile(kernel: str, x: Tensor, weight: Tensor, tile: tuple[int, ...]) -> Tensor:
     if kernel == "head_wgmma" and not _has_wgmma(x.device.index):
         pytest.skip("needs a Hopper and a build for it")
     out = torch.full((len(x), len(weight)), torch.nan, device="cuda")
     product = getattr(extension.cuda, kernel)
     stream = torch.cuda.current_stream().cuda_stream
     sizes = (*out.shape, x.shape[1], x.stride(0), out.stride(0))
-    product(weight.data_ptr(), x.data_ptr(), out.data_ptr(), *sizes, x.dtype == torch.bfloat16, tokens, stream)
+    product(weight.data_ptr(), x.data_ptr(), out.data_ptr(), *sizes, x.dtype == torch.bfloat16, *tile, stream)
     return out
 
 
@@ -67,9 +83,9 @@ def assert_close(logits: Tensor, x: Tensor, weight: Tensor) -> None:
 def test_every_tile_against_float64(kernel: str, dtype: torch.dtype) -> None:
     for size, width in ((1, 8), (7, 64), (127, 72), (129, 200), (1000, 1024), (4097, 5120)):
         weight, x = random(size, width, dtype=dtype), random(300, width, dtype=dtype, seed=1)
-        for tokens in TOKENS[kernel]:
+        for tile in TILES[kernel]:
             for m in (1, 9, 300):
-                assert_close(by_tile(kernel, x[:m], weight, tokens), x[:m], weight)
+                assert_close(by_tile(kernel, x[:m], weight, tile), x[:m], weight)
 
 
 @on_device
@@ -78,10 +94,10 @@ def test_every_tile_against_float64(kernel: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(("size", "width"), [(1000, 328), (32001, 4096)])
 def test_every_tile_gives_a_row_the_same_bits(kernel: str, dtype: torch.dtype, size: int, width: int) -> None:
     weight, x = random(size, width, dtype=dtype), random(270, width, dtype=dtype, seed=1)
-    first = by_tile(kernel, x, weight, TOKENS[kernel][0])
-    for tokens in TOKENS[kernel]:
-        assert torch.equal(by_tile(kernel, x, weight, tokens), first), tokens
-        assert torch.equal(by_tile(kernel, x[200:201], weight, tokens), first[200:201]), tokens
+    first = by_tile(kernel, x, weight, TILES[kernel][0])
+    for tile in TILES[kernel]:
+        assert torch.equal(by_tile(kernel, x, weight, tile), first), tile
+        assert torch.equal(by_tile(kernel, x[200:201], weight, tile), first[200:201]), tile
 
 
 @on_device
@@ -184,7 +200,7 @@ def test_no_rows() -> None:
 def test_a_tile_that_no_kernel_has_is_refused() -> None:
     x, weight = random(4, 64, dtype=torch.float16), random(64, 64, dtype=torch.float16)
     with pytest.raises(RuntimeError, match="head M=4 N=64 K=64: cudaErrorInvalidValue"):
-        by_tile("head", x, weight, 24)
+        by_tile("head", x, weight, (24,))
 
 
 @pytest.mark.parametrize(
