@@ -221,6 +221,7 @@ def heads() -> Iterator[str]:
     ):
         for dtype, m in product(DTYPES, ms):
             x, weight = normal(m, width, dtype=dtype), normal(size, width, dtype=dtype)
+            torch.cuda.synchronize()
             head(x, weight, filled(m, size, dtype=torch.float32))
             head(x, weight, filled(m, size + 1, dtype=torch.float32)[:, :size])
             yield f"head M={m} V={size} H={width} {dtype}"
