@@ -22,8 +22,8 @@ __all__ = ["head"]
 
 def head(x: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
     """x fp16 or bf16 [M, H], rows 16-byte aligned (else copied); weight [V, H] of its type, contiguous, H a multiple of
-    8; out float32 [M, V], columns side by side. Returns out, a new one where none is given. The weight's first bytes are
-    read while the kernel before is still at work, which therefore must not write them.
+    8; out float32 [M, V], columns side by side. Returns out, a new one where none is given. The kernel before on the
+    stream must not write the weight, whose first bytes are read while that one is still at work.
 
     Sums are float32 and never rounded to 16 bits. Raises ValueError on what does not fit, RuntimeError with the shape
     when a launch fails.
