@@ -8,21 +8,20 @@
 namespace gptq {
 namespace {
 
-// Zero points of rows g and g+8 as the GEMV multiplies the sums of x by them; 1 where that constant has them already.
+// What the sums of x of row g are multiplied by for rows g and g+8: zero points, or 1 where the constant in those sums has them already.
+// The power of two that row g+8 has over row g is in it; the GEMV has it in the sums, which rounds nothing either.
 template <bool BF>
 __device__ __forceinline__ float2 zero_pair(bool zeros, uint32_t pair) {
-  constexpr float kBase = Offset<BF, true>::kZeroBase;
-  return zeros ? make_float2(kBase + static_cast<float>(pair & 255u), kBase + static_cast<float>(pair >> 8)) : make_float2(1.f, 1.f);
+  using O = Offset<BF, true>;
+  if (!zeros) return make_float2(1.f, O::kG8);
+  return make_float2(O::kZeroBase + static_cast<float>(pair & 255u), (O::kZeroBase + static_cast<float>(pair >> 8)) * O::kG8);
 }
 
 // sums += scale * (part + zero * off) for rows g and g+8 and a lane's two tokens of eight; off: of row g.
-template <bool BF>
 __device__ __forceinline__ void finish_group(float* sums, const float* part, float2 scale, float2 zero, float2 off) {
-  constexpr float kG8 = Offset<BF, true>::kG8;
-  const float offs[4] = {off.x, off.y, __fmul_rn(off.x, kG8), __fmul_rn(off.y, kG8)};
 #pragma unroll
   for (int i = 0; i < 4; i++)
-    sums[i] = __fmaf_rn(i < 2 ? scale.x : scale.y, __fmaf_rn(i < 2 ? zero.x : zero.y, offs[i], part[i]), sums[i]);
+    sums[i] = __fmaf_rn(i < 2 ? scale.x : scale.y, __fmaf_rn(i < 2 ? zero.x : zero.y, i % 2 ? off.y : off.x, part[i]), sums[i]);
 }
 
 // Writes a strip of TN tokens, four sums for each eight of them: 8x8 corners are turned in registers, so that a lane has two neighbouring

@@ -174,7 +174,7 @@ __device__ __forceinline__ void multiply_chunk(float (&acc)[S::kSums], const Sam
         const float2 off_of = lds64(places.sums + (group * S::TN + (2 * first + n) * 8 + (lane & 3) * 2) * 4);
 #pragma unroll
         for (int s = 0; s < 2; s++) {
-          finish_group<S::BF>(acc + (s * S::kTiles + 2 * first + n) * 4, part[s][n], scale[s], zero[s], off_of);
+          finish_group(acc + (s * S::kTiles + 2 * first + n) * 4, part[s][n], scale[s], zero[s], off_of);
 #pragma unroll
           for (int i = 0; i < 4; i++) part[s][n][i] = 0.f;
         }

@@ -256,7 +256,7 @@ __device__ __forceinline__ void consume(const SameBitsParams& p, const HopperRin
           const int group = S::ONE ? 0 : (step * p.groups) >> 2;
           const uint32_t sums = ring.sums + now * ring.slot_s_bytes + (group * TN + (lane & 3) * 2) * 4;
 #pragma unroll
-          for (int j = 0; j < TN / 8; j++) finish_group<S::BF>(acc + 4 * j, d + 4 * j, its_scale, its_zero, lds64(sums + j * 32));
+          for (int j = 0; j < TN / 8; j++) finish_group(acc + 4 * j, d + 4 * j, its_scale, its_zero, lds64(sums + j * 32));
         }
       }
       __syncwarp();
