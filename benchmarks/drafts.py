@@ -142,8 +142,8 @@ def measure(model: Measured) -> list[dict[str, Any]]:
 
     def compare(name: str, prompts: list[list[int]], new: int, source: DraftSource, plain: Run, **more: Any) -> None:
         most = more.get("rows", runner.max_draft_rows)
-        wait, cost = (0.0, 1e-6) if "rows" in more else (runner.wait_cost, runner.row_cost)
-        drafted = run(model, prompts, new, Speculation(source, most, cost, wait))
+        costs = (1e-6,) if "rows" in more else (runner.row_cost, runner.wait_cost, runner.context_cost)
+        drafted = run(model, prompts, new, Speculation(source, most, *costs))
         row = {
             "part": name,
             "batch": len(prompts),
@@ -196,6 +196,9 @@ def main() -> int:
         checkpoint = synthetic_checkpoint(args.synthetic, Path(scratch) / "model", group_size=128)
         settings = Settings.model_validate({"model_path": str(checkpoint.folder), "device": "cuda", "max_num_seqs": 64})
         model = Measured("g128", checkpoint, LoadOptions.of(settings))
+        names = ("row_cost", "wait_cost", "context_cost")
+        result["costs"] = {name: round(getattr(model.runner, name), 6) for name in names}
+        print(result["costs"])
         result["rows"] = measure(model)
     if args.out is not None:
         args.out.mkdir(parents=True, exist_ok=True)

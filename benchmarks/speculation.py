@@ -81,7 +81,7 @@ class InProcess:
     def __init__(self, runner: CpuRunner, model: str, speculate: Any) -> None:
         self.tokenizer = load_tokenizer(checkpoint_folder(model))
         self._template = load_chat_template(checkpoint_folder(model), self.tokenizer)
-        speculation = speculation_of(speculate, runner.max_draft_rows, runner.row_cost, runner.wait_cost)
+        speculation = speculation_of(speculate, runner)
         scheduler = Scheduler(BlockManager(NUM_BLOCKS, runner.block_size), 8, 512, speculation=speculation)
         self._engine, self._runner, self._num_asked = Engine(runner, scheduler), runner, 0
 

@@ -129,9 +129,11 @@ class Runner(Protocol[Launched]):
     alone. Such a step computes nothing of a prompt. 0: no drafts."""
     row_cost: float
     """what one row more adds to such a step, as a share of a step of one row"""
+    context_cost: float
+    """and it adds more for each token before it"""
     wait_cost: float
-    """what it costs to launch a step only when the one before it is collected, as a share of a step of one row; 0 where
-    that is always so"""
+    """what a step with drafts costs beside its rows, as a share of a step of one row: above all that it is launched
+    only when the one before it is collected; 0 where that is always so"""
 
     prompt_costs: PromptCosts | None
     """None: not known"""

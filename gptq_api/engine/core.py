@@ -142,7 +142,10 @@ class Engine(Generic[Launched]):
         launched = self._launch()
         if self._in_flight and (len(self._in_flight) > self.runner.lookahead or not launched):
             self._draw()
-            return self._collect()
+            output = self._collect()
+            if self.runner.lookahead and not self._in_flight:
+                self._launch()  # the step waited for these tokens, and the device need not wait until they are told
+            return output
         return None if launched else self.report()
 
     def report(self) -> StepOutput:

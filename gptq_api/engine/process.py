@@ -126,7 +126,7 @@ def _serve(sock: socket.socket, inbox: Inbox, told: EngineOptions) -> int:
         told.enable_prefix_caching,
         runner.row_multiple,
         shared_rows=runner.shared_rows,
-        speculation=speculation_of(told.speculate, runner.max_draft_rows, runner.row_cost, runner.wait_cost),
+        speculation=speculation_of(told.speculate, runner),
         prompt_costs=runner.prompt_costs,
     )
     engine = Engine(runner, scheduler, trace, grammars, lambda *compiled: inbox.put(_Compiled(*compiled)))

@@ -20,6 +20,7 @@ from typing import Literal
 
 from gptq_api.scheduler.drafts import LONGEST_MATCH, PREDICTION, DraftSource, Guess, PastAnswers, TextDrafts
 from gptq_api.scheduler.sequence import Sequence
+from gptq_api.step import Launched, Runner
 
 _MARGIN = 1.03
 """what a step with drafts has to bring more than one without, by the estimate"""
@@ -35,13 +36,12 @@ _KEPT = 0.97
 _KEPT_OF_ALL = 0.998
 
 
-def speculation_of(
-    mode: Literal["off", "auto", "ngram"], max_rows: int, row_cost: float, wait_cost: float
-) -> Speculation | None:
-    """What the setting says, for a runner with these numbers."""
-    if mode == "off" or not max_rows:
+def speculation_of(mode: Literal["off", "auto", "ngram"], runner: Runner[Launched]) -> Speculation | None:
+    """What the setting says, for a runner."""
+    if mode == "off" or not runner.max_draft_rows:
         return None
-    return Speculation(TextDrafts(PastAnswers() if mode == "auto" else None), max_rows, row_cost, wait_cost)
+    source = TextDrafts(PastAnswers() if mode == "auto" else None)
+    return Speculation(source, runner.max_draft_rows, runner.row_cost, runner.wait_cost, runner.context_cost)
 
 
 class Rates:
@@ -107,8 +107,11 @@ class _Candidate:
 class Speculation:
     """max_rows, row_cost, wait_cost: the runner's max_draft_rows and the like (step.py)."""
 
-    def __init__(self, source: DraftSource, max_rows: int, row_cost: float, wait_cost: float = 0.0) -> None:
-        self.source, self._max_rows, self._row_cost, self._wait_cost = source, max_rows, row_cost, wait_cost
+    def __init__(
+        self, source: DraftSource, max_rows: int, row_cost: float, wait_cost: float = 0.0, context_cost: float = 0.0
+    ) -> None:
+        self.source, self._max_rows = source, max_rows
+        self._row_cost, self._wait_cost, self._context_cost = row_cost, wait_cost, context_cost
         self._all = defaultdict[str, Rates](lambda: Rates(_KEPT_OF_ALL))
 
     def drafts(self, decoding: list[Sequence], most_rows: int) -> dict[Sequence, list[int]]:
@@ -183,7 +186,7 @@ class Speculation:
         rows.sort(key=lambda row: -row[0])
         chosen: dict[Sequence, list[int]] = {}
         for _, chance, taken_with, one in rows[:left]:
-            row_cost = self._row_cost * taken_with
+            row_cost = (self._row_cost + self._context_cost * len(one.seq.token_ids)) * taken_with
             if chance * cost <= tokens * row_cost:
                 break
             tokens, cost = tokens + chance, cost + row_cost

@@ -11,6 +11,7 @@ from gptq_api.scheduler.sequence import Sequence
 from gptq_api.scheduler.speculation import Speculation, Tally, speculation_of
 from gptq_api.types import SamplingParams
 from tests.support.draft_sources import Garbage, Truth
+from tests.support.toy_runner import ToyRunner
 
 
 def sequence(prompt: list[int] | None = None, *, max_tokens: int = 1000, grammar: str = "") -> Sequence:
@@ -122,7 +123,15 @@ def test_where_nothing_is_drafted() -> None:
     assert not Speculation(Fixed(None), 8, 0.0).drafts([sequence()], 100)
     assert not Speculation(Fixed(guess), 8, 5.0).drafts([sequence()], 100), "rows cost more than they bring"
     assert not Speculation(Fixed(guess), 8, 0.01, wait_cost=9.0).drafts([sequence()], 100)
-    assert speculation_of("off", 8, 0.1, 0.0) is None and speculation_of("auto", 0, 0.1, 0.0) is None
+    assert speculation_of("off", ToyRunner(1, 4, 8, max_draft_rows=8)) is None
+    assert speculation_of("auto", ToyRunner(1, 4, 8)) is None
+
+
+def test_a_row_costs_more_behind_a_long_context() -> None:
+    guess = Guess([7] * 8, LONGEST_MATCH, "text")
+    speculation = Speculation(Fixed(guess), 8, 0.02, context_cost=1e-3)
+    short, long = sequence([5] * 100), sequence([5] * 3000)
+    assert len(speculation.drafts([short], 100)[short]) == 7 and not speculation.drafts([long], 100)
 
 
 def test_waiting_for_a_token_pays_where_more_than_that_is_likely() -> None:
@@ -140,7 +149,7 @@ def test_waiting_for_a_token_pays_where_more_than_that_is_likely() -> None:
 
 def test_a_text_that_repeats_nothing_is_hardly_ever_waited_for() -> None:
     rng = random.Random(6)
-    speculation = speculation_of("auto", 8, 0.02, 0.1)
+    speculation = speculation_of("auto", ToyRunner(1, 4, 8, max_draft_rows=8))
     assert speculation is not None
     waited = 0
     for _ in range(10):

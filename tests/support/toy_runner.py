@@ -82,7 +82,7 @@ class ToyRunner:
     vocab_size = NUM_TOKENS
     num_graphs = 0
     prompt_costs: PromptCosts | None = None
-    row_cost = 0.1
+    row_cost, context_cost = 0.02, 0.0
 
     def __init__(
         self,

@@ -76,6 +76,8 @@ class CpuRunner:
         self._log_softmax = native_sampler.log_softmax if is_native else in_torch
         self.dtype = str(dtype).removeprefix("torch.")
         self.weight_bytes, self.workspace_bytes = model.num_bytes, 0
+        # Each row reads the context for itself, about as fast as weights are read.
+        self.context_cost = cache.num_bytes / (cache.num_blocks * cache.block_size) / model.num_bytes
         self.row_cost = ROW_COST if self.weight_bytes > SMALL_MODEL_BYTES else SMALL_MODEL_ROW_COST
         self.eos_token_ids = model.config.eos_token_ids
         self.description = ""

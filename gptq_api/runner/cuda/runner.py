@@ -26,6 +26,8 @@ from gptq_api.step import Admission, DeviceMemoryError, Masks, PromptCosts, Samp
 from gptq_api.types import TokenLogprobs
 
 _log = logging.getLogger(__name__)
+_HOST_MS = 0.25
+"""from the end of a step until the next one begins that waited for its tokens"""
 _NUM_STAGES = 3
 """a step's pinned memory is filled while the step before it waits and the one before that is not collected yet"""
 
@@ -128,8 +130,6 @@ class CudaRunner:
     lookahead = 1
     row_multiple = gemm.ROW_MULTIPLE
     shared_rows: int | None = None  # a step of many rows takes little longer than one of few
-    row_cost = 0.02  # 13B: eight rows take 1.15 times as long as one
-    wait_cost = 0.1
 
     def __init__(
         self,
@@ -153,6 +153,9 @@ class CudaRunner:
         device, max_blocks = model.device, -(-max_model_len // cache.block_size)
         self.max_draft_rows = model.max_draft_rows
         self.prompt_costs: PromptCosts | None = None
+        self.row_cost, self.wait_cost = 0.05, 0.2  # until they are measured
+        # Each row reads the context for itself, from the L2: twice as fast as weights are read (13B on an H200).
+        self.context_cost = cache.num_bytes / (cache.num_blocks * cache.block_size) / (2 * model.num_bytes)
         self._num_timed_rows = min(MAX_MIXED_ROWS, max_num_batched_tokens)
         largest = _largest_shape(max_num_seqs, max_num_batched_tokens, max_blocks)
         num_sampled = largest.num_sequences
@@ -247,6 +250,8 @@ class CudaRunner:
                     self.run_idle(shape, capture=True)
             self._stream.synchronize()
             self.prompt_costs = self._prompt_costs()
+            if self.max_draft_rows:
+                self.row_cost, self.wait_cost = self._draft_costs(self.prompt_costs.decode_ms)
         _log.info("%s", self._graphs)
 
     def _prompt_costs(self) -> PromptCosts:
@@ -257,6 +262,14 @@ class CudaRunner:
         row_ms = max(self._median_ms(StepShape(rows, 1, 1, 1), capture=False) - decode_ms, 0.0) / rows
         width = config.num_attention_heads * config.head_dim
         return PromptCosts(decode_ms, row_ms, 1.7 * row_ms * 2 * width / config.weights_per_layer)
+
+    def _draft_costs(self, decode_ms: float) -> tuple[float, float]:
+        """(row_cost, wait_cost)"""
+        few, many = 2, self.max_draft_rows
+        few_ms, many_ms = (self._median_ms(self._buckets.draft_shape(rows, 1), capture=True) for rows in (few, many))
+        row_ms = max(0.0, many_ms - few_ms) / (many - few)
+        beside_rows = max(0.0, few_ms - (few - 1) * row_ms - decode_ms)
+        return row_ms / decode_ms, (beside_rows + _HOST_MS) / decode_ms
 
     def _median_ms(self, shape: StepShape, capture: bool) -> float:
         times = []
