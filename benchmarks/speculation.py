@@ -262,7 +262,7 @@ def row_costs(runner: CpuRunner, model: str, context: int, rounds: int) -> dict[
             times[num_rows].append(time.perf_counter() - began)
     medians = {rows: statistics.median(found) * 1e3 for rows, found in times.items()}
     return {
-        "model": model,
+        "model": Path(model).name,
         "context": context,
         "weights_mib": round(runner.weight_bytes / 2**20),
         "step_ms": {rows: round(ms, 3) for rows, ms in medians.items()},
