@@ -126,7 +126,8 @@ class Runner(Protocol[Launched]):
     """0: a step is collected before the next one is scheduled; 1: afterwards"""
     max_draft_rows: int
     """Rows of a step with drafts, those of all its sequences together, at most: so many rows have the bits each has
-    alone. Such a step computes nothing of a prompt. 0: no drafts."""
+    alone. Such a step admits nobody, follows no grammar, and has of each sequence its last known token and the drafts
+    behind it. 0: no drafts."""
     row_cost: float
     """what one row more adds to such a step, as a share of a step of one row"""
     context_cost: float

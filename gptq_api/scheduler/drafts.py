@@ -78,7 +78,7 @@ class Pairs:
         """(how many tokens of `ending` stand there, where it went on) for the place in the text that has most in common
         with `ending`, the last of several. (0, 0): not even two, or the text is long and not all there yet."""
         length = len(ending)
-        if length < 2 or not self.take_in(tokens):
+        if length < 2 or (self.num_tokens < len(tokens) - 1 and not self.take_in(tokens)):
             return 0, 0
         place = self._last.get(ending[-2] << 32 | ending[-1], -1)
         if place < 0:
@@ -136,7 +136,7 @@ class TextDrafts:
             while len(following) < most:  # what repeats itself goes on repeating itself
                 following = (following + following)[:most]
             best = Guess(following, match, "text")
-        if self._past is not None and match < LONGEST_MATCH and self._past.texts:
+        if self._past is not None and match < LONGEST_MATCH and seq.cache_salt in self._past.texts:
             found, following = self._past.find(seq.cache_salt, tokens, most)
             if found > match:
                 best = Guess(following, found, "past")

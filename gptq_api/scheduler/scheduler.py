@@ -164,11 +164,12 @@ class Scheduler:
             [(seq, num) for seq, num in pending if num == 1], beside_prompts=has_room or bool(prompts)
         )
         drafts: dict[Sequence, list[int]] = {}
-        if self._speculation is not None and decoding and not prompts and not has_room:
+        speculation = self._speculation
+        if speculation is not None and not prompts and not has_room and speculation.takes(len(decoding)):
             alone = [seq for seq, _ in decoding]
             if not self._in_flight:
-                drafts = self._speculation.drafts(alone, self._budget)
-            elif self._speculation.had_better_wait(alone):
+                drafts = speculation.drafts(alone, self._budget)
+            elif speculation.had_better_wait(alone):
                 return _nothing()
         context = max((seq.num_computed_tokens for seq, _ in prompts), default=0)
         budget = self._step_budget.num_rows(len(decoding), len(prompts) + len(self.waiting), context)
@@ -323,18 +324,8 @@ class Scheduler:
                 progress.prompt_logprobs[seq.sequence_id] = sampled.prompt_logprobs[entry]
             num_before = len(seq.token_ids)
             reason = self._take(seq, sampled.tokens, places, progress)
-            if self._speculation is not None:
-                num_drafted = len(step.drafts.get(entry, ()))
-                num_accepted = min(len(seq.token_ids) - num_before, max(0, num - 1))
-                self._speculation.learn(seq, num_before, num_drafted, num_accepted)
-                if num_drafted:
-                    self.counters.drafts += 1
-                    self.counters.draft_tokens += num_drafted
-                    self.counters.accepted_tokens += num_accepted
-                    assert seq.drafting is not None
-                    progress.drafted[seq.sequence_id] = seq.drafting.drafted.told
-                    if seq.drafting.predicted.num:
-                        progress.predicted[seq.sequence_id] = seq.drafting.predicted.told
+            if seq.drafting is not None and seq.drafting.guess is not None:
+                self._learn(seq, num_before, len(step.drafts.get(entry, ())), num, progress)
             if reason is not None:
                 progress.finished[seq.sequence_id] = reason
                 done.add(seq)
@@ -348,6 +339,19 @@ class Scheduler:
                 if self._speculation is not None:
                     self._speculation.ended(seq)
         return progress
+
+    def _learn(self, seq: Sequence, num_before: int, num_drafted: int, num_sampled: int, progress: Progress) -> None:
+        """What became of what was guessed for a sequence, which has got tokens behind the first `num_before`."""
+        assert self._speculation is not None and seq.drafting is not None
+        num_accepted = min(len(seq.token_ids) - num_before, max(0, num_sampled - 1))
+        self._speculation.learn(seq, num_before, num_drafted, num_accepted)
+        if num_drafted:
+            self.counters.drafts += 1
+            self.counters.draft_tokens += num_drafted
+            self.counters.accepted_tokens += num_accepted
+            progress.drafted[seq.sequence_id] = seq.drafting.drafted.told
+            if seq.drafting.predicted.num:
+                progress.predicted[seq.sequence_id] = seq.drafting.predicted.told
 
     def _take(self, seq: Sequence, tokens: list[int], places: range, progress: Progress) -> FinishReason | None:
         """Append tokens until one ends the sequence; those behind it are surplus."""

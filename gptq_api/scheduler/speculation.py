@@ -28,6 +28,7 @@ _CLASSES = (0, 1, 2, 3, 4, 4, 5, 5, 5, 5, 6, 6, 6, 6, 6, 6, 7)
 """by the length of the match: lengths that are counted together"""
 _FIRST_RATES = (0.7, 0.5, 0.3, 0.45, 0.6, 0.7, 0.8, 0.85)
 """how often a token of each class is taken to be right before any was seen"""
+_FIRST_RATES_OF_PREDICTIONS = (0.8, 0.8, 0.6, 0.7, 0.8, 0.8, 0.85, 0.9)
 _WEIGHT_OF_FIRST = 5.0
 """tokens that this is worth; and what is known of all sequences, beside a sequence's own"""
 _WEIGHT_OF_ALL = 8.0
@@ -114,9 +115,13 @@ class Speculation:
         self._row_cost, self._wait_cost, self._context_cost = row_cost, wait_cost, context_cost
         self._all = defaultdict[str, Rates](lambda: Rates(_KEPT_OF_ALL))
 
+    def takes(self, num_decoding: int) -> bool:
+        """Whether so many sequences may draft. Of many a row is worth more than a guess."""
+        return 0 < num_decoding <= self._max_rows // 2
+
     def drafts(self, decoding: list[Sequence], most_rows: int) -> dict[Sequence, list[int]]:
-        """What is drafted in a step in which these sequences decode, whose tokens are all known; `most_rows`: of the
-        step."""
+        """What is drafted in a step of at most `most_rows`, in which these sequences decode: as few as `takes` allows,
+        whose tokens are all known."""
         candidates = self._candidates(decoding)
         if not candidates:
             return {}
@@ -133,15 +138,11 @@ class Speculation:
         return gain > _MARGIN
 
     def _candidates(self, decoding: list[Sequence]) -> list[_Candidate]:
-        """Of those that are guessed for: none where many decode, or where a step follows a grammar, whose masks are for
-        one row."""
+        """Of those that are guessed for: none where a step follows a grammar, whose masks are for one row."""
         found: list[_Candidate] = []
-        if len(decoding) > self._max_rows // 2:
-            return found
         for seq in decoding:
             if seq.params.grammar:
                 return []
-        for seq in decoding:
             drafting = seq.drafting
             if drafting is None:
                 drafting = seq.drafting = Drafting()
@@ -161,9 +162,10 @@ class Speculation:
     def _chances(self, drafting: Drafting, guess: Guess, most: int) -> list[float]:
         own, everybody = drafting.rates.get(guess.source), self._all[guess.source]
         chances, chance = list[float](), 1.0
+        first = _FIRST_RATES_OF_PREDICTIONS if guess.source == PREDICTION else _FIRST_RATES
         for match in range(guess.match, guess.match + min(most, len(guess.tokens))):
             index = _CLASSES[min(match, LONGEST_MATCH)]
-            rate = everybody.rate(index, _FIRST_RATES[index], _WEIGHT_OF_FIRST)
+            rate = everybody.rate(index, first[index], _WEIGHT_OF_FIRST)
             chance *= rate if own is None else own.rate(index, rate, _WEIGHT_OF_ALL)
             chances.append(chance)
         return chances
@@ -199,11 +201,9 @@ class Speculation:
         """The sequence has got tokens, from place `num_before` on: was the guess right? `num_accepted` of them had been
         drafted, among `num_drafted`."""
         drafting = seq.drafting
-        if drafting is None:
+        if drafting is None or drafting.guess is None:
             return
         drafting.drafted.add(num_drafted, num_accepted)
-        if drafting.guess is None:
-            return
         guess, drafting.guess = drafting.guess, None
         if drafting.place != num_before or len(seq.token_ids) == num_before:
             return

@@ -114,12 +114,12 @@ def test_where_nothing_is_drafted() -> None:
     speculation = Speculation(Fixed(guess), 8, 0.0)
     few = [sequence() for _ in range(4)]
     assert sum(map(len, speculation.drafts(few, 100).values())) == 4, "eight rows in all"
-    assert not speculation.drafts([*few, sequence()], 100), "many decode"
+    assert [speculation.takes(num) for num in range(6)] == [False, True, True, True, True, False], "of many, none"
     assert not speculation.drafts([sequence(), sequence(grammar="{}")], 100)
     assert not speculation.drafts([sequence(max_tokens=1)], 100)
     assert speculation.drafts([one := sequence(max_tokens=3)], 100) == {one: [7, 7]}
     assert speculation.drafts([one := sequence()], 3) == {one: [7, 7]}
-    assert not speculation.drafts([sequence()], 1) and not speculation.drafts([], 100)
+    assert not speculation.drafts([sequence()], 1)
     assert not Speculation(Fixed(None), 8, 0.0).drafts([sequence()], 100)
     assert not Speculation(Fixed(guess), 8, 5.0).drafts([sequence()], 100), "rows cost more than they bring"
     assert not Speculation(Fixed(guess), 8, 0.01, wait_cost=9.0).drafts([sequence()], 100)
