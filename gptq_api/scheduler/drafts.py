@@ -74,16 +74,22 @@ class Pairs:
         self.num_tokens = reached
         return reached == end
 
-    def find(self, tokens: list[int], ending: list[int], most: int = LONGEST_MATCH) -> tuple[int, int]:
+    def find(self, tokens: list[int], ending: list[int], near: int = 0) -> tuple[int, int]:
         """(how many tokens of `ending` stand there, where it went on) for the place in the text that has most in common
-        with `ending`, the last of several. (0, 0): not even two, or the text is long and not all there yet."""
-        length = len(ending)
+        with `ending`: of several that is `near`, or else the last one. (0, 0): not even two, or the text is long and
+        not all there yet."""
+        length, most = len(ending), LONGEST_MATCH
+        best, found, left = 0, near, _MOST_PLACES
+        limit = min(most, near, length) if near < len(tokens) else 0
+        while best < limit and tokens[near - 1 - best] == ending[-1 - best]:
+            best += 1
+        if best == most:
+            return best, found
         if length < 2 or (self.num_tokens < len(tokens) - 1 and not self.take_in(tokens)):
             return 0, 0
         place = self._last.get(ending[-2] << 32 | ending[-1], -1)
         if place < 0:
             return 0, 0
-        best, found, left = 0, 0, _MOST_PLACES
         while place >= 0 and left:
             match, limit = 2, min(most, place + 1, length)
             while match < limit and tokens[place - match] == ending[-1 - match]:
@@ -103,18 +109,40 @@ class _Text:
 
 
 @dataclass(slots=True)
+class _Mark:
+    """Where in a text a sequence was found to go on. A text may have the same lines many times over: whoever copies it
+    goes on behind those that were copied last."""
+
+    place: int = 0
+    num_tokens: int = 0
+    """of the sequence, then"""
+
+    def at(self, num_tokens: int) -> int:
+        """Where that is for so many tokens of the sequence; 0: it was not found."""
+        return self.place + num_tokens - self.num_tokens if self.place else 0
+
+    def put(self, place: int, num_tokens: int) -> None:
+        self.place, self.num_tokens = place, num_tokens
+
+
+@dataclass(slots=True)
 class Knowledge:
     """Of one sequence."""
 
     pairs: Pairs = field(default_factory=Pairs)
     """of its own tokens, up to the last but one"""
+    mark: _Mark = field(default_factory=_Mark)
+    """in its own tokens"""
     prediction: _Text | None = None
+    prediction_mark: _Mark = field(default_factory=_Mark)
+    past_mark: _Mark = field(default_factory=_Mark)
 
 
 class TextDrafts:
     """Guesses from texts: the longest match counts, and of equal ones a prediction, the sequence's own text, past
-    answers of its cache salt, in this order. Another salt's answers are never looked at: how fast an answer comes would
-    tell what others were answered."""
+    answers of its cache salt, in this order. A prediction that begins like the answer goes before the others, short as
+    that may be: somebody said so. Another salt's answers are never looked at: how fast an answer comes would tell what
+    others were answered."""
 
     def __init__(self, past: PastAnswers | None = None) -> None:
         self._past = past
@@ -125,32 +153,32 @@ class TextDrafts:
             known = seq.knowledge = Knowledge(prediction=_Text(seq.prediction) if seq.prediction else None)
         tokens, best, match = seq.token_ids, None, 1
         if known.prediction is not None:
-            best = self._predicted(seq, known.prediction, most)
+            best = self._predicted(seq, known.prediction, known.prediction_mark, most)
             if best is not None:
-                if best.match in (0, LONGEST_MATCH):
+                if best.match in (LONGEST_MATCH, len(tokens) - seq.num_prompt_tokens):
                     return best
                 match = best.match
-        found, place = known.pairs.find(tokens, tokens)
+        found, place = known.pairs.find(tokens, tokens, known.mark.at(len(tokens)))
+        known.mark.put(place, len(tokens))
         if found > match:
             following, match = tokens[place : place + most], found
             while len(following) < most:  # what repeats itself goes on repeating itself
                 following = (following + following)[:most]
             best = Guess(following, match, "text")
         if self._past is not None and match < LONGEST_MATCH and seq.cache_salt in self._past.texts:
-            found, following = self._past.find(seq.cache_salt, tokens, most)
+            found, following = self._past.find(seq.cache_salt, tokens, most, known.past_mark)
             if found > match:
                 best = Guess(following, found, "past")
         return best
 
-    def _predicted(self, seq: Sequence, prediction: _Text, most: int) -> Guess | None:
-        start = max(seq.num_prompt_tokens, len(seq.token_ids) - LONGEST_MATCH)
-        answer = seq.token_ids[start:]
-        match, place = len(answer), len(answer)
-        if answer != prediction.tokens[:match] or match > 1:  # of the first two alone there are no pairs
-            match, place = prediction.pairs.find(prediction.tokens, answer)
-            if not match:
-                return None
-        following = prediction.tokens[place : place + most]
+    def _predicted(self, seq: Sequence, prediction: _Text, mark: _Mark, most: int) -> Guess | None:
+        num = len(seq.token_ids)
+        answer = seq.token_ids[max(seq.num_prompt_tokens, num - LONGEST_MATCH) :]
+        match = place = len(answer)
+        if match < num - seq.num_prompt_tokens or answer != prediction.tokens[:match]:
+            match, place = prediction.pairs.find(prediction.tokens, answer, mark.at(num))
+        mark.put(place, num)
+        following = prediction.tokens[place : place + most] if match or not answer else []
         return Guess(following, match, PREDICTION) if following else None
 
     def ended(self, seq: Sequence) -> None:
@@ -168,12 +196,15 @@ class PastAnswers:
         self.texts: OrderedDict[bytes, _Text] = OrderedDict()  # by salt, the one used longest ago first
         self.num_tokens = 0
 
-    def find(self, salt: bytes, ending: list[int], most: int) -> tuple[int, list[int]]:
-        """(how many tokens of `ending` stand before them, tokens that followed in an answer); (0, []): none."""
+    def find(self, salt: bytes, ending: list[int], most: int, mark: _Mark | None = None) -> tuple[int, list[int]]:
+        """(how many tokens of `ending` stand before them, tokens that followed in an answer); (0, []): none. `mark`:
+        where the sequence was found to go on last time."""
         text = self.texts.get(salt)
         if text is None:
             return 0, []
-        match, place = text.pairs.find(text.tokens, ending)
+        match, place = text.pairs.find(text.tokens, ending, 0 if mark is None else mark.at(len(ending)))
+        if mark is not None:
+            mark.put(place, len(ending))
         following = text.tokens[place : place + most] if match else []
         if _END in following:
             del following[following.index(_END) :]

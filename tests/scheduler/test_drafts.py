@@ -71,6 +71,41 @@ def test_a_prediction_is_followed_from_its_beginning_and_found_again_after_a_dif
     assert drafts.guess(other, 3) is None
 
 
+def test_whoever_copies_goes_on_behind_what_was_copied_last() -> None:
+    """A text of paragraphs that begin alike, each with a line of its own: drafted by its place, not by the last one
+    that begins so. From a prediction, from the prompt, and from a past answer."""
+    same = list(range(100, 100 + LONGEST_MATCH + 4))
+    text = [token for i in range(9) for token in (*same, 200 + i)]
+    past = TextDrafts(PastAnswers())
+    past.ended(sequence([7, 8, 9], text))
+    for drafts, prompt, prediction in (
+        (TextDrafts(), [7, 8, 9], text),
+        (TextDrafts(), [*text, 7, 8, 9], []),
+        (past, [7, 8, 9], []),
+    ):
+        seq, num_steps = sequence(prompt, [], prediction), 0
+        rest = list(text)
+        while rest:
+            guess, num = drafts.guess(seq, 7), 0
+            while guess is not None and num < len(guess.tokens) and guess.tokens[num : num + 1] == rest[num : num + 1]:
+                num += 1
+            for token in rest[: num + 1]:
+                seq.append(token)
+            del rest[: num + 1]
+            num_steps += 1
+        assert num_steps <= len(text) // 8 + 4
+
+
+def test_a_prediction_that_begins_like_the_answer_goes_before_past_answers() -> None:
+    drafts = TextDrafts(PastAnswers())
+    prompt = list(range(50, 80))
+    drafts.ended(sequence(prompt, [20, 21, 22, 23, 24]))
+    seq = sequence(prompt, [20, 21], [20, 21, 32, 33])
+    assert drafts.guess(seq, 2) == Guess([32, 33], 2, "prediction")
+    seq.append(22)
+    assert drafts.guess(seq, 2) == Guess([23, 24], LONGEST_MATCH, "past")
+
+
 def test_past_answers_are_those_of_the_same_salt() -> None:
     drafts = TextDrafts(PastAnswers())
     drafts.ended(sequence([1, 2, 3], [20, 21, 22, 23], salt=b"mine"))
