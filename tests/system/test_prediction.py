@@ -77,6 +77,34 @@ def test_a_stream_and_samples_tell_what_was_accepted(server: Server, path: str) 
         assert 0 < accepted(usage)[0] < usage["completion_tokens"] == whole["usage"]["completion_tokens"]
 
 
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"temperature": 0, "logprobs": True, "top_logprobs": 3},
+        {"temperature": 0.9, "seed": 7, "logprobs": True, "top_logprobs": 0, "top_p": 0.9},
+        {"temperature": 1.3, "seed": 8, "min_p": 0.01, "frequency_penalty": 0.4, "repetition_penalty": 1.1},
+        {"temperature": 0, "min_tokens": 70, "logit_bias": {"100": 3}, "presence_penalty": 0.3},
+        {"temperature": 0, "stop": [" the"], "include_stop_str_in_output": True, "logprobs": True},
+        {"temperature": 0, "ignore_eos": True, "max_tokens": 37, "n": 2},
+    ],
+    ids=lambda more: "-".join(more),
+)
+def test_what_is_drafted_from_the_last_answer_changes_nothing(
+    server: Server, plain: Server, more: dict[str, Any]
+) -> None:
+    """Asked twice; the second time the answer is known, to its end or to where it is cut off."""
+    body = chat_body(QUESTION, **{"max_tokens": 80, "cache_salt": str(more), **more})
+    before = server.metric(METRICS[2])
+    first, second, wanted = server.post(CHAT, body), server.post(CHAT, body), plain.post(CHAT, body)
+    assert server.metric(METRICS[2]) > before
+    answers = [answer.json() for answer in (first, second, wanted)]
+    for answer in answers:
+        answer["usage"].pop("prompt_tokens_details")
+    assert [(answer["choices"], answer["usage"]) for answer in answers[:2]] == [
+        (answers[2]["choices"], answers[2]["usage"])
+    ] * 2
+
+
 def test_what_is_malformed_is_a_400(server: Server) -> None:
     error = check_error(server.chat(prediction={"type": "content"}), 400, "prediction.content")
     assert error["code"] == "missing_required_parameter"

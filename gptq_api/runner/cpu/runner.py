@@ -47,7 +47,7 @@ MAX_DRAFT_ROWS = 8
 """any number of rows have the bits that each has alone; more cost more than they bring"""
 
 
-ROW_COST, SMALL_MODEL_ROW_COST = 0.12, 0.36
+ROW_COST, SMALL_MODEL_ROW_COST = 0.12, 0.42
 """what a row more adds to a step of one, of weights that come from memory and of such that the caches hold, which take
 their time to compute (`benchmarks/speculation.py`)"""
 SMALL_MODEL_BYTES = 64 * 2**20
