@@ -28,6 +28,7 @@ MESSAGES = [
         Add(
             1, pack_ids([1, 2, 3]), (SamplingParams(max_tokens=5, logit_bias={7: -1.0}, stop_token_ids=(2,)),), b"salt"
         ),
+        Add(2, pack_ids([1]), (SamplingParams(max_tokens=5),), prediction=pack_ids([4, 5])),
         Abort((7, 9)),
         Failed("no such file"),
         StepOutput(
@@ -37,6 +38,7 @@ MESSAGES = [
             cached_tokens={1: 16},
             logprobs={},
             stats=EngineStats(1, 2, 3, 4, 5, 6, 7, 8),
+            drafted={1: (3, 1)},
         ),
     )
 ]

@@ -29,6 +29,16 @@ def heavy_requests() -> dict[str, bytes]:
         "60,000 keys": (CHAT, json.dumps({"messages": [MESSAGE], "max_tokens": 1, **few})),
         "250,000 ids": (COMPLETIONS, json.dumps({"prompt": [7] * 250_000})),
         "4,096 messages": (CHAT, json.dumps({"messages": [MESSAGE] * 4096})),
+        "2 MB of prediction": (
+            CHAT,
+            json.dumps(
+                {
+                    "messages": [MESSAGE],
+                    "max_tokens": 1,
+                    "prediction": {"type": "content", "content": "a b " * 510_000},
+                }
+            ),
+        ),
         "2 MB of text": (CHAT, json.dumps({"messages": [{**MESSAGE, "content": "a b " * 510_000}]})),
     }
     return {name: raw_request(path, body.encode(), "Connection: close") for name, (path, body) in bodies.items()}
