@@ -118,7 +118,7 @@ class CpuRunner:
         if not sampling:
             return Computed(step, sampled=Sampled(step.num_sampled, [], {}, scores))
         rows = [first_rows[i] + step.num_new[i] - step.num_sampled[i] for i in sampling]
-        behind = [first_rows[i] + k for i, drafts in step.drafts.items() for k in range(1, 1 + len(drafts))]
+        behind = [first_rows[i] + k for i in sampling for k in range(1, step.num_sampled[i])]
         logits = self._model.logits(x, rows + behind)
         launched = Computed(step, logits, sampling, [seats[i] for i in sampling], scores)
         if not any(seat.params.grammar for seat in launched.seats):

@@ -164,9 +164,16 @@ def test_a_request_gets_the_same_bits_whatever_goes_on_beside_it(
         assert answers(several, range(1))[0] == alone[:1]
 
 
-@pytest.mark.parametrize("dtype", ["auto", "float32", "bfloat16"])
-def test_drafts_change_no_bit(model_path: str, dtype: str) -> None:
-    """Whoever drafts, on a runner that looks ahead or not, one sequence or three, preempted or not."""
+@pytest.mark.parametrize(
+    ("dtype", "ours"), [("auto", True), ("float32", True), ("bfloat16", True), ("auto", False), ("float32", False)]
+)
+def test_drafts_change_no_bit(model_path: str, dtype: str, ours: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever drafts, on a runner that looks ahead or not, one sequence or three, preempted or not; by kernels of ours
+    and in torch."""
+    if not ours:
+        if model_path == "demo":
+            pytest.skip("slow in torch")
+        monkeypatch.setattr(native, "_cpu", None)
     runner = load(model_path, dtype)
     plain = [answers(runner, range(i, i + 1))[0][0] for i in range(SUBJECTS)]
     asked = requests(runner.vocab_size)
