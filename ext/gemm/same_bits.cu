@@ -28,9 +28,9 @@ namespace gptq {
 namespace {
 
 constexpr SameBitsTime kTiles[] = {{static_cast<int>(SameBitsTile::k128x16), 8, 16, 170, 12},
-                                   {static_cast<int>(SameBitsTile::k128x32), 8, 32, 125, 8},
-                                   {static_cast<int>(SameBitsTile::k128x64), 8, 64, 103, 8},
-                                   {static_cast<int>(SameBitsTile::k256x64), 16, 64, 100, 8}};
+                                   {static_cast<int>(SameBitsTile::k128x32), 8, 32, 142, 0},
+                                   {static_cast<int>(SameBitsTile::k128x64), 8, 64, 98, 8},
+                                   {static_cast<int>(SameBitsTile::k256x64), 16, 64, 100, 12}};
 
 // Of the widest tile for each SM, or of two of half its size: 192 x 96 where there is wgmma.
 size_t partial_bytes(const Device& device) {

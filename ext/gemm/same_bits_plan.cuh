@@ -12,7 +12,7 @@ namespace gptq {
 namespace {
 
 constexpr int kReserved = 1024;  // shared memory the driver keeps per block
-constexpr int kAlone = 130;      // percent of its time beside no other that a block takes where two would share an SM, each taking 200
+constexpr int kAlone = 180;      // percent of its time beside no other that a block takes where two would share an SM, each taking 200
 
 // A tile, by its number. `percent`: its time per chunk, output row and token over that of the largest. `cut`: chunks that cutting tiles
 // along k takes as long as.

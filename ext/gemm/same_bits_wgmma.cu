@@ -18,11 +18,11 @@
 namespace gptq {
 namespace {
 
-constexpr SameBitsTime kTiles[] = {{static_cast<int>(HopperTile::k128x16), 8, 16, 400, 12},
-                                   {static_cast<int>(HopperTile::k128x32), 8, 32, 220, 8},
-                                   {static_cast<int>(HopperTile::k128x64), 8, 64, 130, 8},
-                                   {static_cast<int>(HopperTile::k192x96), 12, 96, 100, 8},
-                                   {static_cast<int>(HopperTile::k128x128), 8, 128, 102, 8}};
+constexpr SameBitsTime kTiles[] = {{static_cast<int>(HopperTile::k128x16), 8, 16, 302, 10},
+                                   {static_cast<int>(HopperTile::k128x32), 8, 32, 266, 10},
+                                   {static_cast<int>(HopperTile::k128x64), 8, 64, 134, 2},
+                                   {static_cast<int>(HopperTile::k192x96), 12, 96, 100, 6},
+                                   {static_cast<int>(HopperTile::k128x128), 8, 128, 113, 8}};
 constexpr int kMaxStages = 8, kBarriers = 3 * 8;  // of a slot, in bytes
 
 }  // namespace

@@ -7,8 +7,8 @@ alignment are checked here; the extension below takes addresses. Knows nothing a
 
 Which kernel: up to 8 rows the decode kernel, whose cost is the bytes of the weight (same bits for a row at any M); from
 9 on the wgmma kernel where the device is a Hopper; elsewhere the mma kernel, and for prompts of more than MMA_MAX_M
-rows the weight as a 16-bit matrix and torch.mm. These add in other orders. With `same_bits` more than 8 rows go to a
-kernel that adds in the decode kernel's (ext/gemm/same_bits.cu): a row's result is the same bits for every M.
+rows the weight as a 16-bit matrix and torch.mm. These add in other orders. With `same_bits` more rows go to a kernel
+that adds in the decode kernel's (ext/gemm/same_bits.cu): a row's result is the same bits for every M.
 """
 
 from __future__ import annotations
@@ -37,6 +37,9 @@ __all__ = ["PackedLinear", "gemm", "is_available", "pack", "prepare_same_bits", 
 
 DECODE_MAX_M = 8
 """beyond, on an H200, the wgmma kernels overtake the decode kernel: every linear of LLaMA 7B and 13B agrees"""
+SAME_BITS_DECODE_MAX_M = 24
+"""with `same_bits`, on a Hopper, where it takes 16 rows at a time; elsewhere it takes 8, and from the ninth on the kernel
+that keeps its order is faster"""
 MMA_MAX_M = 1024
 """beyond, writing the weight as a 16-bit matrix should cost less than cuBLAS gains on the mma kernel: an estimate for
 an A100. On an H200 that runs the code of 8.0, cuBLAS has wgmma, and wins from some 500 on"""
@@ -202,7 +205,7 @@ def gemm(
     if x.stride(1) != 1 or x.stride(0) % 8 or x.data_ptr() % 16:
         x = x.clone(memory_format=torch.contiguous_format)
     with torch.cuda.device(x.device):
-        if m <= DECODE_MAX_M:
+        if m <= DECODE_MAX_M or (same_bits and m <= SAME_BITS_DECODE_MAX_M and _has_wgmma(x.device.index)):
             _decode(x, weight, out, bias, residual, silu_mul, in_a_row)
         elif same_bits:
             _in_order(x, weight, out, bias, residual, silu_mul)

@@ -19,7 +19,7 @@ FEW = 8
 """so many that decode wait twice as long: the prompt is then most of what the device has to do"""
 MANY = 128
 """from here on the time grows with those who decode, whose own part of the step does"""
-QUEUE = 16
+QUEUE = 24
 """prompts; with more of them steps are as large as they may be"""
 MANY_TILES = 4
 """so many, and a rounding to whole ones changes little in what a step takes"""

@@ -8,6 +8,7 @@ sequences.
 from __future__ import annotations
 
 import logging
+import time
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,8 +27,8 @@ from gptq_api.step import Admission, DeviceMemoryError, Masks, PromptCosts, Samp
 from gptq_api.types import TokenLogprobs
 
 _log = logging.getLogger(__name__)
-_HOST_MS = 0.25
-"""from the end of a step until the next one begins that waited for its tokens"""
+_SCHEDULING_MS = 0.2
+"""between two steps of which the second waits for the tokens of the first, beside what a step of padding takes"""
 _NUM_STAGES = 3
 """a step's pinned memory is filled while the step before it waits and the one before that is not collected yet"""
 
@@ -264,12 +265,18 @@ class CudaRunner:
         return PromptCosts(decode_ms, row_ms, 1.7 * row_ms * 2 * width / config.weights_per_layer)
 
     def _draft_costs(self, decode_ms: float) -> tuple[float, float]:
-        """(row_cost, wait_cost)"""
+        """(row_cost, wait_cost): of padding, and for whom nothing is launched ahead."""
         few, many = 2, self.max_draft_rows
         few_ms, many_ms = (self._median_ms(self._buckets.draft_shape(rows, 1), capture=True) for rows in (few, many))
         row_ms = max(0.0, many_ms - few_ms) / (many - few)
-        beside_rows = max(0.0, few_ms - (few - 1) * row_ms - decode_ms)
-        return row_ms / decode_ms, (beside_rows + _HOST_MS) / decode_ms
+        times, shape = [], self._buckets.draft_shape(few, 1)
+        for _ in range(5):
+            began = time.perf_counter()
+            self.run_idle(shape, capture=True)
+            self._stream.synchronize()
+            times.append(1e3 * (time.perf_counter() - began))
+        wait_ms = sorted(times)[2] - (few - 1) * row_ms - decode_ms + _SCHEDULING_MS
+        return row_ms / decode_ms, max(0.0, wait_ms) / decode_ms
 
     def _median_ms(self, shape: StepShape, capture: bool) -> float:
         times = []
