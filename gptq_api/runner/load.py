@@ -229,5 +229,13 @@ def _described(checkpoint: Checkpoint, config: LlamaConfig, report: LoadReport, 
     return (
         f"{config.family.title}, {bits}-bit GPTQ ({checkpoint.layout}), {runner.dtype}; {kernels}; "
         f"weights {runner.weight_bytes / 2**20:.0f} MiB, KV cache {runner.cache_bytes / 2**20:.0f} MiB "
-        f"({runner.num_blocks * runner.block_size} tokens){workspace}"
+        f"({runner.num_blocks * runner.block_size} tokens){workspace}{_in_use(torch.device(runner.device))}"
     )
+
+
+def _in_use(device: torch.device) -> str:
+    """What is not in that sum as well: CUDA itself, its kernels, graphs, and other processes."""
+    if device.type != "cuda":
+        return ""
+    free, total = torch.cuda.mem_get_info(device)
+    return f"; {(total - free) / 2**20:.0f} of the GPU's {total / 2**20:.0f} MiB in use"
