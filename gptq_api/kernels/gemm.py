@@ -38,8 +38,8 @@ __all__ = ["PackedLinear", "gemm", "is_available", "pack", "prepare_same_bits", 
 DECODE_MAX_M = 8
 """beyond, on an H200, the wgmma kernels overtake the decode kernel: every linear of LLaMA 7B and 13B agrees"""
 SAME_BITS_DECODE_MAX_M = 24
-"""with `same_bits` on a Hopper, where it takes 16 rows at a time; elsewhere it takes 8, and from the ninth on the kernel
-in its order is faster"""
+"""with `same_bits` on a Hopper, where it takes 16 rows at a time; elsewhere it takes 8, and from the ninth row on the
+kernel in its order is faster"""
 MMA_MAX_M = 1024
 """beyond, writing the weight as a 16-bit matrix should cost less than cuBLAS gains on the mma kernel: an estimate for
 an A100. On an H200 that runs the code of 8.0, cuBLAS has wgmma, and wins from some 500 on"""
