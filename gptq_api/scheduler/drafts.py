@@ -78,16 +78,22 @@ class Pairs:
         """(how many tokens of `ending` stand there, where it went on) for the place in the text that has most in common
         with `ending`: of several that is `near`, or else the last one. (0, 0): not even two, or the text is long and
         not all there yet."""
-        length, most = len(ending), LONGEST_MATCH
-        best, found, left = 0, near, _MOST_PLACES
-        limit = min(most, near, length) if near < len(tokens) else 0
-        while best < limit and tokens[near - 1 - best] == ending[-1 - best]:
-            best += 1
-        if best == most:
-            return best, found
-        if length < 2 or (self.num_tokens < len(tokens) - 1 and not self.take_in(tokens)):
+        length, most, best, found, left = len(ending), LONGEST_MATCH, 0, near, _MOST_PLACES
+        if near:
+            limit = min(most, near, length) if near < len(tokens) else 0
+            while best < limit and tokens[near - 1 - best] == ending[-1 - best]:
+                best += 1
+            if best == most:
+                return best, found
+        end = len(tokens) - 1
+        if self.num_tokens == end - 1:  # as `take_in`, for each token of an answer
+            pair = tokens[end - 2] << 32 | tokens[end - 1]
+            self._before.append(self._last.get(pair, -1))
+            self._last[pair] = end - 1
+            self.num_tokens = end
+        elif self.num_tokens < end and not self.take_in(tokens):
             return 0, 0
-        place = self._last.get(ending[-2] << 32 | ending[-1], -1)
+        place = self._last.get(ending[-2] << 32 | ending[-1], -1) if length > 1 else -1
         if place < 0:
             return 0, 0
         while place >= 0 and left:
@@ -109,33 +115,17 @@ class _Text:
 
 
 @dataclass(slots=True)
-class _Mark:
-    """Where in a text a sequence was found to go on. A text may have the same lines many times over: whoever copies it
-    goes on behind those that were copied last."""
-
-    place: int = 0
-    num_tokens: int = 0
-    """of the sequence, then"""
-
-    def at(self, num_tokens: int) -> int:
-        """Where that is for so many tokens of the sequence; 0: it was not found."""
-        return self.place + num_tokens - self.num_tokens if self.place else 0
-
-    def put(self, place: int, num_tokens: int) -> None:
-        self.place, self.num_tokens = place, num_tokens
-
-
-@dataclass(slots=True)
 class Knowledge:
     """Of one sequence."""
 
     pairs: Pairs = field(default_factory=Pairs)
     """of its own tokens, up to the last but one"""
-    mark: _Mark = field(default_factory=_Mark)
-    """in its own tokens"""
     prediction: _Text | None = None
-    prediction_mark: _Mark = field(default_factory=_Mark)
-    past_mark: _Mark = field(default_factory=_Mark)
+    shift: int = 0
+    """From the sequence's end to where in its tokens it was found to go on, which stays the same while it copies; 0:
+    nowhere. A text may have the same lines many times over: who copies goes on behind those that were copied last."""
+    shift_in_prediction: int = 0
+    shift_in_past: int = 0
 
 
 class TextDrafts:
@@ -153,31 +143,35 @@ class TextDrafts:
             known = seq.knowledge = Knowledge(prediction=_Text(seq.prediction) if seq.prediction else None)
         tokens, best, match = seq.token_ids, None, 1
         if known.prediction is not None:
-            best = self._predicted(seq, known.prediction, known.prediction_mark, most)
+            best = self._predicted(seq, known, known.prediction, most)
             if best is not None:
-                if best.match in (LONGEST_MATCH, len(tokens) - seq.num_prompt_tokens):
+                if best.match in (LONGEST_MATCH, seq.num_output_tokens):
                     return best
                 match = best.match
-        found, place = known.pairs.find(tokens, tokens, known.mark.at(len(tokens)))
-        known.mark.put(place, len(tokens))
+        num = len(tokens)
+        found, place = known.pairs.find(tokens, tokens, num + known.shift if known.shift else 0)
+        known.shift = place - num if found else 0
         if found > match:
             following, match = tokens[place : place + most], found
             while len(following) < most:  # what repeats itself goes on repeating itself
                 following = (following + following)[:most]
             best = Guess(following, match, "text")
         if self._past is not None and match < LONGEST_MATCH and seq.cache_salt in self._past.texts:
-            found, following = self._past.find(seq.cache_salt, tokens, most, known.past_mark)
+            near = num + known.shift_in_past if known.shift_in_past else 0
+            found, place, following = self._past.find(seq.cache_salt, tokens, most, near)
+            known.shift_in_past = place - num if found else 0
             if found > match:
                 best = Guess(following, found, "past")
         return best
 
-    def _predicted(self, seq: Sequence, prediction: _Text, mark: _Mark, most: int) -> Guess | None:
+    def _predicted(self, seq: Sequence, known: Knowledge, prediction: _Text, most: int) -> Guess | None:
         num = len(seq.token_ids)
         answer = seq.token_ids[max(seq.num_prompt_tokens, num - LONGEST_MATCH) :]
         match = place = len(answer)
         if match < num - seq.num_prompt_tokens or answer != prediction.tokens[:match]:
-            match, place = prediction.pairs.find(prediction.tokens, answer, mark.at(num))
-        mark.put(place, num)
+            near = num + known.shift_in_prediction if known.shift_in_prediction else 0
+            match, place = prediction.pairs.find(prediction.tokens, answer, near)
+        known.shift_in_prediction = place - num if place else 0
         following = prediction.tokens[place : place + most] if match or not answer else []
         return Guess(following, match, PREDICTION) if following else None
 
@@ -196,19 +190,17 @@ class PastAnswers:
         self.texts: OrderedDict[bytes, _Text] = OrderedDict()  # by salt, the one used longest ago first
         self.num_tokens = 0
 
-    def find(self, salt: bytes, ending: list[int], most: int, mark: _Mark | None = None) -> tuple[int, list[int]]:
-        """(how many tokens of `ending` stand before them, tokens that followed in an answer); (0, []): none. `mark`:
-        where the sequence was found to go on last time."""
+    def find(self, salt: bytes, ending: list[int], most: int, near: int = 0) -> tuple[int, int, list[int]]:
+        """(how many tokens of `ending` stand before them, where, tokens that followed in an answer); 0: none. `near`: as
+        for `Pairs.find`."""
         text = self.texts.get(salt)
         if text is None:
-            return 0, []
-        match, place = text.pairs.find(text.tokens, ending, 0 if mark is None else mark.at(len(ending)))
-        if mark is not None:
-            mark.put(place, len(ending))
+            return 0, 0, []
+        match, place = text.pairs.find(text.tokens, ending, near)
         following = text.tokens[place : place + most] if match else []
         if _END in following:
             del following[following.index(_END) :]
-        return (match, following) if following else (0, [])
+        return (match, place, following) if following else (0, 0, [])
 
     def add(self, salt: bytes, token_ids: list[int], num_prompt_tokens: int) -> None:
         """An answer has ended, or as much of it as there will be."""
