@@ -191,8 +191,8 @@ class PastAnswers:
         self.num_tokens = 0
 
     def find(self, salt: bytes, ending: list[int], most: int, near: int = 0) -> tuple[int, int, list[int]]:
-        """(how many tokens of `ending` stand before them, where, tokens that followed in an answer); 0: none. `near`: as
-        for `Pairs.find`."""
+        """(how many tokens of `ending` stand before them, where, tokens that followed in an answer); 0: none. `near` is
+        that of `Pairs.find`."""
         text = self.texts.get(salt)
         if text is None:
             return 0, 0, []
