@@ -41,6 +41,7 @@ class Ours:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         options = ["--device", "cpu", "--num-threads", len(processor.threads()), "--max-model-len", 1024]
+        options += ["--speculate", "off"]  # random weights repeat themselves, which says nothing of others
         command = [sys.executable, "-m", "gptq_api", "serve", folder, "--port", port, "--kv-cache-mib", 1024, *options]
         environment = {**os.environ, "XDG_CACHE_HOME": str(cache)}
         started = time.perf_counter()

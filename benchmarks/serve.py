@@ -6,7 +6,8 @@
 Closed loop: N users, each sends its next request when the last one ended. Open loop: requests arrive at a rate whatever
 the server does. Plain HTTP/1.1 over asyncio sockets, one connection per request, and many users in several processes,
 so that the client costs little beside the server; works against any OpenAI-compatible server. `--spawn` starts the
-server itself and stops it again. `--in-process` holds the rates against those of the same load without HTTP:
+server itself and stops it again; the demo and random weights repeat themselves, which `--speculate off` among its
+options leaves out of the figures. `--in-process` holds the rates against those of the same load without HTTP:
 
     python benchmarks/decode.py --synthetic llama-13b --variants g128 --parts closed --out results
     python benchmarks/serve.py --spawn "--model-path /models/llama-13b" --prompt-tokens 128 --max-tokens 128 \
