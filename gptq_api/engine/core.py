@@ -109,8 +109,9 @@ class Engine(Generic[Launched]):
     def _predicted(self, message: Add) -> list[int]:
         """As far as the model has rows for it: no step may see another id, and what comes behind it is no guess."""
         ids, num_rows = unpack_ids(message.prediction), self.runner.vocab_size
-        bad = next((i for i, token_id in enumerate(ids) if not 0 <= token_id < num_rows), len(ids))
-        return ids[:bad]
+        if max(memoryview(message.prediction).cast("I"), default=0) < num_rows:  # unsigned, as below
+            return ids
+        return ids[: next(i for i, token_id in enumerate(ids) if not 0 <= token_id < num_rows)]
 
     def _has_rows(self, message: Add) -> bool:
         num_rows = self.runner.vocab_size
