@@ -27,8 +27,10 @@ from gptq_api.step import Admission, DeviceMemoryError, Masks, PromptCosts, Samp
 from gptq_api.types import TokenLogprobs
 
 _log = logging.getLogger(__name__)
-_SCHEDULING_MS = 0.2
-"""between two steps of which the second waits for the tokens of the first, beside what a step of padding takes"""
+_WAIT_MS, _WAIT_LAYER_MS, _ROW_LAYER_MS = 0.55, 0.01, 0.0013
+"""What a step with drafts takes that one of padding does not show: the host between two steps of which the second waits
+for the tokens of the first; in each layer keys and values written by a kernel of their own, and an attention that
+begins only then; and more of the attention for each row (benchmarks/drafts.py, 13B on an H200)"""
 _NUM_STAGES = 3
 """a step's pinned memory is filled while the step before it waits and the one before that is not collected yet"""
 
@@ -266,7 +268,7 @@ class CudaRunner:
 
     def _draft_costs(self, decode_ms: float) -> tuple[float, float]:
         """(row_cost, wait_cost): of padding, and for whom nothing is launched ahead."""
-        few, many = 2, self.max_draft_rows
+        few, many, layers = 2, self.max_draft_rows, self._model.config.num_hidden_layers
         few_ms, many_ms = (self._median_ms(self._buckets.draft_shape(rows, 1), capture=True) for rows in (few, many))
         row_ms = max(0.0, many_ms - few_ms) / (many - few)
         times, shape = [], self._buckets.draft_shape(few, 1)
@@ -275,8 +277,9 @@ class CudaRunner:
             self.run_idle(shape, capture=True)
             self._stream.synchronize()
             times.append(1e3 * (time.perf_counter() - began))
-        wait_ms = sorted(times)[2] - (few - 1) * row_ms - decode_ms + _SCHEDULING_MS
-        return row_ms / decode_ms, max(0.0, wait_ms) / decode_ms
+        wait_ms = max(0.0, sorted(times)[2] - (few - 1) * row_ms - decode_ms)
+        wait_ms += _WAIT_MS + layers * _WAIT_LAYER_MS
+        return (row_ms + layers * _ROW_LAYER_MS) / decode_ms, wait_ms / decode_ms
 
     def _median_ms(self, shape: StepShape, capture: bool) -> float:
         times = []
