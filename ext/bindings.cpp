@@ -165,19 +165,19 @@ void mma(std::uintptr_t w, std::uintptr_t x, std::uintptr_t y, std::uintptr_t bi
 }
 
 gptq::HeadProduct head_product(std::uintptr_t w, std::uintptr_t x, std::uintptr_t logits, int M, int V, int H, long long ldx,
-                               long long ldl, bool bf16, int tokens, int cluster) {
-  return {pointer<const void>(w), pointer<const void>(x), pointer<float>(logits), M, V, H, ldx, ldl, bf16, tokens, cluster};
+                               long long ldl, bool bf16, int tokens) {
+  return {pointer<const void>(w), pointer<const void>(x), pointer<float>(logits), M, V, H, ldx, ldl, bf16, tokens};
 }
 
 void head(std::uintptr_t w, std::uintptr_t x, std::uintptr_t logits, int M, int V, int H, long long ldx, long long ldl, bool bf16,
           int tokens, std::uintptr_t stream) {
-  raise_on(gptq::launch_head(head_product(w, x, logits, M, V, H, ldx, ldl, bf16, tokens, 0), as_stream(stream)), shape("head", M, V, H));
+  raise_on(gptq::launch_head(head_product(w, x, logits, M, V, H, ldx, ldl, bf16, tokens), as_stream(stream)), shape("head", M, V, H));
 }
 
 #ifdef GPTQ_API_HOPPER
 void head_wgmma(std::uintptr_t w, std::uintptr_t x, std::uintptr_t logits, int M, int V, int H, long long ldx, long long ldl, bool bf16,
-                int tokens, int cluster, std::uintptr_t stream) {
-  raise_on(gptq::launch_head_wgmma(head_product(w, x, logits, M, V, H, ldx, ldl, bf16, tokens, cluster), as_stream(stream)),
+                int tokens, std::uintptr_t stream) {
+  raise_on(gptq::launch_head_wgmma(head_product(w, x, logits, M, V, H, ldx, ldl, bf16, tokens), as_stream(stream)),
            shape("head_wgmma", M, V, H));
 }
 
@@ -256,6 +256,6 @@ PYBIND11_MODULE(_cuda, m, py::mod_gil_not_used()) {
         "ldr"_a, "paired"_a, "groups"_a, "zeros"_a, "bf16"_a, "tile"_a, "sharing"_a, "split"_a, "stream"_a);
   m.def("wgmma_workspace_bytes", &gptq::wgmma_workspace_bytes);
   m.def("head_wgmma", &head_wgmma, free_gil, "w"_a, "x"_a, "logits"_a, "M"_a, "V"_a, "H"_a, "ldx"_a, "ldl"_a, "bf16"_a, "tokens"_a,
-        "cluster"_a, "stream"_a);
+        "stream"_a);
 #endif
 }

@@ -27,14 +27,13 @@
 namespace gptq {
 namespace {
 
-constexpr SameBitsTime kTiles[] = {{static_cast<int>(SameBitsTile::k128x16), 8, 16, 170, 12},
-                                   {static_cast<int>(SameBitsTile::k128x32), 8, 32, 142, 0},
-                                   {static_cast<int>(SameBitsTile::k128x64), 8, 64, 98, 8},
-                                   {static_cast<int>(SameBitsTile::k256x64), 16, 64, 100, 12}};
+constexpr SameBitsTime kTiles[] = {{static_cast<int>(SameBitsTile::k128x16), 8, 16, 173, 12},
+                                   {static_cast<int>(SameBitsTile::k128x32), 8, 32, 145, 0},
+                                   {static_cast<int>(SameBitsTile::k128x64), 8, 64, 100, 8}};
 
-// Of the widest tile for each SM, or of two of half its size: 192 x 96 where there is wgmma.
+// Of two tiles of the widest for each SM; where there is wgmma, of one of 192 x 96.
 size_t partial_bytes(const Device& device) {
-  const size_t sums = device.capability == 90 ? size_t{192} * 96 : size_t{256} * 64;
+  const size_t sums = device.capability == 90 ? size_t{192} * 96 : size_t{2} * 128 * 64;
   return sums * sizeof(float) * kPieceSlots * device.sms;
 }
 

@@ -267,7 +267,6 @@ SameBitsKernel find_kernel(SameBitsTile tile) {
     case SameBitsTile::k128x16: return info<SameBitsShape<BF, ONE, 4, 16>>();
     case SameBitsTile::k128x32: return info<SameBitsShape<BF, ONE, 4, 32>>();
     case SameBitsTile::k128x64: return info<SameBitsShape<BF, ONE, 4, 64>>();
-    case SameBitsTile::k256x64: return info<SameBitsShape<BF, ONE, 8, 64>>();
   }
   return {};
 }

@@ -16,7 +16,7 @@ struct SameBitsParams : MmaParams {
 };
 
 // Output rows x tokens of a block's tile.
-enum class SameBitsTile : int { k128x16 = 1, k128x32, k128x64, k256x64, kLast = k256x64 };
+enum class SameBitsTile : int { k128x16 = 1, k128x32, k128x64, kLast = k128x64 };
 
 enum class HopperTile : int { k128x16 = 1, k128x32, k128x64, k192x96, k128x128, kLast = k128x128 };
 

@@ -20,7 +20,6 @@ struct HeadProduct {
   int64_t ldx, ldl;    // in elements
   bool bf16;           // type of weight and x; otherwise fp16
   int tokens;          // of a tile, for tests and tuning: one that the kernels have; 0 lets the function choose
-  int cluster;         // the same: blocks that bring the tokens of a tile in together, 1 or 2; of launch_head_wgmma alone
 };
 
 // By mma.sync, on every architecture from sm_80 on.

@@ -10,7 +10,6 @@ namespace {
 
 constexpr int kNormBytes = 20 << 10;  // shared memory of a block of the norm before, with what the driver keeps
 constexpr int kWidest = 256;
-constexpr int kSharedTokens = 32;  // of a tile, from which two blocks bring them in together
 
 struct Kernel {
   const void* function;
@@ -21,23 +20,19 @@ template <class S>
 Kernel info() {
   return {reinterpret_cast<const void*>(head_wgmma_kernel<S>), S::TN, S::CL, S::kSlot + S::kBarrierBytes};
 }
-template <bool BF, int CL>
+// From 32 tokens on two blocks bring those of a tile in together.
+template <bool BF>
 Kernel find_kernel(int tokens) {
   switch (tokens) {
-    case 16: return info<WgmmaHead<BF, 16, CL>>();
-    case 32: return info<WgmmaHead<BF, 32, CL>>();
-    case 64: return info<WgmmaHead<BF, 64, CL>>();
-    case 128: return info<WgmmaHead<BF, 128, CL>>();
+    case 8: return info<WgmmaHead<BF, 8, 1>>();
+    case 16: return info<WgmmaHead<BF, 16, 1>>();
+    case 32: return info<WgmmaHead<BF, 32, 2>>();
+    case 64: return info<WgmmaHead<BF, 64, 2>>();
+    case 128: return info<WgmmaHead<BF, 128, 2>>();
+    case 192: return info<WgmmaHead<BF, 192, 2>>();
+    case 256: return info<WgmmaHead<BF, 256, 2>>();
   }
-  if (CL == 1 && tokens == 8) return info<WgmmaHead<BF, 8, 1>>();
-  if (CL == 2 && tokens == 192) return info<WgmmaHead<BF, 192, 2>>();
-  if (CL == 2 && tokens == 256) return info<WgmmaHead<BF, 256, 2>>();
   return {};
-}
-template <bool BF>
-Kernel find_kernel(int tokens, int cluster) {
-  if (cluster == 0) cluster = tokens < kSharedTokens ? 1 : 2;
-  return cluster == 1 ? find_kernel<BF, 1>(tokens) : cluster == 2 ? find_kernel<BF, 2>(tokens) : Kernel{};
 }
 
 // The narrowest that holds all tokens; of more than the widest holds, that which leaves fewest columns empty.
@@ -53,7 +48,7 @@ int choose_tile(int m) {
 cudaError_t launch_head_wgmma(const HeadProduct& call, cudaStream_t stream) {
   if (!head_takes(call)) return cudaErrorInvalidValue;
   const int wanted = call.tokens ? call.tokens : choose_tile(call.m);
-  const Kernel kernel = call.bf16 ? find_kernel<true>(wanted, call.cluster) : find_kernel<false>(wanted, call.cluster);
+  const Kernel kernel = call.bf16 ? find_kernel<true>(wanted) : find_kernel<false>(wanted);
   if (kernel.function == nullptr) return cudaErrorInvalidValue;
   Device device;
   if (const cudaError_t status = current_device(device); status != cudaSuccess) return status;
@@ -64,10 +59,9 @@ cudaError_t launch_head_wgmma(const HeadProduct& call, cudaStream_t stream) {
   if (!map_rows(weights, call.weight, call.bf16, call.n, call.k, call.k, kHeadRows) ||
       !map_rows(tokens, call.x, call.bf16, call.m, call.k, call.ldx, kernel.tokens / kernel.cluster))
     return cudaErrorInvalidValue;
-  static std::atomic<uint64_t> done[2][2][kWidest / 8 + 1];
-  if (const cudaError_t status = set_limits(kernel.function, done[call.bf16][kernel.cluster - 1][kernel.tokens / 8], device.smem, device);
-      status != cudaSuccess)
-    return status;
+  static std::atomic<uint64_t> done[2][kWidest / 8 + 1];
+  std::atomic<uint64_t>& mine = done[call.bf16][kernel.tokens / 8];
+  if (const cudaError_t status = set_limits(kernel.function, mine, device.smem, device); status != cudaSuccess) return status;
   const int clusters = std::min(p.tiles, device.sms / kernel.cluster);
   const Launch how{dim3(clusters * kernel.cluster), kWgmmaThreads, p.stages * kernel.slot, stream, kernel.cluster};
   return launch_kernel(kernel.function, how, device, weights, tokens, p);

@@ -58,7 +58,7 @@ def head(x: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
         strides, bf16 = (x.stride(0), max(out.stride(0), size)), x.dtype == torch.bfloat16
         stream = torch.cuda.current_stream(x.device).cuda_stream
         if _has_wgmma(x.device.index):
-            _cuda.head_wgmma(*arguments, *strides, bf16, 0, 0, stream)
+            _cuda.head_wgmma(*arguments, *strides, bf16, 0, stream)
         else:
             _cuda.head(*arguments, *strides, bf16, 0, stream)
     return out

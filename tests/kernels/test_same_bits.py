@@ -19,7 +19,7 @@ pytestmark = [
     pytest.mark.skipif(not gemm.is_available(), reason=gemm.unavailable_reason() or "available"),
 ]
 KERNELS = {
-    "same_bits": {"128x16": 1, "128x32": 2, "128x64": 3, "256x64": 4},
+    "same_bits": {"128x16": 1, "128x32": 2, "128x64": 3},
     "same_bits_wgmma": {"128x16": 1, "128x32": 2, "128x64": 3, "192x96": 4, "128x128": 5},
 }
 """for any GPU, and for a Hopper: their tiles"""
