@@ -1,6 +1,7 @@
 // How kernels are launched: their limits set once per device, and, where the device can, beside the end of the kernel before them.
 #pragma once
 #include <cstdint>
+#include <cstdlib>
 
 #include "common/device.cuh"
 
@@ -15,6 +16,16 @@ inline cudaError_t set_limits(const void* kernel, std::atomic<uint64_t>& done, i
     status = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
   if (status == cudaSuccess && device.id < 64) done.fetch_or(uint64_t{1} << device.id, std::memory_order_release);
   return status;
+}
+
+// Whether kernels may begin beside the end of those before them. With GPTQ_CUDA_OVERLAP=0 in the environment none does, and no bit of any
+// result may change: the strongest test of what they wait for.
+inline bool overlap_is_allowed() {
+  static const bool allowed = [] {
+    const char* said = std::getenv("GPTQ_CUDA_OVERLAP");
+    return said == nullptr || said[0] != '0';
+  }();
+  return allowed;
 }
 
 struct Launch {
@@ -35,7 +46,7 @@ cudaError_t launch_kernel(const void* kernel, const Launch& how, const Device& d
   config.dynamicSmemBytes = how.smem;
   config.stream = how.stream;
   config.attrs = attributes;
-  if (how.overlapped && device.code >= 90) {
+  if (how.overlapped && device.code >= 90 && overlap_is_allowed()) {
     attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
   }

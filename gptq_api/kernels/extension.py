@@ -1,5 +1,6 @@
 """The compiled kernels, imported once. ext/bindings.cpp says what is in there. The environment's GPTQ_CUDA_MODULE names
-another build of them, as `make gpu-portable` does."""
+another build of them, as `make gpu-portable` does; with its GPTQ_CUDA_OVERLAP=0 no kernel begins before the one before
+it has ended (ext/common/launch.cuh), for tests."""
 
 from __future__ import annotations
 

@@ -67,7 +67,7 @@ def test_a_request_gets_the_same_bits_whatever_goes_on_beside_it(
 
 
 def test_seeds_give_the_same_text_alone_and_among_others() -> None:
-    """100 of 100, flat logits and peaked ones."""
+    """Each of 32, drawn in five ways."""
     runner: Any = load("demo", num_blocks=2000, max_num_seqs=COMPANY, batch_invariant=True)
     everybody = range(COMPANY)
     together, _ = answers(runner, everybody)
