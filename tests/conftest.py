@@ -18,7 +18,7 @@ CLOCKS = {"monotonic", "perf_counter", "process_time"}
 @pytest.fixture(scope="session")
 def server() -> Iterator[Server]:
     """The demo model with default settings."""
-    with Server() as running:
+    with Server("--speculate", "auto") as running:
         yield running
 
 

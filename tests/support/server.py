@@ -42,8 +42,13 @@ class Server:
         stderr: int = subprocess.STDOUT,
         max_files: int | None = None,
     ) -> None:
-        """`command`: all that stands after `gptq-api`, instead of `serve` with a free port, one thread and `flags`.
+        """Tests watch answers while they come, and one that was given before comes at once where it is drafted. So
+        nothing is drafted, unless `flags` say --speculate.
+
+        `command`: all that stands after `gptq-api`, instead of `serve` with a free port, one thread and `flags`.
         `stderr`: a descriptor for the log; without its lines there is nothing to wait for. `max_files`: `ulimit -n`."""
+        if command is None and "--speculate" not in flags:
+            flags = ("--speculate", "off", *flags)
         arguments = ["serve", "--port", str(port), *ONE_THREAD, *flags] if command is None else command
         self._log = tempfile.NamedTemporaryFile(suffix=".log")  # noqa: SIM115  (closed by close)
         self.process = subprocess.Popen(

@@ -34,7 +34,7 @@ def answer(client: OpenAI, question: str, **options: Any) -> str:
 @pytest.fixture(scope="module")
 def exact_server() -> Any:
     """The float32 path, with a cache so small that 32 sequences preempt each other."""
-    with Server("--dtype", "float32", "--block-size", "4", "--num-blocks", "90") as running:
+    with Server("--dtype", "float32", "--block-size", "4", "--num-blocks", "90", "--speculate", "auto") as running:
         yield running
 
 
@@ -151,6 +151,6 @@ def test_32_streams_share_the_steps_that_one_has_for_itself() -> None:
         assert row["failed"] == 0 and row["output_tokens"] == 48 * row["requests"]
         return (server.metric(tokens) - before[1]) / (server.metric(steps) - before[0])
 
-    with Server("--speculate", "off") as server:
+    with Server() as server:
         assert tokens_a_step(server, 1) <= 1
         assert tokens_a_step(server, 32) > 10

@@ -83,7 +83,7 @@ def unheard_server(stderr: int, env: dict[str, str]) -> Iterator[tuple[Server, h
     """A server whose log cannot be seen, and a connection to it once it is ready."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    with Server("--speculate", "off", port=port, env=env, wait=False, stderr=stderr) as server:  # steps are counted
+    with Server(port=port, env=env, wait=False, stderr=stderr) as server:  # steps are counted
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
 
         def listens() -> bool:

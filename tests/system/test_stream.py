@@ -219,7 +219,7 @@ def test_sdk_streams(server: Server) -> None:
             extra_body={"ignore_eos": True},
         )
     )
-    assert len(found) > 5 and found[-1].usage is not None and found[-1].usage.completion_tokens == 24
+    assert len(found) >= 3 and found[-1].usage is not None and found[-1].usage.completion_tokens == 24
     assert found[0].choices[0].delta.role == "assistant"
     assert all(chunk.choices[0].delta.role is None for chunk in found[1:-1])
     with client.chat.completions.stream(

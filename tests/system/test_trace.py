@@ -21,7 +21,7 @@ def trace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Of six clients at once, one of them sampling three answers."""
     path = tmp_path_factory.mktemp("trace") / "steps.jsonl"
     with (
-        Server("--trace", str(path), "--max-num-seqs", "4", "--num-blocks", "200") as server,
+        Server("--trace", str(path), "--max-num-seqs", "4", "--num-blocks", "200", "--speculate", "auto") as server,
         ThreadPoolExecutor(6) as pool,
     ):
         bodies = [chat_body(f"Count to {i}.", temperature=i % 2, seed=i, n=3 if i == 5 else 1) for i in range(6)]
