@@ -208,18 +208,17 @@ def test_the_log_says_one_line_per_request_and_no_text(server: Server) -> None:
 
 def test_sdk_streams(server: Server) -> None:
     client = openai.OpenAI(base_url=server.url, api_key="none", max_retries=0)
-    found = list(
-        client.chat.completions.create(
-            model=client.models.list().data[0].id,
-            messages=[{"role": "user", "content": "Count from one to ten."}],
-            stream=True,
-            max_tokens=24,
-            temperature=0,
-            stream_options={"include_usage": True},
-            extra_body={"ignore_eos": True},
-        )
-    )
-    assert len(found) >= 3 and found[-1].usage is not None and found[-1].usage.completion_tokens == 24
+    asked: dict[str, Any] = {
+        "model": client.models.list().data[0].id,
+        "messages": [{"role": "user", "content": "Count from one to ten."}],
+        "max_tokens": 24,
+        "temperature": 0,
+        "extra_body": {"ignore_eos": True},
+    }
+    found = list(client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True}))
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in found if chunk.choices)
+    assert len(found) > 2 and text == client.chat.completions.create(**asked).choices[0].message.content
+    assert found[-1].usage is not None and found[-1].usage.completion_tokens == 24
     assert found[0].choices[0].delta.role == "assistant"
     assert all(chunk.choices[0].delta.role is None for chunk in found[1:-1])
     with client.chat.completions.stream(
