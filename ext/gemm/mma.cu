@@ -18,8 +18,7 @@
 #include <atomic>
 
 #include "common/launch.cuh"
-#include "common/layout.cuh"
-#include "gemm/mma_table.cuh"
+#include "gemm/mma_call.cuh"
 
 namespace gptq {
 namespace {
@@ -78,35 +77,16 @@ size_t mma_workspace_bytes() {
 }
 
 cudaError_t launch_mma(const MmaGemm& call, cudaStream_t stream) {
-  const auto aligned = [](const void* pointer, int bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; };
-  if (call.m <= 0 || call.n <= 0 || call.k <= 0 || call.n % 16 || call.k % 8 || call.ldx % 8 || call.ldy % 2 || call.ldr % 2)
-    return cudaErrorInvalidValue;
-  if (!aligned(call.weight, 16) || !aligned(call.x, 16) || !aligned(call.y, 4) || !aligned(call.residual, 4) ||
-      !aligned(call.workspace, 16))
-    return cudaErrorInvalidValue;
-  if ((call.groups != 1 && call.groups != 2 && call.groups != 4) || call.paired < 0 || call.paired > 2 || call.tile < 0 ||
-      call.tile > static_cast<int>(MmaTile::kLast) || call.split < 0 || call.split > static_cast<int>(GemmSplit::kWhole))
-    return cudaErrorInvalidValue;
+  if (!mma_accepts(call, static_cast<int>(MmaTile::kLast))) return cudaErrorInvalidValue;
   Device device;
   if (const cudaError_t status = current_device(device); status != cudaSuccess) return status;
 
   MmaParams p = {};
+  take_call(p, call, flag_bytes(device));
   p.chunks = (call.k + kChunkK - 1) / kChunkK;
-  p.chunk_bytes = chunk_bytes(call.groups, call.zeros);
   const TileTime& tile = call.tile ? kTiles[call.tile - 1] : choose_tile(call.m, call.n, p.chunks, p.chunk_bytes, device);
   const MmaFormat format = call.groups != 1 ? MmaFormat::kAny : call.zeros ? MmaFormat::kOneGroupZeros : MmaFormat::kOneGroup;
   const MmaKernel kernel = (call.bf16 ? mma_bf16 : mma_fp16)(tile.tile, format);
-  p.weight = static_cast<const uint8_t*>(call.weight);
-  p.x = static_cast<const uint16_t*>(call.x);
-  p.y = static_cast<uint16_t*>(call.y);
-  p.bias = static_cast<const uint16_t*>(call.bias);
-  p.residual = static_cast<const uint16_t*>(call.residual);
-  p.flags = static_cast<int*>(call.workspace);
-  p.partials = reinterpret_cast<float*>(static_cast<uint8_t*>(call.workspace) + flag_bytes(device));
-  p.m = call.m, p.n = call.n, p.k = call.k;
-  p.strips = call.n / kStripRows;
-  p.ldx = call.ldx, p.ldy = call.ldy, p.ldr = call.ldr;
-  p.groups = call.groups, p.zeros = call.zeros, p.paired = call.paired;
   p.m_tiles = (p.m + tile.tokens - 1) / tile.tokens;
   p.n_tiles = (p.strips + tile.strips - 1) / tile.strips;
 

@@ -49,7 +49,7 @@ size_t same_bits_workspace_bytes() {
 }
 
 cudaError_t launch_same_bits(const SameBitsGemm& call, cudaStream_t stream) {
-  if (!same_bits_accepts(call, static_cast<int>(SameBitsTile::kLast))) return cudaErrorInvalidValue;
+  if (!mma_accepts(call, static_cast<int>(SameBitsTile::kLast))) return cudaErrorInvalidValue;
   Device device;
   if (const cudaError_t status = current_device(device); status != cudaSuccess) return status;
   SameBitsParams p;

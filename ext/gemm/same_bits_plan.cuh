@@ -3,7 +3,7 @@
 #include <algorithm>
 
 #include "common/device.cuh"
-#include "common/layout.cuh"
+#include "gemm/mma_call.cuh"
 #include "gemm/same_bits.h"
 #include "gemm/same_bits_table.cuh"
 #include "gemv/gemv.h"
@@ -30,30 +30,10 @@ struct SameBitsWay {
 
 inline size_t same_bits_flag_bytes(const Device& device) { return (size_t{4} * 2 * kSameBitsWarps * device.sms + 127) / 128 * 128; }
 
-inline bool same_bits_accepts(const SameBitsGemm& call, int last_tile) {
-  const auto aligned = [](const void* pointer, int bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; };
-  return call.m > 0 && call.n > 0 && call.k > 0 && call.n % 16 == 0 && call.k % 8 == 0 && call.ldx % 8 == 0 && call.ldy % 2 == 0 &&
-         call.ldr % 2 == 0 && aligned(call.weight, 16) && aligned(call.x, 16) && aligned(call.y, 4) && aligned(call.residual, 4) &&
-         aligned(call.workspace, 16) && (call.groups == 1 || call.groups == 2 || call.groups == 4) && call.paired >= 0 &&
-         call.paired <= 2 && call.tile >= 0 && call.tile <= last_tile && call.split >= 0 &&
-         call.split <= static_cast<int>(GemmSplit::kWhole);
-}
-
 // All of the parameters that do not depend on the tile.
 inline cudaError_t same_bits_params(SameBitsParams& p, const SameBitsGemm& call, const Device& device) {
   p = {};
-  p.weight = static_cast<const uint8_t*>(call.weight);
-  p.x = static_cast<const uint16_t*>(call.x);
-  p.y = static_cast<uint16_t*>(call.y);
-  p.bias = static_cast<const uint16_t*>(call.bias);
-  p.residual = static_cast<const uint16_t*>(call.residual);
-  p.flags = static_cast<int*>(call.workspace);
-  p.partials = reinterpret_cast<float*>(static_cast<uint8_t*>(call.workspace) + same_bits_flag_bytes(device));
-  p.m = call.m, p.n = call.n, p.k = call.k;
-  p.strips = call.n / kStripRows;
-  p.ldx = call.ldx, p.ldy = call.ldy, p.ldr = call.ldr;
-  p.groups = call.groups, p.zeros = call.zeros, p.paired = call.paired;
-  p.chunk_bytes = chunk_bytes(call.groups, call.zeros);
+  take_call(p, call, same_bits_flag_bytes(device));
   p.k_chunks = (call.k + kChunkK - 1) / kChunkK;
   if (const cudaError_t status = gemv_segment(p.segment, call.k, call.groups, call.zeros); status != cudaSuccess) return status;
   const int before = (p.k_chunks - 1) / p.segment;  // the last segment

@@ -28,7 +28,7 @@ constexpr int kMaxStages = 8, kBarriers = 3 * 8;  // of a slot, in bytes
 }  // namespace
 
 cudaError_t launch_same_bits_wgmma(const SameBitsGemm& call, cudaStream_t stream) {
-  if (!same_bits_accepts(call, static_cast<int>(HopperTile::kLast))) return cudaErrorInvalidValue;
+  if (!mma_accepts(call, static_cast<int>(HopperTile::kLast))) return cudaErrorInvalidValue;
   Device device;
   if (const cudaError_t status = current_device(device); status != cudaSuccess) return status;
   if (device.capability != 90) return cudaErrorNoKernelImageForDevice;
