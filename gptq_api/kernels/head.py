@@ -3,8 +3,8 @@
     logits[M, V] = x[M, H] W[V, H]^T
 
 A row has the same bits whatever M is and whoever its companions are, eager and in a graph: every logit is one chain of
-tensor core products along H. On a Hopper they are wgmma's, elsewhere mma.sync's; the two add in other ways within a
-product, so bits are those of a device and a build. Runs on the current stream of x's device and may be captured into a
+tensor core products along H. On a Hopper they are wgmma's, elsewhere mma.sync's; nothing relies on both having the same
+bits, so bits are those of a device and a build. Runs on the current stream of x's device and may be captured into a
 CUDA graph. Shapes, types, devices and alignment are checked here; the extension takes addresses.
 """
 
