@@ -252,7 +252,7 @@ def sampler() -> Iterator[str]:
         seats, lengths = [*range(rows - 1), -1], [20 + i % 40 for i in range(rows)]
         history = ints(torch.randint(0, min(size, 50), (rows, 80)))
         staging = torch.empty(sampling.FIELDS, rows, dtype=torch.int32)
-        table.fill(staging, seats, lengths)
+        table.fill(staging.numpy(), seats, lengths)
         inputs = sampling.SamplingInputs(staging.to(DEVICE))
         entries = table.entries(seats, lengths).to(DEVICE)
         masked = list(range(0, rows, 3))

@@ -57,7 +57,7 @@ class Draws:
         for slot in range(rows):
             table.set(slot, SamplingParams(max_tokens=1, **{"seed": slot, **params}), 100)
         staging = torch.empty(sampling.FIELDS, rows, dtype=torch.int32, pin_memory=True)
-        table.fill(staging, list(range(rows)), [100] * rows)
+        table.fill(staging.numpy(), list(range(rows)), [100] * rows)
         self.logits, self.inputs = logits, sampling.SamplingInputs(staging.cuda())
         self.history = torch.zeros(rows, 128, dtype=torch.int32, device="cuda")
         self.tokens = torch.zeros(rows, dtype=torch.int32, device="cuda")

@@ -141,13 +141,19 @@ class Engine(Generic[Launched]):
         """
         self._draw()
         launched = self._launch()
-        if self._in_flight and (len(self._in_flight) > self.runner.lookahead or not launched):
-            self._draw()
-            output = self._collect()
-            if self.runner.lookahead and not self._in_flight:
-                self._launch()  # the step waited for these tokens, and the device need not wait until they are told
-            return output
-        return None if launched else self.report()
+        if not self._in_flight or (launched and len(self._in_flight) <= self.runner.lookahead):
+            return None if launched else self.report()
+        self._draw()
+        first = self._in_flight.popleft()
+        sampled = self._collect(first)
+        collected = time.perf_counter()
+        progress = self.scheduler.update(first.step, sampled)
+        self._finished |= progress.finished
+        if self.runner.lookahead and not self._in_flight:
+            self._launch()  # the step waited for these tokens, and the device need not wait until they are told
+        if self._trace is not None:
+            self._trace.write(first.began, first.ended, collected, first.step, sampled)
+        return self._output(first.step.num_tokens, progress, sampled.logprobs)
 
     def report(self) -> StepOutput:
         """The state between steps; nobody gets a token."""
@@ -179,16 +185,9 @@ class Engine(Generic[Launched]):
             self.runner.draw(first.launched, self._grammars.masks(first.constrained))
             first.drawn = True
 
-    def _collect(self) -> StepOutput:
-        first = self._in_flight.popleft()
-        step, sampled = first.step, self.runner.collect(first.launched)
-        if first.constrained:
-            sampled = self._follow(first, sampled)
-        if self._trace is not None:
-            self._trace.write(first.began, first.ended, step, sampled)
-        progress = self.scheduler.update(step, sampled)
-        self._finished |= progress.finished
-        return self._output(step.num_tokens, progress, sampled.logprobs)
+    def _collect(self, step: _InFlight[Launched]) -> Sampled:
+        sampled = self.runner.collect(step.launched)
+        return self._follow(step, sampled) if step.constrained else sampled
 
     def _follow(self, step: _InFlight[Launched], sampled: Sampled) -> Sampled:
         """The grammars take the tokens in; what one of them cannot take is -2 instead."""

@@ -54,11 +54,12 @@ class Trace:
             raise ConfigError(f"--trace {path} cannot be written: {error.strerror}") from None
         self._open = True
 
-    def write(self, began: float, launched: float, step: Step, sampled: Sampled) -> None:
-        """`began`, `launched`: time.perf_counter() before and after the launch."""
+    def write(self, began: float, launched: float, collected: float, step: Step, sampled: Sampled) -> None:
+        """`began`, `launched`: time.perf_counter() before and after the launch; `collected`: when the result was
+        there."""
         if not self._open:
             return
-        launch_ms, total_ms = (launched - began) * 1e3, (time.perf_counter() - began) * 1e3
+        launch_ms, total_ms = (launched - began) * 1e3, (collected - began) * 1e3
         at_s = began - self._began
         try:
             self._line(TracedStep(round(at_s, 6), round(launch_ms, 4), round(total_ms, 4), step, sampled))

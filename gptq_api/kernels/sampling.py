@@ -2,9 +2,9 @@
 
 Per sequence, on the host: `SamplingTable.set(seat, params, num_prompt_tokens)` when it is admitted. Per step:
 
-1. `needs = table.fill(staging, seats, lengths)` writes the step's columns into pinned memory, int32 [FIELDS, S] (a view
-   with any row stride, so that it can be a part of the step's one staging buffer); after the copy the same view of the
-   device's buffer is `SamplingInputs(view)`.
+1. `needs = table.fill(staging, seats, lengths)` writes the step's columns into pinned memory, numpy's int32 [FIELDS, S]
+   (a view with any row stride, so that it can be a part of the step's one staging buffer); after the copy the same view
+   of the device's buffer is `SamplingInputs(view)`.
 2. Where `needs.adjust` or a grammar says what may be sampled: `table.entries(seats, lengths)` and `packed_masks(...)`,
    copied into int32 device tensors, and `adjust(...)`, which must come before `sample`. Write it to a second [S, V]
    tensor where `needs.logprobs` too, else in place.
@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import math
 import struct
-from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -72,8 +71,8 @@ class SamplingTable:
     """The sampling parameters of the running sequences, on the host, by seat."""
 
     def __init__(self, max_num_seqs: int) -> None:
-        self._columns = torch.empty(FIELDS, max_num_seqs + 1, dtype=torch.int32)
-        self._columns[:] = _words(_PADDING).unsqueeze(1)  # the last column serves seat -1
+        self._columns = np.empty((FIELDS, max_num_seqs + 1), np.int32)
+        self._columns[:] = np.frombuffer(_PADDING, np.int32)[:, None]  # the last column serves seat -1
         self._adjusted: set[int] = set()
         self._logged: set[int] = set()
         self._constrained: set[int] = set()
@@ -85,7 +84,7 @@ class SamplingTable:
         p = params
         if p.top_logprobs is not None and p.top_logprobs > MAX_TOP_LOGPROBS:
             raise ValueError(f"top_logprobs {p.top_logprobs}; at most {MAX_TOP_LOGPROBS} are kept")
-        self._columns[:, seat] = _words(
+        self._columns[:, seat] = np.frombuffer(
             _COLUMN.pack(
                 seat,
                 0,
@@ -100,7 +99,8 @@ class SamplingTable:
                 p.repetition_penalty,
                 p.presence_penalty,
                 p.frequency_penalty,
-            )
+            ),
+            np.int32,
         )
         self._bias.pop(seat, None)
         self._stops.pop(seat, None)
@@ -116,13 +116,11 @@ class SamplingTable:
         ):
             (seats.add if belongs else seats.discard)(seat)
 
-    def fill(self, staging: Tensor, seats: list[int], lengths: list[int]) -> StepNeeds:
+    def fill(self, staging: NDArray[np.int32], seats: list[int], lengths: list[int]) -> StepNeeds:
         """The columns of the rows `seats` (-1: padding) into `staging`, int32 [FIELDS, S] on the host; `lengths[i]`
         tokens stand before the one that row i samples."""
-        # array is several times faster than torch.tensor on a list
-        columns = torch.frombuffer(array("q", seats), dtype=torch.int64) % self._columns.shape[1]
-        torch.index_select(self._columns, 1, columns, out=staging)
-        staging[1] = torch.frombuffer(array("i", lengths), dtype=torch.int32)
+        self._columns.take(seats, axis=1, out=staging, mode="wrap")
+        staging[1] = lengths
         adjust = not self._adjusted.isdisjoint(seats)
         if not adjust and self._stops:
             adjust = any(self._waits(seat, length) for seat, length in zip(seats, lengths, strict=True))

@@ -58,6 +58,10 @@ class StepInputs(Generic[Array]):
     """[tiles, 2] = (sequence, first row inside it); sequence -1: idle"""
     block_tables: Array
     """[S, table_width]"""
+    draft_tokens: Array
+    """[T] where the step is drafted, else [0]: the drafted token of each row"""
+    draft_places: Array
+    """[T, 2] or [0, 2], int64 in two words: where in a flat history it goes"""
 
     @classmethod
     def over(cls, buffer: Array, shape: StepShape) -> StepInputs[Array]:
@@ -78,9 +82,11 @@ def num_words(shape: StepShape) -> int:
 
 def _dims(shape: StepShape) -> tuple[tuple[int, ...], ...]:
     rows, sequences = (shape.num_rows,), (shape.num_sequences,)
+    num_draft_rows = shape.num_rows if shape.drafted else 0
     return (
         *(rows, rows, rows, (shape.num_sequences + 1,), sequences, sequences),
         *((FIELDS, shape.num_sequences), (shape.num_tiles, 2), (shape.num_sequences, shape.table_width)),
+        *((num_draft_rows,), (num_draft_rows, 2)),
     )
 
 
@@ -126,14 +132,10 @@ class SequenceTable:
         """Note the blocks that have come since the last step."""
         for blocks in step.new_blocks:
             self._blocks[blocks.seat, blocks.first : blocks.first + len(blocks.block_ids)] = blocks.block_ids
+        if step.drafts:
+            return _columns_of_rows(step)
         columns = (step.seats, step.num_computed, step.num_new, step.num_sampled)
         seats, computed, new, sampled = (np.array(column, np.int32) for column in columns)
-        if step.drafts:
-            assert not step.admitted and (new == np.maximum(sampled, 1)).all(), "beside drafts only what decodes"
-            ends = np.cumsum(new, dtype=np.int32)
-            computed = np.arange(ends[-1], dtype=np.int32) - np.repeat(ends - new - computed, new)
-            seats, sampled, new = np.repeat(seats, new), np.repeat(np.minimum(sampled, 1), new), np.ones_like(computed)
-            return Columns(seats, computed, new, computed + 1, True, sampled, drafted=True)
         decode = not step.admitted and int(new.max(initial=1)) == 1
         return Columns(seats, computed, new, computed + new, decode, sampled)
 
@@ -148,14 +150,33 @@ class SequenceTable:
             rows, row_seat = int(ends[-1]), np.repeat(step.seats, step.new)
             positions = np.arange(rows, dtype=np.int32) + np.repeat(step.context - ends, step.new)
             _write_tiles(step.new, tile_rows, to.tiles)
-        block, offset = np.divmod(positions, size)
-        to.row_seat[:rows], to.row_seat[rows:] = row_seat, 0
-        to.positions[:rows], to.positions[rows:] = positions, -1
-        to.slot_mapping[:rows], to.slot_mapping[rows:] = self._blocks[row_seat, block] * size + offset, -1
-        to.query_start[0], to.query_start[1 : num + 1], to.query_start[num + 1 :] = 0, ends, rows
-        to.context_lens[:num], to.context_lens[num:] = step.context, 0
-        to.last_rows[:num], to.last_rows[num:] = ends - 1, 0
-        to.block_tables[:num], to.block_tables[num:] = self._blocks[step.seats, : to.block_tables.shape[1]], 0
+        slots = self._blocks[row_seat, positions // size] * size + positions % size
+        for array, values, padding in (
+            (to.row_seat, row_seat, 0),
+            (to.positions, positions, -1),
+            (to.slot_mapping, slots, -1),
+            (to.query_start[1:], ends, rows),
+            (to.context_lens, step.context, 0),
+            (to.last_rows, ends - 1, 0),
+            (to.block_tables, self._blocks[step.seats, : to.block_tables.shape[1]], 0),
+        ):
+            array[: len(values)] = values
+            if len(values) < len(array):
+                array[len(values) :] = padding
+        to.query_start[0] = 0
+
+
+def _columns_of_rows(step: Step) -> Columns:
+    """Of a step with drafts: of few rows, for which a device waits."""
+    seats, computed, sampled = list[int](), list[int](), list[int]()
+    for seat, start, new, num in zip(step.seats, step.num_computed, step.num_new, step.num_sampled, strict=True):
+        assert new == max(num, 1) and not step.admitted, "beside drafts only what decodes"
+        seats += [seat] * new
+        computed += range(start, start + new)
+        sampled += [min(num, 1)] * new
+    columns = (seats, computed, [1] * len(seats), sampled)
+    of_seats, of_computed, ones, of_sampled = (np.array(column, np.int32) for column in columns)
+    return Columns(of_seats, of_computed, ones, of_computed + 1, True, of_sampled, drafted=True)
 
 
 def _write_tiles(new: Ints, tile_rows: int, tiles: Ints) -> None:
@@ -169,7 +190,8 @@ def _write_tiles(new: Ints, tile_rows: int, tiles: Ints) -> None:
 
 def write_idle(to: StepInputs[Ints]) -> None:
     """A step of padding alone; `sampling` is not touched."""
-    for array in (to.row_seat, to.query_start, to.context_lens, to.last_rows, to.block_tables):
+    zeros = (to.row_seat, to.query_start, to.context_lens, to.last_rows, to.block_tables)
+    for array in (*zeros, to.draft_tokens, to.draft_places):
         array[...] = 0
     for array in (to.positions, to.slot_mapping, to.tiles):
         array[...] = -1

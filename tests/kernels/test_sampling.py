@@ -74,7 +74,7 @@ class Step:
         self.history = self.history.cuda()
         self.lengths = [len(s.token_ids) for s in batch]
         self.staging = torch.empty(sampling.FIELDS, len(batch) + 3, dtype=torch.int32, pin_memory=True)
-        self.needs = self.table.fill(self.staging[:, : len(batch)], self.seats, self.lengths)
+        self.needs = self.table.fill(self.staging.numpy()[:, : len(batch)], self.seats, self.lengths)
         self.inputs = sampling.SamplingInputs(self.staging.cuda()[:, : len(batch)])
         self.tokens = torch.full((len(batch),), -9, dtype=torch.int32, device="cuda")
         self.logprobs = torch.zeros(len(batch), 2, 21, dtype=torch.int32, device="cuda")

@@ -33,6 +33,8 @@ for the tokens of the first; in each layer keys and values written by a kernel o
 begins only then; and more of the attention for each row (benchmarks/drafts.py, 13B on an H200)"""
 _NUM_STAGES = 3
 """a step's pinned memory is filled while the step before it waits and the one before that is not collected yet"""
+_SPARE_WORDS = 4
+"""in front of `history`: where rows without a draft write one"""
 
 
 class _Stage:
@@ -44,17 +46,40 @@ class _Stage:
 
         self.inputs, self.tokens = pinned(num_words), pinned(max_num_seqs)
         self.logprobs = pinned(max_num_seqs, 2, 1 + MAX_TOP_LOGPROBS)
+        self.drawn: Ints = self.tokens.numpy()
         self.done = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        self._views: dict[StepShape, tuple[StepInputs[Ints], Tensor]] = {}
+        self._views: dict[StepShape, _Staged] = {}
 
-    def views(self, shape: StepShape, keep: bool) -> tuple[StepInputs[Ints], Tensor]:
-        """(the step's arrays, the sampler's among them as a tensor); `keep`: the shape will come again."""
+    def views(self, shape: StepShape, keep: bool) -> _Staged:
+        """`keep`: the shape will come again."""
         found = self._views.get(shape)
         if found is None:
-            found = StepInputs.over(self.inputs.numpy(), shape), StepInputs.over(self.inputs, shape).sampling
+            words, tokens = self.inputs[: num_words(shape)], self.tokens[: shape.num_sequences]
+            found = _Staged(StepInputs.over(words.numpy(), shape), words, tokens)
             if keep:
                 self._views[shape] = found
         return found
+
+
+@dataclass(slots=True, frozen=True)
+class _Staged:
+    """A stage's memory, as a step of one shape uses it. A view of a tensor takes the host a microsecond, and the device
+    waits for those of a step with drafts."""
+
+    inputs: StepInputs[Ints]
+    words: Tensor
+    """all of them"""
+    tokens: Tensor
+
+
+@dataclass(slots=True, frozen=True)
+class _OnDevice:
+    """What is copied there and back, in the same way."""
+
+    inputs: StepInputs[Tensor]
+    words: Tensor
+    tokens: Tensor
+    how: SamplingInputs
 
 
 @dataclass(frozen=True)
@@ -80,7 +105,8 @@ class _Drawing:
     """A step between its logits and its tokens."""
 
     logits: Tensor
-    how: SamplingInputs
+    there: _OnDevice
+    staged: _Staged
     seats: list[int]
     lengths: list[int]
     """of all rows, padding included"""
@@ -96,16 +122,17 @@ class _Drawing:
 
 
 def _largest_shape(max_num_seqs: int, max_num_batched_tokens: int, max_blocks: int) -> StepShape:
+    """No step's arrays are larger in any part."""
     num_sampled = max(max_num_seqs, MAX_DRAFT_ROWS)
     rows = max(num_sampled, max_num_batched_tokens)
-    return StepShape(rows, num_sampled, max_blocks, rows // TILE_ROWS + max_num_seqs)
+    return StepShape(rows, num_sampled, max_blocks, rows // TILE_ROWS + max_num_seqs, drafted=True)
 
 
 def state_bytes(max_num_seqs: int, max_num_batched_tokens: int, max_model_len: int, block_size: int) -> int:
     """What a CudaRunner allocates on the device."""
     largest = _largest_shape(max_num_seqs, max_num_batched_tokens, -(-max_model_len // block_size))
     per_row = 3 + 2 * MAX_TOP_LOGPROBS
-    return 4 * (max_num_seqs * max_model_len + largest.num_sequences * per_row + num_words(largest))
+    return 4 * (_SPARE_WORDS + max_num_seqs * max_model_len + largest.num_sequences * per_row + num_words(largest))
 
 
 def _kept(step: Step, drawn: list[int]) -> tuple[list[int], list[int], list[int]]:
@@ -163,11 +190,13 @@ class CudaRunner:
         largest = _largest_shape(max_num_seqs, max_num_batched_tokens, max_blocks)
         num_sampled = largest.num_sequences
         self._stream = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
-        self._history = torch.zeros(max_num_seqs, max_model_len, dtype=torch.int32, device=device)
+        history = torch.zeros(_SPARE_WORDS + max_num_seqs * max_model_len, dtype=torch.int32, device=device)
+        self._flat_history, self._history = history, history[_SPARE_WORDS:].view(max_num_seqs, max_model_len)
         self._tokens = torch.zeros(num_sampled, dtype=torch.int32, device=device)
         self._logprobs = torch.zeros(num_sampled, 2, 1 + MAX_TOP_LOGPROBS, dtype=torch.int32, device=device)
         self._inputs = torch.zeros(num_words(largest), dtype=torch.int32, device=device)
         self._stages = [_Stage(num_words(largest), num_sampled) for _ in range(_NUM_STAGES)]
+        self._on_device: dict[StepShape, _OnDevice] = {}
         self._table = SequenceTable(max_num_seqs, max_blocks, cache.block_size)
         self._sampling = SamplingTable(max_num_seqs)
         limits = (max_num_seqs, max_num_batched_tokens, max_blocks, TILE_ROWS, self.max_draft_rows)
@@ -178,10 +207,9 @@ class CudaRunner:
     def num_graphs(self) -> int:
         return len(self._graphs)
 
-    @torch.inference_mode()
     def launch(self, step: Step) -> Launched:
         """Start the step behind those launched before."""
-        with torch.cuda.stream(self._stream):
+        with torch.inference_mode(), torch.cuda.stream(self._stream):
             try:
                 self._admit(step.admitted)
                 return self._launch(step, self._table.take_in(step))
@@ -195,16 +223,15 @@ class CudaRunner:
         drawing = launched.drawing
         assert drawing is not None, "a step without grammars has sampled"
         with torch.cuda.stream(self._stream):
-            self._write_drafts(launched.step)
+            self._put_drafts(drawing.there.inputs)
             self._finish(drawing, launched.stage, masks)
 
-    @torch.inference_mode()
     def collect(self, launched: Launched) -> Sampled:
         """Wait for the step; at most two may be uncollected. Sequences whose logits were not finite get -1, and what is
         not finite in their blocks becomes zeros."""
         step, stage = launched.step, launched.stage
         stage.done.synchronize()
-        drawn = stage.tokens[: len(launched.context)].tolist()
+        drawn: list[int] = stage.drawn[: len(launched.context)].tolist()
         num_tokens, rows, drawn_from = _kept(step, drawn)
         logprobs: dict[int, TokenLogprobs] = {}
         if launched.num_top is not None:
@@ -230,13 +257,15 @@ class CudaRunner:
         with torch.cuda.stream(self._stream):
             self._admit(step.admitted)
             columns = self._table.take_in(step)
-            self._write_drafts(step)
             shape, _ = self._shape(columns, exact=True)
             stage = self._stages[0]
             stage.done.synchronize()
-            host, _ = stage.views(shape, keep=False)
-            self._table.write(columns, TILE_ROWS, host)
-            inputs = self._copy_in(stage, shape)
+            staged, there = stage.views(shape, keep=False), self._views(shape, keep=False)
+            self._table.write(columns, TILE_ROWS, staged.inputs)
+            self._write_drafts(step, staged.inputs)
+            there.words.copy_(staged.words, non_blocking=True)
+            inputs = there.inputs
+            self._put_drafts(inputs)
             caches = (self._history, self._cache.layers)
             logits = self._model.forward(inputs, *caches, columns.decode, every_row, columns.drafted)
             wanted = np.flatnonzero(columns.num_sampled).tolist()
@@ -298,10 +327,10 @@ class CudaRunner:
         with torch.cuda.stream(self._stream):
             stage = self._stages[0]
             stage.done.synchronize()
-            host, packed = stage.views(shape, keep=False)
-            write_idle(host)
-            self._sampling.fill(packed, [-1] * shape.num_sequences, [0] * shape.num_sequences)
-            self._copy_in(stage, shape)
+            staged = stage.views(shape, keep=False)
+            write_idle(staged.inputs)
+            self._sampling.fill(staged.inputs.sampling, [-1] * shape.num_sequences, [0] * shape.num_sequences)
+            self._views(shape, keep=False).words.copy_(staged.words, non_blocking=True)
             self._graphs.run(shape, capture)
             stage.done.record()
 
@@ -310,31 +339,33 @@ class CudaRunner:
         self._stages = [*self._stages[1:], stage]
         stage.done.synchronize()
         shape, recurs = self._shape(columns, exact=False)
-        host, packed = stage.views(shape, recurs)
+        staged, there = stage.views(shape, recurs), self._views(shape, recurs)
+        host = staged.inputs
         self._table.write(columns, TILE_ROWS, host)
-        self._write_drafts(step)
+        self._write_drafts(step, host)
         num, padding = len(columns.seats), shape.num_sequences - len(columns.seats)
         seats = np.where(columns.num_sampled, columns.seats, -1).tolist() + [-1] * padding
         lengths = columns.context.tolist() + [0] * padding
-        needs = self._sampling.fill(packed, seats, lengths)
-        inputs = self._copy_in(stage, shape)
+        needs = self._sampling.fill(host.sampling, seats, lengths)
+        there.words.copy_(staged.words, non_blocking=True)
         logits = self._graphs.run(shape, recurs)
+        # From here on the device has its work.
         scores = score(self._model, self._history, step, columns) if step.prompt_rows else None
         first_rows = np.cumsum([0, *step.num_new[:-1]]).tolist() if step.drafts else None
-        drawing = _Drawing(logits, SamplingInputs(inputs.sampling), seats, lengths, needs, num, first_rows)
+        drawing = _Drawing(logits, there, staged, seats, lengths, needs, num, first_rows)
         num_top = self._sampling.top_logprobs(seats[:num]) if needs.logprobs else None
         waits = self._sampling.constrained(seats)
         if not waits:
             if needs.adjust:
-                self._write_drafts(step)
+                self._put_drafts(there.inputs)
             self._finish(drawing, stage, None)
         return Launched(step, columns.context, stage, host.block_tables, num_top, scores, drawing if waits else None)
 
     def _finish(self, drawing: _Drawing, stage: _Stage, masks: Masks | None) -> None:
         """From the logits of a step, which its graph has sampled from as they are, to what `collect` reads. Where it
         samples again, `history` has its drafts once more."""
-        logits, how, needs, num = drawing.logits, drawing.how, drawing.needs, drawing.num_rows
-        tokens = self._tokens[: len(logits)]
+        logits, needs, num = drawing.logits, drawing.needs, drawing.num_rows
+        how, tokens = drawing.there.how, drawing.there.tokens
         if needs.adjust or masks is not None:
             # The step has sampled from the raw logits: sample again, over it.
             entries = self._sampling.entries(drawing.seats, drawing.lengths).pin_memory()
@@ -350,13 +381,14 @@ class CudaRunner:
             found = self._logprobs[: len(logits)]
             sampling.logprobs(logits, how, tokens, found)
             stage.logprobs[:num].copy_(found[:num], non_blocking=True)
-        stage.tokens[:num].copy_(tokens[:num], non_blocking=True)
+        drawing.staged.tokens.copy_(tokens, non_blocking=True)
         stage.done.record()
 
     def _forward_and_sample(self, shape: StepShape) -> Tensor:
-        inputs, decode = StepInputs.over(self._inputs, shape), not shape.num_tiles
-        logits = self._model.forward(inputs, self._history, self._cache.layers, decode, drafted=shape.drafted)
-        sampling.sample(logits, SamplingInputs(inputs.sampling), self._history, self._tokens[: shape.num_sequences])
+        there, decode = self._views(shape, keep=False), not shape.num_tiles
+        self._put_drafts(there.inputs)
+        logits = self._model.forward(there.inputs, self._history, self._cache.layers, decode, drafted=shape.drafted)
+        sampling.sample(logits, there.how, self._history, there.tokens)
         return logits
 
     def _shape(self, step: Columns, exact: bool) -> tuple[StepShape, bool]:
@@ -375,10 +407,16 @@ class CudaRunner:
         # before, which takes time to load while the device waits (with a head by cuBLAS some 50 ms).
         return StepShape(step.num_rows, num if exact else self._buckets.padded(num), num_blocks, tiles), False
 
-    def _copy_in(self, stage: _Stage, shape: StepShape) -> StepInputs[Tensor]:
-        words = num_words(shape)
-        self._inputs[:words].copy_(stage.inputs[:words], non_blocking=True)
-        return StepInputs.over(self._inputs, shape)
+    def _views(self, shape: StepShape, keep: bool) -> _OnDevice:
+        """`keep`: the shape will come again."""
+        found = self._on_device.get(shape)
+        if found is None:
+            inputs = StepInputs.over(self._inputs, shape)
+            words, tokens = self._inputs[: num_words(shape)], self._tokens[: shape.num_sequences]
+            found = _OnDevice(inputs, words, tokens, SamplingInputs(inputs.sampling))
+            if keep:
+                self._on_device[shape] = found
+        return found
 
     def _admit(self, admitted: list[Admission]) -> None:
         """Their parameters into the sampler's table, all their tokens into `history`, by one pinned copy each."""
@@ -391,19 +429,28 @@ class CudaRunner:
             self._history[new.seat, : len(text)].copy_(tokens[start : start + len(text)], non_blocking=True)
             start += len(text)
 
-    def _write_drafts(self, step: Step) -> None:
-        """Drafted tokens into `history`, behind the last known one: rows read their inputs there, and penalties what
-        comes before them. What a row samples goes to the same places, so a step that samples again needs them again."""
+    def _write_drafts(self, step: Step, host: StepInputs[Ints]) -> None:
+        """Drafted tokens among a step's inputs, and where they go: behind the last known one of their sequence."""
         if not step.drafts:
             return
-        tokens = [token for drafts in step.drafts.values() for token in drafts]
-        pinned, start = torch.tensor(tokens, dtype=torch.int32).pin_memory(), 0
-        for entry, drafts in step.drafts.items():
-            first, num = step.num_computed[entry] + 1, len(drafts)
-            row = self._history[step.seats[entry], first : first + num]
-            row.copy_(pinned[start : start + num], non_blocking=True)
+        num_rows, start = len(host.draft_tokens), 0
+        tokens, places = [0] * num_rows, [0] * num_rows
+        for entry, num in enumerate(step.num_new):
+            drafts = step.drafts.get(entry)
+            if drafts:
+                first = _SPARE_WORDS + step.seats[entry] * self.max_model_len + step.num_computed[entry] + 1
+                tokens[start + 1 : start + num] = drafts
+                places[start + 1 : start + num] = range(first, first + len(drafts))
             start += num
+        host.draft_tokens[...], host.draft_places.view(np.int64)[:, 0] = tokens, places
+
+    def _put_drafts(self, inputs: StepInputs[Tensor]) -> None:
+        """Into `history`: rows read their inputs there, and penalties what comes before them. What a row samples goes
+        to the same places, so a step that samples again needs them again."""
+        if len(inputs.draft_tokens):
+            places = inputs.draft_places.view(torch.int64).flatten()
+            self._flat_history.scatter_(0, places, inputs.draft_tokens)
 
     def _scrub(self, blocks: Ints) -> None:
-        with torch.cuda.stream(self._stream):
+        with torch.inference_mode(), torch.cuda.stream(self._stream):
             self._cache.scrub(torch.from_numpy(blocks.astype(np.int64)).to(self._inputs.device))
