@@ -164,8 +164,16 @@ class Measured:
         blocks = BlockManager(self.runner.num_blocks, self.runner.block_size)
         budget = token_budget(self.options, torch.device(self.runner.device))
         users = max_num_seqs or self.options.max_num_seqs
-        costs = self.runner.prompt_costs
-        scheduler = Scheduler(blocks, users, budget, False, self.runner.row_multiple, prompt_costs=costs)
+        runner = self.runner
+        scheduler = Scheduler(
+            blocks,
+            users,
+            budget,
+            False,
+            runner.row_multiple,
+            prompt_costs=runner.prompt_costs,
+            prompts_apart=runner.prompts_apart,
+        )
         return Engine(self.runner, scheduler, grammars=self.grammars)
 
     def add(self, engine: Engine[Any], lengths: list[tuple[int, int]], constrained: int = 0) -> None:

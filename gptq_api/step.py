@@ -112,6 +112,10 @@ class PromptCosts:
     """and it adds more for each token before it"""
 
 
+MAX_ROWS_AGAIN = 256
+"""rows of a step, where prompts are apart, that are answers computed once more"""
+
+
 class DeviceMemoryError(RuntimeError):
     """The device has no memory for this step. A runner's `launch` raises it having launched nothing that samples."""
 
@@ -138,6 +142,9 @@ class Runner(Protocol[Launched]):
 
     prompt_costs: PromptCosts | None
     """None: not known"""
+    prompts_apart: bool
+    """Whether a step has rows of prompts alone or none: which kernels compute a token, and so its bits, depends on
+    which of the two it is. Of a step without, at most MAX_ROWS_AGAIN rows are not its sequence's last."""
 
     @property
     def num_graphs(self) -> int:

@@ -52,6 +52,12 @@ int depth_in(int smem, const TileTime& t, int chunk) {
   return std::min(kMmaDepth, (smem - exchange_bytes(t)) / (teams_of(t) * slot_bytes(t, chunk)));
 }
 
+// For one order of sums, the widest whose rings fit.
+const TileTime& one_order_tile(int n, int chunks, int chunk, const Device& device) {
+  const TileTime &scaled = kTiles[4], &whole = kTiles[3];
+  return depth_in(device.smem, scaled, chunk) < 2 || int64_t{n} * chunks * kChunkK < kFewWeights ? whole : scaled;
+}
+
 // The tile that is done first among those whose rings fit; up to 32 tokens, where memory is the limit, the fewest padded tokens.
 const TileTime& choose_tile(int m, int n, int chunks, int chunk, const Device& device) {
   if (m <= 32) return kTiles[m > 16];
@@ -84,7 +90,10 @@ cudaError_t launch_mma(const MmaGemm& call, cudaStream_t stream) {
   MmaParams p = {};
   take_call(p, call, flag_bytes(device));
   p.chunks = (call.k + kChunkK - 1) / kChunkK;
-  const TileTime& tile = call.tile ? kTiles[call.tile - 1] : choose_tile(call.m, call.n, p.chunks, p.chunk_bytes, device);
+  const TileTime& tile = call.tile ? kTiles[call.tile - 1]
+                         : call.split == static_cast<int>(GemmSplit::kOneOrder)
+                             ? one_order_tile(call.n, p.chunks, p.chunk_bytes, device)
+                             : choose_tile(call.m, call.n, p.chunks, p.chunk_bytes, device);
   const MmaFormat format = call.groups != 1 ? MmaFormat::kAny : call.zeros ? MmaFormat::kOneGroupZeros : MmaFormat::kOneGroup;
   const MmaKernel kernel = (call.bf16 ? mma_bf16 : mma_fp16)(tile.tile, format);
   p.m_tiles = (p.m + tile.tokens - 1) / tile.tokens;

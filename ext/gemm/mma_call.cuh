@@ -13,7 +13,7 @@ inline bool mma_accepts(const MmaGemm& call, int last_tile) {
          call.ldr % 2 == 0 && aligned(call.weight, 16) && aligned(call.x, 16) && aligned(call.y, 4) && aligned(call.residual, 4) &&
          aligned(call.workspace, 16) && (call.groups == 1 || call.groups == 2 || call.groups == 4) && call.paired >= 0 &&
          call.paired <= 2 && call.tile >= 0 && call.tile <= last_tile && call.split >= 0 &&
-         call.split <= static_cast<int>(GemmSplit::kWhole);
+         call.split <= static_cast<int>(GemmSplit::kLast);
 }
 
 // The parameters that depend neither on the tile nor on the order of sums; the workspace begins with `flag_bytes` of flags.

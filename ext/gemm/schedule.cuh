@@ -21,14 +21,15 @@ inline int64_t cut_time(int64_t tiles, int clusters, int chunks, int cut_cost) {
 }
 
 // Over at most `clusters`: whole tiles where that is sooner. Otherwise tiles that fill whole waves of clusters stay whole; the rest, and
-// one wave with it, is cut into equal parts along k. `wanted`: 0, or a GemmSplit.
-enum class GemmSplit : int { kAlongK = 1, kWhole };
+// one wave with it, is cut into equal parts along k. `wanted`: 0, or a GemmSplit. kOneOrder: whole, and by tiles that all add up a row in
+// the same order, which format, device and the weight's size decide, not the number of tokens.
+enum class GemmSplit : int { kAlongK = 1, kWhole, kOneOrder, kLast = kOneOrder };
 inline void share_tiles(GemmTiles& p, int clusters, int cut_cost, int wanted) {
   p.tiles = p.m_tiles * p.n_tiles;
   p.clusters = std::min(clusters, p.tiles * p.chunks);
   const int over = p.tiles % p.clusters;
   bool whole = whole_time(p.tiles, p.clusters, p.chunks) < cut_time(p.tiles, p.clusters, p.chunks, cut_cost);
-  if (wanted != 0) whole = wanted == static_cast<int>(GemmSplit::kWhole);
+  if (wanted != 0) whole = wanted != static_cast<int>(GemmSplit::kAlongK);
   p.split_tiles = whole ? 0 : p.tiles < p.clusters || over == 0 ? over : over + p.clusters;
   if (whole) p.clusters = std::min(p.clusters, p.tiles);
   const int64_t cut = int64_t{p.split_tiles} * p.chunks;

@@ -53,20 +53,22 @@ constexpr int kNarrowWeight = 5600;      // output rows
 constexpr int64_t kFewWeights = 1 << 20;
 
 // Up to 32 tokens memory and issue slots are the limit, and two blocks per SM hide most; small weights have no work for so many.
-// Above, the tile that is done first: fewer padded tokens, fuller waves, less to add up.
-Choice choose_tile(int m, int n, int chunks, int sms) {
+// Above, the tile that is done first: fewer padded tokens, fuller waves, less to add up. For one order of sums, of those that scale sums or
+// of those that scale operands.
+Choice choose_tile(int m, int n, int chunks, int sms, bool one_order) {
   const int64_t units = static_cast<int64_t>(n / kStripRows) * chunks;
-  if (m <= 32)
+  const bool few = units * kStripRows * kChunkK < kFewWeights;
+  if (m <= 32 && !one_order)
     return {m <= 16 ? WgmmaTile::k128x16 : WgmmaTile::k128x32,
             units > kSmallWeight || n > kNarrowWeight ? WgmmaSharing::kTwo : WgmmaSharing::kOne};
   Choice best = {};
   int64_t least = INT64_MAX;
   for (const TileTime& c : kTileTimes) {
-    if (c.scaled && units * kStripRows * kChunkK < kFewWeights) continue;
+    if (one_order ? c.scaled == few : c.scaled && few) continue;
     const int rows = c.rows * c.cluster, clusters = sms / c.cluster;
     const int64_t tiles = static_cast<int64_t>((m + c.tokens - 1) / c.tokens) * ((n + rows - 1) / rows);
     const int64_t whole = whole_time(tiles, clusters, chunks), cut = cut_time(tiles, clusters, chunks, kCutCost);
-    const int64_t time = std::min(whole, cut) * c.rows * c.tokens * c.percent;
+    const int64_t time = (one_order ? whole : std::min(whole, cut)) * c.rows * c.tokens * c.percent;
     if (time < least) least = time, best = {c.tile, WgmmaSharing::kOne};
   }
   return best;
@@ -85,14 +87,14 @@ cudaError_t launch_wgmma(const WgmmaGemm& call, cudaStream_t stream) {
   if ((call.groups != 0 && call.groups != 1 && call.groups != 2 && call.groups != 4) || call.paired < 0 || call.paired > 2 ||
       (call.paired == 2 && call.residual != nullptr) || call.tile < 0 || call.tile > static_cast<int>(WgmmaTile::kLast) ||
       call.sharing < 0 || call.sharing > static_cast<int>(WgmmaSharing::kTwo) || call.split < 0 ||
-      call.split > static_cast<int>(GemmSplit::kWhole))
+      call.split > static_cast<int>(GemmSplit::kLast))
     return cudaErrorInvalidValue;
   Device device;
   if (const cudaError_t status = current_device(device); status != cudaSuccess) return status;
   if (device.capability != 90) return cudaErrorNoKernelImageForDevice;
 
   const int chunks = (call.k + kChunkK - 1) / kChunkK;
-  Choice choice = choose_tile(call.m, call.n, chunks, device.sms);
+  Choice choice = choose_tile(call.m, call.n, chunks, device.sms, call.split == static_cast<int>(GemmSplit::kOneOrder));
   if (call.tile != 0)
     choice = {static_cast<WgmmaTile>(call.tile), call.sharing == 0 ? WgmmaSharing::kOne : static_cast<WgmmaSharing>(call.sharing)};
   const WgmmaKernel kernel = (call.bf16 ? wgmma_bf16 : wgmma_fp16)(choice.tile, call.groups <= 1);

@@ -128,6 +128,7 @@ def _serve(sock: socket.socket, inbox: Inbox, told: EngineOptions) -> int:
         shared_rows=runner.shared_rows,
         speculation=speculation_of(told.speculate, runner),
         prompt_costs=runner.prompt_costs,
+        prompts_apart=runner.prompts_apart,
     )
     engine = Engine(runner, scheduler, trace, grammars, lambda *compiled: inbox.put(_Compiled(*compiled)))
     gc.collect()

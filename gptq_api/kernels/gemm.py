@@ -8,7 +8,8 @@ alignment are checked here; the extension below takes addresses. Knows nothing a
 Which kernel: up to 8 rows the decode kernel, whose cost is the bytes of the weight (same bits for a row at any M); from
 9 on the wgmma kernel where the device is a Hopper; elsewhere the mma kernel, and for prompts of more than MMA_MAX_M
 rows the weight as a 16-bit matrix and torch.mm. These add in other orders. With `same_bits` more rows go to a kernel
-that adds in the decode kernel's (ext/gemm/same_bits.cu): a row's result is the same bits for every M.
+that adds in the decode kernel's (ext/gemm/same_bits.cu): a row's result is the same bits for every M. So it is with
+`one_order`, of the wgmma or the mma kernel alone, which is faster for many rows, and in another order.
 """
 
 from __future__ import annotations
@@ -161,13 +162,14 @@ def gemm(
     silu_mul: bool = False,
     in_a_row: bool = False,
     same_bits: bool = False,
+    one_order: bool = False,
 ) -> Tensor:
     """x fp16 or bf16 [M, K], rows 16-byte aligned (else copied) -> [M, N], or [M, N/2] with `silu_mul` (paired weights
     only).
 
     bias [N]; residual like the result, may be `out`. Accumulates in float32 and rounds once. Same bits every run, and
-    for a row whatever M is within 1..8; with `same_bits`, whatever M is. Raises ValueError on what does not fit,
-    RuntimeError with the shape when a launch fails.
+    for a row whatever M is within 1..8; with `same_bits`, whatever M is, those of 1..8; with `one_order`, whatever M
+    is, bits of their own. Raises ValueError on what does not fit, RuntimeError with the shape when a launch fails.
 
     `in_a_row` is for measurements (probes.py): the kernels before and after are GEMMs of one token as well, and half of
     every SM is left to them. That is 4 to 8 % faster there, and 20 to 25 % slower between norms and attention.
@@ -205,7 +207,9 @@ def gemm(
     if x.stride(1) != 1 or x.stride(0) % 8 or x.data_ptr() % 16:
         x = x.clone(memory_format=torch.contiguous_format)
     with torch.cuda.device(x.device):
-        if m <= DECODE_MAX_M or (same_bits and m <= SAME_BITS_DECODE_MAX_M and _has_wgmma(x.device.index)):
+        if one_order:
+            _by_tiles(x, weight, out, bias, residual, silu_mul, _ONE_ORDER)
+        elif m <= DECODE_MAX_M or (same_bits and m <= SAME_BITS_DECODE_MAX_M and _has_wgmma(x.device.index)):
             _decode(x, weight, out, bias, residual, silu_mul, in_a_row)
         elif same_bits:
             _in_order(x, weight, out, bias, residual, silu_mul)
@@ -297,8 +301,18 @@ def _one_group(w: PackedLinear) -> bool:
     return w.groups_per_chunk == 1 and not 0 < w.group_size < w.in_features
 
 
+_ONE_ORDER = 3
+"""GemmSplit::kOneOrder of ext/gemm/schedule.cuh"""
+
+
 def _by_tiles(
-    x: Tensor, w: PackedLinear, out: Tensor, bias: Tensor | None, residual: Tensor | None, silu_mul: bool
+    x: Tensor,
+    w: PackedLinear,
+    out: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    silu_mul: bool,
+    split: int = 0,
 ) -> None:
     x = sort_activations(x, w)
     stream = _stream(x)
@@ -312,9 +326,9 @@ def _by_tiles(
     addresses = (w.data.data_ptr(), x.data_ptr(), y.data_ptr(), _address(bias), _address(add), workspace.data_ptr())
     *shape, groups, zeros, bf16 = _sizes(x, w, y, add, silu_mul)
     if hopper:
-        _cuda.wgmma(*addresses, *shape, 0 if _one_group(w) else groups, zeros, bf16, 0, 0, 0, stream)
+        _cuda.wgmma(*addresses, *shape, 0 if _one_group(w) else groups, zeros, bf16, 0, 0, split, stream)
     else:
-        _cuda.mma(*addresses, *shape, groups, zeros, bf16, 0, 0, stream)
+        _cuda.mma(*addresses, *shape, groups, zeros, bf16, 0, split, stream)
     if hopper and silu_mul and residual is not None:
         y += residual
     if not fits:

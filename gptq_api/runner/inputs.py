@@ -34,6 +34,8 @@ class StepShape(NamedTuple):
     drafted: bool = False
     """Pure decode in which a sequence may have several rows, drafted tokens behind its last one. Each row counts as a
     sequence, with the context that it would have alone."""
+    prompts: bool = False
+    """Where prompts are apart: rows of prompts and no others, and tiles of every sequence."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,8 @@ class Columns:
     """rows that are sampled from, the last ones of each"""
     drafted: bool = False
     """each row of the step counts as a sequence: some have drafts"""
+    prompts: bool = False
+    """all rows are of prompts, which are apart"""
 
     @property
     def num_rows(self) -> int:
@@ -116,16 +120,22 @@ class Columns:
         return -(-int(self.context.max()) // block_size)
 
     def num_tiles(self, tile_rows: int) -> int:
-        """Query tiles of its sequences with more than one row."""
-        return int((-(-self.new // tile_rows))[self.new > 1].sum())
+        """Query tiles of its sequences with more than one row; of all where prompts are apart."""
+        return int((-(-self.new // tile_rows))[self.new >= self.least_tiled].sum())
+
+    @property
+    def least_tiled(self) -> int:
+        """Rows from which a sequence has tiles."""
+        return 1 if self.prompts else 2
 
 
 class SequenceTable:
     """The block tables of the running sequences, by seat, so that a step of many sequences is a few numpy
     calls and no loop over them."""
 
-    def __init__(self, max_num_seqs: int, max_blocks: int, block_size: int) -> None:
-        self._block_size = block_size
+    def __init__(self, max_num_seqs: int, max_blocks: int, block_size: int, prompts_apart: bool = False) -> None:
+        self._block_size, self._prompts_apart = block_size, prompts_apart
+        self._num_prompt_tokens = np.zeros(max_num_seqs, np.int32)
         self._blocks = np.zeros((max_num_seqs, max_blocks), np.int32)
 
     def take_in(self, step: Step) -> Columns:
@@ -136,8 +146,19 @@ class SequenceTable:
             return _columns_of_rows(step)
         columns = (step.seats, step.num_computed, step.num_new, step.num_sampled)
         seats, computed, new, sampled = (np.array(column, np.int32) for column in columns)
-        decode = not step.admitted and int(new.max(initial=1)) == 1
-        return Columns(seats, computed, new, computed + new, decode, sampled)
+        prompts = self._prompts_apart and self._are_prompts(step, seats, computed, new)
+        decode = not step.admitted and int(new.max(initial=1)) == 1 and not prompts
+        return Columns(seats, computed, new, computed + new, decode, sampled, prompts=prompts)
+
+    def _are_prompts(self, step: Step, seats: Ints, computed: Ints, new: Ints) -> bool:
+        """Whether the step has rows of prompts. ValueError where it has both sorts."""
+        for admission in step.admitted:
+            self._num_prompt_tokens[admission.seat] = admission.num_prompt_tokens
+        ends = self._num_prompt_tokens[seats]
+        prompts = bool((computed < ends).any())
+        if prompts and not (computed + new <= ends).all():
+            raise ValueError("a step of prompts and answers, where prompts are apart (--batch-invariant)")
+        return prompts
 
     def write(self, step: Columns, tile_rows: int, to: StepInputs[Ints]) -> None:
         """Fill the arrays of a shape that holds the step, padding included; all but `sampling`."""
@@ -149,7 +170,7 @@ class SequenceTable:
             ends = np.cumsum(step.new, dtype=np.int32)
             rows, row_seat = int(ends[-1]), np.repeat(step.seats, step.new)
             positions = np.arange(rows, dtype=np.int32) + np.repeat(step.context - ends, step.new)
-            _write_tiles(step.new, tile_rows, to.tiles)
+            _write_tiles(step.new, step.least_tiled, tile_rows, to.tiles)
         slots = self._blocks[row_seat, positions // size] * size + positions % size
         for array, values, padding in (
             (to.row_seat, row_seat, 0),
@@ -179,8 +200,8 @@ def _columns_of_rows(step: Step) -> Columns:
     return Columns(of_seats, of_computed, ones, of_computed + 1, True, of_sampled, drafted=True)
 
 
-def _write_tiles(new: Ints, tile_rows: int, tiles: Ints) -> None:
-    many = np.flatnonzero(new > 1).astype(np.int32)
+def _write_tiles(new: Ints, least: int, tile_rows: int, tiles: Ints) -> None:
+    many = np.flatnonzero(new >= least).astype(np.int32)
     counts = -(-new[many] // tile_rows)
     total = int(counts.sum())
     tiles[:total, 0] = np.repeat(many, counts)

@@ -12,12 +12,17 @@ steps run in the order in which they are scheduled, so the next owner writes aft
 With a `Speculation` a sequence that decodes may get rows more, for tokens that are guessed behind its last one. How
 many of them count is known with the result of the step, and so is how many tokens of the sequence have been computed.
 Guessing takes known tokens: while it pays, nothing is scheduled as long as a step is in flight.
+
+Where a runner wants prompts apart, a step has rows of prompts or of answers, in turn, and no others. What a sequence
+had answered before it was preempted is computed once more as an answer. Only blocks of prompts are found by others
+then, for what an answer left in the cache is not to the last bit what a prompt with the same tokens leaves.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field
+from enum import Enum, auto
 
 from gptq_api.scheduler.blocks import BlockManager, block_hash
 from gptq_api.scheduler.sequence import Sequence
@@ -26,7 +31,7 @@ from gptq_api.scheduler.shares import who_leaves_a_seat, who_leaves_blocks, who_
 from gptq_api.scheduler.speculation import Speculation
 from gptq_api.scheduler.step_budget import StepBudget
 from gptq_api.scheduler.waiting import WaitingQueue
-from gptq_api.step import Admission, NewBlocks, PromptCosts, PromptRows, Sampled, Step
+from gptq_api.step import MAX_ROWS_AGAIN, Admission, NewBlocks, PromptCosts, PromptRows, Sampled, Step
 from gptq_api.types import FinishReason, PromptLogprobs, SamplingParams
 
 
@@ -66,13 +71,25 @@ class Progress:
     """by sequence id; these hold no memory any more"""
 
 
+class _Kind(Enum):
+    """What a step has rows of."""
+
+    ANY = auto()
+    PROMPTS = auto()
+    ANSWERS = auto()
+
+
+_Pending = list[tuple[Sequence, int]]
+"""with the tokens that each has to compute"""
+
+
 class Scheduler:
     """`add`, `abort`, and per step `schedule` (decide) and `update` (digest). Sequences stay in here.
 
     max_num_seqs: sequences in one step; max_num_batched_tokens: tokens in one step; row_multiple: what their number is
     best a multiple of, where they are many; shared_rows: sequences that decode in one step while several owners share
     it, which is also small (None: all); speculation: what is drafted (None: nothing); prompt_costs: what the runner
-    says of them.
+    says of them; prompts_apart: whether a step has either prompts or answers.
     """
 
     def __init__(
@@ -85,9 +102,11 @@ class Scheduler:
         shared_rows: int | None = None,
         speculation: Speculation | None = None,
         prompt_costs: PromptCosts | None = None,
+        prompts_apart: bool = False,
     ) -> None:
         self.blocks, self._speculation = blocks, speculation
         self._step_budget = StepBudget(max_num_batched_tokens, row_multiple, prompt_costs)
+        self._prompts_apart, self._last_kind = prompts_apart, _Kind.ANSWERS
         self.max_num_seqs, self.max_num_batched_tokens = max_num_seqs, max_num_batched_tokens
         self.enable_prefix_caching = enable_prefix_caching
         self.waiting = WaitingQueue()
@@ -155,25 +174,31 @@ class Scheduler:
         and no token in flight."""
         if self._num_drafted_steps:  # how far its sequences are is not known, and without them a step would be small
             return _nothing()
+        if not self._prompts_apart:
+            return self._choose(_Kind.ANY)
+        kinds = [_Kind.PROMPTS, _Kind.ANSWERS]
+        for kind in kinds if self._last_kind is _Kind.ANSWERS else reversed(kinds):
+            step = self._choose(kind)
+            if step.seats:
+                self._last_kind = kind
+                break
+        return step
+
+    def _choose(self, kind: _Kind) -> Step:
         taken: dict[Sequence, int] = {}
-        has_room = self._make_room()
-        pending = [(seq, seq.num_pending_tokens) for seq in self.running]
-        prompts = [(seq, num) for seq, num in pending if num > 1]  # of 0 the last token is in flight, or nobody knows
+        has_room = kind is not _Kind.ANSWERS and self._make_room()
+        decoding, prompts = self._pending(kind)
         self._shared_steps.begin_step(self.waiting.num_owners)
-        decoding = self._shared_steps.chosen(
-            [(seq, num) for seq, num in pending if num == 1], beside_prompts=has_room or bool(prompts)
-        )
+        decoding = self._shared_steps.chosen(decoding, beside_prompts=has_room or bool(prompts))
         drafts: dict[Sequence, list[int]] = {}
-        speculation = self._speculation
+        speculation = None if kind is _Kind.ANSWERS and self._last_kind is _Kind.PROMPTS else self._speculation
         if speculation is not None and not prompts and not has_room and speculation.takes(len(decoding)):
             alone = [seq for seq, _ in decoding]
             if not self._in_flight:
                 drafts = speculation.drafts(alone, self._budget)
             elif speculation.had_better_wait(alone):
                 return _nothing()
-        context = max((seq.num_computed_tokens for seq, _ in prompts), default=0)
-        budget = self._step_budget.num_rows(len(decoding), len(prompts) + len(self.waiting), context)
-        budget = min(budget, self._budget)
+        budget = min(self._num_rows(kind, len(decoding), prompts), self._budget)
         budget = min(budget, len(decoding) + self._shared_steps.most_prompt_tokens(budget))
         if drafts:
             budget = self._budget
@@ -214,14 +239,15 @@ class Scheduler:
         self._num_drafted_steps += bool(step.drafts)
 
         unfinished = {seq.owner for seq, num in prompts if taken.get(seq, 0) < num}
-        while not preempted and not step.drafts and budget and len(self.running) < self.max_num_seqs:
+        open_to_all = kind is not _Kind.ANSWERS and not preempted and not step.drafts
+        while open_to_all and budget and len(self.running) < self.max_num_seqs:
             first = self.waiting.first()
             # a preempted one is admitted when all its tokens are known
             if first is None or first.num_tokens_in_flight or first.owner in unfinished:
                 break
             seq = first
             num_cached = self._share_prefix(seq)
-            n = min(len(seq.token_ids) - num_cached, budget)
+            n = min(self._num_in_steps_of_prompts(seq) - num_cached, budget)
             # One spare block per running sequence, or we would preempt in the very next steps.
             if not self.blocks.grow(seq.block_table, num_cached + n, keep_free=len(self.running)):
                 needed = self.blocks.num_needed(seq.block_table, num_cached + n)
@@ -243,6 +269,32 @@ class Scheduler:
         if not step.seats:
             self._in_flight.pop()
         return step
+
+    def _pending(self, kind: _Kind) -> tuple[_Pending, _Pending]:
+        """(who decodes, who has more than one token to compute); in a step of prompts all are of the second sort."""
+        if kind is _Kind.PROMPTS:
+            left = [(seq, seq.num_prompt_tokens - seq.num_computed_tokens) for seq in self.running]
+            return [], [(seq, num) for seq, num in left if num > 0]
+        pending = [(seq, seq.num_pending_tokens) for seq in self.running]
+        if kind is _Kind.ANSWERS:
+            pending = [(seq, num) for seq, num in pending if seq.num_computed_tokens >= seq.num_prompt_tokens]
+        # of 0 the last token is in flight, or nobody knows
+        return [(seq, num) for seq, num in pending if num == 1], [(seq, num) for seq, num in pending if num > 1]
+
+    def _num_rows(self, kind: _Kind, num_decoding: int, prompts: _Pending) -> int:
+        """At most, in a step of `num_decoding` and of these prompts, or parts of answers."""
+        if kind is _Kind.ANSWERS:
+            return num_decoding + MAX_ROWS_AGAIN
+        beside = num_decoding
+        if kind is _Kind.PROMPTS:  # who decodes has the next step to itself, and waits for this one all the same
+            beside = sum(seq.num_computed_tokens >= seq.num_prompt_tokens for seq in self.running)
+        context = max((seq.num_computed_tokens for seq, _ in prompts), default=0)
+        num_rows = self._step_budget.num_rows(beside, len(prompts) + len(self.waiting), context)
+        return num_rows if kind is _Kind.ANY else max(1, num_rows - beside)
+
+    def _num_in_steps_of_prompts(self, seq: Sequence) -> int:
+        """Of its known tokens: where prompts are apart, those of its prompt."""
+        return seq.num_prompt_tokens if self._prompts_apart else len(seq.token_ids)
 
     def _make_room(self) -> bool:
         """Where the next to be admitted lacks a seat, or blocks as was found when it was tried, sequences of owners
@@ -424,7 +476,7 @@ class Scheduler:
         """
         if not self.enable_prefix_caching:
             return 0
-        known = seq.num_scored_rows if seq.num_unscored_rows > 0 else len(seq.token_ids) - 1
+        known = seq.num_scored_rows if seq.num_unscored_rows > 0 else self._num_in_steps_of_prompts(seq) - 1
         num_usable = known // self.blocks.block_size
         self._hash_blocks(seq, num_usable)
         return self.blocks.share(seq.block_table, seq.block_hashes[:num_usable]) * self.blocks.block_size
@@ -438,7 +490,10 @@ class Scheduler:
         if not self.enable_prefix_caching:
             return
         size = self.blocks.block_size
-        first, last = num_known_before // size, seq.num_known_computed_tokens // size
+        known = seq.num_known_computed_tokens
+        if self._prompts_apart:
+            known = min(known, seq.num_prompt_tokens)
+        first, last = num_known_before // size, known // size
         if last > first:
             self._hash_blocks(seq, last)
             for i in range(first, last):

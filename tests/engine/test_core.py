@@ -60,12 +60,20 @@ class World:
         wait_cost: float = 0.0,
         confirms: float = 1.0,
         shared_rows: int | None = None,
+        apart: bool = False,
     ) -> None:
-        self.runner = ToyRunner(lookahead, max_num_seqs, block_size, out_of_memory, max_tokens, draft_rows, confirms)
+        device = (max_num_seqs, block_size, out_of_memory, max_tokens)
+        self.runner = ToyRunner(lookahead, *device, draft_rows, confirms, prompts_apart=apart)
         self.blocks = BlockManager(num_blocks, block_size)
         speculation = Speculation(SOURCES[drafts](), draft_rows, row_cost, wait_cost) if draft_rows else None
         self.scheduler = Scheduler(
-            self.blocks, max_num_seqs, budget, caching, shared_rows=shared_rows, speculation=speculation
+            self.blocks,
+            max_num_seqs,
+            budget,
+            caching,
+            shared_rows=shared_rows,
+            speculation=speculation,
+            prompts_apart=apart,
         )
         self.engine: Engine[Launched] = Engine(self.runner, self.scheduler)
         self.prompts: dict[int, tuple[list[int], SamplingParams]] = {}
@@ -180,6 +188,7 @@ class World:
     drafts=st.sampled_from(sorted(SOURCES)),
     confirms=st.sampled_from([1.0, 1.0, 0.6]),
     shared_rows=st.sampled_from([None, None, 1, 3]),
+    apart=st.booleans(),
 )
 @pytest.mark.slow
 def test_random_workloads(
@@ -196,6 +205,7 @@ def test_random_workloads(
     drafts: str,
     confirms: float,
     shared_rows: int | None,
+    apart: bool,
 ) -> None:
     rng = random.Random(seed)
     world = World(
@@ -210,6 +220,7 @@ def test_random_workloads(
         drafts=drafts,
         confirms=confirms,
         shared_rows=shared_rows,
+        apart=apart,
     )
     capacity = num_blocks * block_size
     stems = [[rng.randrange(1, NUM_TOKENS) for _ in range(capacity)] for _ in range(2)]  # shared beginnings

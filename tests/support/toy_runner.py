@@ -77,7 +77,8 @@ class Launched:
 
 class ToyRunner:
     """`out_of_memory`: the share of launches of more than one token that fail; `max_tokens`: more always fail;
-    `confirms`: how likely a draft that is right is taken."""
+    `confirms`: how likely a draft that is right is taken; `prompts_apart`: steps are of prompts or of answers, and a
+    token in the cache is not the same when it was computed as the other."""
 
     vocab_size = NUM_TOKENS
     num_graphs = 0
@@ -93,11 +94,12 @@ class ToyRunner:
         max_tokens: int = 10**9,
         max_draft_rows: int = 0,
         confirms: float = 1.0,
+        prompts_apart: bool = False,
     ) -> None:
         self.lookahead, self.max_num_seqs, self.block_size = lookahead, max_num_seqs, block_size
         self.out_of_memory, self.max_tokens = out_of_memory, max_tokens
         self.max_draft_rows, self.confirms = max_draft_rows, confirms
-        self.wait_cost = 0.1 * lookahead
+        self.wait_cost, self.prompts_apart = 0.1 * lookahead, prompts_apart
         self.num_rows = 0
         self.num_confirmed = 0
         """drafted tokens that counted"""
@@ -107,6 +109,8 @@ class ToyRunner:
         self._rng = random.Random(5)
         self._seats: dict[int, Seat] = {}
         self._kv: dict[int, list[int]] = {}
+        self._answered: set[int] = set()
+        """slots written by answers"""
         self._queue: deque[Launched] = deque()
 
     def launch(self, step: Step) -> Launched:
@@ -145,6 +149,8 @@ class ToyRunner:
         seats = [self._seats[seat] for seat in step.seats]
         drafts = [step.drafts.get(entry, []) for entry in range(len(seats))]
         work = list(zip(seats, step.num_computed, step.num_new, step.num_sampled, drafts, strict=True))
+        if self.prompts_apart:
+            self._take_apart(work)
         for seat, start, num_new, num_sampled, drafted in work:
             end = start + num_new - len(drafted)
             assert num_new >= 1 and end <= len(seat.history), "a token nobody has sampled"
@@ -172,6 +178,17 @@ class ToyRunner:
             logprobs = array("f", [score(seat.history[: row + 2]) for row in told])
             scores[entry] = PromptLogprobs(rows.first + 1, logprobs.tobytes(), b"", b"", b"")
         return Sampled(counts, tokens, {}, scores)
+
+    def _take_apart(self, work: list[tuple[Seat, int, int, int, list[int]]]) -> None:
+        (prompts,) = {start < seat.admission.num_prompt_tokens for seat, start, *_ in work}
+        for seat, start, num_new, *_ in work:
+            assert not prompts or start + num_new <= seat.admission.num_prompt_tokens, "a prompt and its answer"
+            slots = {self._kv_slot(seat, position) for position in range(start, start + num_new)}
+            self._answered = self._answered - slots if prompts else self._answered | slots
+        for seat, start, *_ in work:
+            slots = {self._kv_slot(seat, position) for position in range(start)}
+            answers = {self._kv_slot(seat, position) for position in range(seat.admission.num_prompt_tokens, start)}
+            assert slots & self._answered == answers, "computed as the other"
 
     def _sample(self, seat: Seat, drafted: list[int]) -> list[int]:
         params, sampled = seat.admission.params, list[int]()

@@ -61,6 +61,7 @@ class CpuRunner:
     row_multiple = 1
     prompt_costs: PromptCosts | None = None  # steps are limited by their rows
     shared_rows: int | None = SHARED_ROWS
+    prompts_apart = False
     wait_cost = 0.0
 
     def __init__(self, model: PlainLlama | NativeLlama, max_model_len: int, dtype: torch.dtype) -> None:

@@ -27,6 +27,7 @@ from gptq_api.runner.cuda.runner import CudaRunner, state_bytes
 from gptq_api.runner.inputs import StepInputs, StepShape, num_words, write_idle
 from gptq_api.runner.memory import does_not_fit, free_memory, gpu_knob, plan_cache
 from gptq_api.runner.options import LoadOptions
+from gptq_api.step import MAX_ROWS_AGAIN
 
 _log = logging.getLogger(__name__)
 
@@ -185,11 +186,15 @@ def _largest_step(
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
     tiles = num_rows // prefill_attention.TILE_ROWS + num_seqs
-    width = -(-max_model_len // options.block_size) if options.batch_invariant else 1  # each row gets a table then
-    for shape in (StepShape(num_rows, num_seqs, width, tiles), StepShape(1, 1, 1, 1)):
+    apart = options.batch_invariant
+    shapes = [StepShape(num_rows, num_seqs, 1, tiles, prompts=apart), StepShape(1, 1, 1, 1, prompts=apart)]
+    if apart:  # of answers that are computed once more, each row gets a table
+        most, width = min(num_rows, num_seqs + MAX_ROWS_AGAIN), -(-max_model_len // options.block_size)
+        shapes.insert(0, StepShape(most, num_seqs, width, 1))
+    for shape in shapes:
         host = np.zeros(num_words(shape), np.int32)
         write_idle(StepInputs.over(host, shape))
         inputs = StepInputs.over(torch.from_numpy(host).to(device), shape)
-        model.forward(inputs, history, cache.layers, decode=False)
+        model.forward(inputs, history, cache.layers, decode=False, prompts=shape.prompts)
     torch.cuda.synchronize(device)
     return torch.cuda.max_memory_allocated(device) - before

@@ -8,7 +8,7 @@ steps of few rows only, otherwise o sorts what comes from there.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -87,6 +87,15 @@ class _Layer:
             down=layer.down,
         )
 
+    def for_prompts(self) -> _Layer:
+        """With Linears for many rows, whose bits do not depend on how many."""
+
+        def of(linear: Linear) -> Linear:
+            return linear.for_prompts() if isinstance(linear, PackedGPTQLinear) else linear
+
+        o, o_sorted, down = of(self.o), of(self.o_sorted), of(self.down)
+        return replace(self, qkv=of(self.qkv), o=o, o_sorted=o_sorted, gate_up=of(self.gate_up), down=down)
+
 
 def _weight(norm: RMSNorm, dtype: torch.dtype, perm: Tensor | None = None) -> Tensor:
     weight = norm.weight.to(dtype)
@@ -127,11 +136,13 @@ class CudaLlama:
         dtype: torch.dtype,
         batch_invariant: bool = False,
     ) -> None:
-        """`batch_invariant`: a row has the same bits in every step, unless `of_cublas` names something."""
+        """`batch_invariant`: a row has the same bits in every step, unless `of_cublas` names something. Rows of prompts
+        and rows of answers each have kernels of their own then, and are in different steps."""
         self.config, self.num_bytes, self.dtype = model.config, model.num_bytes, dtype
-        self._batch_invariant, self._of_cublas = batch_invariant, of_cublas(model)
+        self.batch_invariant, self._of_cublas = batch_invariant, of_cublas(model)
         self._embedding, self._lm_head, c = model.embedding, model.lm_head, model.config
         self._layers = [_Layer.of(layer, dtype) for layer in model.layers]
+        self._prompt_layers = [layer.for_prompts() for layer in self._layers] if batch_invariant else []
         self._norm = _weight(model.norm, dtype)
         self._cos_sin = model.rotary.cos_sin(max_model_len)
         self._num_heads, self._eps, self._scale = c.num_attention_heads, c.rms_norm_eps, c.head_dim**-0.5
@@ -162,23 +173,26 @@ class CudaLlama:
         decode: bool,
         every_row: bool = False,
         drafted: bool = False,
+        prompts: bool = False,
     ) -> Tensor:
         """K and V of the step's rows are in `cache` afterwards. Returns float32 logits [S, V] of `last_rows`, in a
         buffer that the next step overwrites; with `every_row` those of all rows, [T, V], in memory of their own.
 
         `decode`: every sequence has one row, in the order of the rows. `drafted`, with `decode`: several of these
-        sequences may be rows of one.
+        sequences may be rows of one. `prompts`, where batch_invariant: all rows are of prompts, and each sequence has
+        tiles; otherwise none is.
         """
         rows = inputs.positions.shape[0]
-        where = _Context.of(inputs, by_row=self._batch_invariant and not decode)
+        where = _Context.of(inputs, by_row=self.batch_invariant and not decode and not prompts)
         x, normed = self._x[:rows], self._normed[:rows]
         ops.embed(history, inputs.row_seat, inputs.positions, self._embedding, x)
         few = decode and rows <= SCATTER_MAX_ROWS
-        for layer, kv in zip(self._layers, cache, strict=True):
+        for layer, kv in zip(self._prompt_layers if prompts else self._layers, cache, strict=True):
             ops.rms_norm(x, layer.input_norm, self._eps, normed, layer.input_order)
             qkv = layer.qkv.forward(normed, self._qkv[:rows])
             index = layer.o_index if few else None
-            attended = self._attend(qkv, layer, kv, inputs, where, index, alone=decode and not drafted)
+            kinds = {"alone": decode and not drafted, "prompts": prompts}
+            attended = self._attend(qkv, layer, kv, inputs, where, index, **kinds)
             (layer.o_sorted if few else layer.o).forward(attended, x, residual=x)
             ops.rms_norm(x, layer.post_attention_norm, self._eps, normed, layer.gate_up_order)
             gated = layer.gate_up.forward(normed, self._gated[:rows], silu_mul=True)
@@ -207,8 +221,10 @@ class CudaLlama:
         out_index: Tensor | None,
         *,
         alone: bool,
+        prompts: bool,
     ) -> Tensor:
-        """`alone`: no row attends to another one of this step, so the attention may write keys and values itself."""
+        """`prompts`: one kernel attends for all rows. `alone`: no row attends to another one of this step, so the
+        attention may write keys and values itself."""
         out = self._attended[: len(qkv)]
         where = (context.block_tables, context.lengths, context.query_start)
         rotary = None
@@ -220,7 +236,8 @@ class CudaLlama:
         window = layer.window
         shared = (self._num_heads, self._scale)
         # What a pure decode step reads of the cache was there before its first kernel.
-        decode_attention(qkv, kv, *where, out, *shared, self._workspace, window, rotary, out_index, prefetch=alone)
+        if not prompts:
+            decode_attention(qkv, kv, *where, out, *shared, self._workspace, window, rotary, out_index, prefetch=alone)
         if context.tiles is not None:
             prefill_attention(qkv, kv, *where, context.tiles, out, *shared, window)
         return out

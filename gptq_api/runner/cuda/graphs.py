@@ -47,8 +47,8 @@ class Buckets:
         most_rows = min(MAX_MIXED_ROWS, max_num_batched_tokens)
         self._mixed = _capped(_MIXED_ROWS, most_rows)
         self._sequences = _capped(_MIXED_SEQUENCES, max_num_seqs)
-        # Each sequence with two rows or more may waste all but one row of its last tile.
-        self._tiles = _capped(_MIXED_TILES, most_rows // tile_rows + min(max_num_seqs, max(1, most_rows // 2)))
+        # Each sequence with tiles may waste all but one row of its last one.
+        self._tiles = _capped(_MIXED_TILES, most_rows // tile_rows + min(max_num_seqs, most_rows))
         self._widths = _capped(_WIDTHS, max_blocks)
 
     @property
@@ -71,8 +71,10 @@ class Buckets:
         rows = _at_least(num_rows, self._drafts)
         return StepShape(rows, rows, self._width(num_blocks), 0, drafted=True)
 
-    def mixed_shape(self, num_rows: int, num_sequences: int, num_tiles: int, num_blocks: int) -> StepShape | None:
-        """None where the step is too large for a graph."""
+    def mixed_shape(
+        self, num_rows: int, num_sequences: int, num_tiles: int, num_blocks: int, prompts: bool = False
+    ) -> StepShape | None:
+        """None where the step is too large for a graph. `prompts`: they are apart."""
         if num_rows > self._mixed[-1]:
             return None
         return StepShape(
@@ -80,6 +82,7 @@ class Buckets:
             _at_least(num_sequences, self._sequences),
             self._width(num_blocks),
             _at_least(num_tiles, self._tiles),
+            prompts=prompts,
         )
 
     def _width(self, num_blocks: int) -> int:

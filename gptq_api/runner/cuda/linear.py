@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor
 
@@ -26,7 +28,7 @@ class PackedGPTQLinear:
         if weight.perm is not None:
             self.order = InputOrder(weight.perm, "producer" if sorted_by_producer else "kernel")
         self._weight, self._bias = weight if of_kernel(self.order) is not None else weight.without_perm(), bias
-        self._same_bits = same_bits
+        self._same_bits, self._one_order = same_bits, False
         if same_bits:
             gemm.prepare_same_bits(weight.data.device)
 
@@ -41,11 +43,17 @@ class PackedGPTQLinear:
         weight = self._weight.without_perm()
         return PackedGPTQLinear(weight, self._bias, sorted_by_producer=False, same_bits=self._same_bits)
 
+    def for_prompts(self) -> PackedGPTQLinear:
+        """The same weight by kernels for many rows; a row's bits are others then, and depend on nothing else either."""
+        found = copy.copy(self)
+        found._one_order = True
+        return found
+
     def forward(
         self, x: Tensor, out: Tensor | None = None, *, residual: Tensor | None = None, silu_mul: bool = False
     ) -> Tensor:
-        w, b, same_bits = self._weight, self._bias, self._same_bits
-        return gemm.gemm(x, w, out, bias=b, residual=residual, silu_mul=silu_mul, same_bits=same_bits)
+        how = {"same_bits": self._same_bits, "one_order": self._one_order}
+        return gemm.gemm(x, self._weight, out, bias=self._bias, residual=residual, silu_mul=silu_mul, **how)
 
 
 class CudaDenseLinear(DenseLinear):

@@ -197,7 +197,8 @@ class CudaRunner:
         self._inputs = torch.zeros(num_words(largest), dtype=torch.int32, device=device)
         self._stages = [_Stage(num_words(largest), num_sampled) for _ in range(_NUM_STAGES)]
         self._on_device: dict[StepShape, _OnDevice] = {}
-        self._table = SequenceTable(max_num_seqs, max_blocks, cache.block_size)
+        self.prompts_apart = model.batch_invariant
+        self._table = SequenceTable(max_num_seqs, max_blocks, cache.block_size, self.prompts_apart)
         self._sampling = SamplingTable(max_num_seqs)
         limits = (max_num_seqs, max_num_batched_tokens, max_blocks, TILE_ROWS, self.max_draft_rows)
         self._buckets = Buckets(*limits)
@@ -267,7 +268,8 @@ class CudaRunner:
             inputs = there.inputs
             self._put_drafts(inputs)
             caches = (self._history, self._cache.layers)
-            logits = self._model.forward(inputs, *caches, columns.decode, every_row, columns.drafted)
+            kinds = (columns.decode, every_row, columns.drafted, columns.prompts)
+            logits = self._model.forward(inputs, *caches, *kinds)
             wanted = np.flatnonzero(columns.num_sampled).tolist()
             result = logits if every_row else logits[wanted]
             self._stream.synchronize()
@@ -291,7 +293,8 @@ class CudaRunner:
         time of the products (13B on an H200)."""
         config, rows = self._model.config, self._num_timed_rows
         decode_ms = self._median_ms(self._buckets.decode_shape(1, 1), capture=True)
-        row_ms = max(self._median_ms(StepShape(rows, 1, 1, 1), capture=False) - decode_ms, 0.0) / rows
+        shape = StepShape(rows, 1, 1, 1, prompts=self.prompts_apart)
+        row_ms = max(self._median_ms(shape, capture=False) - decode_ms, 0.0) / rows
         width = config.num_attention_heads * config.head_dim
         return PromptCosts(decode_ms, row_ms, 1.7 * row_ms * 2 * width / config.weights_per_layer)
 
@@ -387,7 +390,8 @@ class CudaRunner:
     def _forward_and_sample(self, shape: StepShape) -> Tensor:
         there, decode = self._views(shape, keep=False), not shape.num_tiles
         self._put_drafts(there.inputs)
-        logits = self._model.forward(there.inputs, self._history, self._cache.layers, decode, drafted=shape.drafted)
+        kinds = (decode, False, shape.drafted, shape.prompts)
+        logits = self._model.forward(there.inputs, self._history, self._cache.layers, *kinds)
         sampling.sample(logits, there.how, self._history, there.tokens)
         return logits
 
@@ -400,12 +404,13 @@ class CudaRunner:
         if not exact:
             if step.decode:
                 return self._buckets.decode_shape(num, num_blocks), True
-            shape = self._buckets.mixed_shape(step.num_rows, num, tiles, num_blocks)
+            shape = self._buckets.mixed_shape(step.num_rows, num, tiles, num_blocks, step.prompts)
             if shape is not None:
                 return shape, True
         # As many sequences as a decode step may have: a product with other numbers of rows may be a kernel never used
         # before, which takes time to load while the device waits (with a head by cuBLAS some 50 ms).
-        return StepShape(step.num_rows, num if exact else self._buckets.padded(num), num_blocks, tiles), False
+        sequences = num if exact else self._buckets.padded(num)
+        return StepShape(step.num_rows, sequences, num_blocks, tiles, prompts=step.prompts), False
 
     def _views(self, shape: StepShape, keep: bool) -> _OnDevice:
         """`keep`: the shape will come again."""

@@ -111,7 +111,8 @@ def answers(
     step somebody has to begin anew. `source`: drafts, which are always tried."""
     blocks = BlockManager(NUM_BLOCKS, runner.block_size)
     speculation = None if source is None else Speculation(source, runner.max_draft_rows, row_cost=0.0)
-    scheduler = Scheduler(blocks, COMPANY, budget, caching, shared_rows=runner.shared_rows, speculation=speculation)
+    more = {"shared_rows": runner.shared_rows, "prompts_apart": runner.prompts_apart}
+    scheduler = Scheduler(blocks, COMPANY, budget, caching, speculation=speculation, **more)
     engine, asked, rng = Engine(runner, scheduler), requests(runner.vocab_size), random.Random(2)
     num_steps = 0
     for _ in range(times):
