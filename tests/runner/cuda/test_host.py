@@ -54,7 +54,9 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda_stand_ins.install(monkeypatch)
 
 
-def runners(folder: Path, num_blocks: int, num_seqs: int = NUM_SEQS) -> tuple[LoadedRunner, CudaRunner]:
+def runners(
+    folder: Path, num_blocks: int, num_seqs: int = NUM_SEQS, batch_invariant: bool = False
+) -> tuple[LoadedRunner, CudaRunner]:
     """(the CPU's own, the one for CUDA), float32."""
     settings = LoadOptions(
         model_path=str(folder),
@@ -69,13 +71,15 @@ def runners(folder: Path, num_blocks: int, num_seqs: int = NUM_SEQS) -> tuple[Lo
     length, config = reference.max_model_len, read_config(folder)
     model, _ = load_llama(open_checkpoint(folder), config, length, CpuBackend(CPU, torch.float32))
     cache = CudaKVCache(config, reference.num_blocks, BLOCK, torch.float32, CPU)
-    forward = CudaLlama(model, BUDGET, max(num_seqs, MAX_DRAFT_ROWS), length, torch.float32)
+    sizes = (BUDGET, max(num_seqs, MAX_DRAFT_ROWS), length)
+    forward = CudaLlama(model, *sizes, torch.float32, batch_invariant)
     return reference, CudaRunner(forward, cache, num_seqs, BUDGET, length, 0)
 
 
 def workload(runner: LoadedRunner, grammar: str = "") -> tuple[dict[int, list[int]], dict[int, str], Engine[Any]]:
     """Prompts that come bit by bit, half of them beginning alike; every third with the grammar."""
-    scheduler = Scheduler(BlockManager(runner.num_blocks, BLOCK), NUM_SEQS, BUDGET)
+    blocks = BlockManager(runner.num_blocks, BLOCK)
+    scheduler = Scheduler(blocks, NUM_SEQS, BUDGET, prompts_apart=runner.prompts_apart)
     grammars = Grammars(lambda: letters(runner.vocab_size), runner.vocab_size)
     engine: Engine[Any] = Engine(runner, scheduler, grammars=grammars)
     rng = random.Random(1)
@@ -112,6 +116,17 @@ def test_texts_are_those_of_the_cpu(name: str, num_blocks: int, tmp_path: Path) 
     texts, finished, engine = workload(runner)
     assert texts == expected and set(finished.values()) == {"length"}
     assert engine.scheduler.counters.prefix_hits > 0
+    assert (engine.scheduler.counters.preemptions > 0) == (num_blocks == 18)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("num_blocks", [64, 18], ids=["roomy", "crowded"])
+def test_texts_are_the_same_with_prompts_apart(name: str, num_blocks: int, tmp_path: Path) -> None:
+    path = write_checkpoint(tmp_path, random_model(RECIPES[name]))
+    reference, runner = runners(path, num_blocks, batch_invariant=True)
+    expected, *_ = workload(reference)
+    texts, _, engine = workload(runner)
+    assert texts == expected and runner.prompts_apart
     assert (engine.scheduler.counters.preemptions > 0) == (num_blocks == 18)
 
 
