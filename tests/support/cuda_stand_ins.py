@@ -115,7 +115,7 @@ def prefill_attention(
         if i < 0:
             continue
         rows = starts[i + 1] - starts[i]
-        assert rows > 1 and first % TILE_ROWS == 0
+        assert rows and first % TILE_ROWS == 0
         for row in range(first, min(rows, first + TILE_ROWS)):
             visible = lens[i] - rows + row + 1
             _attend(qkv, kv_layer, block_tables[i], visible, starts[i] + row, out, num_heads, scale, window)
