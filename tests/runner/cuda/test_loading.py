@@ -43,6 +43,7 @@ def emulated_gemm(
     residual: Tensor | None = None,
     silu_mul: bool = False,
     same_bits: bool = False,
+    one_order: bool = False,
 ) -> Tensor:
     assert weight.paired or not silu_mul
     y = x.double() @ emulate(weight)
