@@ -23,6 +23,8 @@ from gptq_api.kernels.decode_attention import (
 )
 from gptq_api.kernels.head import head
 from gptq_api.kernels.layout import PackedLinear, sort_groups
+from gptq_api.kernels.pack import columns_of, pack_on_device
+from gptq_api.kernels.planes import pack_bytes, pack_head
 from gptq_api.runner.cuda import graphs
 from gptq_api.runner.cuda.runner import CudaRunner
 from gptq_api.runner.load import load_runner
@@ -96,6 +98,40 @@ def products() -> Iterator[str]:
             yield f"gemm M={m} {source} {dtype}"
 
 
+def planes() -> Iterator[str]:
+    """Weights of 8 bits by the same kernels: sums of two rows, SiLU of them times up, float32."""
+    for k, n, group_size, act_order, ms in (
+        (1160, 264, 128, True, (1, 8, 9, 16, 20, 40, 100, 300)),
+        (512, 136, 32, False, (3, 12, 33)),
+        (11008, 136, 128, False, (1, 8, 24)),
+    ):
+        size = k if group_size == -1 else group_size
+        groups = -(-k // size)
+        qweight = torch.randint(-(2**31), 2**31, (k // 4, n), dtype=torch.int64).to(torch.int32)
+        scales = ((torch.rand(groups, n) + 0.5) / (74 * k**0.5)).half()
+        zeros = torch.randint(0, 256, (groups, n), dtype=torch.uint8)
+        g_idx = (torch.arange(k) // size)[torch.randperm(k)].to(torch.int32) if act_order else None
+        weight = pack_bytes(qweight, scales, zeros, g_idx, group_size, "cpu")
+        perm = None if weight.perm is None else weight.perm.to(DEVICE)
+        weight = replace(weight, data=weight.data.to(DEVICE), perm=perm)
+        for dtype, m in product(DTYPES, ms):
+            x, bias, residual = normal(m, k, dtype=dtype), normal(n, dtype=dtype), normal(m, n, dtype=dtype)
+            for same_bits in (False, True) if m > gemm.DECODE_MAX_M else (False,):
+                gemm.gemm(x, weight, residual, bias=bias, residual=residual, same_bits=same_bits)
+                gemm.gemm(x, weight, filled(m, n, dtype=dtype), same_bits=same_bits)
+                gemm.gemm(x, weight, residual, bias=bias, silu_times=residual, same_bits=same_bits)
+            gemm.gemm(x, weight, filled(m, n, dtype=torch.float32), same_bits=True)
+            yield f"gemm of 8 bits M={m} K={k} N={n} group {group_size} {dtype}"
+        for dtype in DTYPES:
+            probes.dequantize(weight, dtype)
+        yield f"dequantize 8 bits K={k} N={n} group {group_size}"
+    weight = pack_head(torch.randn(301, 200), "cpu")
+    weight = replace(weight, data=weight.data.to(DEVICE))
+    for m in (1, 9, 40):
+        gemm.gemm(normal(m, 200), weight, filled(m, 304, dtype=torch.float32), same_bits=True)
+        yield f"head of 8 bits M={m}"
+
+
 def layouts() -> Iterator[str]:
     """Packing, unpacking and sorting."""
     for k, n, group_size, asym, act_order, paired in (
@@ -108,10 +144,8 @@ def layouts() -> Iterator[str]:
         perm = None if source.perm is None else source.perm.to(DEVICE)
         zeros = None if source.zeros is None else source.zeros.to(DEVICE)
         order = None if paired else torch.randperm(n)
-        columns = gemm._columns(n, paired, order)
-        data = gemm._pack_on_device(
-            source.qweight.to(DEVICE), source.scales.to(DEVICE), zeros, perm, group_size, columns
-        )
+        columns = columns_of(n, paired, order)
+        data = pack_on_device(source.qweight.to(DEVICE), source.scales.to(DEVICE), zeros, perm, group_size, columns)
         weight = PackedLinear(data, k, n, group_size, zeros is not None, perm, paired)
         yield f"pack {source}{' paired' if paired else ' in another order'}"
         for dtype in DTYPES:
@@ -310,6 +344,7 @@ def in_graphs() -> Iterator[str]:
 PARTS: dict[str, Callable[[], Iterator[str]]] = {
     "products": products,
     "head": heads,
+    "planes": planes,
     "layouts": layouts,
     "attention": attention,
     "between": between,

@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-PARTS = ("attention", "products", "demo", "graphs", "sampler", "between", "head", "layouts")
+PARTS = ("attention", "products", "planes", "demo", "graphs", "sampler", "between", "head", "layouts")
 """of launches.py, the longest first"""
 TOOLS = ("racecheck", "memcheck", "initcheck", "synccheck")
 FOR_MEMCHECK = ("demo", "graphs")

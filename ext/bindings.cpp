@@ -8,6 +8,7 @@
 
 #include "attention/attention_decode.h"
 #include "common/device.h"
+#include "common/pairing.h"
 #include "gemm/dequant.h"
 #include "gemm/mma.h"
 #include "gemm/pack.h"
@@ -43,14 +44,14 @@ std::string shape(const char* name, int M, int N, int K) {
 }
 
 void gemv(std::uintptr_t w, std::uintptr_t x, std::uintptr_t y, std::uintptr_t bias, std::uintptr_t residual, int M, int N, int K,
-          int ldx, int ldy, int ldr, int paired, int groups, bool zeros, bool bf16, bool in_a_row, std::uintptr_t stream) {
+          int ldx, int ldy, int ldr, int paired, int groups, bool zeros, bool bf16, bool in_a_row, std::uintptr_t stream, bool f32) {
   gptq::GemvArgs args{};
   args.w = pointer<const std::uint8_t>(w);
   args.x = pointer<const std::uint16_t>(x);
-  args.y = pointer<std::uint16_t>(y);
+  args.y = pointer<void>(y);
   args.bias = pointer<const std::uint16_t>(bias);
   args.residual = pointer<const std::uint16_t>(residual);
-  args.M = M, args.N = N, args.K = K, args.ldx = ldx, args.ldy = ldy, args.ldr = ldr, args.paired = paired;
+  args.M = M, args.N = N, args.K = K, args.ldx = ldx, args.ldy = ldy, args.ldr = ldr, args.paired = paired, args.f32 = f32;
   raise_on(gptq::launch_gemv(args, groups, zeros, bf16, in_a_row, as_stream(stream)), shape("decode", M, N, K));
 }
 
@@ -155,12 +156,12 @@ using LaunchMma = cudaError_t (*)(const gptq::MmaGemm&, cudaStream_t);
 template <LaunchMma Launch>
 void mma(std::uintptr_t w, std::uintptr_t x, std::uintptr_t y, std::uintptr_t bias, std::uintptr_t residual, std::uintptr_t workspace,
          int M, int N, int K, int ldx, int ldy, int ldr, int paired, int groups, bool zeros, bool bf16, int tile, int split,
-         std::uintptr_t stream) {
+         std::uintptr_t stream, bool f32) {
   gptq::MmaGemm call{};
   call.weight = pointer<void>(w), call.x = pointer<void>(x), call.y = pointer<void>(y), call.bias = pointer<void>(bias);
   call.residual = pointer<void>(residual), call.workspace = pointer<void>(workspace);
   call.m = M, call.n = N, call.k = K, call.ldx = ldx, call.ldy = ldy, call.ldr = ldr;
-  call.paired = paired, call.groups = groups, call.zeros = zeros, call.bf16 = bf16, call.tile = tile, call.split = split;
+  call.paired = paired, call.groups = groups, call.zeros = zeros, call.bf16 = bf16, call.f32 = f32, call.tile = tile, call.split = split;
   raise_on(Launch(call, as_stream(stream)), shape(Launch == &gptq::launch_mma ? "mma" : "same_bits", M, N, K));
 }
 
@@ -219,7 +220,7 @@ PYBIND11_MODULE(_cuda, m, py::mod_gil_not_used()) {
   m.attr("architectures") = GPTQ_API_ARCHS;  // as CMake was told, with commas
   m.attr("cuda_version") = CUDART_VERSION;
   m.def("decode", &gemv, free_gil, "w"_a, "x"_a, "y"_a, "bias"_a, "residual"_a, "M"_a, "N"_a, "K"_a, "ldx"_a, "ldy"_a, "ldr"_a, "paired"_a,
-        "groups"_a, "zeros"_a, "bf16"_a, "in_a_row"_a, "stream"_a);
+        "groups"_a, "zeros"_a, "bf16"_a, "in_a_row"_a, "stream"_a, "f32"_a = false);
   m.def("dequant", &dequant, free_gil, "w"_a, "out"_a, "N"_a, "K"_a, "ldo"_a, "strip_first"_a, "strip_count"_a, "paired"_a, "groups"_a,
         "zeros"_a, "bf16"_a, "stream"_a);
   m.def("gather", &gather, free_gil, "x"_a, "perm"_a, "out"_a, "M"_a, "K"_a, "ldx"_a, "ldo"_a, "stream"_a);
@@ -243,15 +244,18 @@ PYBIND11_MODULE(_cuda, m, py::mod_gil_not_used()) {
         "fp8"_a, "blocks_per_sm"_a, "teams"_a, "stream"_a);
   m.def("attention_decode_workspace_bytes", &gptq::attention_decode_workspace_bytes, "heads"_a, "kv_heads"_a, "head_dim"_a);
   m.def("mma", &mma<&gptq::launch_mma>, free_gil, "w"_a, "x"_a, "y"_a, "bias"_a, "residual"_a, "workspace"_a, "M"_a, "N"_a, "K"_a,
-        "ldx"_a, "ldy"_a, "ldr"_a, "paired"_a, "groups"_a, "zeros"_a, "bf16"_a, "tile"_a, "split"_a, "stream"_a);
+        "ldx"_a, "ldy"_a, "ldr"_a, "paired"_a, "groups"_a, "zeros"_a, "bf16"_a, "tile"_a, "split"_a, "stream"_a,
+        "f32"_a = false);
   m.def("mma_workspace_bytes", &gptq::mma_workspace_bytes);
   m.def("same_bits", &mma<&gptq::launch_same_bits>, free_gil, "w"_a, "x"_a, "y"_a, "bias"_a, "residual"_a, "workspace"_a, "M"_a, "N"_a,
-        "K"_a, "ldx"_a, "ldy"_a, "ldr"_a, "paired"_a, "groups"_a, "zeros"_a, "bf16"_a, "tile"_a, "split"_a, "stream"_a);
+        "K"_a, "ldx"_a, "ldy"_a, "ldr"_a, "paired"_a, "groups"_a, "zeros"_a, "bf16"_a, "tile"_a, "split"_a, "stream"_a,
+        "f32"_a = false);
   m.def("same_bits_workspace_bytes", &gptq::same_bits_workspace_bytes);
   m.def("head", &head, free_gil, "w"_a, "x"_a, "logits"_a, "M"_a, "V"_a, "H"_a, "ldx"_a, "ldl"_a, "bf16"_a, "tokens"_a, "stream"_a);
 #ifdef GPTQ_API_HOPPER
   m.def("same_bits_wgmma", &mma<&gptq::launch_same_bits_wgmma>, free_gil, "w"_a, "x"_a, "y"_a, "bias"_a, "residual"_a, "workspace"_a,
-        "M"_a, "N"_a, "K"_a, "ldx"_a, "ldy"_a, "ldr"_a, "paired"_a, "groups"_a, "zeros"_a, "bf16"_a, "tile"_a, "split"_a, "stream"_a);
+        "M"_a, "N"_a, "K"_a, "ldx"_a, "ldy"_a, "ldr"_a, "paired"_a, "groups"_a, "zeros"_a, "bf16"_a, "tile"_a, "split"_a, "stream"_a,
+        "f32"_a = false);
   m.def("wgmma", &wgmma, free_gil, "w"_a, "x"_a, "y"_a, "bias"_a, "residual"_a, "workspace"_a, "M"_a, "N"_a, "K"_a, "ldx"_a, "ldy"_a,
         "ldr"_a, "paired"_a, "groups"_a, "zeros"_a, "bf16"_a, "tile"_a, "sharing"_a, "split"_a, "stream"_a);
   m.def("wgmma_workspace_bytes", &gptq::wgmma_workspace_bytes);

@@ -159,8 +159,8 @@ def test_devices_do_not_know_each_other(room: str) -> None:
 
 
 def test_only_backends_and_the_loader_ask_what_device_it_is() -> None:
-    """But for two wrappers of kernels: `pack`, which packs on the CPU as well, for tests; and the sampler's, which
-    refuses what is not on a GPU."""
+    """But for three wrappers of kernels: those that pack 4 and 8 bits, on the CPU as well, for tests; and the
+    sampler's, which refuses what is not on a GPU."""
     asking = {
         str(path.relative_to(ROOT)): path.read_text(encoding="utf-8").count("device.type")
         for path in FILES
@@ -169,7 +169,8 @@ def test_only_backends_and_the_loader_ask_what_device_it_is() -> None:
     rooms = ("runner/cpu/backend.py", "runner/cuda/backend.py", "runner/load.py")
     outside = {name: count for name, count in asking.items() if name not in rooms}
     assert outside == {
-        "kernels/gemm.py": 1,
+        "kernels/pack.py": 1,
+        "kernels/planes.py": 1,
         "kernels/sampling.py": 1,
     }
 

@@ -29,7 +29,7 @@ MODULES = ("_cpu", "_cuda")
 CONTENT = ("gptq_api/py.typed", "gptq_api/demo/model/model.safetensors")
 SYSTEM_LIBRARIES = re.compile(r"(libc|libm|libdl|librt|libpthread|ld-linux-[\w-]+)\.so\.\d+")
 """that every Linux with glibc has; anything else a module asks for would be missing somewhere"""
-MODULE_BYTES, WHEEL_BYTES = 8 << 20, 20 << 20
+MODULE_BYTES, WHEEL_BYTES = 17 << 19, 20 << 20
 """the demo model is half of a wheel"""
 IMPORT = """
 import importlib.machinery, importlib.util, sys

@@ -11,15 +11,17 @@ namespace gptq {
 namespace {
 
 constexpr int kDequantWarps = 8;
+constexpr int kDequantBlocks = 3;  // on an SM that registers are for
 
 // One warp per chunk: the fragments go through shared memory so that rows leave in whole lines.
 template <int G, bool ZP, bool BF>
-__global__ void __launch_bounds__(kDequantWarps * 32) dequant_kernel(const DequantArgs a) {
+__global__ void __launch_bounds__(kDequantWarps * 32, kDequantBlocks) dequant_kernel(const DequantArgs a) {
   using C = Chunk<G, ZP>;
   __shared__ __align__(16) uint16_t tile[kDequantWarps][kStripRows][kChunkK + 8];
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
   const int nch = (a.K + kChunkK - 1) / kChunkK;
   const int c = blockIdx.x * kDequantWarps + warp, strip = a.strip_first + blockIdx.y;
+  const bool planes = ZP && a.paired == kPlanes;
   if (c >= nch) return;
   const uint8_t* chunk = a.w + (static_cast<size_t>(strip) * nch + c) * C::kBytes;
 #pragma unroll
@@ -32,12 +34,15 @@ __global__ void __launch_bounds__(kDequantWarps * 32) dequant_kernel(const Dequa
       const float2 scale = scale_pair(*reinterpret_cast<const uint32_t*>(chunk + C::kScaleOffset + group * 32 + g * 4));
       const float z0 = ZP ? chunk[C::kZeroOffset + group * 16 + g * 2] : 8.f,
                   z1 = ZP ? chunk[C::kZeroOffset + group * 16 + g * 2 + 1] : 8.f;
+      float first = 0.f, second = 0.f;  // weights; of planes, rows g + 8 get the sums
 #pragma unroll
       for (int p = 0; p < 4; p++) {
         const float s = p & 1 ? scale.y : scale.x, z = p & 1 ? z1 : z0;
         const uint32_t low = (q[j] >> (4 * p)) & 15u, high = (q[j] >> (4 * p + 16)) & 15u;
-        const uint32_t both =
-            to_16bit<BF>((static_cast<float>(low) - z) * s) | static_cast<uint32_t>(to_16bit<BF>((static_cast<float>(high) - z) * s)) << 16;
+        const float upper = first, upper_second = second;
+        first = (static_cast<float>(low) - z) * s, second = (static_cast<float>(high) - z) * s;
+        if (p % 2 == 1 && planes) first += upper, second += upper_second;
+        const uint32_t both = to_16bit<BF>(first) | static_cast<uint32_t>(to_16bit<BF>(second)) << 16;
         *reinterpret_cast<uint32_t*>(&tile[warp][g + 8 * (p & 1)][k + 2 * t + 8 * (p >> 1)]) = both;
       }
     }
@@ -46,8 +51,9 @@ __global__ void __launch_bounds__(kDequantWarps * 32) dequant_kernel(const Dequa
 #pragma unroll
   for (int i = lane; i < kStripRows * kChunkK / 8; i += 32) {
     const int r = i / (kChunkK / 8), k = i % (kChunkK / 8) * 8;
-    if (c * kChunkK + k >= a.K) continue;
-    const int at = blockIdx.y, row = a.paired ? at * 8 + (r & 7) + (r >> 3) * 8 * a.strip_count : at * kStripRows + r;
+    if (c * kChunkK + k >= a.K || (planes && r < 8)) continue;
+    const int at = blockIdx.y, half = planes ? 0 : (r >> 3) * 8 * a.strip_count;
+    const int row = a.paired ? at * 8 + (r & 7) + half : at * kStripRows + r;
     *reinterpret_cast<uint4*>(a.out + static_cast<size_t>(row) * a.ldo + c * kChunkK + k) =
         *reinterpret_cast<const uint4*>(&tile[warp][r][k]);
   }

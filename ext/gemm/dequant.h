@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "common/pairing.h"
+
 namespace gptq {
 
 struct DequantArgs {
@@ -11,7 +13,7 @@ struct DequantArgs {
   uint16_t* out;     // rows of K, row stride ldo elements (a multiple of 8), k in the order of the stream
   int N, K, ldo;
   int strip_first, strip_count;  // what to write, 16 rows each; paired: the 8 gates of every strip, then the 8 ups of every strip
-  int paired;
+  int paired;                    // a Pairing; of planes, the 8 outputs of every strip
 };
 
 cudaError_t launch_dequant(const DequantArgs& args, int groups, bool zeros, bool bf16, cudaStream_t stream);

@@ -83,7 +83,7 @@ size_t mma_workspace_bytes() {
 }
 
 cudaError_t launch_mma(const MmaGemm& call, cudaStream_t stream) {
-  if (!mma_accepts(call, static_cast<int>(MmaTile::kLast))) return cudaErrorInvalidValue;
+  if (call.f32 || !mma_accepts(call, static_cast<int>(MmaTile::kLast))) return cudaErrorInvalidValue;
   Device device;
   if (const cudaError_t status = current_device(device); status != cudaSuccess) return status;
 

@@ -266,28 +266,33 @@ __device__ __forceinline__ void store_strip(const MmaParams& p, const float (&d)
   const int g = lane >> 2, t = lane & 3;
   const int column[2] = {p.paired ? 8 * strip : 16 * strip, p.paired ? p.n / 2 + 8 * strip : 16 * strip + 8};  // of rows 0 and 8
   float bias[2] = {};
-  if (p.bias != nullptr) bias[0] = from_16bit<S::BF>(p.bias[column[0] + g]), bias[1] = from_16bit<S::BF>(p.bias[column[1] + g]);
+  if (p.bias != nullptr) bias[0] = from_16bit<S::BF>(p.bias[column[0] + g]);
+  if (p.bias != nullptr && p.paired < kPlanes) bias[1] = from_16bit<S::BF>(p.bias[column[1] + g]);
 #pragma unroll
   for (int n = 0; n < S::kTiles; n++) {
     const int token = first_token + n * 8 + g;  // of this lane, once turned
     const bool exists = token < p.m;
-    const auto place = [&](const uint16_t* from, int64_t stride, int corner) {
-      return reinterpret_cast<const uint32_t*>(from + token * stride + column[corner] + 2 * t);
+    const auto place = [&](const void* from, int64_t stride, int corner) {
+      return reinterpret_cast<const uint32_t*>(static_cast<const uint16_t*>(from) + token * stride + column[corner] + 2 * t);
+    };
+    const auto residual = [&](int corner) {  // of two tokens; where there is none, what changes no number
+      if (p.residual == nullptr) return make_float2(-0.f, -0.f);
+      const uint32_t r = transpose_8x8(exists ? *place(p.residual, p.ldr, corner) : 0u);
+      return make_float2(from_16bit<S::BF>(static_cast<uint16_t>(r)), from_16bit<S::BF>(static_cast<uint16_t>(r >> 16)));
     };
     const auto store = [&](int corner, float first, float second) {
-      if (p.residual != nullptr) {
-        const uint32_t r = transpose_8x8(exists ? *place(p.residual, p.ldr, corner) : 0u);
-        first += from_16bit<S::BF>(static_cast<uint16_t>(r)), second += from_16bit<S::BF>(static_cast<uint16_t>(r >> 16));
-      }
       const uint32_t turned = transpose_8x8(pack2<S::BF>(first, second));
       if (exists) *const_cast<uint32_t*>(place(p.y, p.ldy, corner)) = turned;
     };
     const float(&v)[4] = d[n];
-    if (p.paired == 2) {
-      store(0, silu(v[0] + bias[0]) * (v[2] + bias[1]), silu(v[1] + bias[0]) * (v[3] + bias[1]));
+    const float2 r = residual(0);
+    const float gate[2] = {v[0] + bias[0], v[1] + bias[0]}, up[2] = {v[2] + bias[1], v[3] + bias[1]};
+    if (p.paired >= kGated) {
+      store(0, join_rows(p.paired, gate[0], up[0], r.x), join_rows(p.paired, gate[1], up[1], r.y));
     } else {
-      store(0, v[0] + bias[0], v[1] + bias[0]);
-      store(1, v[2] + bias[1], v[3] + bias[1]);
+      store(0, gate[0] + r.x, gate[1] + r.y);
+      const float2 r8 = residual(1);
+      store(1, up[0] + r8.x, up[1] + r8.y);
     }
   }
 }

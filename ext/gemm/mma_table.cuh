@@ -11,7 +11,7 @@ namespace gptq {
 struct MmaParams : GemmTiles {  // a cluster is one block
   const uint8_t* weight;
   const uint16_t* x;
-  uint16_t* y;
+  void* y;
   const uint16_t* bias;
   const uint16_t* residual;
   float* partials;
@@ -20,7 +20,7 @@ struct MmaParams : GemmTiles {  // a cluster is one block
   int64_t ldy, ldr;
   int chunk_bytes, stages, slot, exchange;  // bytes of a chunk of a strip; slots of a ring, bytes of one, bytes before the sums
   int groups, paired;
-  bool zeros;
+  bool zeros, f32;
 };
 
 // Output rows x tokens of a block's tile.

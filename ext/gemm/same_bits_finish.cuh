@@ -33,30 +33,35 @@ __device__ __forceinline__ void store_strip(const SameBitsParams& p, const float
   const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
   const int column[2] = {p.paired ? 8 * strip : 16 * strip, p.paired ? p.n / 2 + 8 * strip : 16 * strip + 8};  // of rows 0 and 8
   float bias[2] = {};
-  if (p.bias != nullptr) bias[0] = from_16bit<BF>(p.bias[column[0] + g]), bias[1] = from_16bit<BF>(p.bias[column[1] + g]);
+  if (p.bias != nullptr) bias[0] = from_16bit<BF>(p.bias[column[0] + g]);
+  if (p.bias != nullptr && p.paired < kPlanes) bias[1] = from_16bit<BF>(p.bias[column[1] + g]);
+  // Of float32, a lane has an output of two tokens as they are, and 8 lanes write 32 bytes; else, once turned, two outputs of a token.
+  const bool joined = p.paired >= kGated;
+  const int size = p.f32 ? 4 : 2, first = first_token + (p.f32 ? 2 * t : g), within = column[0] + (p.f32 ? g : 2 * t);
+  uint8_t* y = static_cast<uint8_t*>(p.y) + (first * p.ldy + within) * size;
+  const uint16_t* from = p.residual + (first * p.ldr + within);
 #pragma unroll
-  for (int n = 0; n < TN / 8; n++) {
-    const int token = first_token + n * 8 + g;  // of this lane, once turned
-    const bool exists = token < p.m;
-    const auto place = [&](const uint16_t* from, int64_t stride, int corner) {
-      return reinterpret_cast<const uint32_t*>(from + token * stride + column[corner] + 2 * t);
-    };
+  for (int n = 0; n < TN / 8; n++, y += 8 * p.ldy * size, from += 8 * p.ldr) {
+    const int left = p.m - first - n * 8;
     const auto residual = [&](int corner) {  // of two tokens
-      const uint32_t r = p.residual == nullptr ? 0u : transpose_8x8(exists ? *place(p.residual, p.ldr, corner) : 0u);
+      const auto at = reinterpret_cast<const uint32_t*>(from + corner * (column[1] - column[0]));
+      const uint32_t r = p.residual == nullptr ? 0u : transpose_8x8(left > 0 ? *at : 0u);
       return make_float2(from_16bit<BF>(static_cast<uint16_t>(r)), from_16bit<BF>(static_cast<uint16_t>(r >> 16)));
     };
-    const auto store = [&](int corner, float first, float second) {
-      const uint32_t turned = transpose_8x8(pack2<BF>(first, second));
-      if (exists) *const_cast<uint32_t*>(place(p.y, p.ldy, corner)) = turned;
+    const auto store = [&](int corner, float one, float two) {
+      uint8_t* const at = y + corner * (column[1] - column[0]) * size;
+      const uint32_t turned = transpose_8x8(pack2<BF>(one, two));
+      if (left > 0) *reinterpret_cast<uint32_t*>(at) = p.f32 ? __float_as_uint(one) : turned;
+      if (left > 1 && p.f32) reinterpret_cast<float*>(at)[p.ldy] = two;
     };
     float v[4];
 #pragma unroll
     for (int i = 0; i < 4; i++) v[i] = __fmaf_rn(d[4 * n + i], i < 2 ? O::kUnscaleG : O::kUnscaleG8, bias[i / 2]);
     const float2 r = residual(0);
-    if (p.paired == 2) {
-      store(0, __fmaf_rn(silu(v[0]), v[2], r.x), __fmaf_rn(silu(v[1]), v[3], r.y));
-    } else {
-      store(0, v[0] + r.x, v[1] + r.y);
+    if (joined) v[0] = join_rows(p.paired, v[0], v[2], r.x), v[1] = join_rows(p.paired, v[1], v[3], r.y);
+    else v[0] += r.x, v[1] += r.y;
+    store(0, v[0], v[1]);
+    if (!joined) {
       const float2 r8 = residual(1);
       store(1, v[2] + r8.x, v[3] + r8.y);
     }

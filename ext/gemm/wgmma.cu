@@ -84,8 +84,9 @@ cudaError_t launch_wgmma(const WgmmaGemm& call, cudaStream_t stream) {
     return cudaErrorInvalidValue;
   if (!aligned(call.weight) || !aligned(call.x) || !aligned(call.y) || !aligned(call.residual) || !aligned(call.workspace))
     return cudaErrorInvalidValue;
-  if ((call.groups != 0 && call.groups != 1 && call.groups != 2 && call.groups != 4) || call.paired < 0 || call.paired > 2 ||
-      (call.paired == 2 && call.residual != nullptr) || call.tile < 0 || call.tile > static_cast<int>(WgmmaTile::kLast) ||
+  if ((call.groups != 0 && call.groups != 1 && call.groups != 2 && call.groups != 4) || call.paired < kApart ||
+      call.paired > kPlanesGate || (call.paired == kGated && call.residual != nullptr) ||
+      (call.paired == kPlanesGate && call.residual == nullptr) || call.tile < 0 || call.tile > static_cast<int>(WgmmaTile::kLast) ||
       call.sharing < 0 || call.sharing > static_cast<int>(WgmmaSharing::kTwo) || call.split < 0 ||
       call.split > static_cast<int>(GemmSplit::kLast))
     return cudaErrorInvalidValue;

@@ -9,14 +9,16 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "common/pairing.h"
+
 namespace gptq {
 
 struct WgmmaGemm {
   const void* weight;    // packed stream (common/layout.cuh), n/16 strips x ceil(k/128) chunks, 16-byte aligned
   const void* x;         // [m, k], row stride ldx; 16-byte aligned, ldx % 8 == 0; k in the packed order: for act-order, the caller sorts it
-  void* y;               // [m, n], or [m, n/2] with paired 2; row stride ldy; 16-byte aligned, ldy % 8 == 0
-  const void* bias;      // [n] in the order of the outputs, or null
-  const void* residual;  // like y, row stride ldr % 8 == 0, added before rounding; may be y itself; null with paired 2; or null
+  void* y;               // [m, n], or [m, n/2] from kGated on; row stride ldy; 16-byte aligned, ldy % 8 == 0
+  const void* bias;      // [n] in the order of the outputs ([n/2] of planes), or null
+  const void* residual;  // like y, row stride ldr % 8 == 0, added before rounding; may be y itself; null with kGated; or null
   void* workspace;       // wgmma_workspace_bytes(), zeroed once when allocated; left zeroed where it must be. One per stream: calls that
                          // may overlap in time must not share it.
   int m, n, k;           // n % 16 == 0, k % 8 == 0
@@ -24,7 +26,7 @@ struct WgmmaGemm {
   int groups;            // scale groups per 128 k: 1 (group 128 and above), 2, 4; or 0: one group for all of k
   bool zeros;            // the stream carries zero points
   bool bf16;             // type of x, y, bias, residual; otherwise fp16
-  int paired;            // 1: rows g, g+8 of a strip are outputs i, n/2 + i; i = 8 strip + g. 2: also, y = silu(row i) * (row n/2 + i)
+  int paired;                // a Pairing
   int tile, sharing, split;  // for tests and tuning: a WgmmaTile, WgmmaSharing, GemmSplit; 0 lets the function choose
 };
 

@@ -88,12 +88,13 @@ __device__ __forceinline__ void store_tile(const WgmmaParams& p, const Segment& 
     float bias0 = 0.f, bias8 = 0.f;
     if (p.bias != nullptr && strip0 + quarter < p.strips) {
       bias0 = from_16bit<S::BF>(p.bias[column_of(strip0 + quarter, 0) + g]);
-      bias8 = from_16bit<S::BF>(p.bias[column_of(strip0 + quarter, 1) + g]);
+      if (p.paired < kPlanes) bias8 = from_16bit<S::BF>(p.bias[column_of(strip0 + quarter, 1) + g]);
     }
     // This thread's share of a pass: 16 bytes (8 columns) of every token_step-th token.
-    const int unit = p.paired == 2 ? thread & 3 : thread & 7, first_token = p.paired == 2 ? thread >> 2 : thread >> 3;
-    const int token_step = p.paired == 2 ? 32 : 16, strip = strip0 + (p.paired == 2 ? unit : unit >> 1);
-    const int column = column_of(strip, p.paired == 2 ? 0 : unit & 1);
+    const bool joined = p.paired >= kGated;
+    const int unit = joined ? thread & 3 : thread & 7, first_token = joined ? thread >> 2 : thread >> 3;
+    const int token_step = joined ? 32 : 16, strip = strip0 + (joined ? unit : unit >> 1);
+    const int column = column_of(strip, joined ? 0 : unit & 1);
     const int tokens_here = strip < p.strips ? p.m - m_tile * TN : 0;
     uint16_t* const y = p.y + static_cast<int64_t>(m_tile * TN) * p.ldy + column;
     const uint16_t* const residual = p.residual == nullptr ? nullptr : p.residual + static_cast<int64_t>(m_tile * TN) * p.ldr + column;
@@ -116,13 +117,17 @@ __device__ __forceinline__ void store_tile(const WgmmaParams& p, const Segment& 
 #pragma unroll
       for (int half = 0; half < S::kPass / 16; half++) {
         const float* v = d[f] + (pass * S::kPass / 8 + half * 2) * 4;
-        if (p.paired == 2) {
+        if (joined) {
           const int token = half * 16 + (lane & 15);
-          uint32_t r[2];
+          const uint32_t at = box + token * 128 + ((quarter ^ (token & 7)) << 4);
+          uint32_t r[2] = {0x80008000u, 0x80008000u};  // -0, which changes no number
+          if (residual != nullptr) ldmatrix_x2_trans(r, at);
 #pragma unroll
-          for (int j = 0; j < 2; j++)
-            r[j] = pack2<S::BF>(silu(v[4 * j] + bias0) * (v[4 * j + 2] + bias8), silu(v[4 * j + 1] + bias0) * (v[4 * j + 3] + bias8));
-          stmatrix_x2_trans(box + token * 128 + ((quarter ^ (token & 7)) << 4), r[0], r[1]);
+          for (int j = 0; j < 2; j++) {
+            const float first = join_rows(p.paired, v[4 * j] + bias0, v[4 * j + 2] + bias8, from_16bit<S::BF>(r[j] & 0xffff));
+            r[j] = pack2<S::BF>(first, join_rows(p.paired, v[4 * j + 1] + bias0, v[4 * j + 3] + bias8, from_16bit<S::BF>(r[j] >> 16)));
+          }
+          stmatrix_x2_trans(at, r[0], r[1]);
         } else {
           const int token = half * 16 + (lane >> 4) * 8 + (lane & 7), at_unit = quarter * 2 + ((lane >> 3) & 1);
           const uint32_t at = box + token * 128 + ((at_unit ^ (token & 7)) << 4);

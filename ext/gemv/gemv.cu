@@ -128,7 +128,9 @@ cudaError_t gemv_segment(int& chunks, int K, int groups, bool zeros) {
 }
 
 cudaError_t launch_gemv(GemvArgs args, int groups, bool zeros, bool bf16, bool in_a_row, cudaStream_t stream) {
-  if (args.M < 1 || args.M > kGemvMaxM || args.N % kStripRows || args.K % 8) return cudaErrorInvalidValue;
+  if (args.M < 1 || args.M > kGemvMaxM || args.N % kStripRows || args.K % 8 || args.paired < kApart || args.paired > kPlanesGate ||
+      (args.paired == kPlanesGate && args.residual == nullptr) || (args.f32 && args.residual != nullptr))
+    return cudaErrorInvalidValue;
   Device device;
   if (const cudaError_t status = current_device(device); status != cudaSuccess) return status;
   // As many rows at a time as x fits in shared memory.
@@ -140,7 +142,7 @@ cudaError_t launch_gemv(GemvArgs args, int groups, bool zeros, bool bf16, bool i
     GemvArgs part = args;
     part.M = std::min(step, args.M - row);
     part.x += static_cast<size_t>(row) * args.ldx;
-    part.y += static_cast<size_t>(row) * args.ldy;
+    part.y = static_cast<uint8_t*>(args.y) + static_cast<size_t>(row) * args.ldy * (args.f32 ? sizeof(float) : sizeof(uint16_t));
     if (part.residual) part.residual += static_cast<size_t>(row) * args.ldr;
     if (const cudaError_t status = launch_rows(part, groups, zeros, bf16, in_a_row, device, stream); status != cudaSuccess) return status;
   }

@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "common/pairing.h"
+
 namespace gptq {
 
 // What a block would else have to divide for before it can ask for its first weights.
@@ -23,12 +25,13 @@ struct GemvPlan {
 struct GemvArgs {
   const uint8_t* w;          // strip stream
   const uint16_t* x;         // [M, K], row stride ldx elements (a multiple of 8), 16-byte aligned
-  uint16_t* y;               // [M, N] (N/2 with paired 2), row stride ldy elements
-  const uint16_t* bias;      // [N] in the order of the outputs, or null
+  void* y;                   // [M, N] ([M, N/2] from kGated on), row stride ldy elements
+  const uint16_t* bias;      // [N] in the order of the outputs ([N/2] of planes), or null
   const uint16_t* residual;  // like y, row stride ldr, or null; may be y itself
   int M, N, K;               // N % 16 == 0, K % 8 == 0
   int ldx, ldy, ldr;
-  int paired;     // 1: rows g, g+8 of a strip are outputs i and N/2+i. 2: the same, and y = silu(row i) * row (N/2+i)
+  int paired;     // a Pairing
+  bool f32;       // y is float, and what is added up is not rounded; else of x's type
   GemvPlan plan;  // by launch_gemv
 };
 

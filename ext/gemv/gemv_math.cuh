@@ -96,14 +96,14 @@ struct Outputs {
     token = first_token;
     const int r1 = second_row(a, r0);
     bias = residual[0] = residual[1] = 0;
-    if (a.bias) bias = a.bias[r0] | static_cast<uint32_t>(a.bias[r1]) << 16;
+    if (a.bias) bias = a.bias[r0] | (a.paired < kPlanes ? static_cast<uint32_t>(a.bias[r1]) << 16 : 0u);
     if (!a.residual) return;
 #pragma unroll
     for (int i = 0; i < 2; i++) {
       if (token + i >= a.M) continue;
       const uint16_t* from = a.residual + static_cast<size_t>(token + i) * a.ldr;
       residual[i] = from[r0];
-      if (a.paired != 2) residual[i] |= static_cast<uint32_t>(from[r1]) << 16;
+      if (a.paired < kGated) residual[i] |= static_cast<uint32_t>(from[r1]) << 16;
     }
   }
 
@@ -114,13 +114,14 @@ struct Outputs {
     for (int i = 0; i < 2; i++) {
       if (token + i >= a.M) continue;
       const float first = __fmaf_rn(v[i], O::kUnscaleG, low(bias)), second = __fmaf_rn(v[2 + i], O::kUnscaleG8, high(bias));
-      uint16_t* y = a.y + static_cast<size_t>(token + i) * a.ldy;
-      if (a.paired == 2) {
-        y[r0] = to_16bit<BF>(__fmaf_rn(silu(first), second, low(residual[i])));
-      } else {
-        y[r0] = to_16bit<BF>(first + low(residual[i]));
-        y[r1] = to_16bit<BF>(second + high(residual[i]));
-      }
+      const bool joined = a.paired >= kGated;
+      uint8_t* const y = static_cast<uint8_t*>(a.y) + static_cast<size_t>(token + i) * a.ldy * (a.f32 ? 4 : 2);
+      const auto put = [&](int column, float value) {
+        if (a.f32) reinterpret_cast<float*>(y)[column] = value;
+        else reinterpret_cast<uint16_t*>(y)[column] = to_16bit<BF>(value);
+      };
+      put(r0, joined ? join_rows(a.paired, first, second, low(residual[i])) : first + low(residual[i]));
+      if (!joined) put(r1, second + high(residual[i]));
     }
   }
 };

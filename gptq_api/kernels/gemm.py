@@ -2,6 +2,8 @@
 
     y[M, N] = x[M, K] W^T (+ bias), then SiLU(gate) * up where asked, then + residual
 
+A weight has 4 bits, or 8 in two planes (planes.py), which the same kernels multiply as one of 4 with twice the rows.
+
 Everything runs on the current stream of x's device and may be captured into a CUDA graph. Shapes, types, devices and
 alignment are checked here; the extension below takes addresses. Knows nothing about checkpoints or models.
 
@@ -22,17 +24,9 @@ from torch import Tensor
 
 from gptq_api.kernels.extension import MISSING, compiled_for, no_code_reason
 from gptq_api.kernels.extension import cuda as _cuda
-from gptq_api.kernels.layout import (
-    CHUNK_K,
-    STRIP_ROWS,
-    PackedLinear,
-    chunk_bytes,
-    groups_per_chunk,
-    pack_stream,
-    pair_order,
-    sort_groups,
-)
-from gptq_api.kernels.reference import unpack
+from gptq_api.kernels.layout import PackedLinear
+from gptq_api.kernels.pack import pack, refusal
+from gptq_api.kernels.workspace import has_wgmma, prepare_same_bits, workspace
 
 __all__ = ["PackedLinear", "gemm", "is_available", "pack", "prepare_same_bits", "refusal", "unavailable_reason"]
 
@@ -65,93 +59,6 @@ def is_available() -> bool:
     return unavailable_reason() is None
 
 
-def refusal(bits: int, in_features: int, out_features: int, group_size: int) -> str | None:
-    """Why these kernels do not take such a weight; None where they do. From numbers alone."""
-    if bits != 4:
-        return f"{bits} bits; the CUDA kernels hold 4"
-    if out_features % STRIP_ROWS:
-        return f"{out_features} output features; the CUDA kernels need a multiple of {STRIP_ROWS}"
-    if in_features % 8 or in_features > 65536:
-        return f"{in_features} input features; the CUDA kernels need a multiple of 8, at most 65536"
-    if group_size not in (-1, 32, 64) and (group_size <= 0 or group_size % 128):
-        return f"group size {group_size}; the CUDA kernels hold 32, 64, multiples of 128, and -1"
-    return None
-
-
-def pack(
-    qweight: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    g_idx: Tensor | None,
-    group_size: int,
-    device: torch.device | str,
-    *,
-    paired: bool = False,
-    out_order: Tensor | None = None,
-) -> PackedLinear:
-    """int32 qweight [K/8, N], float scales [G, N], uint8 zeros [G, N] (0..16, decoded; None: all 8), int g_idx [K]
-    (None: k // group_size).
-
-    Runs on `device`; on CUDA one kernel that needs no memory beside its result. Zero points that are all 8 are
-    dropped. `paired`: the first N/2 outputs are gates, the last N/2 ups. `out_order`: int [N], output i of the result
-    is output out_order[i] of the arguments. Raises ValueError on what the layout cannot hold.
-    """
-    device = torch.device(device)
-    k, n = qweight.shape[0] * 8, qweight.shape[1]
-    if (reason := refusal(4, k, n, group_size)) is not None:
-        raise ValueError(reason)
-    halves = scales.to(device=device, dtype=torch.float16)
-    if not bool(torch.isfinite(halves).all()):
-        raise ValueError("a scale is not finite in float16")
-    offsets = None if zeros is None else zeros.to(device=device, dtype=torch.uint8)
-    if offsets is not None and bool((offsets == 8).all()):
-        offsets = None
-    perm = None if g_idx is None else sort_groups(g_idx.to(device), group_size)
-    if device.type == "cuda":
-        data = _pack_on_device(qweight.to(device), halves, offsets, perm, group_size, _columns(n, paired, out_order))
-        _workspace(data.device.index, _CAPTURE)
-    else:
-        weight = unpack(qweight, 4).to(torch.uint8)
-        if perm is not None:
-            weight = weight.index_select(0, perm)
-        if out_order is not None:
-            weight, halves = weight[:, out_order], halves[:, out_order]
-            offsets = None if offsets is None else offsets[:, out_order]
-        data = pack_stream(weight, halves, offsets, group_size, paired=paired)
-    return PackedLinear(data, k, n, group_size, offsets is not None, perm, paired)
-
-
-def _columns(n: int, paired: bool, out_order: Tensor | None) -> Tensor | None:
-    """Which output each row of the strips is: int [N]; None: in order."""
-    if not paired:
-        return out_order
-    order = pair_order(n)
-    return order if out_order is None else out_order[order.to(out_order.device)]
-
-
-def _pack_on_device(
-    qweight: Tensor, scales: Tensor, zeros: Tensor | None, perm: Tensor | None, group_size: int, columns: Tensor | None
-) -> Tensor:
-    """What `pack_stream` gives, by one kernel."""
-    k, n = qweight.shape[0] * 8, qweight.shape[1]
-    size = k if group_size == -1 else group_size
-    expected = (-(-k // size), n)
-    if tuple(scales.shape) != expected or (zeros is not None and tuple(zeros.shape) != expected):
-        raise ValueError(f"scales {tuple(scales.shape)}: K={k}, N={n} in groups of {group_size} need {expected}")
-    if columns is not None:
-        columns = columns.to(device=qweight.device, dtype=torch.int32).contiguous()
-    qweight, scales = qweight.contiguous(), scales.contiguous()
-    zeros = None if zeros is None else zeros.contiguous()
-    chunks = -(-k // CHUNK_K)
-    shape = (n // STRIP_ROWS, chunks, chunk_bytes(group_size, zeros is not None))
-    data = torch.empty(shape, dtype=torch.uint8, device=qweight.device)
-    sources = (qweight.data_ptr(), scales.data_ptr(), _address(zeros), _address(perm), _address(columns))
-    step = chunks * CHUNK_K if group_size == -1 else group_size
-    with torch.cuda.device(data.device):
-        _cuda.pack(*sources, data.data_ptr(), n, k, groups_per_chunk(group_size), step, scales.shape[0], _stream(data))
-    return data
-
-
 def gemm(
     x: Tensor,
     weight: PackedLinear,
@@ -160,6 +67,7 @@ def gemm(
     bias: Tensor | None = None,
     residual: Tensor | None = None,
     silu_mul: bool = False,
+    silu_times: Tensor | None = None,
     in_a_row: bool = False,
     same_bits: bool = False,
     one_order: bool = False,
@@ -167,9 +75,11 @@ def gemm(
     """x fp16 or bf16 [M, K], rows 16-byte aligned (else copied) -> [M, N], or [M, N/2] with `silu_mul` (paired weights
     only).
 
-    bias [N]; residual like the result, may be `out`. Accumulates in float32 and rounds once. Same bits every run, and
-    for a row whatever M is within 1..8; with `same_bits`, whatever M is, those of 1..8; with `one_order`, whatever M
-    is, bits of their own. Raises ValueError on what does not fit, RuntimeError with the shape when a launch fails.
+    bias [N]; residual like the result, may be `out`. `silu_times`, like the result as well, of planes only: SiLU of
+    the product times it, and no residual. Accumulates in float32 and rounds once; with `same_bits` and a float32 `out`,
+    never. Same bits every run, and for a row whatever M is within 1..8; with `same_bits`, whatever M is, those of 1..8;
+    with `one_order`, whatever M is, bits of their own. Raises ValueError on what does not fit, RuntimeError with the
+    shape when a launch fails.
 
     `in_a_row` is for measurements (probes.py): the kernels before and after are GEMMs of one token as well, and half of
     every SM is left to them. That is 4 to 8 % faster there, and 20 to 25 % slower between norms and attention.
@@ -180,25 +90,24 @@ def gemm(
         raise ValueError(f"activations {tuple(x.shape)}, expected [M, {weight.in_features}]")
     if silu_mul and not weight.paired:
         raise ValueError("silu_mul needs a weight packed with paired=True")
+    if silu_times is not None and (not weight.planes or residual is not None):
+        raise ValueError("silu_times needs a weight of two planes, and no residual beside it")
+    of_out = torch.float32 if same_bits and out is not None and out.dtype == torch.float32 else x.dtype
     m, n = x.shape[0], weight.out_features // 2 if silu_mul else weight.out_features
     if out is None:
         out = torch.empty(m, n, dtype=x.dtype, device=x.device)
-    for name, tensor, shape in (
-        ("out", out, (m, n)),
-        ("residual", residual, (m, n)),
-        ("bias", bias, (weight.out_features,)),
+    for name, tensor, shape, dtype in (
+        ("out", out, (m, n), of_out),
+        ("residual", residual, (m, n), x.dtype),
+        ("silu_times", silu_times, (m, n), x.dtype),
+        ("bias", bias, (weight.out_features,), x.dtype),
     ):
         if tensor is None:
             continue
-        if (
-            tuple(tensor.shape) != shape
-            or tensor.dtype != x.dtype
-            or tensor.device != x.device
-            or tensor.stride(-1) != 1
-        ):
+        if tuple(tensor.shape) != shape or tensor.dtype != dtype or tensor.device != x.device or tensor.stride(-1) != 1:
             raise ValueError(
                 f"{name} {tuple(tensor.shape)} {tensor.dtype} on {tensor.device}, last stride {tensor.stride(-1)}; "
-                f"expected {shape} {x.dtype} on {x.device}, last stride 1"
+                f"expected {shape} {dtype} on {x.device}, last stride 1"
             )
     if x.device != weight.data.device:
         raise ValueError(f"activations on {x.device}, weight on {weight.data.device}")
@@ -206,14 +115,16 @@ def gemm(
         return out
     if x.stride(1) != 1 or x.stride(0) % 8 or x.data_ptr() % 16:
         x = x.clone(memory_format=torch.contiguous_format)
+    if silu_times is not None:  # in the place of a residual
+        silu_mul, residual = True, silu_times
     with torch.cuda.device(x.device):
         if one_order:
             _by_tiles(x, weight, out, bias, residual, silu_mul, _ONE_ORDER)
-        elif m <= DECODE_MAX_M or (same_bits and m <= SAME_BITS_DECODE_MAX_M and _has_wgmma(x.device.index)):
+        elif m <= DECODE_MAX_M or (same_bits and m <= SAME_BITS_DECODE_MAX_M and has_wgmma(x.device.index)):
             _decode(x, weight, out, bias, residual, silu_mul, in_a_row)
         elif same_bits:
             _in_order(x, weight, out, bias, residual, silu_mul)
-        elif m <= MMA_MAX_M or _has_wgmma(x.device.index):
+        elif m <= MMA_MAX_M or has_wgmma(x.device.index):
             _by_tiles(x, weight, out, bias, residual, silu_mul)
         else:
             _by_cublas(x, weight, out, bias, residual, silu_mul)
@@ -239,10 +150,10 @@ def _address(tensor: Tensor | None) -> int:
 
 def _sizes(x: Tensor, w: PackedLinear, out: Tensor, residual: Tensor | None, silu_mul: bool) -> tuple[int, ...]:
     """What every product of the extension takes after its addresses: M, N, K, the row strides of x, out and residual,
-    pairing, and the format."""
+    pairing (ext/common/pairing.h), and the format."""
     strides = (x.stride(0), out.stride(0), 0 if residual is None else residual.stride(0))
-    pairing = (2 if silu_mul else 1) if w.paired else 0
-    shape = (x.shape[0], w.out_features, x.shape[1])
+    pairing = (4 if silu_mul else 3) if w.planes else (2 if silu_mul else 1) if w.paired else 0
+    shape = (x.shape[0], w.num_rows, x.shape[1])
     return (*shape, *strides, pairing, w.groups_per_chunk, w.has_zeros, x.dtype == torch.bfloat16)
 
 
@@ -257,43 +168,8 @@ def _decode(
 ) -> None:
     x = sort_activations(x, w)
     addresses = (w.data.data_ptr(), x.data_ptr(), out.data_ptr(), _address(bias), _address(residual))
-    _cuda.decode(*addresses, *_sizes(x, w, out, residual, silu_mul), in_a_row, _stream(x))
-
-
-@cache
-def _has_wgmma(device_index: int) -> bool:
-    return hasattr(_cuda, "wgmma") and torch.cuda.get_device_capability(device_index) == (9, 0)
-
-
-_CAPTURE = -1
-_workspaces: dict[tuple[int, int, bool], Tensor] = {}
-
-
-def prepare_same_bits(device: torch.device) -> None:
-    """Before the first `gemm` with `same_bits` on that device that is captured: makes the workspace of such graphs."""
-    _workspace(torch.cuda.current_device() if device.index is None else device.index, _CAPTURE, same_bits=True)
-
-
-def _workspace(device_index: int, stream: int, *, same_bits: bool = False) -> Tensor:
-    """Partial sums and flags of `_by_tiles`, or of `_in_order` with `same_bits`, zeroed once: one per stream, since
-    launches that overlap cannot share one.
-
-    A graph belongs to the stream on which it is captured, where that has worked kernel by kernel before, as a runner's
-    has: it is to be replayed there. All others share that of _CAPTURE, which `pack` or `prepare_same_bits` makes before
-    any capture begins: no two of them are to be replayed at the same time."""
-    found = _workspaces.get((device_index, stream, same_bits))
-    if found is None:
-        if stream != _CAPTURE and torch.cuda.is_current_stream_capturing():
-            return _workspace(device_index, _CAPTURE, same_bits=same_bits)
-        device = torch.device("cuda", device_index)
-        with torch.cuda.device(device):
-            if same_bits:
-                size = _cuda.same_bits_workspace_bytes()
-            else:
-                size = _cuda.wgmma_workspace_bytes() if _has_wgmma(device_index) else _cuda.mma_workspace_bytes()
-        made = torch.zeros(size, dtype=torch.uint8, device=device)
-        found = _workspaces.setdefault((device_index, stream, same_bits), made)
-    return found
+    floats = out.dtype == torch.float32
+    _cuda.decode(*addresses, *_sizes(x, w, out, residual, silu_mul), in_a_row, _stream(x), floats)
 
 
 def _one_group(w: PackedLinear) -> bool:
@@ -316,28 +192,29 @@ def _by_tiles(
 ) -> None:
     x = sort_activations(x, w)
     stream = _stream(x)
-    workspace = _workspace(x.device.index, stream)
+    sums = workspace(x.device.index, stream)
     fits = out.stride(0) % 8 == 0 and out.data_ptr() % 16 == 0
     y = out if fits else torch.empty_like(out, memory_format=torch.contiguous_format)
-    hopper = _has_wgmma(x.device.index)
-    add = None if silu_mul and hopper else residual
+    hopper = has_wgmma(x.device.index)
+    after = residual if hopper and silu_mul and not w.planes else None  # that kernel does not add to SiLU * up
+    add = residual if after is None else None
     if add is not None and (add.stride(0) % 8 or add.data_ptr() % 16):
         add = add.contiguous()
-    addresses = (w.data.data_ptr(), x.data_ptr(), y.data_ptr(), _address(bias), _address(add), workspace.data_ptr())
+    addresses = (w.data.data_ptr(), x.data_ptr(), y.data_ptr(), _address(bias), _address(add), sums.data_ptr())
     *shape, groups, zeros, bf16 = _sizes(x, w, y, add, silu_mul)
     if hopper:
         _cuda.wgmma(*addresses, *shape, 0 if _one_group(w) else groups, zeros, bf16, 0, 0, split, stream)
     else:
         _cuda.mma(*addresses, *shape, groups, zeros, bf16, 0, split, stream)
-    if hopper and silu_mul and residual is not None:
-        y += residual
+    if after is not None:
+        y += after
     if not fits:
         out.copy_(y)
 
 
 @cache
 def _same_bits_kernel(device_index: int) -> Any:
-    return _cuda.same_bits_wgmma if _has_wgmma(device_index) else _cuda.same_bits
+    return _cuda.same_bits_wgmma if has_wgmma(device_index) else _cuda.same_bits
 
 
 def _in_order(
@@ -346,22 +223,22 @@ def _in_order(
     """By tiles, in the decode kernel's order of sums."""
     x = sort_activations(x, w)
     stream = _stream(x)
-    workspace = _workspace(x.device.index, stream, same_bits=True)
-    fits = out.stride(0) % 2 == 0 and out.data_ptr() % 4 == 0
+    sums, floats = workspace(x.device.index, stream, same_bits=True), out.dtype == torch.float32
+    fits = floats or (out.stride(0) % 2 == 0 and out.data_ptr() % 4 == 0)
     y = out if fits else torch.empty_like(out, memory_format=torch.contiguous_format)
     if residual is not None and (residual.stride(0) % 2 or residual.data_ptr() % 4):
         residual = residual.contiguous()
     addresses = (w.data.data_ptr(), x.data_ptr(), y.data_ptr(), _address(bias), _address(residual))
     launch = _same_bits_kernel(x.device.index)
-    launch(*addresses, workspace.data_ptr(), *_sizes(x, w, y, residual, silu_mul), 0, 0, stream)
+    launch(*addresses, sums.data_ptr(), *_sizes(x, w, y, residual, silu_mul), 0, 0, stream, floats)
     if not fits:
         out.copy_(y)
 
 
 def _dequantize(w: PackedLinear, out: Tensor, first: int, count: int) -> None:
-    """The rows of `count` strips; of paired ones all gates before all ups."""
-    shape = (w.out_features, w.in_features, out.stride(0), first, count)
-    format_ = (w.paired, w.groups_per_chunk, w.has_zeros, out.dtype == torch.bfloat16)
+    """The outputs of `count` strips; of paired ones all gates before all ups."""
+    shape = (w.num_rows, w.in_features, out.stride(0), first, count)
+    format_ = (3 if w.planes else int(w.paired), w.groups_per_chunk, w.has_zeros, out.dtype == torch.bfloat16)
     _cuda.dequant(w.data.data_ptr(), out.data_ptr(), *shape, *format_, _stream(out))
 
 
@@ -371,17 +248,23 @@ def _by_cublas(
     """For devices and sizes without a kernel of ours: SCRATCH_BYTES of the weight at a time as 16-bit matrices (gates
     and their ups where it is paired), then cuBLAS. Rounds once, as our kernels do."""
     x = sort_activations(x, w)
-    strips = w.out_features // STRIP_ROWS
-    at_once = min(strips, max(1, SCRATCH_BYTES // (2 * w.in_features * STRIP_ROWS)))
-    scratch = torch.empty(at_once * STRIP_ROWS, w.in_features, dtype=x.dtype, device=x.device)
+    strips = w.data.shape[0]
+    outputs = w.out_features // strips  # of a strip
+    at_once = min(strips, max(1, SCRATCH_BYTES // (2 * w.in_features * outputs)))
+    scratch = torch.empty(at_once * outputs, w.in_features, dtype=x.dtype, device=x.device)
     halves = 2 if w.paired else 1
-    width = STRIP_ROWS // halves  # rows of a strip in each half
+    width = outputs // halves
     for first in range(0, strips, at_once):
         count = min(at_once, strips - first)
         _dequantize(w, scratch, first, count)
-        weights = torch.split(scratch[: count * STRIP_ROWS], count * width)
+        weights = torch.split(scratch[: count * outputs], count * width)
         places = [slice((h * strips + first) * width, (h * strips + first + count) * width) for h in range(halves)]
         biases = [None if bias is None else bias[place] for place in places]
+        if silu_mul and w.planes:
+            assert residual is not None
+            gate = _unrounded(x, weights[0], biases[0])
+            out[:, places[0]] = torch.nn.functional.silu(gate).mul_(residual[:, places[0]])
+            continue
         if silu_mul:
             gate, up = (_unrounded(x, *each) for each in zip(weights, biases, strict=True))
             y = torch.nn.functional.silu(gate).mul_(up)

@@ -6,7 +6,7 @@ way a warp does. Knows nothing about checkpoints: values arrive unpacked, zero p
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -19,14 +19,14 @@ SYMMETRIC_ZERO = 8
 
 @dataclass(frozen=True, slots=True)
 class PackedLinear:
-    """One 4-bit weight as the kernels read it. Immutable; `data` is the only large tensor."""
+    """A weight of 4 bits, or of 8 in two planes, as the kernels read it. Immutable; `data` is the only large tensor."""
 
     data: Tensor
     """uint8 [N/16, ceil(K/128), chunk_bytes], contiguous, 16-byte aligned."""
     in_features: int
     """K of the activations."""
     out_features: int
-    """N, before SiLU pairing halves it."""
+    """N, before SiLU pairing halves it. Rows of strips, but of planes, where an output has two."""
     group_size: int
     """32, 64, a multiple of 128, or -1 (one group)."""
     has_zeros: bool
@@ -36,6 +36,12 @@ class PackedLinear:
     `without_perm`, or lets `gemm` gather."""
     paired: bool
     """Rows g and g+8 of a strip are outputs i and N/2 + i (gate_i, up_i)."""
+    planes: bool = False
+    """Of 8 bits (planes.py): rows g and g+8 of a strip are the upper and the lower nibbles of output 8 strip + g."""
+
+    @property
+    def num_rows(self) -> int:
+        return self.data.shape[0] * STRIP_ROWS
 
     @property
     def groups_per_chunk(self) -> int:
@@ -43,9 +49,7 @@ class PackedLinear:
 
     def without_perm(self) -> PackedLinear:
         """The same bytes for a caller whose activations already come in sorted order."""
-        return PackedLinear(
-            self.data, self.in_features, self.out_features, self.group_size, self.has_zeros, None, self.paired
-        )
+        return replace(self, perm=None)
 
 
 def groups_per_chunk(group_size: int) -> int:

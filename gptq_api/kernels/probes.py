@@ -19,7 +19,7 @@ def emulate(packed: PackedLinear) -> Tensor:
     literal."""
     data = packed.data.cpu()
     strips, chunks, _ = data.shape
-    groups, n = packed.groups_per_chunk, packed.out_features
+    groups = packed.groups_per_chunk
     words = data[..., :WEIGHT_BYTES].contiguous().view(torch.int32).view(strips, chunks, 2, 32, 4).to(torch.int64)
     meta = WEIGHT_BYTES + 32 * groups
     scales = data[..., WEIGHT_BYTES:meta].contiguous().view(torch.float16).view(strips, chunks, groups, 8, 2).double()
@@ -43,7 +43,9 @@ def emulate(packed: PackedLinear) -> Tensor:
                     fragments[:, block, j, k + e, :, g + 8 * row_half] = real.T
     out = out[: packed.in_features]
     if packed.paired:
-        out = out.view(-1, strips, 2, 8).transpose(1, 2).reshape(packed.in_features, n)
+        out = out.view(-1, strips, 2, 8).transpose(1, 2).reshape(packed.in_features, -1)
+    if packed.planes:
+        out = out.view(-1, strips, 2, 8).sum(2).reshape(packed.in_features, -1)
     if packed.perm is not None:
         unsorted = torch.empty_like(out)
         unsorted[packed.perm.cpu().long()] = out

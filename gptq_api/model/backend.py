@@ -40,6 +40,8 @@ class Role:
     """its halves are gate and up, whose outputs are multiplied"""
     half_order: Tensor | None = None
     """int [N / 2]: the order in which the outputs of either half are wanted; None: as they are"""
+    head: bool = False
+    """its outputs are logits"""
 
 
 class PackError(UserError):
@@ -77,3 +79,6 @@ class Backend(Protocol):
 
     def head(self, weight: Tensor, *, tied: bool = False) -> Linear:
         """weight [V, H]; `tied`: it is the embedding's memory."""
+
+    def head_kernel(self, size: int, width: int, *, tied: bool) -> KernelChoice:
+        """What `head` would make of a weight [V, H]; 0 bytes where that is the embedding's memory."""

@@ -33,7 +33,7 @@ from gptq_api.model.stored import (
 )
 from gptq_api.model.weights import LayerWeights, LlamaWeights
 
-_PLAIN = Role()
+_PLAIN, _HEAD = Role(), Role(head=True)
 _Dense = tuple[Tensor, Tensor | None]
 """weight and bias"""
 
@@ -117,10 +117,16 @@ class _Loader:
             return self._tied(embedding, shape)
         if "lm_head" in self.checkpoint.modules:
             head = Module("lm_head", shape[1], shape[0], "o")
-            linear = self._kept([("lm_head", head)]) or self._one(self._read("lm_head", head), "lm_head")
+            linear = self._kept([("lm_head", head)]) or self._one(self._read("lm_head", head), "lm_head", _HEAD)
             self.kernels[linear.kernel] += 1
             return linear
-        return self.backend.head(self.checkpoint.tensor("lm_head.weight", shape))
+        return self._head(self.checkpoint.tensor("lm_head.weight", shape))
+
+    def _head(self, weight: Tensor, *, tied: bool = False) -> Linear:
+        linear = self.backend.head(weight, tied=tied)
+        if not linear.kernel.startswith("dense"):
+            self.kernels[linear.kernel] += 1
+        return linear
 
     def _tied(self, embedding: Tensor, shape: tuple[int, int]) -> Linear:
         check_head(self.checkpoint, self.config)
@@ -129,7 +135,7 @@ class _Loader:
             head = self.checkpoint.tensor("lm_head.weight", shape).to(device=embedding.device, dtype=embedding.dtype)
             if not torch.equal(head, embedding):
                 self.warnings.append("lm_head.weight is not used: config.json ties the embedding to the head")
-        return self.backend.head(embedding, tied=True)
+        return self._head(embedding, tied=True)
 
     def _read(self, name: str, module: Module) -> GPTQTensors | _Dense:
         self._check(name, module)
@@ -150,9 +156,9 @@ class _Loader:
         if name in self.checkpoint.modules:
             check_module(self.checkpoint, name, module)
 
-    def _one(self, found: Linear | GPTQTensors | _Dense, name: str) -> Linear:
+    def _one(self, found: Linear | GPTQTensors | _Dense, name: str, role: Role = _PLAIN) -> Linear:
         if isinstance(found, GPTQTensors):
-            return self._quantized(found, [name], _PLAIN)
+            return self._quantized(found, [name], role)
         return self.backend.dense(*found) if isinstance(found, tuple) else found
 
     def _quantized(self, t: GPTQTensors, names: list[str], role: Role) -> Linear:

@@ -59,7 +59,7 @@ def plan_serving(checkpoint: Checkpoint, config: LlamaConfig, backend: Backend) 
         check_bias(checkpoint, config, name, module)
     for name, norm in norm_shapes(config).items():
         checkpoint.check(name, norm)
-    total += _ends(checkpoint, config, backend)
+    total += _ends(checkpoint, config, backend, kernels)
     check_layers(checkpoint, config)
     warnings = head_notes(checkpoint, config) + unused_notes(checkpoint, config) + slow_notes(slow)
     return ServingPlan({kind: "; ".join(found) for kind, found in kernels.items()}, total, warnings)
@@ -69,16 +69,20 @@ def _choice(shape: ModuleShape, backend: Backend) -> KernelChoice:
     return backend.kernel(shape.bits, shape.in_features, shape.out_features, group_size_of(shape))
 
 
-def _ends(checkpoint: Checkpoint, config: LlamaConfig, backend: Backend) -> int:
-    """Embedding and head, once where they are tied."""
+def _ends(checkpoint: Checkpoint, config: LlamaConfig, backend: Backend, kernels: dict[str, list[str]]) -> int:
+    """Bytes of embedding and head, once where they share memory; a quantized head becomes one of the `kernels`."""
     elements = config.vocab_size * config.hidden_size
     checkpoint.check("model.embed_tokens.weight", (config.vocab_size, config.hidden_size))
     check_head(checkpoint, config)
     tied = config.ties_head(has_head(checkpoint))
     embedding = elements * backend.embedding_dtype(checkpoint.float_dtype, tied).itemsize
-    if tied:
-        return embedding
-    if "lm_head" in checkpoint.modules:
-        return embedding + _choice(checkpoint.modules["lm_head"], backend).num_bytes
-    checkpoint.check("lm_head.weight", (config.vocab_size, config.hidden_size))
-    return embedding + elements * backend.head_dtype.itemsize
+    if not tied and "lm_head" in checkpoint.modules:
+        choice = _choice(checkpoint.modules["lm_head"], backend)
+        kernels["lm_head"] = [str(choice)]
+        return embedding + choice.num_bytes
+    if not tied:
+        checkpoint.check("lm_head.weight", (config.vocab_size, config.hidden_size))
+    choice = backend.head_kernel(config.vocab_size, config.hidden_size, tied=tied)
+    if not choice.kind.startswith("dense"):
+        kernels["lm_head"] = [str(choice)]
+    return embedding + choice.num_bytes

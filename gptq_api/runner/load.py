@@ -149,6 +149,8 @@ def choose_backend(
     """For this model on this device. ConfigError for a type that it does not compute in."""
     dtype = resolve_dtype(options.dtype, device, checkpoint)
     if device.type == "cpu":
+        if options.lm_head_bits != 16:
+            raise ConfigError(f"--lm-head-bits {options.lm_head_bits} is for CUDA; leave it out on the CPU")
         room, needed = host_memory(), CpuBackend.dequantized_bytes(checkpoint.modules.values())
         # As much again for what comes after: the cache, and a tensor on its way.
         enough = room is None or 2 * needed < room
@@ -165,12 +167,16 @@ def choose_backend(
             f"--batch-invariant: the CUDA kernels do not serve this model ({reason}), and cuBLAS adds up in an "
             "order that depends on the batch; leave it out, or use --device cpu"
         )
+    if reason is not None and options.lm_head_bits != 16:
+        raise ConfigError(
+            f"--lm-head-bits {options.lm_head_bits}: the CUDA kernels do not serve this model ({reason}); leave it out"
+        )
     if dtype == torch.float32:
         return BACKENDS["cpu"](device, dtype)
     if reason is not None:
         _log.warning("the CUDA kernels do not serve this: %s. It runs slowly, in float32", reason)
         return BACKENDS["cpu"](device, torch.float32)
-    return CudaBackend(device, dtype, batch_invariant=options.batch_invariant)
+    return CudaBackend(device, dtype, batch_invariant=options.batch_invariant, lm_head_bits=options.lm_head_bits)
 
 
 def _default_threads(checkpoint: Checkpoint) -> int:

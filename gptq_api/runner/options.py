@@ -31,6 +31,7 @@ class LoadOptions:
     max_num_batched_tokens: int | None = None
     num_threads: int | None = None
     batch_invariant: bool = False
+    lm_head_bits: int = 16
     packed_cache: str = "auto"
 
     @classmethod

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from gptq_api.kernels import extension, gemm
 from gptq_api.kernels.layout import PackedLinear
+from gptq_api.kernels.workspace import has_wgmma
 from gptq_api.runner.cuda.linear import PackedGPTQLinear
 from tests.kernels.test_wgmma import ALONG_K, BOUND, WHOLE, activations, check_same_bits, error, weight
 
@@ -31,7 +32,7 @@ Launch = Callable[..., None]
 def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Which `gemm` takes."""
     name: str = request.param
-    if name == "same_bits_wgmma" and not gemm._has_wgmma(torch.cuda.current_device()):
+    if name == "same_bits_wgmma" and not has_wgmma(torch.cuda.current_device()):
         pytest.skip("needs compute capability 9.0, and kernels compiled for it")
     monkeypatch.setattr(gemm, "_same_bits_kernel", lambda index: getattr(extension.cuda, name))
     return name

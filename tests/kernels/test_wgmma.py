@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gptq_api.kernels import extension, gemm
 from gptq_api.kernels.layout import PackedLinear
+from gptq_api.kernels.workspace import has_wgmma, workspace
 
 TILES = {
     "128x16": 1, "128x32": 2, "128x64": 3, "192x64": 4, "192x96": 5,
@@ -25,7 +26,7 @@ BOUND = {torch.float16: 3e-4, torch.bfloat16: 2.5e-3}
 hopper = [
     pytest.mark.gpu,
     pytest.mark.skipif(
-        gemm.unavailable_reason() is not None or not gemm._has_wgmma(torch.cuda.current_device()),
+        gemm.unavailable_reason() is not None or not has_wgmma(torch.cuda.current_device()),
         reason=gemm.unavailable_reason() or "needs compute capability 9.0, and kernels compiled for it",
     ),
 ]
@@ -56,7 +57,7 @@ def wgmma(x: Tensor, w: PackedLinear, y: Tensor, tile: int, sharing: int = ONE, 
     """One tile of the table, whatever M is."""
     stream = gemm._stream(x)
     extension.cuda.wgmma(
-        w.data.data_ptr(), x.data_ptr(), y.data_ptr(), 0, 0, gemm._workspace(x.device.index, stream).data_ptr(),
+        w.data.data_ptr(), x.data_ptr(), y.data_ptr(), 0, 0, workspace(x.device.index, stream).data_ptr(),
         x.shape[0], w.out_features, x.shape[1], x.stride(0), y.stride(0), 0, int(w.paired),
         0 if gemm._one_group(w) else w.groups_per_chunk, w.has_zeros, x.dtype == torch.bfloat16,
         tile, sharing, split, stream,
@@ -189,7 +190,7 @@ class TestOnHopper:
                 for _ in range(20):
                     gemm.gemm(x, w, y)
             made.append((stream, graph, y))
-        addresses = {gemm._workspace(x.device.index, stream.cuda_stream).data_ptr() for stream, *_ in made}
+        addresses = {workspace(x.device.index, stream.cuda_stream).data_ptr() for stream, *_ in made}
         assert len(addresses) == 2
         for _ in range(30):
             for stream, graph, y in made:

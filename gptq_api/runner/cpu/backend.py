@@ -164,6 +164,10 @@ class CpuBackend:
             return native.DenseHead(weight)
         return DenseLinear(weight.to(self.device, self.head_dtype))
 
+    def head_kernel(self, size: int, width: int, *, tied: bool) -> KernelChoice:
+        kind = f"dense {str(self.head_dtype).removeprefix('torch.')}"
+        return KernelChoice(kind, 0 if tied else size * width * self.head_dtype.itemsize)
+
     def cache_dtype(self, kv_cache_dtype: str) -> torch.dtype:
         """Of K and V. ConfigError for fp8."""
         if kv_cache_dtype == "auto":

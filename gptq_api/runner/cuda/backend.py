@@ -13,7 +13,8 @@ from torch import Tensor
 from gptq_api.checkpoint.checkpoint import Checkpoint, GPTQTensors
 from gptq_api.errors import ConfigError
 from gptq_api.kernels import decode_attention, gemm, ops, prefill_attention
-from gptq_api.kernels.layout import CHUNK_K, STRIP_ROWS, chunk_bytes
+from gptq_api.kernels.layout import CHUNK_K, STRIP_ROWS, PackedLinear, chunk_bytes
+from gptq_api.kernels.planes import head_bytes, pack_bytes, pack_head
 from gptq_api.kernels.reference import ReferenceWeight
 from gptq_api.model.backend import KernelChoice, PackError, Role
 from gptq_api.model.config import LlamaConfig
@@ -22,7 +23,7 @@ from gptq_api.model.weights import LlamaWeights
 from gptq_api.runner.cuda.cache import CudaKVCache
 from gptq_api.runner.cuda.forward import MAX_DRAFT_ROWS, CudaLlama, of_cublas
 from gptq_api.runner.cuda.graphs import GRAPH_BYTES
-from gptq_api.runner.cuda.linear import CudaDenseLinear, PackedGPTQLinear
+from gptq_api.runner.cuda.linear import KERNELS, CudaDenseLinear, PackedGateUp, PackedGPTQLinear, PackedHead
 from gptq_api.runner.cuda.runner import CudaRunner, state_bytes
 from gptq_api.runner.inputs import StepInputs, StepShape, num_words, write_idle
 from gptq_api.runner.memory import does_not_fit, free_memory, gpu_knob, plan_cache
@@ -51,10 +52,13 @@ class CudaBackend:
     kind = "cuda"
     default_batched_tokens = 2048
 
-    def __init__(self, device: torch.device, dtype: torch.dtype, *, batch_invariant: bool = False) -> None:
-        """`batch_invariant`: products give a row the same bits however many there are."""
+    def __init__(
+        self, device: torch.device, dtype: torch.dtype, *, batch_invariant: bool = False, lm_head_bits: int = 16
+    ) -> None:
+        """`batch_invariant`: products give a row the same bits however many there are. `lm_head_bits`: of a head that
+        the checkpoint has in 16."""
         self.device, self.dtype, self.head_dtype = device, dtype, dtype
-        self._same_bits = batch_invariant
+        self._same_bits, self._head_bits = batch_invariant, lm_head_bits
         # cuBLAS may add parts of a sum up in 16 bits where it cuts k: how exact a row is would depend on its company.
         torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
@@ -78,8 +82,8 @@ class CudaBackend:
             packed = in_features * out_features * bits // 8
             return KernelChoice("reference", packed + num_groups * out_features * 3 + in_features * 4, reason)
         # Zero points counted: the headers do not say whether there are any, and they are a hundredth of the weight.
-        chunks = -(-in_features // CHUNK_K) * (out_features // STRIP_ROWS)
-        return KernelChoice(PackedGPTQLinear.kernel, chunks * chunk_bytes(group_size, has_zeros=True) + in_features * 4)
+        chunks = -(-in_features // CHUNK_K) * (out_features * bits // 4 // STRIP_ROWS)
+        return KernelChoice(KERNELS[bits], chunks * chunk_bytes(group_size, has_zeros=True) + in_features * 4)
 
     def reading(self, checkpoint: Checkpoint) -> AbstractContextManager[Checkpoint]:
         return checkpoint.read_on(self.device)
@@ -97,14 +101,16 @@ class CudaBackend:
         t = tensors
         choice = self.kernel(t.bits, t.in_features, t.out_features, t.group_size)
         bias = None if t.bias is None else t.bias.to(self.device, self.dtype)
-        if choice.kind != PackedGPTQLinear.kernel:
+        if choice.kind not in KERNELS.values():
             qweight, zeros, scales, g_idx = (x.to(self.device) for x in (t.qweight, t.zeros, t.scales, t.g_idx))
             return PlainLinear(ReferenceWeight(qweight, zeros, scales, g_idx, t.bits, self.dtype), bias, str(choice))
-        order = role.half_order
-        if order is not None:
-            order = torch.cat((order, order + t.out_features // 2))
-        g_idx_or_none = t.g_idx if t.act_order else None
         try:
+            if t.bits == 8:
+                return self._of_bytes(t, role, bias)
+            order = role.half_order
+            if order is not None:
+                order = torch.cat((order, order + t.out_features // 2))
+            g_idx_or_none = t.g_idx if t.act_order else None
             weight = gemm.pack(
                 *(t.qweight, t.scales, t.zeros, g_idx_or_none, t.group_size, self.device),
                 paired=role.paired,
@@ -114,11 +120,31 @@ class CudaBackend:
             raise PackError(str(error)) from None
         if bias is not None and order is not None:
             bias = bias[order]
+        return self._linear(weight, bias, role)
+
+    def _of_bytes(self, t: GPTQTensors, role: Role, bias: Tensor | None) -> Linear:
+        """A Linear of 8 bits; gate and up apart. ValueError for tensors that cannot be packed."""
+
+        def part(outputs: slice, order: Tensor | None = None) -> PackedGPTQLinear:
+            g_idx = t.g_idx if t.act_order else None
+            of_outputs = (t.qweight[:, outputs], t.scales[:, outputs], t.zeros[:, outputs])
+            weight = pack_bytes(*of_outputs, g_idx, t.group_size, self.device, out_order=order)
+            its_bias = None if bias is None else bias[outputs]
+            return self._linear(weight, its_bias if its_bias is None or order is None else its_bias[order], role)
+
+        if not role.paired:
+            return part(slice(None))
+        half = t.out_features // 2
+        return PackedGateUp(part(slice(half), role.half_order), part(slice(half, None), role.half_order))
+
+    def _linear(self, weight: PackedLinear, bias: Tensor | None, role: Role) -> PackedGPTQLinear:
+        if role.head:
+            return PackedHead(weight, bias, weight.out_features)
         by_producer = role.sorted_by_producer
         return PackedGPTQLinear(weight, bias, sorted_by_producer=by_producer, same_bits=self._same_bits)
 
     def fed_by(self, gate_up: Linear, down: Linear) -> Linear:
-        if isinstance(gate_up, PackedGPTQLinear) and isinstance(down, PackedGPTQLinear):
+        if isinstance(gate_up, PackedGPTQLinear | PackedGateUp) and isinstance(down, PackedGPTQLinear):
             return down.in_order()
         return down
 
@@ -127,7 +153,21 @@ class CudaBackend:
         return CudaDenseLinear(weight.to(self.device, self.dtype), bias)
 
     def head(self, weight: Tensor, *, tied: bool = False) -> Linear:
-        return CudaDenseLinear(weight.to(self.device, self.head_dtype))
+        if self._head_bits == 16:
+            return CudaDenseLinear(weight.to(self.device, self.head_dtype))
+        choice = self.head_kernel(*weight.shape, tied=tied)
+        try:
+            return PackedHead(pack_head(weight, self.device), None, len(weight), choice.kind)
+        except ValueError as error:
+            raise ConfigError(f"--lm-head-bits {self._head_bits}: {error}; leave it out") from None
+
+    def head_kernel(self, size: int, width: int, *, tied: bool) -> KernelChoice:
+        if self._head_bits == 16:
+            kind = f"dense {str(self.head_dtype).removeprefix('torch.')}"
+            return KernelChoice(kind, 0 if tied else size * width * self.head_dtype.itemsize)
+        num_bytes = head_bytes(size, width)
+        more = f", {num_bytes / 2**20:.0f} MiB beside the tied embedding" if tied else ""
+        return KernelChoice(f"{KERNELS[8]} (head{more})", num_bytes)
 
     def cache_dtype(self, kv_cache_dtype: str) -> torch.dtype:
         return self.dtype if kv_cache_dtype == "auto" else torch.float8_e4m3fn
@@ -147,7 +187,7 @@ class CudaBackend:
             more = f" and {len(others) - 1} more" if len(others) > 1 else ""
             raise ConfigError(
                 f"--batch-invariant: cuBLAS multiplies by {others[0]}{more}, and adds up in an order that "
-                "depends on the batch; leave it out, or serve a checkpoint whose Linears are all quantized to 4 bits"
+                "depends on the batch; leave it out, or serve a checkpoint whose Linears all have 4 or 8 bits"
             )
         try:
             before = torch.cuda.memory_allocated(device)

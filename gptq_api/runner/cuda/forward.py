@@ -21,7 +21,7 @@ from gptq_api.kernels.prefill_attention import prefill_attention
 from gptq_api.model.layers.linear import Linear
 from gptq_api.model.layers.norm import RMSNorm
 from gptq_api.model.weights import LayerWeights, LlamaWeights
-from gptq_api.runner.cuda.linear import CudaDenseLinear, PackedGPTQLinear
+from gptq_api.runner.cuda.linear import CudaDenseLinear, PackedGateUp, PackedGPTQLinear, PackedHead
 from gptq_api.runner.inputs import StepInputs
 
 SCATTER_MAX_ROWS = 8
@@ -38,7 +38,7 @@ def of_cublas(model: LlamaWeights) -> list[str]:
         f"{name} of layer {i}"
         for i, layer in enumerate(model.layers)
         for name in ("qkv", "o", "gate_up", "down")
-        if not isinstance(getattr(layer, name), PackedGPTQLinear)
+        if not isinstance(getattr(layer, name), PackedGPTQLinear | PackedGateUp)
     ]
     return names if isinstance(model.lm_head, PackedGPTQLinear | CudaDenseLinear) else [*names, "the head"]
 
@@ -91,7 +91,7 @@ class _Layer:
         """With Linears for many rows, whose bits do not depend on how many."""
 
         def of(linear: Linear) -> Linear:
-            return linear.for_prompts() if isinstance(linear, PackedGPTQLinear) else linear
+            return linear.for_prompts() if isinstance(linear, PackedGPTQLinear | PackedGateUp) else linear
 
         o, o_sorted, down = of(self.o), of(self.o_sorted), of(self.down)
         return replace(self, qkv=of(self.qkv), o=o, o_sorted=o_sorted, gate_up=of(self.gate_up), down=down)
@@ -247,4 +247,4 @@ class CudaLlama:
         if isinstance(head, CudaDenseLinear):
             # Logits are never rounded to 16 bits: the greedy token would be decided by it.
             return head_product(x, head.weight, out)
-        return out.copy_(head.forward(x))
+        return head.logits(x, out) if isinstance(head, PackedHead) else out.copy_(head.forward(x))

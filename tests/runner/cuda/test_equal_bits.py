@@ -31,6 +31,8 @@ MODELS: dict[str, tuple[Recipe | None, dict[str, Any]]] = {
         replace(FAST, family="qwen3", tie=True, group_size=-1, act_order=False),
         {"dtype": "float16", "kv_cache_dtype": "fp8"},
     ),
+    "8 bits, head in 8 bits, fp16": (replace(WIDE, bits=8, act_order=True), {"dtype": "float16", "lm_head_bits": 8}),
+    "quantized head, bf16": (replace(FAST, sym=False, quantize_head=True), {"dtype": "bfloat16"}),
     "biases": (replace(FAST, family="qwen2", attention_bias=True), {"dtype": "bfloat16"}),
 }
 

@@ -14,9 +14,11 @@ from torch.nn import functional
 
 from gptq_api.checkpoint.checkpoint import Checkpoint, CheckpointError, open_checkpoint
 from gptq_api.checkpoint.device_reader import DeviceReader
+from gptq_api.errors import ConfigError
 from gptq_api.kernels import gemm
 from gptq_api.kernels.layout import PackedLinear
 from gptq_api.kernels.order import of_kernel, of_producer
+from gptq_api.kernels.planes import head_bytes
 from gptq_api.kernels.probes import emulate
 from gptq_api.model import loader, plan
 from gptq_api.model.config import read_config
@@ -25,7 +27,8 @@ from gptq_api.model.progress import LoadProgress
 from gptq_api.model.weights import LayerWeights
 from gptq_api.runner.cpu.backend import CpuBackend
 from gptq_api.runner.cuda.backend import CudaBackend
-from gptq_api.runner.cuda.linear import PackedGPTQLinear
+from gptq_api.runner.cuda.forward import of_cublas
+from gptq_api.runner.cuda.linear import PackedGateUp, PackedGPTQLinear, PackedHead
 from tests.support.checkpoints import RandomModel, Recipe, random_model, write_checkpoint
 from tests.support.cuda_weights import random_weight
 
@@ -42,6 +45,7 @@ def emulated_gemm(
     bias: Tensor | None = None,
     residual: Tensor | None = None,
     silu_mul: bool = False,
+    silu_times: Tensor | None = None,
     same_bits: bool = False,
     one_order: bool = False,
 ) -> Tensor:
@@ -52,6 +56,9 @@ def emulated_gemm(
     if silu_mul:
         gate, up = y.chunk(2, 1)
         y = functional.silu(gate) * up
+    if silu_times is not None:
+        assert weight.planes
+        y = functional.silu(y) * silu_times
     if residual is not None:
         y += residual
     return y if out is None else out.copy_(y)
@@ -60,8 +67,8 @@ def emulated_gemm(
 class OnCpu(CudaBackend):
     """Packs on the CPU what CUDA would take."""
 
-    def __init__(self) -> None:
-        super().__init__(CPU, torch.float32)
+    def __init__(self, lm_head_bits: int = 16) -> None:
+        super().__init__(CPU, torch.float32, lm_head_bits=lm_head_bits)
 
     def reading(self, checkpoint: Checkpoint) -> AbstractContextManager[Checkpoint]:
         return nullcontext(checkpoint)
@@ -71,6 +78,7 @@ class OnCpu(CudaBackend):
 def packed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gemm, "unavailable_reason", lambda: None)
     monkeypatch.setattr(gemm, "gemm", emulated_gemm)
+    monkeypatch.setattr(gemm, "prepare_same_bits", lambda device: None)
 
 
 def first_layer(folder: Path, model: RandomModel) -> LayerWeights:
@@ -89,8 +97,9 @@ def in_order(x: Tensor, linear: Linear) -> Tensor:
     return x if index is None else x[:, index.long()]
 
 
-def test_orders_are_folded_into_what_comes_before(packed: None, tmp_path: Path) -> None:
-    model = random_model(replace(RECIPE, attention_bias=True, mlp_bias=True))
+@pytest.mark.parametrize("bits", [4, 8])
+def test_orders_are_folded_into_what_comes_before(packed: None, bits: int, tmp_path: Path) -> None:
+    model = random_model(replace(RECIPE, attention_bias=True, mlp_bias=True, bits=bits))
     layer = first_layer(tmp_path, model)
     for linear, parts, folds in (
         (layer.qkv, ("self_attn.q", "self_attn.k", "self_attn.v"), True),
@@ -104,8 +113,10 @@ def test_orders_are_folded_into_what_comes_before(packed: None, tmp_path: Path) 
         assert torch.allclose(linear.forward(in_order(x, linear)), x @ w + bias)
 
     gate_up, down = layer.gate_up, layer.down
-    assert isinstance(gate_up, PackedGPTQLinear) and of_producer(gate_up.order) is not None
+    assert isinstance(gate_up, PackedGPTQLinear if bits == 4 else PackedGateUp)
+    assert of_producer(gate_up.order) is not None
     assert isinstance(down, PackedGPTQLinear) and down.order is None
+    assert {linear.kernel for linear in (layer.qkv, layer.o, gate_up, down)} == {f"cuda int{bits}"}
     x = torch.randn(3, 128, dtype=torch.float64)
     biases = {p: model.dense[f"model.layers.0.mlp.{p}_proj.bias"].double() for p in ("gate", "up", "down")}
     inner = functional.silu(x @ weight(model, "mlp.gate") + biases["gate"])
@@ -128,23 +139,63 @@ def test_gates_and_ups_that_cannot_be_merged_leave_the_gather_to_down(packed: No
 
 
 def test_another_width_stays_with_the_reference_beside_packed_neighbours(packed: None, tmp_path: Path) -> None:
-    model = random_model(replace(RECIPE, mixed_bits={"down_proj": 8}))
+    model = random_model(replace(RECIPE, mixed_bits={"down_proj": 2}))
     layer = first_layer(tmp_path, model)
-    assert layer.down.order is None and "8 bits" in layer.down.kernel
+    assert layer.down.order is None and "2 bits" in layer.down.kernel
     x = torch.randn(3, 128)
     inner = functional.silu(x.double() @ weight(model, "mlp.gate")) * (x.double() @ weight(model, "mlp.up"))
     found = layer.down.forward(layer.gate_up.forward(in_order(x, layer.gate_up), silu_mul=True).float())
     assert torch.allclose(found.double(), inner @ weight(model, "mlp.down"), atol=1e-4)
 
 
+@pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("act_order", [False, True])
-def test_the_plan_foresees_the_memory_of_packed_weights(packed: None, act_order: bool, tmp_path: Path) -> None:
-    checkpoint = open_checkpoint(write_checkpoint(tmp_path, random_model(replace(RECIPE, act_order=act_order))))
+def test_the_plan_foresees_the_memory_of_packed_weights(
+    packed: None, act_order: bool, bits: int, tmp_path: Path
+) -> None:
+    recipe = replace(RECIPE, act_order=act_order, bits=bits, quantize_head=act_order)
+    checkpoint = open_checkpoint(write_checkpoint(tmp_path, random_model(recipe)))
     config = read_config(tmp_path)
-    llama, _ = loader.load_llama(checkpoint, config, 64, OnCpu())
+    llama, report = loader.load_llama(checkpoint, config, 64, OnCpu())
     planned = plan.plan_serving(checkpoint, config, OnCpu())
-    assert planned.kernels["q_proj"] == planned.kernels["down_proj"] == "cuda int4"
+    assert planned.kernels["q_proj"] == planned.kernels["down_proj"] == f"cuda int{bits}"
+    assert planned.kernels.get("lm_head") == (f"cuda int{bits}" if act_order else None)
+    assert report.kernels == {f"cuda int{bits}": 8 + act_order} and not report.warnings
     assert planned.weight_bytes == pytest.approx(llama.num_bytes, rel=0.05)
+
+
+@pytest.mark.parametrize("vocab_size", [96, 99])
+@pytest.mark.parametrize("tie", [False, True])
+def test_a_head_is_rounded_to_8_bits_on_request(packed: None, tie: bool, vocab_size: int, tmp_path: Path) -> None:
+    model = random_model(replace(RECIPE, tie=tie, vocab_size=vocab_size))
+    checkpoint = open_checkpoint(write_checkpoint(tmp_path, model))
+    config, backend = read_config(tmp_path), OnCpu(lm_head_bits=8)
+    llama, report = loader.load_llama(checkpoint, config, 64, backend)
+    planned, as_stored = (plan.plan_serving(checkpoint, config, each) for each in (backend, OnCpu()))
+    size = head_bytes(vocab_size, 128)
+    kernel = f"cuda int8 (head{', 0 MiB beside the tied embedding' if tie else ''})"
+    assert report.kernels[kernel] == 1 and planned.kernels["lm_head"] == kernel and "lm_head" not in as_stored.kernels
+    assert isinstance(llama.lm_head, PackedHead) and llama.lm_head.num_bytes == size
+    saved = 0 if tie else vocab_size * 128 * 4
+    assert planned.weight_bytes - as_stored.weight_bytes == size - saved
+    weight = model.dense["model.embed_tokens.weight" if tie else "lm_head.weight"]
+    assert torch.equal(llama.embedding, model.dense["model.embed_tokens.weight"])
+    x = torch.randn(9, 128, dtype=torch.float64)
+    logits, expected = torch.empty(9, vocab_size), x @ weight.double().t()
+    assert llama.lm_head.logits(x, logits) is logits
+    assert 1e-4 < (logits - expected).norm() / expected.norm() < 1e-2
+
+
+def test_a_quantized_head_stays_as_it_is(packed: None, tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(write_checkpoint(tmp_path, random_model(replace(RECIPE, quantize_head=True))))
+    llama, report = loader.load_llama(checkpoint, read_config(tmp_path), 64, OnCpu(lm_head_bits=8))
+    assert isinstance(llama.lm_head, PackedHead) and set(report.kernels) == {"cuda int4"}
+    assert of_cublas(llama) == []
+
+
+def test_what_cannot_be_rounded_is_refused_with_the_remedy(packed: None, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--lm-head-bits 8: a scale of .* leave it out"):
+        OnCpu(lm_head_bits=8).head(torch.full((8, 128), 2e6))
 
 
 @pytest.mark.parametrize("paired", [False, True])

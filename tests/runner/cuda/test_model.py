@@ -235,6 +235,9 @@ FAMILIES = {
     "k ordered unlike q and v": replace(FAST, own_order=("k_proj",)),
     "mixed bits": replace(FAST, mixed_bits={"v_proj": 8, "down_proj": 2}),
     "3 bits": replace(FAST, bits=3),
+    "8 bits": replace(FAST, bits=8, group_size=128, quantize_head=True),
+    "8 bits, asymmetric, biases": replace(FAST, bits=8, act_order=False, sym=False, attention_bias=True, mlp_bias=True),
+    "8 bits, k ordered unlike q and v": replace(FAST, bits=8, sym=False, own_order=("k_proj",), tie=True),
     "quantized head": replace(FAST, quantize_head=True),
     "some left dense": replace(FAST, dense=("q_proj", "down_proj")),
 }
