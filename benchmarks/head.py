@@ -1,4 +1,5 @@
-"""The output head on this GPU, float32 logits of weights in 16 bits: our kernel beside torch.mm, which is cuBLAS.
+"""The output head on this GPU, float32 logits of weights in 16 bits: our kernel beside torch.mm, which is cuBLAS, and
+beside the same weights rounded to 8 bits (--lm-head-bits 8).
 
     python benchmarks/head.py --out benchmarks/results            # four heads, both types, a minute
     python benchmarks/head.py --quick                             # two heads in fp16, four batch sizes
@@ -16,7 +17,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ from torch import Tensor
 
 from gptq_api.kernels import extension, gemm
 from gptq_api.kernels.head import head
+from gptq_api.kernels.layout import PackedLinear
+from gptq_api.kernels.planes import pack_head
 
 SHAPES = ((32000, 5120), (32000, 4096), (128256, 4096), (128256, 8192))
 """V, H of LLaMA 13B, 7B, Llama-3 8B, 70B"""
@@ -56,15 +59,16 @@ class Bench:
     def shape(self, size: int, width: int, dtype: torch.dtype, ms: tuple[int, ...], tiles: bool) -> None:
         copies = max(2, -(-ROTATE_BYTES // (2 * size * width)))
         weights = torch.randn(copies, size, width, device="cuda", dtype=dtype).mul_(width**-0.5)
+        rounded = [pack_head(weight, "cuda") for weight in weights]
         for m in ms:
             x, out = torch.randn(m, width, device="cuda", dtype=dtype), torch.empty(m, size, device="cuda")
             theirs = torch.empty_like(out)
             floor = max(weights[0].nbytes / self.copy_tb_s, 2.0 * m * size * width / self.peak_tflops) / 1e6
             count = max(2, min(copies, int(GRAPH_US / floor)))
 
-            def rotated(one: Callable[[Tensor], Any], count: int = count) -> None:
+            def rotated(one: Callable[[Any], Any], count: int = count, of: Sequence[Any] = tuple(weights)) -> None:
                 for i in range(count):
-                    one(weights[i % copies])
+                    one(of[i % copies])
 
             def cublas(weight: Tensor, x: Tensor = x, out: Tensor = theirs) -> None:
                 torch.mm(x, weight.t(), out_dtype=torch.float32, out=out)
@@ -72,10 +76,13 @@ class Bench:
             def ours(weight: Tensor, x: Tensor = x, out: Tensor = out) -> None:
                 head(x, weight, out)
 
+            def of_8_bits(weight: PackedLinear, x: Tensor = x, out: Tensor = out) -> None:
+                gemm.gemm(x, weight, out, same_bits=True)
+
             names = [(kernel, t) for kernel in TILES if hasattr(extension.cuda, kernel) for t in TILES[kernel]]
             names = [(kernel, t) for kernel, t in names if tiles and (kernel == "head" or self.hopper)]
             jobs: list[tuple[Callable[[], None], int]] = [(partial(rotated, ours), count)]
-            jobs.append((partial(rotated, cublas), count))
+            jobs += [(partial(rotated, cublas), count), (partial(rotated, of_8_bits, of=rounded), count)]
             for kernel, tokens in names:
 
                 def tile(
@@ -89,9 +96,10 @@ class Bench:
 
                 jobs.append((partial(rotated, tile), count))
             self.clock.settle()
-            us, cublas_us, *of_tiles = in_turns(jobs)
+            us, cublas_us, int8_us, *of_tiles = in_turns(jobs)
             record: dict[str, Any] = {"V": size, "H": width, "M": m, "dtype": str(dtype).removeprefix("torch.")}
             record |= {"us": round(us, 2), "cublas_us": round(cublas_us, 2), "speedup": round(cublas_us / us, 3)}
+            record |= {"int8_us": round(int8_us, 2), "int8_speedup": round(us / int8_us, 3)}
             record |= {"tb_s": round(weights[0].nbytes / us / 1e6, 3)}
             record |= {"tflops": round(2.0 * m * size * width / us / 1e6, 1)}
             record |= {"fraction_of_floor": round(floor / us, 4), "sm_mhz": round(self.clock.read())}

@@ -125,9 +125,9 @@ class ModelSettings(CommandSettings):
     preemption and behind a cached prefix, at the price of slower prompts and large batches. On the CPU they are so
     anyway."""
     lm_head_bits: Literal[16, 8] = 16
-    """On CUDA: 8 rounds the output head to 8 bits in groups of 128 inputs, which takes half its bytes out of every step
-    (3-8B alone 7 % faster) and changes a logit by some 0.6 % of what logits are apart. From some 100 sequences in a
-    step on it is slower than 16, the head as the checkpoint has it."""
+    """On CUDA: 8 rounds an output head in 16 bits to 8, in groups of 128 inputs. That takes half its bytes out of every
+    step (of a 3-8B alone, 7 % of the time) and changes logits by some 0.6 % of their norm; with 100 sequences in a step
+    and more it is slower. 16: as the checkpoint has it."""
     packed_cache: str = Field("auto", min_length=1)
     """Folder in which weights that were packed for the CPU are kept, so that the next start need only read them. auto
     is gptq-api/packed in $XDG_CACHE_HOME or ~/.cache; off keeps none. Models below 64 MiB are packed each time."""

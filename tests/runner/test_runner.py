@@ -12,9 +12,11 @@ import msgspec
 import pytest
 import torch
 
+from gptq_api.checkpoint.checkpoint import open_checkpoint
 from gptq_api.errors import ConfigError
+from gptq_api.model.modules import config_of
 from gptq_api.runner.cpu.runner import CpuRunner
-from gptq_api.runner.load import load_runner
+from gptq_api.runner.load import choose_backend, load_runner
 from gptq_api.runner.options import LoadOptions
 from gptq_api.runner.solo import Solo, step_of
 from gptq_api.step import PromptRows, Sampled
@@ -295,6 +297,15 @@ def test_settings_that_do_not_fit_the_machine_are_refused(folder: Path) -> None:
     if not torch.cuda.is_available():
         with pytest.raises(ConfigError, match="no CUDA device"):
             load_runner(settings(folder, device="cuda"))
+
+
+def test_a_head_of_8_bits_is_for_the_cuda_kernels(folder: Path) -> None:
+    with pytest.raises(ConfigError, match="--lm-head-bits 8 is for CUDA; leave it out on the CPU"):
+        load_runner(settings(folder, lm_head_bits=8))
+    exact = LoadOptions(model_path=str(folder), dtype="float32", lm_head_bits=8)
+    checkpoint = open_checkpoint(folder)
+    with pytest.raises(ConfigError, match=r"do not serve this model \(it computes in float32\); leave it out"):
+        choose_backend(exact, checkpoint, config_of(checkpoint), torch.device("cuda"))
 
 
 def test_an_fp8_cache_is_for_the_cuda_kernels() -> None:

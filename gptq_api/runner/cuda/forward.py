@@ -1,9 +1,9 @@
 """The forward pass on CUDA: fused kernels, buffers that stay where they are.
 
-Nothing here waits for the device, allocates (but for modules on the reference path, and o's sorted inputs) or looks at
-the numbers in a tensor, so that a step can be captured into a CUDA graph. The residual stream has the activations'
-type. Permutations of act-order checkpoints are applied by whoever writes a Linear's input; by the attention in decode
-steps of few rows only, otherwise o sorts what comes from there.
+Nothing here waits for the device, allocates (but for modules on the reference path, o's sorted inputs, and a quantized
+head whose size is no multiple of 8) or looks at the numbers in a tensor, so that a step can be captured into a CUDA
+graph. The residual stream has the activations' type. Permutations of act-order checkpoints are applied by whoever
+writes a Linear's input; by the attention in decode steps of few rows only, otherwise o sorts what comes from there.
 """
 
 from __future__ import annotations
