@@ -234,6 +234,22 @@ def test_a_row_does_not_depend_on_the_rows_beside_it(k: int, group_size: int, dt
 @pytest.mark.gpu
 @needs_gpu
 @DTYPES
+@pytest.mark.parametrize(("k", "n"), [(1160, 264), (5120, 2560)])
+def test_one_order_for_prompts(k: int, n: int, dtype: torch.dtype) -> None:
+    """Small weights, whose sums are scaled, and large ones, whose operands are."""
+    weight, dense = weight_of_bytes(k, n, 128, asym=True, act_order=True, device="cuda")
+    x, up = random_x(700, k, dtype), random_x(700, n, dtype)
+    whole, gated = gemm.gemm(x, weight, one_order=True), gemm.gemm(x, weight, silu_times=up, one_order=True)
+    assert error(whole, x.double() @ dense) < ERROR[dtype]
+    for m in (1, 8, 9, 64, 129, 300):
+        assert torch.equal(bits(gemm.gemm(x[:m], weight, one_order=True)), bits(whole[:m])), m
+        some = gemm.gemm(x[:m], weight, silu_times=up[:m], one_order=True)
+        assert torch.equal(bits(some), bits(gated[:m])), m
+
+
+@pytest.mark.gpu
+@needs_gpu
+@DTYPES
 def test_cublas_gets_the_weight_in_blocks(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     k, n, m = 1160, 8 * 37, 300
     monkeypatch.setattr(gemm, "SCRATCH_BYTES", 2 * k * 8 * 7 + 100)
