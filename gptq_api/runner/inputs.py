@@ -14,12 +14,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gptq_api.kernels.sampling import FIELDS
-from gptq_api.step import Step
+from gptq_api.step import NewBlocks, Step
 
 Ints = NDArray[np.int32]
 Array = TypeVar("Array", Ints, Tensor)
 _ALIGNMENT = 4
 """words: every array begins at a multiple of 16 bytes"""
+HISTORY_START = 4
+"""Words of a flat history in front of the first sequence's. Rows that have no drafted token write one there."""
 
 
 class StepShape(NamedTuple):
@@ -106,8 +108,6 @@ class Columns:
     """every sequence has one row, and none was admitted in this step"""
     num_sampled: Ints
     """rows that are sampled from, the last ones of each"""
-    drafted: bool = False
-    """each row of the step counts as a sequence: some have drafts"""
     prompts: bool = False
     """all rows are of prompts, which are apart"""
 
@@ -129,6 +129,20 @@ class Columns:
         return 1 if self.prompts else 2
 
 
+class Rows(NamedTuple):
+    """A step with drafts, one entry per row, in its order: each counts as a sequence and is sampled from. Plain lists:
+    of eight rows they take less time than arrays, and the device waits for them."""
+
+    seats: list[int]
+    positions: list[int]
+    context: list[int]
+    """tokens in the cache that the row may see, its own among them"""
+    tokens: list[int]
+    """drafted ones; 0 where a sequence's last known token is computed"""
+    places: list[int]
+    """where in a flat history that token goes"""
+
+
 class SequenceTable:
     """The block tables of the running sequences, by seat, so that a step of many sequences is a few numpy
     calls and no loop over them."""
@@ -139,16 +153,31 @@ class SequenceTable:
         self._blocks = np.zeros((max_num_seqs, max_blocks), np.int32)
 
     def take_in(self, step: Step) -> Columns:
-        """Note the blocks that have come since the last step."""
-        for blocks in step.new_blocks:
-            self._blocks[blocks.seat, blocks.first : blocks.first + len(blocks.block_ids)] = blocks.block_ids
-        if step.drafts:
-            return _columns_of_rows(step)
+        """Note the blocks that have come since the last step, which has no drafts."""
+        assert not step.drafts
+        self._note(step.new_blocks)
         columns = (step.seats, step.num_computed, step.num_new, step.num_sampled)
         seats, computed, new, sampled = (np.array(column, np.int32) for column in columns)
         prompts = self._prompts_apart and self._are_prompts(step, seats, computed, new)
         decode = not step.admitted and int(new.max(initial=1)) == 1 and not prompts
         return Columns(seats, computed, new, computed + new, decode, sampled, prompts=prompts)
+
+    def take_in_rows(self, step: Step, max_model_len: int) -> Rows:
+        """The same of a step with drafts. `max_model_len`: from one sequence of the history to the next."""
+        assert not step.admitted and step.num_new == step.num_sampled, "beside drafts only what decodes"
+        self._note(step.new_blocks)
+        seats, positions, tokens, places = list[int](), list[int](), list[int](), list[int]()
+        for entry, (seat, start, num) in enumerate(zip(step.seats, step.num_computed, step.num_new, strict=True)):
+            seats += [seat] * num
+            positions += range(start, start + num)
+            first = HISTORY_START + seat * max_model_len + start
+            tokens += [0, *step.drafts.get(entry, ())]
+            places += [0, *range(first + 1, first + num)]
+        return Rows(seats, positions, [position + 1 for position in positions], tokens, places)
+
+    def _note(self, new_blocks: list[NewBlocks]) -> None:
+        for blocks in new_blocks:
+            self._blocks[blocks.seat, blocks.first : blocks.first + len(blocks.block_ids)] = blocks.block_ids
 
     def _are_prompts(self, step: Step, seats: Ints, computed: Ints, new: Ints) -> bool:
         """Whether the step has rows of prompts. ValueError where it has both sorts."""
@@ -186,18 +215,29 @@ class SequenceTable:
                 array[len(values) :] = padding
         to.query_start[0] = 0
 
-
-def _columns_of_rows(step: Step) -> Columns:
-    """Of a step with drafts: of few rows, for which a device waits."""
-    seats, computed, sampled = list[int](), list[int](), list[int]()
-    for seat, start, new, num in zip(step.seats, step.num_computed, step.num_new, step.num_sampled, strict=True):
-        assert new == max(num, 1) and not step.admitted, "beside drafts only what decodes"
-        seats += [seat] * new
-        computed += range(start, start + new)
-        sampled += [min(num, 1)] * new
-    columns = (seats, computed, [1] * len(seats), sampled)
-    of_seats, of_computed, ones, of_sampled = (np.array(column, np.int32) for column in columns)
-    return Columns(of_seats, of_computed, ones, of_computed + 1, True, of_sampled, drafted=True)
+    def write_rows(self, rows: Rows, to: StepInputs[Ints]) -> None:
+        """The same for a step with drafts."""
+        num, size = len(rows.seats), self._block_size
+        padding = len(to.positions) - num
+        slots, seat, table = list[int](), -1, self._blocks[0]
+        for row, (of, position) in enumerate(zip(rows.seats, rows.positions, strict=True)):
+            if of != seat:
+                seat, table, block = of, self._blocks[of], -1
+                to.block_tables[row:] = table[: to.block_tables.shape[1]]  # of the rows behind this one, too
+            if position // size != block:
+                block = position // size
+                base = int(table[block]) * size
+            slots.append(base + position % size)
+        to.row_seat[...] = rows.seats + [0] * padding
+        to.positions[...] = rows.positions + [-1] * padding
+        to.slot_mapping[...] = slots + [-1] * padding
+        to.query_start[...] = [*range(num), *[num] * (padding + 1)]
+        to.context_lens[...] = rows.context + [0] * padding
+        to.last_rows[...] = [*range(num), *[0] * padding]
+        to.draft_tokens[...] = rows.tokens + [0] * padding
+        to.draft_places.view(np.int64)[:, 0] = rows.places + [0] * padding
+        if padding:
+            to.block_tables[num:] = 0
 
 
 def _write_tiles(new: Ints, least: int, tile_rows: int, tiles: Ints) -> None:

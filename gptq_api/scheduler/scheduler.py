@@ -407,29 +407,49 @@ class Scheduler:
 
     def _take(self, seq: Sequence, tokens: list[int], places: range, progress: Progress) -> FinishReason | None:
         """Append tokens until one ends the sequence; those behind it are surplus."""
-        for place in places:
-            token = tokens[place]
-            if token < 0:
-                return "error" if token == -1 else "too_complex"
-            if seq.num_output_tokens == 0:
-                progress.cached_tokens[seq.sequence_id] = seq.num_cached_tokens or 0
-            if seq.params.max_tokens == 0:  # sampled to see that its logits are finite
-                return "length"
-            progress.sequence_ids.append(seq.sequence_id)
-            progress.tokens.append(token)
-            progress.places.append(place)
-            reason = self._append(seq, token)
-            if reason is not None:
-                return reason
-        return None
-
-    def _append(self, seq: Sequence, token: int) -> FinishReason | None:
+        if not places:
+            return None
+        place, token = places.start, tokens[places.start]
+        if token < 0:
+            return "error" if token == -1 else "too_complex"
+        if seq.num_output_tokens == 0:
+            progress.cached_tokens[seq.sequence_id] = seq.num_cached_tokens or 0
+        if len(places) > 1:
+            return self._take_many(seq, tokens, places, progress)
+        if seq.params.max_tokens == 0:  # sampled to see that its logits are finite
+            return "length"
+        progress.sequence_ids.append(seq.sequence_id)
+        progress.tokens.append(token)
+        progress.places.append(place)
         num_known = seq.num_known_computed_tokens
         seq.append(token)
         self._register(seq, num_known)
         if token in seq.params.stop_token_ids:
             return "stop"
         return "length" if seq.num_output_tokens >= seq.params.max_tokens else None
+
+    def _take_many(self, seq: Sequence, tokens: list[int], places: range, progress: Progress) -> FinishReason | None:
+        """The same for several, of which the first is a token."""
+        reason: FinishReason | None = None
+        num_known, got = seq.num_known_computed_tokens, list[int]()
+        left, stops = seq.params.max_tokens - seq.num_output_tokens, seq.params.stop_token_ids
+        for token in tokens[places.start : places.stop]:
+            if token < 0:
+                reason = "error" if token == -1 else "too_complex"
+                break
+            got.append(token)
+            if token in stops:
+                reason = "stop"
+                break
+            if len(got) == left:
+                reason = "length"
+                break
+        progress.sequence_ids += [seq.sequence_id] * len(got)
+        progress.tokens += got
+        progress.places += places[: len(got)]
+        seq.extend(got)
+        self._register(seq, num_known)
+        return reason
 
     def _give_back(self, seq: Sequence) -> None:
         """Blocks and seat."""

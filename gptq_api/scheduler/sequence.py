@@ -60,11 +60,21 @@ class Sequence:
         self.num_prompt_tokens = len(self.token_ids)
 
     def append(self, token: int) -> None:
-        """The next token is known. What the sequence shares with other samples it copies before it grows."""
+        """The next token is known."""
         if self.shares_prompt:
-            self.token_ids, self.block_hashes = self.token_ids.copy(), self.block_hashes.copy()
-            self.shares_prompt = False
+            self._part()
         self.token_ids.append(token)
+
+    def extend(self, tokens: list[int]) -> None:
+        """Several are."""
+        if self.shares_prompt:
+            self._part()
+        self.token_ids += tokens
+
+    def _part(self) -> None:
+        """What the sequence shares with other samples it copies before it grows."""
+        self.token_ids, self.block_hashes = self.token_ids.copy(), self.block_hashes.copy()
+        self.shares_prompt = False
 
     @property
     def num_pending_tokens(self) -> int:

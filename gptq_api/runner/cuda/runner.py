@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -17,12 +16,23 @@ from torch import Tensor
 
 from gptq_api.kernels import gemm, sampling
 from gptq_api.kernels.prefill_attention import TILE_ROWS
-from gptq_api.kernels.sampling import MAX_TOP_LOGPROBS, SamplingInputs, SamplingTable, StepNeeds
+from gptq_api.kernels.sampling import MAX_TOP_LOGPROBS, SamplingInputs, SamplingTable
 from gptq_api.runner.cuda.cache import CudaKVCache
 from gptq_api.runner.cuda.forward import MAX_DRAFT_ROWS, CudaLlama
 from gptq_api.runner.cuda.graphs import MAX_MIXED_ROWS, Buckets, Graphs
-from gptq_api.runner.cuda.prompt_logprobs import PromptScores, score
-from gptq_api.runner.inputs import Columns, Ints, SequenceTable, StepInputs, StepShape, num_words, write_idle
+from gptq_api.runner.cuda.prompt_logprobs import score
+from gptq_api.runner.cuda.stages import Launched, OnDevice, Stage
+from gptq_api.runner.inputs import (
+    HISTORY_START,
+    Columns,
+    Ints,
+    Rows,
+    SequenceTable,
+    StepInputs,
+    StepShape,
+    num_words,
+    write_idle,
+)
 from gptq_api.step import Admission, DeviceMemoryError, Masks, PromptCosts, Sampled, Step
 from gptq_api.types import TokenLogprobs
 
@@ -33,92 +43,6 @@ for the tokens of the first; in each layer keys and values written by a kernel o
 begins only then; and more of the attention for each row (benchmarks/drafts.py, 13B on an H200)"""
 _NUM_STAGES = 3
 """a step's pinned memory is filled while the step before it waits and the one before that is not collected yet"""
-_SPARE_WORDS = 4
-"""in front of `history`: where rows without a draft write one"""
-
-
-class _Stage:
-    """Pinned memory of one step: what the device reads, and what it answers."""
-
-    def __init__(self, num_words: int, max_num_seqs: int) -> None:
-        def pinned(*shape: int) -> Tensor:
-            return torch.zeros(shape, dtype=torch.int32, pin_memory=True)
-
-        self.inputs, self.tokens = pinned(num_words), pinned(max_num_seqs)
-        self.logprobs = pinned(max_num_seqs, 2, 1 + MAX_TOP_LOGPROBS)
-        self.drawn: Ints = self.tokens.numpy()
-        self.done = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        self._views: dict[StepShape, _Staged] = {}
-
-    def views(self, shape: StepShape, keep: bool) -> _Staged:
-        """`keep`: the shape will come again."""
-        found = self._views.get(shape)
-        if found is None:
-            words, tokens = self.inputs[: num_words(shape)], self.tokens[: shape.num_sequences]
-            found = _Staged(StepInputs.over(words.numpy(), shape), words, tokens)
-            if keep:
-                self._views[shape] = found
-        return found
-
-
-@dataclass(slots=True, frozen=True)
-class _Staged:
-    """A stage's memory, as a step of one shape uses it. A view of a tensor takes the host a microsecond, and the device
-    waits for those of a step with drafts."""
-
-    inputs: StepInputs[Ints]
-    words: Tensor
-    """all of them"""
-    tokens: Tensor
-
-
-@dataclass(slots=True, frozen=True)
-class _OnDevice:
-    """What is copied there and back, in the same way."""
-
-    inputs: StepInputs[Tensor]
-    words: Tensor
-    tokens: Tensor
-    how: SamplingInputs
-
-
-@dataclass(frozen=True)
-class Launched:
-    """A step under way."""
-
-    step: Step
-    context: Ints
-    """[S], tokens in the cache after it; with drafts each row is one of the S, here and in what follows"""
-    stage: _Stage
-    block_tables: Ints
-    """[S, blocks], the stage's"""
-    num_top: list[int] | None
-    """top_logprobs of each sequence, -1: none; None: none of any"""
-    scores: PromptScores | None
-    """logprobs of the prompts, where they were asked for"""
-    drawing: _Drawing | None
-    """what it takes to sample, where that waits for masks"""
-
-
-@dataclass(frozen=True)
-class _Drawing:
-    """A step between its logits and its tokens."""
-
-    logits: Tensor
-    there: _OnDevice
-    staged: _Staged
-    seats: list[int]
-    lengths: list[int]
-    """of all rows, padding included"""
-    needs: StepNeeds
-    num_rows: int
-    """without padding"""
-    first_rows: list[int] | None
-    """of each entry, in a step with drafts"""
-
-    def rows_of(self, entries: list[int]) -> list[int]:
-        """Their only rows: an entry with a grammar has no drafts."""
-        return entries if self.first_rows is None else [self.first_rows[entry] for entry in entries]
 
 
 def _largest_shape(max_num_seqs: int, max_num_batched_tokens: int, max_blocks: int) -> StepShape:
@@ -132,7 +56,7 @@ def state_bytes(max_num_seqs: int, max_num_batched_tokens: int, max_model_len: i
     """What a CudaRunner allocates on the device."""
     largest = _largest_shape(max_num_seqs, max_num_batched_tokens, -(-max_model_len // block_size))
     per_row = 3 + 2 * MAX_TOP_LOGPROBS
-    return 4 * (_SPARE_WORDS + max_num_seqs * max_model_len + largest.num_sequences * per_row + num_words(largest))
+    return 4 * (HISTORY_START + max_num_seqs * max_model_len + largest.num_sequences * per_row + num_words(largest))
 
 
 def _kept(step: Step, drawn: list[int]) -> tuple[list[int], list[int], list[int]]:
@@ -190,13 +114,13 @@ class CudaRunner:
         largest = _largest_shape(max_num_seqs, max_num_batched_tokens, max_blocks)
         num_sampled = largest.num_sequences
         self._stream = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
-        history = torch.zeros(_SPARE_WORDS + max_num_seqs * max_model_len, dtype=torch.int32, device=device)
-        self._flat_history, self._history = history, history[_SPARE_WORDS:].view(max_num_seqs, max_model_len)
+        history = torch.zeros(HISTORY_START + max_num_seqs * max_model_len, dtype=torch.int32, device=device)
+        self._flat_history, self._history = history, history[HISTORY_START:].view(max_num_seqs, max_model_len)
         self._tokens = torch.zeros(num_sampled, dtype=torch.int32, device=device)
         self._logprobs = torch.zeros(num_sampled, 2, 1 + MAX_TOP_LOGPROBS, dtype=torch.int32, device=device)
         self._inputs = torch.zeros(num_words(largest), dtype=torch.int32, device=device)
-        self._stages = [_Stage(num_words(largest), num_sampled) for _ in range(_NUM_STAGES)]
-        self._on_device: dict[StepShape, _OnDevice] = {}
+        self._stages = [Stage(num_words(largest), num_sampled) for _ in range(_NUM_STAGES)]
+        self._on_device: dict[StepShape, OnDevice] = {}
         self.prompts_apart = model.batch_invariant
         self._table = SequenceTable(max_num_seqs, max_blocks, cache.block_size, self.prompts_apart)
         self._sampling = SamplingTable(max_num_seqs)
@@ -213,7 +137,7 @@ class CudaRunner:
         with torch.inference_mode(), torch.cuda.stream(self._stream):
             try:
                 self._admit(step.admitted)
-                return self._launch(step, self._table.take_in(step))
+                return self._launch(step)
             except torch.cuda.OutOfMemoryError as error:
                 raise DeviceMemoryError(str(error).partition("\n")[0]) from None
 
@@ -221,18 +145,17 @@ class CudaRunner:
     def draw(self, launched: Launched, masks: Masks) -> None:
         """Sample a step over, from what its masks leave. Its logits and inputs are still where it left them, since no
         other step was launched."""
-        drawing = launched.drawing
-        assert drawing is not None, "a step without grammars has sampled"
+        assert launched.waits, "a step without grammars has sampled"
         with torch.cuda.stream(self._stream):
-            self._put_drafts(drawing.there.inputs)
-            self._finish(drawing, launched.stage, masks)
+            self._put_drafts(launched.there.inputs)
+            self._finish(launched, masks)
 
     def collect(self, launched: Launched) -> Sampled:
         """Wait for the step; at most two may be uncollected. Sequences whose logits were not finite get -1, and what is
         not finite in their blocks becomes zeros."""
         step, stage = launched.step, launched.stage
         stage.done.synchronize()
-        drawn: list[int] = stage.drawn[: len(launched.context)].tolist()
+        drawn: list[int] = stage.drawn[: launched.num_rows].tolist()
         num_tokens, rows, drawn_from = _kept(step, drawn)
         logprobs: dict[int, TokenLogprobs] = {}
         if launched.num_top is not None:
@@ -243,8 +166,8 @@ class CudaRunner:
                     logprobs[place] = found
         for i in drawn_from:
             if drawn[i] < 0:
-                num_blocks = -(-int(launched.context[i]) // self._cache.block_size)
-                self._scrub(launched.block_tables[i, :num_blocks])
+                num_blocks = -(-launched.lengths[i] // self._cache.block_size)
+                self._scrub(launched.staged.inputs.block_tables[i, :num_blocks])
         scores = {} if launched.scores is None else launched.scores.read()
         return Sampled(num_tokens, [drawn[i] for i in rows], logprobs, scores)
 
@@ -257,21 +180,25 @@ class CudaRunner:
         """
         with torch.cuda.stream(self._stream):
             self._admit(step.admitted)
-            columns = self._table.take_in(step)
-            shape, _ = self._shape(columns, exact=True)
             stage = self._stages[0]
             stage.done.synchronize()
-            staged, there = stage.views(shape, keep=False), self._views(shape, keep=False)
-            self._table.write(columns, TILE_ROWS, staged.inputs)
-            self._write_drafts(step, staged.inputs)
+            if step.drafts:
+                rows = self._table.take_in_rows(step, self.max_model_len)
+                shape, wanted = self._draft_shape(rows), list(range(len(rows.seats)))
+                staged = stage.views(shape, keep=False)
+                self._table.write_rows(rows, staged.inputs)
+            else:
+                columns = self._table.take_in(step)
+                shape, _ = self._shape(columns, exact=True)
+                wanted = np.flatnonzero(columns.num_sampled).tolist()
+                staged = stage.views(shape, keep=False)
+                self._table.write(columns, TILE_ROWS, staged.inputs)
+            there = self._views(shape, keep=False)
             there.words.copy_(staged.words, non_blocking=True)
-            inputs = there.inputs
-            self._put_drafts(inputs)
-            caches = (self._history, self._cache.layers)
-            kinds = (columns.decode, every_row, columns.drafted, columns.prompts)
-            logits = self._model.forward(inputs, *caches, *kinds)
-            wanted = np.flatnonzero(columns.num_sampled).tolist()
-            result = logits if every_row else logits[wanted]
+            self._put_drafts(there.inputs)
+            kinds = (not shape.num_tiles, every_row, shape.drafted, shape.prompts)
+            logits = self._model.forward(there.inputs, self._history, self._cache.layers, *kinds)
+            result = logits[: step.num_tokens] if every_row else logits[wanted]
             self._stream.synchronize()
             return result, wanted
 
@@ -337,45 +264,53 @@ class CudaRunner:
             self._graphs.run(shape, capture)
             stage.done.record()
 
-    def _launch(self, step: Step, columns: Columns) -> Launched:
+    def _launch(self, step: Step) -> Launched:
         stage = self._stages[0]
         self._stages = [*self._stages[1:], stage]
         stage.done.synchronize()
-        shape, recurs = self._shape(columns, exact=False)
-        staged, there = stage.views(shape, recurs), self._views(shape, recurs)
-        host = staged.inputs
-        self._table.write(columns, TILE_ROWS, host)
-        self._write_drafts(step, host)
-        num, padding = len(columns.seats), shape.num_sequences - len(columns.seats)
-        seats = np.where(columns.num_sampled, columns.seats, -1).tolist() + [-1] * padding
-        lengths = columns.context.tolist() + [0] * padding
-        needs = self._sampling.fill(host.sampling, seats, lengths)
+        columns: Columns | None = None
+        if step.drafts:
+            rows = self._table.take_in_rows(step, self.max_model_len)
+            shape, recurs = self._draft_shape(rows), True
+            staged = stage.views(shape, recurs)
+            self._table.write_rows(rows, staged.inputs)
+            seats, lengths = rows.seats, rows.context
+        else:
+            columns = self._table.take_in(step)
+            shape, recurs = self._shape(columns, exact=False)
+            staged = stage.views(shape, recurs)
+            self._table.write(columns, TILE_ROWS, staged.inputs)
+            seats = np.where(columns.num_sampled, columns.seats, -1).tolist()
+            lengths = columns.context.tolist()
+        num, padding = len(seats), shape.num_sequences - len(seats)
+        seats, lengths = seats + [-1] * padding, lengths + [0] * padding
+        needs = self._sampling.fill(staged.inputs.sampling, seats, lengths)
+        there = self._views(shape, recurs)
         there.words.copy_(staged.words, non_blocking=True)
         logits = self._graphs.run(shape, recurs)
         # From here on the device has its work.
-        scores = score(self._model, self._history, step, columns) if step.prompt_rows else None
-        first_rows = np.cumsum([0, *step.num_new[:-1]]).tolist() if step.drafts else None
-        drawing = _Drawing(logits, there, staged, seats, lengths, needs, num, first_rows)
+        scores = score(self._model, self._history, step, columns) if columns is not None and step.prompt_rows else None
         num_top = self._sampling.top_logprobs(seats[:num]) if needs.logprobs else None
         waits = self._sampling.constrained(seats)
+        launched = Launched(step, stage, staged, there, logits, seats, lengths, num, needs, num_top, scores, waits)
         if not waits:
             if needs.adjust:
                 self._put_drafts(there.inputs)
-            self._finish(drawing, stage, None)
-        return Launched(step, columns.context, stage, host.block_tables, num_top, scores, drawing if waits else None)
+            self._finish(launched, None)
+        return launched
 
-    def _finish(self, drawing: _Drawing, stage: _Stage, masks: Masks | None) -> None:
+    def _finish(self, launched: Launched, masks: Masks | None) -> None:
         """From the logits of a step, which its graph has sampled from as they are, to what `collect` reads. Where it
         samples again, `history` has its drafts once more."""
-        logits, needs, num = drawing.logits, drawing.needs, drawing.num_rows
-        how, tokens = drawing.there.how, drawing.there.tokens
+        logits, needs, num, stage = launched.logits, launched.needs, launched.num_rows, launched.stage
+        how, tokens = launched.there.how, launched.there.tokens
         if needs.adjust or masks is not None:
             # The step has sampled from the raw logits: sample again, over it.
-            entries = self._sampling.entries(drawing.seats, drawing.lengths).pin_memory()
+            entries = self._sampling.entries(launched.seats, launched.lengths).pin_memory()
             adjusted = torch.empty_like(logits) if needs.logprobs else logits
             allowed = None
             if masks is not None:
-                packed = sampling.packed_masks(len(logits), drawing.rows_of(masks.entries), masks.words)
+                packed = sampling.packed_masks(len(logits), launched.rows_of(masks.entries), masks.words)
                 allowed = packed.pin_memory().to(logits.device, non_blocking=True)
             entries = entries.to(logits.device, non_blocking=True)
             sampling.adjust(logits, how, self._history, entries, adjusted, allowed)
@@ -384,7 +319,7 @@ class CudaRunner:
             found = self._logprobs[: len(logits)]
             sampling.logprobs(logits, how, tokens, found)
             stage.logprobs[:num].copy_(found[:num], non_blocking=True)
-        drawing.staged.tokens.copy_(tokens, non_blocking=True)
+        launched.staged.tokens.copy_(tokens, non_blocking=True)
         stage.done.record()
 
     def _forward_and_sample(self, shape: StepShape) -> Tensor:
@@ -398,8 +333,6 @@ class CudaRunner:
     def _shape(self, step: Columns, exact: bool) -> tuple[StepShape, bool]:
         """(shape, whether it is one of the few that steps are padded to)."""
         num_blocks, num = step.num_blocks(self._cache.block_size), len(step.seats)
-        if step.drafted:
-            return self._buckets.draft_shape(num, num_blocks), True
         tiles = 0 if step.decode else max(1, step.num_tiles(TILE_ROWS))
         if not exact:
             if step.decode:
@@ -412,13 +345,16 @@ class CudaRunner:
         sequences = num if exact else self._buckets.padded(num)
         return StepShape(step.num_rows, sequences, num_blocks, tiles, prompts=step.prompts), False
 
-    def _views(self, shape: StepShape, keep: bool) -> _OnDevice:
+    def _draft_shape(self, rows: Rows) -> StepShape:
+        return self._buckets.draft_shape(len(rows.seats), -(-max(rows.context) // self._cache.block_size))
+
+    def _views(self, shape: StepShape, keep: bool) -> OnDevice:
         """`keep`: the shape will come again."""
         found = self._on_device.get(shape)
         if found is None:
             inputs = StepInputs.over(self._inputs, shape)
             words, tokens = self._inputs[: num_words(shape)], self._tokens[: shape.num_sequences]
-            found = _OnDevice(inputs, words, tokens, SamplingInputs(inputs.sampling))
+            found = OnDevice(inputs, words, tokens, SamplingInputs(inputs.sampling))
             if keep:
                 self._on_device[shape] = found
         return found
@@ -433,21 +369,6 @@ class CudaRunner:
             self._sampling.set(new.seat, new.params, new.num_prompt_tokens)
             self._history[new.seat, : len(text)].copy_(tokens[start : start + len(text)], non_blocking=True)
             start += len(text)
-
-    def _write_drafts(self, step: Step, host: StepInputs[Ints]) -> None:
-        """Drafted tokens among a step's inputs, and where they go: behind the last known one of their sequence."""
-        if not step.drafts:
-            return
-        num_rows, start = len(host.draft_tokens), 0
-        tokens, places = [0] * num_rows, [0] * num_rows
-        for entry, num in enumerate(step.num_new):
-            drafts = step.drafts.get(entry)
-            if drafts:
-                first = _SPARE_WORDS + step.seats[entry] * self.max_model_len + step.num_computed[entry] + 1
-                tokens[start + 1 : start + num] = drafts
-                places[start + 1 : start + num] = range(first, first + len(drafts))
-            start += num
-        host.draft_tokens[...], host.draft_places.view(np.int64)[:, 0] = tokens, places
 
     def _put_drafts(self, inputs: StepInputs[Tensor]) -> None:
         """Into `history`: rows read their inputs there, and penalties what comes before them. What a row samples goes

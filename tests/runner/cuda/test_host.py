@@ -24,7 +24,7 @@ from gptq_api.runner.cuda.cache import CudaKVCache
 from gptq_api.runner.cuda.forward import MAX_DRAFT_ROWS, CudaLlama
 from gptq_api.runner.cuda.graphs import Buckets
 from gptq_api.runner.cuda.runner import CudaRunner, _kept
-from gptq_api.runner.inputs import SequenceTable, StepInputs, StepShape, num_words
+from gptq_api.runner.inputs import HISTORY_START, SequenceTable, StepInputs, StepShape, num_words
 from gptq_api.runner.load import load_runner
 from gptq_api.runner.loaded import LoadedRunner
 from gptq_api.runner.options import LoadOptions
@@ -287,12 +287,11 @@ def test_each_row_of_a_step_with_drafts_counts_as_a_sequence() -> None:
         for seat, length, blocks in ((2, 9, [7, 8, 9]), (0, 4, [3, 2]), (1, 17, [10, 11, 12, 13, 14]))
     ]
     table.take_in(step_of(solos, [8, 3, 16]))
-    columns = table.take_in(drafted_step())
-    assert columns.drafted and columns.decode and columns.num_rows == 8
-    shape = Buckets(4, 64, 6, 4, 8).draft_shape(8, columns.num_blocks(4))
+    rows = table.take_in_rows(drafted_step(), max_model_len=100)
+    shape = Buckets(4, 64, 6, 4, 8).draft_shape(len(rows.seats), 5)
     assert shape.drafted and shape.num_rows == shape.num_sequences == 8
     arrays = StepInputs.over(np.full(num_words(shape), 99, np.int32), shape)
-    table.write(columns, 4, arrays)
+    table.write_rows(rows, arrays)
     assert arrays.row_seat.tolist() == [2, 2, 2, 0, 1, 1, 1, 1]
     assert arrays.positions.tolist() == [8, 9, 10, 3, 16, 17, 18, 19]
     assert arrays.context_lens.tolist() == [9, 10, 11, 4, 17, 18, 19, 20]
@@ -300,7 +299,27 @@ def test_each_row_of_a_step_with_drafts_counts_as_a_sequence() -> None:
     assert arrays.query_start.tolist() == list(range(9))
     assert arrays.last_rows.tolist() == list(range(8))
     assert arrays.block_tables[:, :5].tolist() == [[7, 8, 9, 0, 0]] * 3 + [[3, 2, 0, 0, 0]] + [[10, 11, 12, 13, 14]] * 4
-    assert columns.num_sampled.tolist() == [1] * 8
+    assert arrays.draft_tokens.tolist() == [0, 50, 51, 0, 0, 60, 61, 62]
+    places = [0, 209, 210, 0, 0, 117, 118, 119]
+    assert arrays.draft_places.view(np.int64)[:, 0].tolist() == [HISTORY_START + i if i else 0 for i in places]
+
+
+def test_padding_of_a_step_with_drafts_is_what_kernels_skip() -> None:
+    table = SequenceTable(4, 6, 4)
+    table.take_in(step_of([Solo([5] * 9, SamplingParams(max_tokens=1), block_table=[7, 8, 9], seat=2)], [9]))
+    rows = table.take_in_rows(Step([2], [9], [2], [2], [], [], drafts={0: [50]}), max_model_len=100)
+    shape = StepShape(4, 4, 3, 0, drafted=True)
+    arrays = StepInputs.over(np.full(num_words(shape), 99, np.int32), shape)
+    table.write_rows(rows, arrays)
+    assert arrays.row_seat.tolist() == [2, 2, 0, 0]
+    assert arrays.positions.tolist() == [9, 10, -1, -1]
+    assert arrays.slot_mapping.tolist() == [37, 38, -1, -1]
+    assert arrays.query_start.tolist() == [0, 1, 2, 2, 2]
+    assert arrays.context_lens.tolist() == [10, 11, 0, 0]
+    assert arrays.last_rows.tolist() == [0, 1, 0, 0]
+    assert arrays.block_tables.tolist() == [[7, 8, 9]] * 2 + [[0] * 3] * 2
+    assert arrays.draft_tokens.tolist() == [0, 50, 0, 0]
+    assert arrays.draft_places.view(np.int64)[:, 0].tolist() == [0, HISTORY_START + 210, 0, 0]
 
 
 @pytest.mark.parametrize(
