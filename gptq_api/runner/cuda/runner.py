@@ -8,7 +8,6 @@ sequences.
 from __future__ import annotations
 
 import logging
-import time
 
 import numpy as np
 import torch
@@ -18,6 +17,7 @@ from gptq_api.kernels import gemm, sampling
 from gptq_api.kernels.prefill_attention import TILE_ROWS
 from gptq_api.kernels.sampling import MAX_TOP_LOGPROBS, SamplingInputs, SamplingTable
 from gptq_api.runner.cuda.cache import CudaKVCache
+from gptq_api.runner.cuda.costs import draft_costs
 from gptq_api.runner.cuda.forward import MAX_DRAFT_ROWS, CudaLlama
 from gptq_api.runner.cuda.graphs import MAX_MIXED_ROWS, Buckets, Graphs
 from gptq_api.runner.cuda.prompt_logprobs import score
@@ -37,10 +37,6 @@ from gptq_api.step import Admission, DeviceMemoryError, Masks, PromptCosts, Samp
 from gptq_api.types import TokenLogprobs
 
 _log = logging.getLogger(__name__)
-_WAIT_MS, _WAIT_LAYER_MS, _ROW_LAYER_MS = 0.55, 0.01, 0.0013
-"""What a step with drafts takes that one of padding does not show: the host between two steps of which the second waits
-for the tokens of the first; in each layer keys and values written by a kernel of their own, and an attention that
-begins only then; and more of the attention for each row (benchmarks/drafts.py, 13B on an H200)"""
 _NUM_STAGES = 3
 """a step's pinned memory is filled while the step before it waits and the one before that is not collected yet"""
 
@@ -212,7 +208,7 @@ class CudaRunner:
             self._stream.synchronize()
             self.prompt_costs = self._prompt_costs()
             if self.max_draft_rows:
-                self.row_cost, self.wait_cost = self._draft_costs(self.prompt_costs.decode_ms)
+                self.row_cost, self.wait_cost = draft_costs(self)
         _log.info("%s", self._graphs)
 
     def _prompt_costs(self) -> PromptCosts:
@@ -224,21 +220,6 @@ class CudaRunner:
         row_ms = max(self._median_ms(shape, capture=False) - decode_ms, 0.0) / rows
         width = config.num_attention_heads * config.head_dim
         return PromptCosts(decode_ms, row_ms, 1.7 * row_ms * 2 * width / config.weights_per_layer)
-
-    def _draft_costs(self, decode_ms: float) -> tuple[float, float]:
-        """(row_cost, wait_cost): of padding, and for whom nothing is launched ahead."""
-        few, many, layers = 2, self.max_draft_rows, self._model.config.num_hidden_layers
-        few_ms, many_ms = (self._median_ms(self._buckets.draft_shape(rows, 1), capture=True) for rows in (few, many))
-        row_ms = max(0.0, many_ms - few_ms) / (many - few)
-        times, shape = [], self._buckets.draft_shape(few, 1)
-        for _ in range(5):
-            began = time.perf_counter()
-            self.run_idle(shape, capture=True)
-            self._stream.synchronize()
-            times.append(1e3 * (time.perf_counter() - began))
-        wait_ms = max(0.0, sorted(times)[2] - (few - 1) * row_ms - decode_ms)
-        wait_ms += _WAIT_MS + layers * _WAIT_LAYER_MS
-        return (row_ms + layers * _ROW_LAYER_MS) / decode_ms, wait_ms / decode_ms
 
     def _median_ms(self, shape: StepShape, capture: bool) -> float:
         times = []
