@@ -130,16 +130,17 @@ void sample_logprobs(std::uintptr_t logits, int S, int V, long long ldl, std::ui
 }
 
 void attention_decode(std::uintptr_t qkv, std::uintptr_t cache, std::uintptr_t block_tables, std::uintptr_t context_lens,
-                      std::uintptr_t query_start, std::uintptr_t out, std::uintptr_t out_index, std::uintptr_t positions,
-                      std::uintptr_t slot_mapping, std::uintptr_t cos_sin, std::uintptr_t q_norm, std::uintptr_t k_norm,
-                      std::uintptr_t workspace, float eps, float scale, int ldqkv, int ldo, int table_stride, int sequences, int heads,
-                      int kv_heads, int block_size, int head_dim, int window, bool prefetch, bool bf16, bool fp8, int blocks_per_sm,
-                      int teams, std::uintptr_t stream) {
+                      std::uintptr_t query_start, std::uintptr_t out, std::uintptr_t out_index, std::uintptr_t groups,
+                      std::uintptr_t positions, std::uintptr_t slot_mapping, std::uintptr_t cos_sin, std::uintptr_t q_norm,
+                      std::uintptr_t k_norm, std::uintptr_t workspace, float eps, float scale, int ldqkv, int ldo, int table_stride,
+                      int sequences, int heads, int kv_heads, int block_size, int head_dim, int window, bool prefetch, bool bf16, bool fp8,
+                      int blocks_per_sm, int teams, std::uintptr_t stream) {
   gptq::AttentionDecodeArgs args{};
   args.qkv = pointer<const std::uint16_t>(qkv), args.cache = pointer<std::uint8_t>(cache);
   args.block_tables = pointer<const int>(block_tables), args.context_lens = pointer<const int>(context_lens);
   args.query_start = pointer<const int>(query_start);
   args.out = pointer<std::uint16_t>(out), args.out_index = pointer<const int>(out_index);
+  args.groups = pointer<const int>(groups);
   args.positions = pointer<const int>(positions), args.slot_mapping = pointer<const int>(slot_mapping),
   args.cos_sin = pointer<const float>(cos_sin);
   args.q_norm = pointer<const std::uint16_t>(q_norm), args.k_norm = pointer<const std::uint16_t>(k_norm),
@@ -239,9 +240,9 @@ PYBIND11_MODULE(_cuda, m, py::mod_gil_not_used()) {
   m.def("sample_logprobs", &sample_logprobs, free_gil, "logits"_a, "S"_a, "V"_a, "ldl"_a, "fields"_a, "ldf"_a, "tokens"_a, "out"_a,
         "stream"_a);
   m.def("attention_decode", &attention_decode, free_gil, "qkv"_a, "cache"_a, "block_tables"_a, "context_lens"_a, "query_start"_a, "out"_a,
-        "out_index"_a, "positions"_a, "slot_mapping"_a, "cos_sin"_a, "q_norm"_a, "k_norm"_a, "workspace"_a, "eps"_a, "scale"_a, "ldqkv"_a,
-        "ldo"_a, "table_stride"_a, "sequences"_a, "heads"_a, "kv_heads"_a, "block_size"_a, "head_dim"_a, "window"_a, "prefetch"_a, "bf16"_a,
-        "fp8"_a, "blocks_per_sm"_a, "teams"_a, "stream"_a);
+        "out_index"_a, "groups"_a, "positions"_a, "slot_mapping"_a, "cos_sin"_a, "q_norm"_a, "k_norm"_a, "workspace"_a, "eps"_a, "scale"_a,
+        "ldqkv"_a, "ldo"_a, "table_stride"_a, "sequences"_a, "heads"_a, "kv_heads"_a, "block_size"_a, "head_dim"_a, "window"_a,
+        "prefetch"_a, "bf16"_a, "fp8"_a, "blocks_per_sm"_a, "teams"_a, "stream"_a);
   m.def("attention_decode_workspace_bytes", &gptq::attention_decode_workspace_bytes, "heads"_a, "kv_heads"_a, "head_dim"_a);
   m.def("mma", &mma<&gptq::launch_mma>, free_gil, "w"_a, "x"_a, "y"_a, "bias"_a, "residual"_a, "workspace"_a, "M"_a, "N"_a, "K"_a,
         "ldx"_a, "ldy"_a, "ldr"_a, "paired"_a, "groups"_a, "zeros"_a, "bf16"_a, "tile"_a, "split"_a, "stream"_a,

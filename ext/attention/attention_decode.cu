@@ -41,10 +41,14 @@ cudaError_t launch_attention_decode(AttentionDecodeArgs args, int head_dim, bool
   if (const cudaError_t status = current_device(device); status != cudaSuccess) return status;
   const int group = args.heads / args.kv_heads;
   args.parts = parts_of(group), args.part_heads = part_heads_of(group);
+  args.group_rows = args.groups ? kPartHeads / args.part_heads : 1;
+  args.inverse = (64 + args.part_heads - 1) / args.part_heads;
   for (args.block_shift = 3; 1 << args.block_shift < size;) args.block_shift++;
-  const int64_t items = int64_t{args.sequences} * args.kv_heads * args.parts, context = int64_t{args.table_stride} * size;
+  // With groups as few as they can be.
+  const int64_t items = int64_t{(args.sequences + args.group_rows - 1) / args.group_rows} * args.kv_heads * args.parts;
+  const int64_t context = int64_t{args.table_stride} * size;
   const int64_t steps = items * ((context + kStepTokens - 1) / kStepTokens);
-  const bool can_be_alone = context <= kAloneMaxContext && !args.out_index;
+  const bool can_be_alone = context <= kAloneMaxContext && !args.out_index && !args.groups;
   if (teams == Teams::kWarps && !can_be_alone) return cudaErrorInvalidValue;
   const bool alone = teams == Teams::kWarps ||
                      (teams == Teams::kBest && can_be_alone && items >= int64_t{fp8 ? kAloneMinItemsE4m3 : kAloneMinItems} * device.sms);

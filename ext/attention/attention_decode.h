@@ -1,5 +1,6 @@
 // Attention of one new token per sequence over its paged context, with what surrounds it in a pure decode step: qk-norm, rotary embedding
-// and the write of the new key and value. See attention_decode_kernel.cuh.
+// and the write of the new key and value; and of several tokens of a sequence, one after another, which share one reading of the context.
+// See attention_decode_kernel.cuh.
 #pragma once
 #include <cuda_runtime.h>
 
@@ -16,6 +17,11 @@ struct AttentionDecodeArgs {
   const int* query_start;   // [sequences + 1]; a sequence without exactly one row is somebody else's
   uint16_t* out;            // [rows, heads head_dim], row stride ldo
   const int* out_index;     // [heads head_dim]: where in a row of out each output goes; or null: in order. Not for warps that attend alone
+  // [sequences, 2], or null: each by itself. Consecutive entries that are consecutive tokens of one sequence (consecutive rows, contexts of
+  // consecutive lengths, the same block table) may share a reading of the context, at most 8 / part_heads of them, whose first steps and
+  // chunks (attention_decode_schedule.cuh) have to be the same. Of the first entry: (how many share, how many new tokens of the sequence
+  // there are up to the last of them, at most kMaxNewRows where cos_sin is not null); of the others: 0, 0. Not for warps that attend alone.
+  const int* groups;
   // Rotary and the write of the new row, where cos_sin is not null. Per row: positions, slot_mapping (-1: not cached).
   const int* positions;
   const int* slot_mapping;
@@ -33,7 +39,11 @@ struct AttentionDecodeArgs {
   // By launch_attention_decode():
   int block_shift;        // log2 of block_size
   int parts, part_heads;  // the query heads of a key head in parts of at most 8
+  int group_rows;         // entries that share a reading at most
+  int inverse;            // of part_heads: n / part_heads is n * inverse / 64 for n below 8
 };
+
+constexpr int kMaxNewRows = 8;
 
 // Who attends to a step: the four warps of a block, or one; a warp alone takes contexts of up to 4096 tokens (by table_stride).
 enum class Teams { kBest, kBlocks, kWarps };

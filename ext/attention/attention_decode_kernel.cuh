@@ -1,7 +1,7 @@
 // The kernel. Four warps take the 128 tokens of a step (attention_decode_schedule.cuh), 32 each, keys and values through a ring of the
 // warp's own, so that nothing but the ends of a chunk and of an item needs a barrier, and copies run on across items. Scores are keys times
-// queries, with tokens as the 16 rows of an mma and the query heads that share a key head as its 8 columns; the output is values transposed
-// times weights, with dimensions as rows.
+// queries, with tokens as the 16 rows of an mma and the query heads that share a key head as its 8 columns, of one row or of several rows
+// of a sequence; the output is values transposed times weights, with dimensions as rows.
 //
 // At the end of a chunk the warps' results are added in their order, each warp adding a quarter of the dimensions. Chunks are added in
 // their order too, by the block that has the item's first one; other blocks leave theirs in the workspace. No sum depends on timing, batch
@@ -11,6 +11,8 @@
 // the same bits: no barriers, and what an item costs beside its tokens is paid by a quarter of the warps.
 //
 // Tokens outside the context (or the window, or in no block) are never read; their keys and values are zeros and their weights exactly 0.
+// Where a row sees fewer tokens than the rest of its item, its weights of the others are exactly 0, and values that no weight of 0 makes 0
+// are taken out (see mend()): its bits are those it has alone.
 #pragma once
 #include <type_traits>
 
@@ -26,18 +28,20 @@ class AttentionBlock {
   static constexpr bool kAlone = Team::kWarps == 1;
   static constexpr bool kOdd = Shape::kDepth % 2 != 0;  // then the entry that keys leave is filled with values
   static constexpr int kOwn = Shape::kTiles / Team::kWarps;  // m-tiles of the output that a warp adds up
-  static constexpr int kPasses = (kPartHeads * kLanes + Team::kWarps * 32 - 1) / (Team::kWarps * 32);  // over the query heads
+  static constexpr int kPasses = (kPartHeads * kLanes + Team::kWarps * 32 - 1) / (Team::kWarps * 32);  // over the queries
+  static constexpr bool kCanBeSick = !FP8 || kE4m3HasNaN;  // values, so that they are not finite
+  using New = NewRows<Team, D, BF, FP8>;
 
   const AttentionDecodeArgs& a;
   const int warp, lane;               // warp: of the team
-  const uint32_t ring, sums, maxima;  // shared: copies; results of warps for each other, or queries; [warp][head] (maximum, sum)
+  const uint32_t ring, sums, maxima;  // shared: copies; results of warps for each other, queries or new rows; [warp][column] (maximum, sum)
   int* const scratch;
   uint32_t q[D / 16][2];
 
   // What an item reads of qkv, a step before it is needed.
   struct Rows {
     uint4 query[2];
-    NewRow<D, BF, FP8> fresh;
+    New fresh;
   };
 
  public:
@@ -63,7 +67,7 @@ class AttentionBlock {
 
     Cursor c = stretch.begin;
     Rows rows;
-    NewRow<D, BF, FP8> fresh;
+    New fresh;
     Partial<Shape::kTiles> chunk;  // this warp's part of the chunk so far, where four warps share it
     Partial<kOwn> total;
     int first_chunk = 0;
@@ -78,30 +82,38 @@ class AttentionBlock {
 #pragma unroll 1
     for (int left = stretch.steps; left > 0; left--) {
       const bool item_ends = c.step + 1 == c.span.count;
-      const int in_chunk = c.step & ((1 << c.span.chunk_shift) - 1), index = c.step >> c.span.chunk_shift;
+      const int in_chunk = c.step & ((1 << c.span.chunk_shift()) - 1), index = c.step >> c.span.chunk_shift();
       if (left == stretch.steps || c.step == 0) {
         first_chunk = index;
         Rotation<D, BF> rotation;
-        if (a.cos_sin) rotation.load(a, c.span.row, dimension());
+        if (a.cos_sin) {
+          rotation.load(a, c.span.row + min(row_of(column(0)), c.span.rows() - 1), dimension());
+          if (New::shared(a)) Rotation<D, BF>::prefetch(a, New::row(a, c), dimension());
+        }
         if (left == stretch.steps) {
           if (!waited) grid_wait();
           waited = true;
           load_rows(rows, c);
         }
-        start_item(rows, fresh, rotation, c);
+        start_item(rows, fresh, rotation, c, left);
       }
       Cursor next = c;
       if (left > 1) {
-        advance(next, a);
+        advance<Team>(next, a);
         if (item_ends) load_rows(rows, next);
       }
       if constexpr (!kAlone) {
-        const bool sees = c.sees(warp), writes = item_ends && NewRow<D, BF, FP8>::is_in(a, c, warp);
+        const bool sees = c.sees(warp), writes = item_ends && New::is_in(a, c, warp), fetches = New::are_in(a, c);
+        if (fetches) {
+          fresh.leave(a, c, sums);
+          Team::sync();
+        }
         const uint32_t keys = take();
         uint32_t weights[2][2];
         if (in_chunk == 0) chunk.clear();
         if (sees) {
           if (writes) fresh.put(a, c, keys, false);
+          if (fetches) New::fetch(c, warp, sums, keys, false);
           softmax(chunk.max, chunk.sum, weights, keys, c, warp, [&](int h, float before) {
             if (in_chunk == 0) return;
 #pragma unroll
@@ -113,20 +125,23 @@ class AttentionBlock {
         const uint32_t values = take();
         if (sees) {
           if (writes) fresh.put(a, c, values, true);
+          if (fetches) New::fetch(c, warp, sums, values, true);
+          if (kCanBeSick && c.span.rows() > 1) mend(chunk.sum, values, c, warp);
 #pragma unroll
           for (int i = 0; i < Shape::kTiles; i += 2)
             weigh_two<D, FP8, kBF>(*reinterpret_cast<float (*)[2][4]>(&chunk.o[i]), i, values, weights, lane);
         }
         __syncwarp();
         loader.next(!kOdd);
+        if (fetches) Team::sync();
       }
 
-      if (item_ends || in_chunk + 1 == 1 << c.span.chunk_shift) {
+      if (item_ends || in_chunk + 1 == 1 << c.span.chunk_shift()) {
         Partial<kOwn> sum;
         if constexpr (kAlone) whole_step(sum, c, item_ends, fresh, take, loader);
-        else sum = add_warps(chunk);
+        else sum = add_warps(chunk, c);
         if (first_chunk) {
-          store(sum, stretch.index * kMaxChunks + index - first_chunk);
+          store(sum, stretch.index * kMaxChunks + index - first_chunk, c);
         } else {
           if (index) add(total, sum);
           else total = sum;
@@ -148,7 +163,12 @@ class AttentionBlock {
     return Shape::kRing + (kAlone ? WholeBlock::warp() * (scratch_bytes<Team, D>(args.part_heads) / kAttentionWarps) : 0);
   }
   __device__ __forceinline__ int slot_lane() const { return (lane & 3) * 8 + (lane >> 2); }
-  __device__ __forceinline__ bool has_head() const { return 2 * (lane & 3) < a.part_heads; }
+  // An item's queries: column n of the mma is that of head head_of(n) of its part, in its row row_of(n).
+  __device__ __forceinline__ int row_of(int n) const { return Team::kShares ? n * a.inverse >> 6 : 0; }
+  __device__ __forceinline__ int head_of(int n) const { return n - row_of(n) * a.part_heads; }
+  __device__ __forceinline__ bool is_query(const Cursor& c, int n) const { return row_of(n) < c.span.rows() && head_of(n) < head_count(c); }
+  __device__ __forceinline__ int columns(const Cursor& c) const { return (Team::kShares ? c.span.rows() : 1) * a.part_heads; }
+  __device__ __forceinline__ bool has_column(const Cursor& c) const { return 2 * (lane & 3) < columns(c); }
   __device__ __forceinline__ int first_head(const Cursor& c) const { return c.kv_head * (a.heads / a.kv_heads) + c.part * a.part_heads; }
   __device__ __forceinline__ int head_count(const Cursor& c) const {
     return min(a.part_heads, a.heads / a.kv_heads - c.part * a.part_heads);
@@ -157,32 +177,28 @@ class AttentionBlock {
   __device__ __forceinline__ int dimension() const { return Team::thread() % kLanes * 8; }
 
   __device__ __forceinline__ void load_rows(Rows& rows, const Cursor& c) const {
-    const uint16_t* row = a.qkv + static_cast<size_t>(c.span.row) * a.ldqkv + dimension();
-    const uint16_t *query = query_of(c, 0, row), *fresh = NewRow<D, BF, FP8>::source(a, c, row, has_fresh(c));
-    const auto load = [](const uint16_t* from, int at) { return from ? *reinterpret_cast<const uint4*>(from + at) : uint4{}; };
-    rows.query[0] = load(query, 0), rows.query[1] = load(query, D / 2);
-    rows.fresh.take(load(fresh, 0), load(fresh, D / 2));
+    load_query(rows.query, c, 0);
+    rows.fresh.load(a, c);
   }
-  // In the row that begins, at this thread's dimension, at `row`; null: none in this pass.
-  __device__ __forceinline__ const uint16_t* query_of(const Cursor& c, int pass, const uint16_t* row) const {
-    return head(pass) < head_count(c) ? row + (first_head(c) + head(pass)) * D : nullptr;
+  // Of this thread's column, at its dimension; zeros where there is none in this pass.
+  __device__ __forceinline__ void load_query(uint4 (&query)[2], const Cursor& c, int pass) const {
+    query[0] = query[1] = uint4{};
+    const int n = column(pass);
+    if (!is_query(c, n)) return;
+    const uint16_t* from =
+        a.qkv + static_cast<size_t>(c.span.row + row_of(n)) * a.ldqkv + (first_head(c) + head_of(n)) * D + dimension();
+    query[0] = *reinterpret_cast<const uint4*>(from), query[1] = *reinterpret_cast<const uint4*>(from + D / 2);
   }
-  __device__ __forceinline__ static int head(int pass) { return Team::thread() / kLanes + pass * (Team::kWarps * 32 / kLanes); }
-  __device__ __forceinline__ bool has_fresh(const Cursor& c) const {
-    return kAlone ? a.cos_sin != nullptr : NewRow<D, BF, FP8>::is_in(a, c, warp);
-  }
+  __device__ __forceinline__ static int column(int pass) { return Team::thread() / kLanes + pass * (Team::kWarps * 32 / kLanes); }
 
-  // Queries into fragments, the new key and value into the cache's type.
-  __device__ __forceinline__ void start_item(const Rows& rows, NewRow<D, BF, FP8>& fresh, const Rotation<D, BF>& rotation,
-                                             const Cursor& c) {
+  // Queries into fragments, the new keys and values into the cache's type. `left`: steps of this block.
+  __device__ __forceinline__ void start_item(const Rows& rows, New& fresh, Rotation<D, BF>& rotation, const Cursor& c, int left) {
 #pragma unroll
     for (int pass = 0; pass < kPasses; pass++) {
       if (pass && pass * (Team::kWarps * 32 / kLanes) >= head_count(c)) break;
-      uint4 low = rows.query[0], high = rows.query[1];
-      if (pass)
-        if (const uint16_t* from = query_of(c, pass, a.qkv + static_cast<size_t>(c.span.row) * a.ldqkv + dimension())) {
-          low = *reinterpret_cast<const uint4*>(from), high = *reinterpret_cast<const uint4*>(from + D / 2);
-        }
+      uint4 query[2] = {rows.query[0], rows.query[1]};
+      if (pass) load_query(query, c, pass);
+      uint4 &low = query[0], &high = query[1];
       if (a.cos_sin) {
         float x[8], y[8];
         unpack8<BF>(x, low);
@@ -196,15 +212,18 @@ class AttentionBlock {
         unpack8<BF>(y, high);
         low = pack8_saturated(x), high = pack8_saturated(y);
       }
-      if (head(pass) < head_count(c)) {
-        const uint32_t to = sums + head(pass) * Shape::kQueryStride + dimension() * 2;
+      if (is_query(c, column(pass))) {
+        const uint32_t to = sums + column(pass) * Shape::kQueryStride + dimension() * 2;
         sts128(to, low);
         sts128(to + D, high);
       }
     }
     if (!kAlone && a.out_index && warp == 0 && lane < head_count(c) * (D / 32)) prefetch_line(a.out_index + first_head(c) * D + lane * 32);
     fresh = rows.fresh;
-    if (has_fresh(c)) fresh.prepare(a, rotation, dimension());
+    if (New::any(a, c)) {
+      if (New::shared(a)) rotation.load(a, New::row(a, c), dimension());
+      fresh.prepare(a, c, rotation, c.span.count - c.step <= left);
+    }
     Team::sync();
     const uint32_t from = sums + (lane >> 2) * Shape::kQueryStride;
 #pragma unroll
@@ -216,12 +235,12 @@ class AttentionBlock {
 
   // All tiles of a step by one warp: what add_warps() would have found. A loop, to stay in the instruction cache.
   template <typename Take, typename Loader>
-  __device__ __forceinline__ void whole_step(Partial<kOwn>& sum, const Cursor& c, bool item_ends, const NewRow<D, BF, FP8>& fresh,
-                                             const Take& take, Loader& loader) {
+  __device__ __forceinline__ void whole_step(Partial<kOwn>& sum, const Cursor& c, bool item_ends, const New& fresh, const Take& take,
+                                             Loader& loader) {
     sum.clear();
 #pragma unroll 1
     for (int tile = 0; tile < kAttentionWarps; tile++) {
-      const bool sees = c.sees(tile), writes = sees && item_ends && NewRow<D, BF, FP8>::is_in(a, c, tile);
+      const bool sees = c.sees(tile), writes = sees && item_ends && New::is_in(a, c, tile);
       uint32_t weights[2][2];
       float of_sum[2], of_tile[2];
       const uint32_t keys = take();
@@ -264,14 +283,22 @@ class AttentionBlock {
     float s[2][4] = {};
     scores<D, FP8, kBF>(s, keys, q, lane);
     const int token = c.first_token(tile);
-    if (token < c.span.low || token + kTileTokens > c.span.length)
+    // By how many tokens the rows' windows and contexts are apart.
+    const int apart = Team::kShares ? c.span.rows() - 1 : 0;
+    if (token < c.span.low + apart || token + kTileTokens > c.span.length - apart) {
 #pragma unroll
-      for (int m = 0; m < 2; m++)
+      for (int h = 0; h < 2; h++) {
+        int low = c.span.low, length = c.span.length;
+        if constexpr (Team::kShares) length = length_of(c, h), low = low_of(length);
 #pragma unroll
-        for (int k = 0; k < 4; k++) {
-          const int at = token + (lane >> 2) + 16 * m + 8 * (k >> 1);
-          s[m][k] = at >= c.span.low && at < c.span.length ? s[m][k] : -INFINITY;
-        }
+        for (int m = 0; m < 2; m++)
+#pragma unroll
+          for (int k = h; k < 4; k += 2) {
+            const int at = token + (lane >> 2) + 16 * m + 8 * (k >> 1);
+            s[m][k] = at >= low && at < length ? s[m][k] : -INFINITY;
+          }
+      }
+    }
     const float scale = a.scale * 1.44269504f;
     float base[2];
 #pragma unroll
@@ -298,50 +325,87 @@ class AttentionBlock {
     }
   }
 
-  // The four warps' results; every warp has its quarter of the dimensions.
-  __device__ __forceinline__ Partial<kOwn> add_warps(Partial<Shape::kTiles>& mine) {
-    const int unit = head_lanes(a.part_heads) * 16;
+  // Of the row that column h of this lane's two belongs to.
+  __device__ __forceinline__ int length_of(const Cursor& c, int h) const { return c.span.shortest() + row_of(2 * (lane & 3) + h); }
+  __device__ __forceinline__ int low_of(int length) const { return a.window > 0 ? max(0, length - a.window) : 0; }
+
+  // 0 times infinity is no number. Of the tokens that not every row sees, values that are not finite (a wrong draft's, for example) become
+  // 0, and the rows that see them get a sum that is no number instead: they would have had no numbers either.
+  __device__ __forceinline__ void mend(float (&sum)[2], uint32_t values, const Cursor& c, int tile) const {
+    constexpr int kAtOnce = 32 / Shape::kPieces;
+    const int first = c.first_token(tile), last = first + kTileTokens;
+#pragma unroll 1
+    for (int side = 0; side < 2; side++) {  // before the last row's window, behind the first row's context
+      const int begin = max(first, side ? max(c.span.shortest(), c.span.low) : c.span.low);
+      const int end = min(last, side ? c.span.length : low_of(c.span.length));
+#pragma unroll 1
+      for (int token = begin; token < end; token += kAtOnce) {
+        const int mine = token + lane / Shape::kPieces;
+        const uint32_t at = values + ((mine - first) * Shape::kPieces + lane % Shape::kPieces) * 16;
+        uint32_t sick = __ballot_sync(~0u, mine < end && not_finite<BF, FP8>(lds128(at)));
+        if (!sick) continue;
+        if (sick >> (lane & ~(Shape::kPieces - 1)) & (Shape::kPieces == 32 ? ~0u : (1u << Shape::kPieces) - 1)) sts128(at, uint4{});
+        for (; sick; sick &= sick - 1) {
+          const int which = token + (__ffs(sick) - 1) / Shape::kPieces;
+#pragma unroll
+          for (int h = 0; h < 2; h++)
+            if (which < length_of(c, h) && which >= low_of(length_of(c, h))) sum[h] = __int_as_float(0x7fffffff);
+        }
+      }
+    }
+    __syncwarp();
+  }
+
+  // The four warps' results; every warp has its quarter of the dimensions. As many columns cross at once as a row by itself has.
+  __device__ __forceinline__ Partial<kOwn> add_warps(Partial<Shape::kTiles>& mine, const Cursor& c) {
+    const int lanes = head_lanes(a.part_heads), unit = lanes * 16;
 #pragma unroll
     for (int h = 0; h < 2; h++) mine.sum[h] = over_tokens(mine.sum[h]);
     if (lane < 4) sts128(maxima + (warp * kPartHeads + 2 * lane) * 8, {mine.max[0], mine.sum[0], mine.max[1], mine.sum[1]});
-    if (has_head())
-#pragma unroll
-      for (int i = 0; i < Shape::kTiles; i++) sts128(sums + (warp * Shape::kTiles + i) * unit + slot_lane() * 16, mine.o[i]);
-    Team::sync();
     Partial<kOwn> sum;
     sum.clear();
+#pragma unroll 1
+    for (int begin = 0; begin < head_lanes(columns(c)); begin += lanes) {
+      const bool crosses = slot_lane() >= begin && slot_lane() < begin + lanes;
+      const uint32_t at = sums + (slot_lane() - begin) * 16;
+      if (crosses)
 #pragma unroll
-    for (int w = 0; w < kAttentionWarps; w++) {
-      const uint4 raw = lds128(maxima + (w * kPartHeads + 2 * (lane & 3)) * 8);
-      float of_sum[2], of_warp[2];
-      add_sums(sum.max[0], sum.sum[0], __uint_as_float(raw.x), __uint_as_float(raw.y), of_sum[0], of_warp[0]);
-      add_sums(sum.max[1], sum.sum[1], __uint_as_float(raw.z), __uint_as_float(raw.w), of_sum[1], of_warp[1]);
-      if (!has_head()) continue;
+        for (int i = 0; i < Shape::kTiles; i++) sts128(at + (warp * Shape::kTiles + i) * unit, mine.o[i]);
+      Team::sync();
+      if (crosses)
 #pragma unroll
-      for (int i = 0; i < kOwn; i++) {
-        const uint4 v = lds128(sums + (w * Shape::kTiles + warp * kOwn + i) * unit + slot_lane() * 16);
-        const float o[4] = {__uint_as_float(v.x), __uint_as_float(v.y), __uint_as_float(v.z), __uint_as_float(v.w)};
+        for (int w = 0; w < kAttentionWarps; w++) {
+          const uint4 raw = lds128(maxima + (w * kPartHeads + 2 * (lane & 3)) * 8);
+          float of_sum[2], of_warp[2];
+          add_sums(sum.max[0], sum.sum[0], __uint_as_float(raw.x), __uint_as_float(raw.y), of_sum[0], of_warp[0]);
+          add_sums(sum.max[1], sum.sum[1], __uint_as_float(raw.z), __uint_as_float(raw.w), of_sum[1], of_warp[1]);
 #pragma unroll
-        for (int k = 0; k < 4; k++) add_values(sum.o[i][k], o[k], of_sum[k & 1], of_warp[k & 1]);
-      }
+          for (int i = 0; i < kOwn; i++) {
+            const uint4 v = lds128(at + (w * Shape::kTiles + warp * kOwn + i) * unit);
+            const float o[4] = {__uint_as_float(v.x), __uint_as_float(v.y), __uint_as_float(v.z), __uint_as_float(v.w)};
+#pragma unroll
+            for (int k = 0; k < 4; k++) add_values(sum.o[i][k], o[k], of_sum[k & 1], of_warp[k & 1]);
+          }
+        }
+      Team::sync();
     }
-    Team::sync();
     return sum;
   }
 
   // ---- chunks in the workspace: every thread reads back what its like has written ----
   __device__ __forceinline__ float4* slot(int index) const {
-    return static_cast<float4*>(a.workspace) + static_cast<size_t>(index) * (slot_floats(D, a.part_heads) / 4);
+    return static_cast<float4*>(a.workspace) + static_cast<size_t>(index) * (slot_floats(D, most_columns()) / 4);
   }
-  __device__ __forceinline__ int place(int i) const { return (warp * kOwn + i) * head_lanes(a.part_heads) + slot_lane(); }
-  __device__ __forceinline__ int top_place() const { return Shape::kTiles * head_lanes(a.part_heads) + warp * 4 + (lane & 3); }
+  __device__ __forceinline__ int most_columns() const { return (Team::kShares ? a.group_rows : 1) * a.part_heads; }
+  __device__ __forceinline__ int place(int i) const { return (warp * kOwn + i) * head_lanes(most_columns()) + slot_lane(); }
+  __device__ __forceinline__ int top_place() const { return Shape::kTiles * head_lanes(most_columns()) + warp * 4 + (lane & 3); }
 
-  __device__ __forceinline__ void store(const Partial<kOwn>& sum, int index) {
+  __device__ __forceinline__ void store(const Partial<kOwn>& sum, int index, const Cursor& c) {
     const auto put = [&](float4* to, float x, float y, float z, float w) {
       const auto real = [](float v) { return __float_as_uint(v) == kEmpty ? __uint_as_float(0x7fffffffu) : v; };
       store_exchanged(to, make_float4(real(x), real(y), real(z), real(w)));
     };
-    if (!has_head()) return;
+    if (!has_column(c)) return;
 #pragma unroll
     for (int i = 0; i < kOwn; i++) put(slot(index) + place(i), sum.o[i][0], sum.o[i][1], sum.o[i][2], sum.o[i][3]);
     if (lane < 4) put(slot(index) + top_place(), sum.max[0], sum.sum[0], sum.max[1], sum.sum[1]);
@@ -349,7 +413,8 @@ class AttentionBlock {
 
   // total += the item's chunks from `begin` on, which other blocks leave in the workspace; it is empty again afterwards.
   __device__ __forceinline__ void add_later(Partial<kOwn>& total, const Cursor& c, int begin, const Cuts& cuts) {
-    const int chunks = c.span.chunks(), shift = c.span.chunk_shift, stretch = cuts.stretch_of(c.origin + (min(lane, chunks - 1) << shift));
+    const int chunks = c.span.chunks(), shift = c.span.chunk_shift();
+    const int stretch = cuts.stretch_of(c.origin + (min(lane, chunks - 1) << shift));
     const int its_first = (cuts.at(stretch) - c.origin + (1 << shift) - 1) >> shift, index = stretch * kMaxChunks + lane - its_first;
     constexpr int kAtOnce = kAlone ? 1 : 4;
 #pragma unroll 1
@@ -361,7 +426,7 @@ class AttentionBlock {
       bool there;
       do {
         there = true;
-        if (has_head()) {
+        if (has_column(c)) {
 #pragma unroll
           for (int k = 0; k < kAtOnce; k++) {
             top[k] = load_exchanged(from[k] + top_place());
@@ -379,7 +444,7 @@ class AttentionBlock {
       const float4 empty = make_float4(__uint_as_float(kEmpty), __uint_as_float(kEmpty), __uint_as_float(kEmpty), __uint_as_float(kEmpty));
 #pragma unroll
       for (int k = 0; k < kAtOnce; k++) {
-        if (chunk + k >= chunks || !has_head()) continue;
+        if (chunk + k >= chunks || !has_column(c)) continue;
         if (lane < 4) store_exchanged(from[k] + top_place(), empty);
         Partial<kOwn> next;
         next.max[0] = top[k].x, next.sum[0] = top[k].y, next.max[1] = top[k].z, next.sum[1] = top[k].w;
@@ -394,17 +459,19 @@ class AttentionBlock {
   }
 
   __device__ __forceinline__ void write(const Partial<kOwn>& total, const Cursor& c) {
-    const int count = head_count(c), column = (first_head(c) + 2 * (lane & 3)) * D + output_dimension<FP8>(warp * kOwn, 0, lane);
-    uint16_t* out = a.out + static_cast<size_t>(c.span.row) * a.ldo;
 #pragma unroll
     for (int h = 0; h < 2; h++) {
-      if (2 * (lane & 3) + h >= count) continue;
+      const int n = 2 * (lane & 3) + h, at = (first_head(c) + head_of(n)) * D + output_dimension<FP8>(warp * kOwn, 0, lane);
+      if (!is_query(c, n)) continue;
+      uint16_t* out = a.out + static_cast<size_t>(c.span.row + row_of(n)) * a.ldo;
       const float scale = 1.f / total.sum[h];
+      // + 0: whether a sum that is 0 has been -0 depends on the steps that others see.
       const auto put = [&](auto place) {
 #pragma unroll
         for (int i = 0; i < kOwn; i++)
 #pragma unroll
-          for (int k = h; k < 4; k += 2) out[place(column + h * D + output_dimension<FP8>(i, k, 0))] = to_16bit<BF>(total.o[i][k] * scale);
+          for (int k = h; k < 4; k += 2)
+            out[place(at + output_dimension<FP8>(i, k, 0))] = to_16bit<BF>(__fmaf_rn(total.o[i][k], scale, 0.f));
       };
       if (!kAlone && a.out_index) put([&](int at) { return a.out_index[at]; });
       else put([](int at) { return at; });

@@ -1,4 +1,4 @@
-// What an attention block reads: tiles of the cache, tile after tile across items; and the row that the step itself computes.
+// What an attention block reads: tiles of the cache, tile after tile across items; and the rows that the step itself computes.
 #pragma once
 #include "attention/attention_decode_math.cuh"
 #include "attention/rotary.cuh"
@@ -46,7 +46,7 @@ class TileLoader {
       if (tile) return;
     }
     if (left == 0 || --left == 0) return;
-    advance(c, a);
+    advance<Team>(c, a);
     look_up();
   }
 
@@ -64,7 +64,7 @@ class TileLoader {
   __device__ __forceinline__ int first_looked_up() const { return c.first_token(kAlone ? 0 : tile); }
 
   __device__ __forceinline__ void copy(bool values) {
-    const int first = c.first_token(tile), end = a.cos_sin ? c.span.length - 1 : c.span.length;
+    const int first = c.first_token(tile), end = c.span.cached();
     const int within = first - (first_looked_up() & ~(a.block_size - 1));  // from the first block that was looked up
     const uint8_t* base = a.cache + static_cast<size_t>(c.kv_head + (values ? a.kv_heads : 0)) * plane + lane * 16;
     const uint32_t entry = ring + fill + first_piece, block_bytes = 2 * a.kv_heads * plane;
@@ -104,8 +104,15 @@ template <int D, bool BF>
 struct Rotation {
   float cos[8], sin[8];
 
+  __device__ __forceinline__ static const float* of(const AttentionDecodeArgs& a, int row, int d) {
+    return a.cos_sin + static_cast<size_t>(max(0, a.positions[row])) * D + d;
+  }
+  __device__ __forceinline__ static void prefetch(const AttentionDecodeArgs& a, int row, int d) {
+    prefetch_line(of(a, row, d));
+    prefetch_line(of(a, row, d) + D / 2);
+  }
   __device__ __forceinline__ void load(const AttentionDecodeArgs& a, int row, int d) {
-    const float* from = a.cos_sin + static_cast<size_t>(max(0, a.positions[row])) * D + d;
+    const float* from = of(a, row, d);
 #pragma unroll
     for (int i = 0; i < 8; i += 4) {
       const float4 x = *reinterpret_cast<const float4*>(from + i), y = *reinterpret_cast<const float4*>(from + D / 2 + i);
@@ -136,30 +143,61 @@ struct Rotation {
   }
 };
 
-// The new key and value of an item, in the cache's type, in the warp that has the tile they belong to: lanes below D / 16 hold the key, as
-// many more the value, eight elements of either half each. Tiles are copied without them.
-template <int D, bool BF, bool FP8>
-class NewRow {
+// The new keys and values of an item, in the cache's type; tiles are copied without them. A thread holds eight elements of either half of
+// one. Of a row by itself the warp that has its tile holds both, and puts them into it. Of several rows all threads of the block hold some,
+// and leave them in shared memory when a step comes that they belong to; their order there is keys of all rows, then values.
+template <class Team, int D, bool BF, bool FP8>
+class NewRows {
   using Shape = AttentionShape<D, FP8>;
-  static constexpr int kLanes = D / 16;
+  static constexpr int kLanes = D / 16, kPlaces = Team::kWarps * 32 / kLanes;
   uint4 half[2];
 
-  __device__ __forceinline__ static int part() { return (threadIdx.x & 31) / kLanes; }  // 0: key, 1: value, else nothing
+  // Places are counted from the block's end: queries are at its beginning.
+  __device__ __forceinline__ static int place() { return kPlaces - 1 - Team::thread() / kLanes; }
+  __device__ __forceinline__ static int dimension() { return Team::thread() % kLanes * 8; }
+  // 0: key, 1: value, else nothing.
+  __device__ __forceinline__ static int kind(const AttentionDecodeArgs& a) {
+    return shared(a) ? place() & 1 : (threadIdx.x & 31) / kLanes;
+  }
+  // Which of the new rows; not all of them are there.
+  __device__ __forceinline__ static int index(const AttentionDecodeArgs& a) { return shared(a) ? place() >> 1 : 0; }
+  __device__ __forceinline__ static int row_of(const Cursor& c, int index) { return c.span.row + c.span.rows() - c.span.fresh() + index; }
 
  public:
-  // Whether the item's new row is in this tile of its last step.
+  __device__ __forceinline__ static bool shared(const AttentionDecodeArgs& a) { return Team::kShares && a.groups; }
+  // Whether a thread of this warp holds some of the item's.
+  __device__ __forceinline__ static bool any(const AttentionDecodeArgs& a, const Cursor& c) {
+    if (!a.cos_sin) return false;
+    if (shared(a)) return (kPlaces - (Team::thread() / 32 + 1) * (32 / kLanes)) / 2 < c.span.fresh();
+    return Team::kWarps == 1 || is_in(a, c, Team::thread() / 32);
+  }
+  // Whether the new token of a row by itself is in this tile of its last step.
   __device__ __forceinline__ static bool is_in(const AttentionDecodeArgs& a, const Cursor& c, int tile) {
-    return a.cos_sin && (c.span.length - 1) / kTileTokens % kAttentionWarps == tile;
+    return a.cos_sin && !shared(a) && (c.span.length - 1) / kTileTokens % kAttentionWarps == tile;
+  }
+  // Whether some of several rows are in this step.
+  __device__ __forceinline__ static bool are_in(const AttentionDecodeArgs& a, const Cursor& c) {
+    return shared(a) && c.first_token(kAttentionWarps) > c.span.cached();
   }
 
-  // Where it is in qkv, whose row at the lane's dimension is `row`; null where not in this lane.
-  __device__ __forceinline__ static const uint16_t* source(const AttentionDecodeArgs& a, const Cursor& c, const uint16_t* row, bool here) {
-    return here && part() <= 1 ? row + (a.heads + c.kv_head + part() * a.kv_heads) * D : nullptr;
+  // Row of qkv with this thread's elements.
+  __device__ __forceinline__ static int row(const AttentionDecodeArgs& a, const Cursor& c) {
+    return row_of(c, min(index(a), c.span.fresh() - 1));
   }
-  __device__ __forceinline__ void take(const uint4& low, const uint4& high) { half[0] = low, half[1] = high; }
+  __device__ __forceinline__ void load(const AttentionDecodeArgs& a, const Cursor& c) {
+    const int plane = kind(a);
+    half[0] = half[1] = uint4{};
+    if (!any(a, c) || plane > 1 || index(a) >= c.span.fresh()) return;
+    const uint16_t* from =
+        a.qkv + static_cast<size_t>(row(a, c)) * a.ldqkv + (a.heads + c.kv_head + plane * a.kv_heads) * D + dimension();
+    half[0] = *reinterpret_cast<const uint4*>(from), half[1] = *reinterpret_cast<const uint4*>(from + D / 2);
+  }
 
-  // The whole warp calls.
-  __device__ __forceinline__ void prepare(const AttentionDecodeArgs& a, const Rotation<D, BF>& rotation, int d) {
+  // Into the cache's type. Of several rows the item's own go into the cache: `last`, the item's last step is this block's, so that one
+  // block writes. The whole warp calls.
+  __device__ __forceinline__ void prepare(const AttentionDecodeArgs& a, const Cursor& c, const Rotation<D, BF>& rotation, bool last) {
+    const bool own = shared(a) && last && c.part == 0 && index(a) < c.span.fresh() && index(a) >= c.span.fresh() - c.span.rows();
+    const int slot = own ? a.slot_mapping[row(a, c)] : -1, plane = kind(a), d = dimension();
     float key[2][8];
     unpack8<BF>(key[0], half[0]);
     unpack8<BF>(key[1], half[1]);
@@ -170,38 +208,80 @@ class NewRow {
         float value[8];
         unpack8<BF>(value, half[i]);
 #pragma unroll
-        for (int k = 0; k < 8; k++) key[i][k] = part() ? value[k] : key[i][k];
+        for (int k = 0; k < 8; k++) key[i][k] = plane ? value[k] : key[i][k];
         const uint2 packed = pack8_e4m3(key[i]);
         half[i].x = packed.x, half[i].y = packed.y;
-      } else if (!part()) {
+      } else if (!plane) {
         half[i] = pack8<BF>(key[i]);
       }
     }
+    if (slot >= 0) write(a, slot, c.kv_head + plane * a.kv_heads);
   }
 
-  // Into the tile, and into the cache.
+  // A row by itself: into the tile, and into the cache.
   __device__ __forceinline__ void put(const AttentionDecodeArgs& a, const Cursor& c, uint32_t tile, bool values) const {
-    if (part() == values) {
-      const int d = (threadIdx.x & 31) % kLanes * 8, row = (c.span.length - 1) % kTileTokens, slot = a.slot_mapping[c.span.row];
-      const int plane = c.kv_head + values * a.kv_heads;
-      const size_t at = static_cast<size_t>(slot >> a.block_shift) * 2 * a.kv_heads + plane;
-      uint8_t* to = a.cache + (at * a.block_size + (slot & (a.block_size - 1))) * Shape::kRow;
-      const bool cached = slot >= 0 && c.part == 0;
+    if (kind(a) == values) {
+      const int row = (c.span.length - 1) % kTileTokens, slot = a.slot_mapping[c.span.row];
 #pragma unroll
       for (int i = 0; i < 2; i++) {
-        const int byte = (d + i * D / 2) * Shape::kElement;
-        const uint32_t shared = tile + row * Shape::kRow + swizzled<Shape::kPieces>(byte / 16, row) * 16 + byte % 16;
-        if constexpr (FP8) {
-          sts64(shared, half[i].x, half[i].y);
-          if (cached) *reinterpret_cast<uint2*>(to + byte) = make_uint2(half[i].x, half[i].y);
-        } else {
-          sts128(shared, half[i]);
-          if (cached) *reinterpret_cast<uint4*>(to + byte) = half[i];
-        }
+        const int byte = byte_of(i);
+        store(tile + row * Shape::kRow + swizzled<Shape::kPieces>(byte / 16, row) * 16 + byte % 16, i);
       }
+      if (slot >= 0 && c.part == 0) write(a, slot, c.kv_head + values * a.kv_heads);
     }
     __syncwarp();
   }
+
+  // Several rows: to `area`, and from there into a tile. The block waits for itself between the two, and before the area is another's.
+  __device__ __forceinline__ void leave(const AttentionDecodeArgs& a, const Cursor& c, uint32_t area) const {
+    if (index(a) >= c.span.fresh()) return;
+#pragma unroll
+    for (int i = 0; i < 2; i++) store(area + (kind(a) * kMaxNewRows + index(a)) * Shape::kRow + byte_of(i), i);
+  }
+  __device__ __forceinline__ static void fetch(const Cursor& c, int tile, uint32_t area, uint32_t to, bool values) {
+    const int first = c.first_token(tile), begin = max(first, max(c.span.cached(), c.span.low)),
+              end = min(first + kTileTokens, c.span.length);
+    const uint32_t from = area + (values * kMaxNewRows - c.span.cached()) * Shape::kRow;
+#pragma unroll 1
+    for (int i = threadIdx.x & 31; i < (end - begin) * Shape::kPieces; i += 32) {
+      const int token = begin + i / Shape::kPieces, piece = i % Shape::kPieces, row = token - first;
+      sts128(to + row * Shape::kRow + swizzled<Shape::kPieces>(piece, row) * 16, lds128(from + token * Shape::kRow + piece * 16));
+    }
+    __syncwarp();
+  }
+
+ private:
+  __device__ __forceinline__ static int byte_of(int i) { return (dimension() + i * D / 2) * Shape::kElement; }
+  __device__ __forceinline__ void store(uint32_t to, int i) const {
+    if constexpr (FP8) sts64(to, half[i].x, half[i].y);
+    else sts128(to, half[i]);
+  }
+  __device__ __forceinline__ void write(const AttentionDecodeArgs& a, int slot, int plane) const {
+    const size_t at = static_cast<size_t>(slot >> a.block_shift) * 2 * a.kv_heads + plane;
+    uint8_t* to = a.cache + (at * a.block_size + (slot & (a.block_size - 1))) * Shape::kRow;
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      if constexpr (FP8) *reinterpret_cast<uint2*>(to + byte_of(i)) = make_uint2(half[i].x, half[i].y);
+      else *reinterpret_cast<uint4*>(to + byte_of(i)) = half[i];
+    }
+  }
 };
+
+// Whether one of the elements is infinite or none.
+template <bool BF, bool FP8>
+__device__ __forceinline__ bool not_finite(const uint4& v) {
+  const uint32_t words[4] = {v.x, v.y, v.z, v.w};
+  uint32_t found = 0;
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    if constexpr (FP8) {
+      found |= ((words[i] & 0x7f7f7f7fu) + 0x01010101u) & 0x80808080u;
+    } else {  // the exponent of either half, all ones
+      constexpr uint32_t kExponent = BF ? 0x7f80u : 0x7c00u, kLast = BF ? 0x80u : 0x400u;
+      found |= ((words[i] & (kExponent | kExponent << 16)) + (kLast | kLast << 16)) & 0x80008000u;
+    }
+  }
+  return found;
+}
 
 }  // namespace gptq

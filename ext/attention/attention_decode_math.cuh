@@ -42,6 +42,11 @@ __device__ __forceinline__ int swizzled(int piece, int row) {
   return PIECES >= 8 ? piece ^ (row & 7) : piece ^ ((row >> 1) & 3);
 }
 
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 890
+constexpr bool kE4m3HasNaN = true;
+#else
+constexpr bool kE4m3HasNaN = false;  // it is read as a number
+#endif
 // Two numbers in the low 16 bits of `two`.
 __device__ __forceinline__ uint32_t halves_of_e4m3(uint32_t two) {
 #if __CUDA_ARCH__ >= 890

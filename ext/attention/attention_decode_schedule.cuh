@@ -4,6 +4,9 @@
 // token; every block takes an equal stretch of it, the first block the last one. Consecutive steps of an item form chunks (one step each up
 // to 4096 tokens of context); a chunk belongs to the block whose stretch holds its first step. Where chunks begin depends on the row's own
 // context and window only, so the result's bits depend neither on the batch nor on the number of blocks.
+//
+// Consecutive rows of one sequence share an item where the caller says so, since all their chunks begin at the same steps. A step that the
+// shorter of them do not see adds nothing to their sums, to the last bit.
 #pragma once
 #include "attention/attention_decode.h"
 
@@ -14,12 +17,13 @@ constexpr int kAttentionThreads = kAttentionWarps * 32;
 constexpr int kTileTokens = 32;  // tokens of a warp in a step
 constexpr int kStepTokens = kTileTokens * kAttentionWarps;
 constexpr int kMaxChunks = 32;  // of an item: what a lane each can look up
-constexpr int kPartHeads = 8;   // query heads served together: the columns of an mma
+constexpr int kPartHeads = 8;   // queries served together: the columns of an mma
 constexpr int kScratchInts = kAttentionWarps + 4;
 
 // Who attends together to a step: the warps of a block, a tile of its tokens each.
 struct WholeBlock {
   static constexpr int kWarps = kAttentionWarps;
+  static constexpr bool kShares = true;  // serves several rows of a sequence at once
   static __device__ __forceinline__ int thread() { return threadIdx.x; }
   // shfl: so that the compiler knows it for uniform.
   static __device__ __forceinline__ int warp() { return __shfl_sync(~0u, threadIdx.x >> 5, 0); }
@@ -32,6 +36,7 @@ struct WholeBlock {
 // Every warp by itself: nobody waits for anybody, which pays where there are enough items for all of them.
 struct OneWarp {
   static constexpr int kWarps = 1;
+  static constexpr bool kShares = false;
   static __device__ __forceinline__ int thread() { return threadIdx.x & 31; }
   static __device__ __forceinline__ int count() { return gridDim.x * kAttentionWarps; }
   static __device__ __forceinline__ int index() { return blockIdx.x * kAttentionWarps + WholeBlock::warp(); }
@@ -43,24 +48,41 @@ struct OneWarp {
   }
 };
 
-// The tokens one sequence's row sees: [low, length), in steps first .. first + count - 1.
+// The tokens that the rows of an item see, rows .. row + rows - 1 of qkv: the last one up to `length`, each before it one less; the first
+// one from `low` on. In steps first .. first + count - 1.
 struct Span {
   int length, low, first, count, row;
-  int chunk_shift;  // log2 of steps per chunk
+  uint32_t small;  // three numbers in a register
 
-  __device__ __forceinline__ int chunks() const { return (count + (1 << chunk_shift) - 1) >> chunk_shift; }
+  __device__ __forceinline__ int chunk_shift() const { return small & 31; }  // log2 of steps per chunk
+  __device__ __forceinline__ int rows() const { return small >> 8 & 15; }
+  // Tokens at the end that the step itself computes, the rows' own and those before them: they are not in the cache yet.
+  __device__ __forceinline__ int fresh() const { return small >> 16; }
+  __device__ __forceinline__ void set(int rows, int fresh) { small = chunk_shift() | rows << 8 | fresh << 16; }
+  __device__ __forceinline__ int chunks() const { return (count + (1 << chunk_shift()) - 1) >> chunk_shift(); }
+  __device__ __forceinline__ int cached() const { return length - fresh(); }
+  __device__ __forceinline__ int shortest() const { return length - rows() + 1; }
 };
 
+// Of the item that begins with entry s; without steps where none does.
+template <class Team>
 __device__ __forceinline__ Span span_of(const AttentionDecodeArgs& a, int s) {
   Span span;
   span.length = a.context_lens[s];
   span.row = a.query_start[s];
-  const int rows = a.query_start[s + 1] - span.row;
+  const bool one_row = a.query_start[s + 1] - span.row == 1;
   span.low = a.window > 0 ? max(0, span.length - a.window) : 0;
   span.first = span.low / kStepTokens;
-  span.count = span.length > 0 && rows == 1 ? (span.length + kStepTokens - 1) / kStepTokens - span.first : 0;
-  span.chunk_shift = 0;
-  while (span.chunks() > kMaxChunks) span.chunk_shift++;
+  int rows = 1, fresh = a.cos_sin != nullptr;
+  if (Team::kShares && a.groups) {
+    rows = a.groups[2 * s];
+    if (fresh) fresh = a.groups[2 * s + 1];
+    if (span.length > 0) span.length += rows - 1;
+  }
+  span.count = span.length > 0 && one_row && rows ? (span.length + kStepTokens - 1) / kStepTokens - span.first : 0;
+  span.small = 0;
+  while (span.chunks() > kMaxChunks) span.small++;
+  span.set(rows, fresh);
   return span;
 }
 
@@ -91,6 +113,7 @@ struct Cursor {
   }
 };
 
+template <class Team>
 __device__ __forceinline__ void advance(Cursor& c, const AttentionDecodeArgs& a) {
   if (++c.step < c.span.count) return;
   c.step = 0;
@@ -100,8 +123,9 @@ __device__ __forceinline__ void advance(Cursor& c, const AttentionDecodeArgs& a)
   if (++c.kv_head < a.kv_heads) return;
   c.kv_head = 0;
   do {
-    if (++c.sequence >= a.sequences) return;
-    c.span = span_of(a, c.sequence);
+    c.sequence += Team::kShares ? max(c.span.rows(), 1) : 1;
+    if (c.sequence >= a.sequences) return;
+    c.span = span_of<Team>(a, c.sequence);
   } while (c.span.count == 0);
 }
 
@@ -121,7 +145,7 @@ __device__ __forceinline__ Stretch find_stretch(const AttentionDecodeArgs& a, in
   int mine = 0;
   bool padded = false;
   for (int s = from; s < to; s++) {
-    mine += span_of(a, s).count * heads;
+    mine += span_of<Team>(a, s).count * heads;
     padded |= is_padding(a, s);
   }
   int sum = mine;
@@ -151,7 +175,7 @@ __device__ __forceinline__ Stretch find_stretch(const AttentionDecodeArgs& a, in
   if (contains(begin) || contains(end)) {
     int at = before;
     for (int s = from; s < to; s++) {
-      const int weight = span_of(a, s).count * heads;
+      const int weight = span_of<Team>(a, s).count * heads;
       if (at <= begin && begin < at + weight) found[0] = s, found[1] = at;
       if (at <= end && end < at + weight) found[2] = s, found[3] = at;
       at += weight;
@@ -160,26 +184,26 @@ __device__ __forceinline__ Stretch find_stretch(const AttentionDecodeArgs& a, in
   Team::sync();
   // The steps of a chunk that another block began are that block's.
   const auto to_chunk = [&](const Span& span, int step) {
-    const int per_chunk = 1 << span.chunk_shift;
+    const int per_chunk = 1 << span.chunk_shift();
     return min(span.count, (step + per_chunk - 1) & ~(per_chunk - 1));
   };
   Cursor& c = stretch.begin;
   c.sequence = found[0];
-  c.span = span_of(a, c.sequence);
+  c.span = span_of<Team>(a, c.sequence);
   const int inside = begin - found[1], step = inside % c.span.count;
   c.kv_head = inside / c.span.count / a.parts, c.part = inside / c.span.count % a.parts;
   c.origin = begin - step;
   c.step = to_chunk(c.span, step);
   int stop = end;
   if (end < total) {
-    const Span last = span_of(a, found[2]);
+    const Span last = span_of<Team>(a, found[2]);
     const int last_step = (end - found[3]) % last.count;
     stop = end - last_step + to_chunk(last, last_step);
   }
   stretch.steps = stop - (c.origin + c.step);
   if (c.step == c.span.count && stretch.steps > 0) {
     c.step--;
-    advance(c, a);
+    advance<Team>(c, a);
   }
   return stretch;
 }

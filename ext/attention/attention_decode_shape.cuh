@@ -18,9 +18,10 @@ struct AttentionShape {
   static constexpr int kQueryStride = D * 2 + 16;  // bytes; so that no bank is met twice
 };
 
-// Lanes of a fragment whose columns hold a head: they come first in the order of lane_slot.
-__host__ __device__ constexpr int head_lanes(int part_heads) { return 8 * ((part_heads + 1) / 2); }
-// Shared memory for results of the warps, or queries.
+// Lanes of a fragment whose columns hold one of so many queries: they come first in the order of slot_lane().
+__host__ __device__ constexpr int head_lanes(int columns) { return 8 * ((columns + 1) / 2); }
+// Shared memory for results of the warps, as many columns at a time as a row has; or queries; or new keys and values: 2 * kMaxNewRows of
+// 16 bits just fit.
 template <int D>
 __host__ __device__ constexpr int exchange_bytes(int part_heads) {
   const int sums = kAttentionWarps * (D / 16) * head_lanes(part_heads) * 16, queries = kPartHeads * (D * 2 + 16);
@@ -35,9 +36,13 @@ template <class Team, int D, bool FP8>
 constexpr int attention_smem(int part_heads) {
   return AttentionShape<D, FP8>::kRing + scratch_bytes<Team, D>(part_heads);
 }
-// Floats of a chunk's result in the workspace: the fragments, then for each warp (maximum, sum) of each head.
-__host__ __device__ constexpr int slot_floats(int head_dim, int part_heads) {
-  return head_dim / 16 * head_lanes(part_heads) * 4 + kAttentionWarps * 2 * kPartHeads;
+static_assert(exchange_bytes<64>(1) >= 2 * kMaxNewRows * 64 * 2 && exchange_bytes<128>(1) >= 2 * kMaxNewRows * 128 * 2);
+// Floats of a chunk's result in the workspace: the fragments, then for each warp (maximum, sum) of each column.
+__host__ __device__ constexpr int slot_floats(int head_dim, int columns) {
+  return head_dim / 16 * head_lanes(columns) * 4 + kAttentionWarps * 2 * kPartHeads;
 }
+// A workspace is as large as single warps need it, with one row each. Blocks are a quarter as many, so that more columns fit.
+static_assert(kAttentionWarps * slot_floats(64, 1) >= slot_floats(64, kPartHeads) &&
+              kAttentionWarps * slot_floats(128, 1) >= slot_floats(128, kPartHeads));
 
 }  // namespace gptq

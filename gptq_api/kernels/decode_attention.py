@@ -1,10 +1,11 @@
 """Attention of one new token per sequence over its paged context, on CUDA: one kernel per layer in a pure decode step.
 
 Which sequences are served is read on the device: those with exactly one new row and a context. In a pure decode step
-the kernel also normalises and rotates q and k of the row and writes its key and value (`RotaryInputs`). Work is cut
-into pieces by the row's own context alone, and pieces are added in a fixed order: a row's bits depend neither on the
-batch nor on the run. Softmax in float32; the weights enter the product with the values in the activations' type (fp16
-with an e4m3 cache).
+the kernel also normalises and rotates q and k of the row and writes its key and value (`RotaryInputs`). Rows that are
+consecutive tokens of one sequence count as sequences, and may share one reading of what they have in common
+(`groups`). Work is cut into pieces by the row's own context alone, and pieces are added in a fixed order: a row's bits
+depend neither on the batch nor on the run, nor on what it shares. Softmax in float32; the weights enter the product
+with the values in the activations' type (fp16 with an e4m3 cache).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from gptq_api.kernels.extension import cuda as _cuda
+from gptq_api.kernels.row_groups import MAX_NEW_ROWS
 
 __all__ = ["BLOCK_SIZES", "HEAD_DIMS", "TEAMS", "RotaryInputs", "decode_attention", "decode_attention_workspace"]
 
@@ -66,6 +68,7 @@ def decode_attention(
     rotary: RotaryInputs | None = None,
     out_index: Tensor | None = None,
     *,
+    groups: Tensor | None = None,
     prefetch: bool = False,
     teams: str = "best",
 ) -> Tensor:
@@ -81,6 +84,11 @@ def decode_attention(
 
     `out_index` int32 [num_heads * D]: where in its row each output goes; None: in order. For a few rows: elements are
     then stored one by one, and beyond some 16 rows a gather afterwards is cheaper. Not where warps attend alone.
+
+    `groups` int32 [S, 2], as kernels/row_groups.py writes it; None: each row by itself. Entries of a group have one row
+    each, one after another, contexts of consecutive lengths, and the same row of `block_tables`. With `rotary` there
+    are at most MAX_NEW_ROWS entries, and the rows of a sequence attend to those before them as well. Not where warps
+    attend alone.
 
     `prefetch` (with `rotary`): tables, lengths, positions and the keys and values of earlier tokens may be read while
     the kernel before this one still runs. True where all of that was complete before the first kernel of an unbroken
@@ -122,6 +130,12 @@ def decode_attention(
             raise ValueError("out_index with warps that attend alone, which know no order")
     if teams == "warps" and (longest := block_tables.stride(0) * block_size) > MAX_CONTEXT_OF_WARPS:
         raise ValueError(f"tables for {longest} tokens; a warp alone takes up to {MAX_CONTEXT_OF_WARPS}")
+    if groups is not None:
+        _check_indices("groups", groups, (sequences, 2), qkv)
+        if teams == "warps":
+            raise ValueError("groups with warps that attend alone, which have one row each")
+        if rotary is not None and sequences > MAX_NEW_ROWS:
+            raise ValueError(f"groups of {sequences} rows to rotate and write; decode_attention takes {MAX_NEW_ROWS}")
     if prefetch and rotary is None:
         raise ValueError("prefetch without rotary: the cache has just been written by another kernel")
     addresses = (0, 0, 0, 0, 0)
@@ -140,7 +154,8 @@ def decode_attention(
             raise ValueError(f"workspace {_described(workspace)}, expected {needed} bytes on {qkv.device}")
         _cuda.attention_decode(
             *(qkv.data_ptr(), kv_layer.data_ptr(), block_tables.data_ptr(), context_lens.data_ptr()),
-            *(query_start.data_ptr(), out.data_ptr(), _address(out_index), *addresses, workspace.data_ptr()),
+            *(query_start.data_ptr(), out.data_ptr(), _address(out_index), _address(groups)),
+            *(*addresses, workspace.data_ptr()),
             *(0.0 if rotary is None else rotary.eps, scale, qkv.stride(0), out.stride(0), block_tables.stride(0)),
             *(sequences, num_heads, num_kv_heads, block_size, head_dim, window or 0, prefetch),
             *(
@@ -183,9 +198,10 @@ def _check_rows(name: str, tensor: Tensor, shape: tuple[int, ...], like: Tensor)
         )
 
 
-def _check_indices(name: str, tensor: Tensor, length: int, like: Tensor) -> None:
-    if tuple(tensor.shape) != (length,) or tensor.dtype != torch.int32 or not tensor.is_contiguous():
-        raise ValueError(f"{name} {_described(tensor)}, expected contiguous int32 [{length}]")
+def _check_indices(name: str, tensor: Tensor, shape: int | tuple[int, ...], like: Tensor) -> None:
+    expected = (shape,) if isinstance(shape, int) else shape
+    if tuple(tensor.shape) != expected or tensor.dtype != torch.int32 or not tensor.is_contiguous():
+        raise ValueError(f"{name} {_described(tensor)}, expected contiguous int32 {list(expected)}")
     if tensor.device != like.device:
         raise ValueError(f"{name} on {tensor.device}, expected {like.device}")
 

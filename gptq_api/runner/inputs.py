@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from gptq_api.kernels.row_groups import RowGroups
 from gptq_api.kernels.sampling import FIELDS
 from gptq_api.step import NewBlocks, Step
 
@@ -66,6 +67,8 @@ class StepInputs(Generic[Array]):
     """[T] where the step is drafted, else [0]: the drafted token of each row"""
     draft_places: Array
     """[T, 2] or [0, 2], int64 in two words: where in a flat history it goes"""
+    groups: Array
+    """[T, 2] or [0, 2], of kernels/row_groups.py; 0: padding"""
 
     @classmethod
     def over(cls, buffer: Array, shape: StepShape) -> StepInputs[Array]:
@@ -90,7 +93,7 @@ def _dims(shape: StepShape) -> tuple[tuple[int, ...], ...]:
     return (
         *(rows, rows, rows, (shape.num_sequences + 1,), sequences, sequences),
         *((FIELDS, shape.num_sequences), (shape.num_tiles, 2), (shape.num_sequences, shape.table_width)),
-        *((num_draft_rows,), (num_draft_rows, 2)),
+        *((num_draft_rows,), (num_draft_rows, 2), (num_draft_rows, 2)),
     )
 
 
@@ -141,14 +144,24 @@ class Rows(NamedTuple):
     """drafted ones; 0 where a sequence's last known token is computed"""
     places: list[int]
     """where in a flat history that token goes"""
+    groups: list[tuple[int, int]]
+    """as kernels/row_groups.py says"""
 
 
 class SequenceTable:
     """The block tables of the running sequences, by seat, so that a step of many sequences is a few numpy
     calls and no loop over them."""
 
-    def __init__(self, max_num_seqs: int, max_blocks: int, block_size: int, prompts_apart: bool = False) -> None:
-        self._block_size, self._prompts_apart = block_size, prompts_apart
+    def __init__(
+        self,
+        max_num_seqs: int,
+        max_blocks: int,
+        block_size: int,
+        prompts_apart: bool = False,
+        groups: RowGroups | None = None,
+    ) -> None:
+        """`groups`: None: each row by itself."""
+        self._block_size, self._prompts_apart, self._groups = block_size, prompts_apart, groups or RowGroups()
         self._num_prompt_tokens = np.zeros(max_num_seqs, np.int32)
         self._blocks = np.zeros((max_num_seqs, max_blocks), np.int32)
 
@@ -166,14 +179,16 @@ class SequenceTable:
         """The same of a step with drafts. `max_model_len`: from one sequence of the history to the next."""
         assert not step.admitted and step.num_new == step.num_sampled, "beside drafts only what decodes"
         self._note(step.new_blocks)
-        seats, positions, tokens, places = list[int](), list[int](), list[int](), list[int]()
+        seats, positions, tokens, places, ranks = list[int](), list[int](), list[int](), list[int](), list[int]()
         for entry, (seat, start, num) in enumerate(zip(step.seats, step.num_computed, step.num_new, strict=True)):
             seats += [seat] * num
             positions += range(start, start + num)
             first = HISTORY_START + seat * max_model_len + start
             tokens += [0, *step.drafts.get(entry, ())]
             places += [0, *range(first + 1, first + num)]
-        return Rows(seats, positions, [position + 1 for position in positions], tokens, places)
+            ranks += range(num)
+        context = [position + 1 for position in positions]
+        return Rows(seats, positions, context, tokens, places, self._groups.of(context, ranks))
 
     def _note(self, new_blocks: list[NewBlocks]) -> None:
         for blocks in new_blocks:
@@ -236,6 +251,7 @@ class SequenceTable:
         to.last_rows[...] = [*range(num), *[0] * padding]
         to.draft_tokens[...] = rows.tokens + [0] * padding
         to.draft_places.view(np.int64)[:, 0] = rows.places + [0] * padding
+        to.groups[...] = rows.groups + [(0, 0)] * padding
         if padding:
             to.block_tables[num:] = 0
 
@@ -252,7 +268,7 @@ def _write_tiles(new: Ints, least: int, tile_rows: int, tiles: Ints) -> None:
 def write_idle(to: StepInputs[Ints]) -> None:
     """A step of padding alone; `sampling` is not touched."""
     zeros = (to.row_seat, to.query_start, to.context_lens, to.last_rows, to.block_tables)
-    for array in (*zeros, to.draft_tokens, to.draft_places):
+    for array in (*zeros, to.draft_tokens, to.draft_places, to.groups):
         array[...] = 0
     for array in (to.positions, to.slot_mapping, to.tiles):
         array[...] = -1

@@ -71,6 +71,21 @@ def _attend(
     out[row] = ((q @ k.transpose(1, 2) * scale).softmax(-1) @ v).flatten()
 
 
+def _check_groups(groups: Tensor, tables: Tensor, lens: Tensor, rotary: RotaryInputs | None) -> None:
+    """Each entry with a context is in one group, of consecutive tokens of one sequence."""
+    real, next_free = int((lens > 0).sum()), 0
+    for i, (rows, new) in enumerate(groups.tolist()):
+        if rows:
+            assert i == next_free and rows <= new
+            same = slice(i, i + rows)
+            assert lens[same].tolist() == list(range(int(lens[i]), int(lens[i]) + rows))
+            assert bool((tables[same] == tables[i]).all())
+            if rotary is not None:
+                assert rotary.positions[i - (new - rows)] == lens[i] - 1 - (new - rows)
+            next_free += rows
+    assert next_free == real
+
+
 def decode_attention(
     qkv: Tensor,
     kv_layer: Tensor,
@@ -85,9 +100,12 @@ def decode_attention(
     rotary: RotaryInputs | None = None,
     out_index: Tensor | None = None,
     *,
+    groups: Tensor | None = None,
     prefetch: bool = False,
 ) -> None:
     assert prefetch == (rotary is not None)
+    if groups is not None:
+        _check_groups(groups, block_tables, context_lens, rotary)
     assert out_index is None  # only packed CUDA weights have an order
     if rotary is not None:
         r = rotary

@@ -18,6 +18,7 @@ from gptq_api.kernels.decode_attention import RotaryInputs, decode_attention, de
 from gptq_api.kernels.head import head as head_product
 from gptq_api.kernels.order import of_kernel, of_producer
 from gptq_api.kernels.prefill_attention import prefill_attention
+from gptq_api.kernels.row_groups import RowGroups
 from gptq_api.model.layers.linear import Linear
 from gptq_api.model.layers.norm import RMSNorm
 from gptq_api.model.weights import LayerWeights, LlamaWeights
@@ -111,17 +112,22 @@ class _Context:
     query_start: Tensor
     tiles: Tensor | None
     """of sequences of several rows; None: there are none"""
+    groups: Tensor | None
+    """of rows of one sequence that count as sequences; None: there are none"""
 
     @classmethod
-    def of(cls, inputs: StepInputs[Tensor], by_row: bool) -> _Context:
-        """`by_row`: as if each row were a sequence, so that one kernel attends, in the order of a decode step."""
+    def of(cls, inputs: StepInputs[Tensor], by_row: bool, drafted: bool) -> _Context:
+        """`by_row`: as if each row were a sequence, so that one kernel attends, in the order of a decode step. With
+        `drafted` they are sequences already."""
         if not by_row:
             tiles = inputs.tiles if len(inputs.tiles) else None
-            return cls(inputs.block_tables, inputs.context_lens, inputs.query_start, tiles)
+            groups = inputs.groups if drafted else None
+            return cls(inputs.block_tables, inputs.context_lens, inputs.query_start, tiles, groups)
         rows = torch.arange(len(inputs.positions) + 1, dtype=torch.int32, device=inputs.positions.device)
         sequence = torch.searchsorted(inputs.query_start[1:], rows[:-1], right=True)
         sequence = sequence.clamp_(max=len(inputs.block_tables) - 1)  # padding, whose length is 0
-        return cls(inputs.block_tables.index_select(0, sequence), inputs.positions + 1, rows, None)
+        tables = inputs.block_tables.index_select(0, sequence)
+        return cls(tables, inputs.positions + 1, rows, None, None)
 
 
 class CudaLlama:
@@ -145,6 +151,8 @@ class CudaLlama:
         self._prompt_layers = [layer.for_prompts() for layer in self._layers] if batch_invariant else []
         self._norm = _weight(model.norm, dtype)
         self._cos_sin = model.rotary.cos_sin(max_model_len)
+        windows = (layer.window for layer in self._layers)
+        self.row_groups = RowGroups.for_heads(c.num_attention_heads, c.num_key_value_heads, windows)
         self._num_heads, self._eps, self._scale = c.num_attention_heads, c.rms_norm_eps, c.head_dim**-0.5
         self.device = device = model.embedding.device
         heads, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
@@ -183,7 +191,7 @@ class CudaLlama:
         tiles; otherwise none is.
         """
         rows = inputs.positions.shape[0]
-        where = _Context.of(inputs, by_row=self.batch_invariant and not decode and not prompts)
+        where = _Context.of(inputs, self.batch_invariant and not decode and not prompts, drafted)
         x, normed = self._x[:rows], self._normed[:rows]
         ops.embed(history, inputs.row_seat, inputs.positions, self._embedding, x)
         few = decode and rows <= SCATTER_MAX_ROWS
@@ -191,8 +199,7 @@ class CudaLlama:
             ops.rms_norm(x, layer.input_norm, self._eps, normed, layer.input_order)
             qkv = layer.qkv.forward(normed, self._qkv[:rows])
             index = layer.o_index if few else None
-            kinds = {"alone": decode and not drafted, "prompts": prompts}
-            attended = self._attend(qkv, layer, kv, inputs, where, index, **kinds)
+            attended = self._attend(qkv, layer, kv, inputs, where, index, decode=decode, prompts=prompts)
             (layer.o_sorted if few else layer.o).forward(attended, x, residual=x)
             ops.rms_norm(x, layer.post_attention_norm, self._eps, normed, layer.gate_up_order)
             gated = layer.gate_up.forward(normed, self._gated[:rows], silu_mul=True)
@@ -220,16 +227,15 @@ class CudaLlama:
         context: _Context,
         out_index: Tensor | None,
         *,
-        alone: bool,
+        decode: bool,
         prompts: bool,
     ) -> Tensor:
-        """`prompts`: one kernel attends for all rows. `alone`: no row attends to another one of this step, so the
-        attention may write keys and values itself."""
+        """`prompts`: one kernel attends for all rows. `decode`: the attention writes keys and values itself."""
         out = self._attended[: len(qkv)]
         where = (context.block_tables, context.lengths, context.query_start)
         rotary = None
         norms = (layer.q_norm, layer.k_norm, self._eps)
-        if alone:
+        if decode:
             rotary = RotaryInputs(inputs.positions, inputs.slot_mapping, self._cos_sin, *norms)
         else:
             ops.rope_and_write(qkv, inputs.positions, inputs.slot_mapping, self._cos_sin, kv, self._num_heads, *norms)
@@ -237,7 +243,11 @@ class CudaLlama:
         shared = (self._num_heads, self._scale)
         # What a pure decode step reads of the cache was there before its first kernel.
         if not prompts:
-            decode_attention(qkv, kv, *where, out, *shared, self._workspace, window, rotary, out_index, prefetch=alone)
+            decode_attention(
+                *(qkv, kv, *where, out, *shared, self._workspace, window, rotary, out_index),
+                groups=context.groups,
+                prefetch=decode,
+            )
         if context.tiles is not None:
             prefill_attention(qkv, kv, *where, context.tiles, out, *shared, window)
         return out

@@ -104,8 +104,10 @@ class CudaRunner:
         self.max_draft_rows = model.max_draft_rows
         self.prompt_costs: PromptCosts | None = None
         self.row_cost, self.wait_cost = 0.05, 0.2  # until they are measured
-        # Each row reads the context for itself, from the L2: twice as fast as weights are read (13B on an H200).
-        self.context_cost = cache.num_bytes / (cache.num_blocks * cache.block_size) / (2 * model.num_bytes)
+        # Each group of rows reads the context for itself, from the L2: twice as fast as weights are read (13B on an
+        # H200).
+        reading = cache.num_bytes / (cache.num_blocks * cache.block_size) / (2 * model.num_bytes)
+        self.context_cost = reading / model.row_groups.most
         self._num_timed_rows = min(MAX_MIXED_ROWS, max_num_batched_tokens)
         largest = _largest_shape(max_num_seqs, max_num_batched_tokens, max_blocks)
         num_sampled = largest.num_sequences
@@ -118,7 +120,7 @@ class CudaRunner:
         self._stages = [Stage(num_words(largest), num_sampled) for _ in range(_NUM_STAGES)]
         self._on_device: dict[StepShape, OnDevice] = {}
         self.prompts_apart = model.batch_invariant
-        self._table = SequenceTable(max_num_seqs, max_blocks, cache.block_size, self.prompts_apart)
+        self._table = SequenceTable(max_num_seqs, max_blocks, cache.block_size, self.prompts_apart, model.row_groups)
         self._sampling = SamplingTable(max_num_seqs)
         limits = (max_num_seqs, max_num_batched_tokens, max_blocks, TILE_ROWS, self.max_draft_rows)
         self._buckets = Buckets(*limits)

@@ -17,6 +17,7 @@ from gptq_api.checkpoint.checkpoint import open_checkpoint
 from gptq_api.engine.core import Engine
 from gptq_api.grammar.compile import regex
 from gptq_api.grammar.matchers import Grammars
+from gptq_api.kernels.row_groups import RowGroups
 from gptq_api.model.config import read_config
 from gptq_api.model.loader import load_llama
 from gptq_api.runner.cpu.backend import CpuBackend
@@ -280,7 +281,7 @@ def drafted_step() -> Step:
 
 
 def test_each_row_of_a_step_with_drafts_counts_as_a_sequence() -> None:
-    table = SequenceTable(4, 6, 4)
+    table = SequenceTable(4, 6, 4, groups=RowGroups(2))
     params = SamplingParams(max_tokens=1)
     solos = [
         Solo(list(range(length)), params, block_table=blocks, seat=seat)
@@ -302,6 +303,7 @@ def test_each_row_of_a_step_with_drafts_counts_as_a_sequence() -> None:
     assert arrays.draft_tokens.tolist() == [0, 50, 51, 0, 0, 60, 61, 62]
     places = [0, 209, 210, 0, 0, 117, 118, 119]
     assert arrays.draft_places.view(np.int64)[:, 0].tolist() == [HISTORY_START + i if i else 0 for i in places]
+    assert arrays.groups.tolist() == [[2, 2], [0, 0], [1, 3], [1, 1], [2, 2], [0, 0], [2, 4], [0, 0]]
 
 
 def test_padding_of_a_step_with_drafts_is_what_kernels_skip() -> None:
@@ -320,6 +322,7 @@ def test_padding_of_a_step_with_drafts_is_what_kernels_skip() -> None:
     assert arrays.block_tables.tolist() == [[7, 8, 9]] * 2 + [[0] * 3] * 2
     assert arrays.draft_tokens.tolist() == [0, 50, 0, 0]
     assert arrays.draft_places.view(np.int64)[:, 0].tolist() == [0, HISTORY_START + 210, 0, 0]
+    assert arrays.groups.tolist() == [[1, 1], [1, 2], [0, 0], [0, 0]]
 
 
 @pytest.mark.parametrize(
