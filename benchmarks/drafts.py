@@ -9,11 +9,16 @@ often as the row says. In the row "copy-edit" drafts are right where those of a 
 tokens is written out again with a fifth of it changed, the source of drafts that the server has looks for its last
 tokens in that text, and where its guess is the next token of that text, the draft is the model's next token. The text
 of every row is compared with that of plain decode.
+
+"host_ms" is how long the device has nothing to do between two steps with drafts: from the end of the one, by an event,
+until the host asks it for the next one's graph; "launch_ms" is the part of it that the runner takes to write and copy
+the inputs. "device_ms" is the rest, from there to the end of the step.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import random
 import statistics
@@ -100,6 +105,8 @@ class Run:
     """from the first token to the last"""
     steps: list[tuple[float, int, int]]
     """when each ended, its rows, its tokens"""
+    waits: dict[str, float]
+    """medians of steps with drafts"""
 
     @property
     def tokens_per_second(self) -> float:
@@ -112,11 +119,58 @@ class Run:
         return round(statistics.median(times), 3) if len(times) > 4 else None
 
 
+class Clocked:
+    """A runner, with an event before each launch, before its graph and behind it. A context."""
+
+    def __init__(self, runner: Any, most_steps: int) -> None:
+        self._runner, self._graphs, self._replay = runner, runner._graphs, runner._graphs.run
+        self._events = [[torch.cuda.Event(enable_timing=True) for _ in range(3)] for _ in range(most_steps)]  # type: ignore[no-untyped-call]
+        self._rows: list[int] = []
+        """of each step with drafts, 0: it has none"""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._runner, name)
+
+    def __enter__(self) -> Clocked:
+        self._graphs.run = self._run
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        del self._graphs.run
+
+    def _run(self, shape: Any, capture: bool = True) -> Any:
+        self._events[len(self._rows)][1].record()
+        return self._replay(shape, capture)
+
+    def launch(self, step: Any) -> Any:
+        events = self._events[len(self._rows)]
+        events[0].record(self._runner._stream)
+        launched = self._runner.launch(step)
+        events[2].record(self._runner._stream)
+        self._rows.append(step.num_tokens if step.drafts else 0)
+        return launched
+
+    def medians(self) -> dict[str, float]:
+        torch.cuda.synchronize()
+        found: dict[str, list[float]] = {"host_ms": [], "launch_ms": [], "device_ms": []}
+        steps = list(zip(self._rows, self._events, strict=False))
+        for (rows_before, before), (rows, events) in itertools.pairwise(steps):
+            if rows and rows_before:
+                found["host_ms"].append(before[2].elapsed_time(events[1]))
+                found["launch_ms"].append(events[0].elapsed_time(events[1]))
+                found["device_ms"].append(events[1].elapsed_time(events[2]))
+        return {name: round(statistics.median(times), 3) for name, times in found.items() if len(times) > 4}
+
+
 def run(model: Measured, prompts: list[list[int]], new: int, speculation: Speculation | None) -> Run:
     runner = model.runner
     blocks = BlockManager(runner.num_blocks, runner.block_size)
     scheduler = Scheduler(blocks, 64, 2048, False, speculation=speculation, prompt_costs=runner.prompt_costs)
-    engine: Engine[Any] = Engine(runner, scheduler)
+    with Clocked(runner, 4 * new + 100) as clocked:
+        return _run(Engine(clocked, scheduler), clocked, prompts, new)
+
+
+def _run(engine: Engine[Any], clocked: Clocked, prompts: list[list[int]], new: int) -> Run:
     tokens: list[list[int]] = [[] for _ in prompts]
     for i, prompt in enumerate(prompts):
         engine.add(Add(i, pack_ids(prompt), (SamplingParams(max_tokens=new, temperature=0.0),)))
@@ -133,7 +187,7 @@ def run(model: Measured, prompts: list[list[int]], new: int, speculation: Specul
         if not began and all(tokens):
             began = now
         steps.append((now, out.stats.num_batched_tokens, len(ids)))
-    return Run(tokens, steps[-1][0] - began, steps)
+    return Run(tokens, steps[-1][0] - began, steps, clocked.medians())
 
 
 def measure(model: Measured) -> list[dict[str, Any]]:
@@ -153,6 +207,7 @@ def measure(model: Measured) -> list[dict[str, Any]]:
             "plain_tok_s": round(plain.tokens_per_second, 1),
             "tokens_a_step": round(new * len(prompts) / len(drafted.steps), 2),
             "same_text": drafted.tokens == plain.tokens,
+            **drafted.waits,
         }
         if "rows" in more:
             row |= {"step_ms": drafted.median_ms(most), "plain_step_ms": plain.median_ms(1)}
