@@ -70,7 +70,7 @@ class CommandSettings(BaseSettings):
             return items
         if isinstance(value, str) and not value.strip() and str not in (annotation, *get_args(annotation)):
             raise ValueError("is empty; leave it out for its default")
-        if info.field_name == "model_path" or Path in (annotation, *get_args(annotation)):
+        if info.field_name in ("model_path", "draft_model") or Path in (annotation, *get_args(annotation)):
             return _path(value)
         if isinstance(value, bool) and {int, float} & {annotation, *get_args(annotation)}:
             return str(value).lower()  # not 1
@@ -131,6 +131,10 @@ class ModelSettings(CommandSettings):
     packed_cache: str = Field("auto", min_length=1)
     """Folder in which weights that were packed for the CPU are kept, so that the next start need only read them. auto
     is gptq-api/packed in $XDG_CACHE_HOME or ~/.cache; off keeps none. Models below 64 MiB are packed each time."""
+    draft_model: str | None = Field(None, min_length=1)
+    """Folder of a small model with the same vocabulary (GPTQ, float16 or bfloat16), or its name on the hub: it guesses
+    an answer's next tokens, and the served model computes several in one step; no token changes by it. The memory for
+    the KV cache is shared by both, and it is asked only where it pays."""
     config: Path | None = None
     """TOML file with any of these settings."""
 
@@ -154,8 +158,8 @@ class EngineSettings(ModelSettings):
     """Reuse the KV cache of prompts that begin alike."""
     speculate: Literal["off", "auto", "ngram"] = "auto"
     """Where an answer's next tokens can be guessed, compute several in one step; no token changes by it. ngram guesses
-    from the sequence's own text and the request's prediction, auto also from past answers of the same key, and both
-    only where it pays."""
+    from the sequence's own text and the request's prediction, auto also from past answers of the same key, each with
+    what --draft-model guesses, and only where it pays."""
     engine_timeout_s: float | None = Field(None, gt=0)
     """Seconds an engine that has work may be silent; then requests, running and new ones, get 503 engine_stalled, and
     so do /health and /ready, until it speaks. Longer than any step. Default: 60 on CUDA, 600 on the CPU, where the
@@ -167,6 +171,12 @@ class EngineSettings(ModelSettings):
     trace: Path | None = None
     """File for one line of JSON per step of the engine: its sizes and times, and the token ids of prompts and answers.
     tools/replay.py runs it again."""
+
+    @model_validator(mode="after")
+    def _somebody_drafts(self) -> EngineSettings:
+        if self.draft_model is not None and self.speculate == "off":
+            raise ValueError("--draft-model guesses tokens, and --speculate off says not to; leave one of them out")
+        return self
 
 
 class Settings(EngineSettings):

@@ -36,11 +36,14 @@ class HubError(UserError):
 
 
 def with_local_model(settings: M) -> M:
-    """The settings with a hub name replaced by its folder; downloads it. Raises HubError."""
+    """The settings with names on the hub replaced by folders; downloads them. Raises HubError."""
     folder = local_model(settings.model_path, settings.revision, settings.gptq_ckpt)
+    update: dict[str, str] = {}
+    if settings.draft_model is not None and is_hub_name(settings.draft_model):
+        update["draft_model"] = local_model(settings.draft_model)
     if folder == settings.model_path:
-        return settings
-    update = {"model_path": folder}
+        return settings.model_copy(update=update) if update else settings
+    update["model_path"] = folder
     if isinstance(settings, EngineSettings) and settings.served_model_name is None:
         update["served_model_name"] = settings.model_path
     return settings.model_copy(update=update)

@@ -7,6 +7,7 @@ given to another runner, and a runner may keep a step for as long as it likes.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -114,6 +115,50 @@ class PromptCosts:
 
 MAX_ROWS_AGAIN = 256
 """rows of a step, where prompts are apart, that are answers computed once more"""
+
+
+@dataclass(slots=True, frozen=True)
+class DraftRequest:
+    """What a draft model is asked for one sequence."""
+
+    key: int
+    """whose K/V they are: a sequence that begins anew, with other blocks, gets another one"""
+    token_ids: list[int]
+    """all that are known, the caller's own list"""
+    num_prompt_tokens: int
+    params: SamplingParams
+    block_table: list[int]
+    """the caller's too: blocks for the known tokens and the drafts"""
+    num_computed: int
+    """tokens whose K/V the draft model has in these blocks"""
+    num_new: int
+    """tokens to compute behind them, at least 1"""
+    num_drafts: int
+    """how many tokens to guess; 0 where the last known one is not computed yet"""
+
+
+class Drafter(Protocol):
+    """A draft model, whose cache has the blocks of the runner that it drafts for. Costs are shares of what a step of
+    one row takes there."""
+
+    vocab_size: int
+    max_model_len: int
+    """of tokens from here on it knows nothing"""
+    max_seqs: int
+    """requests of one call"""
+    max_rows: int
+    """tokens to compute in one call, those of all requests together"""
+    step_cost: float
+    """of each token that is guessed, however many sequences there are"""
+    row_cost: float
+    """of each further row that is computed because the cache lacks it"""
+    call_cost: float
+    """of asking at all"""
+
+    def draft(self, requests: Sequence[DraftRequest]) -> list[list[int]]:
+        """For each request what may follow its last token: at most num_drafts, maybe fewer. Nothing of the runner may
+        be under way. K/V of the new tokens and of all drafts but the last are in the cache afterwards, unless it
+        raises DeviceMemoryError."""
 
 
 class DeviceMemoryError(RuntimeError):

@@ -8,7 +8,7 @@ import json
 import sys
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gptq_api import exits
 from gptq_api.cli.output import fail
@@ -16,6 +16,9 @@ from gptq_api.config import InspectSettings
 from gptq_api.errors import UserError
 from gptq_api.text.chat import TemplateFacts
 from gptq_api.text.tokens import Tokens
+
+if TYPE_CHECKING:
+    from gptq_api.runner.load import Draft
 
 
 def run(settings: InspectSettings) -> int:
@@ -40,10 +43,11 @@ def run(settings: InspectSettings) -> int:
 def inspect(settings: InspectSettings) -> dict[str, Any]:
     """The facts as JSON values; sizes are in bytes. Raises CheckpointError or ConfigError."""
     from gptq_api.checkpoint.summary import summarise
+    from gptq_api.engine.draft_vocabulary import check_vocabulary
     from gptq_api.model.modules import config_of
     from gptq_api.model.plan import plan_serving
     from gptq_api.model.stored import has_head
-    from gptq_api.runner.load import choose_backend, open_model, resolve_device
+    from gptq_api.runner.load import Draft, choose_backend, open_model, resolve_device
     from gptq_api.runner.memory import longest_text, plan_cache
     from gptq_api.runner.options import LoadOptions
 
@@ -53,10 +57,15 @@ def inspect(settings: InspectSettings) -> dict[str, Any]:
     backend = choose_backend(options, checkpoint, config, device)
     plan = plan_serving(checkpoint, config, backend)
     summary = summarise(checkpoint)
-    memory = backend.cache_memory(options, plan.weight_bytes)
+    longest, draft, draft_bytes = longest_text(options, config), None, 0
+    if options.draft_model is not None:
+        check_vocabulary(options)
+        draft = Draft.opened(options, config, backend, longest)
+        draft_bytes = plan_serving(draft.model.checkpoint, draft.model.config, draft.backend).weight_bytes
+    memory = backend.cache_memory(options, plan.weight_bytes + draft_bytes)
     token_bytes = config.kv_elements_per_token * backend.cache_dtype(options.kv_cache_dtype).itemsize
     block_bytes = token_bytes * settings.block_size
-    cache = plan_cache(options, config, backend, longest_text(options, config), memory)
+    cache = plan_cache(options, config, backend, longest, memory, 0 if draft is None else draft.token_bytes)
     packed = backend.packed_file(checkpoint)
     template, refused, without_rows = _text(checkpoint.folder, config.vocab_size)
     return {
@@ -98,9 +107,24 @@ def inspect(settings: InspectSettings) -> dict[str, Any]:
         "kv_cache_bytes": cache.num_blocks * block_bytes,
         "kv_cache_tokens": cache.num_blocks * settings.block_size,
         "max_model_len": cache.max_model_len,
+        "draft_model": None if draft is None else _draft(draft, draft_bytes),
         "chat_template": template,
         "warnings": [*checkpoint.warnings, *plan.warnings, *cache.notes, *without_rows],
         "refused": refused,
+    }
+
+
+def _draft(draft: Draft, weight_bytes: int) -> dict[str, Any]:
+    config, checkpoint = draft.model.config, draft.model.checkpoint
+    return {
+        "path": str(checkpoint.folder),
+        "name": config.family.title,
+        "layers": config.num_hidden_layers,
+        "hidden_size": config.hidden_size,
+        "bits": sorted({module.bits for module in checkpoint.modules.values()}),
+        "weight_bytes": weight_bytes,
+        "kv_bytes_per_token": draft.token_bytes,
+        "max_model_len": draft.model.max_model_len,
     }
 
 
@@ -158,10 +182,22 @@ def _as_text(facts: dict[str, Any]) -> str:
             f"{facts['kv_cache_tokens']} tokens in {facts['kv_cache_bytes'] / 2**20:.0f} MiB: "
             f"{lengths:.1f} sequences of {facts['max_model_len']}",
         ),
+        *(("draft model", text) for text in _drafts(facts["draft_model"])),
         ("text", facts["chat_template"] or "cannot be served"),
         *(("warning", warning) for warning in facts["warnings"]),
     ]
     return "\n".join(f"{name:<14}{value}" for name, value in rows)
+
+
+def _drafts(draft: dict[str, Any] | None) -> list[str]:
+    if draft is None:
+        return []
+    bits = f"{'/'.join(map(str, draft['bits']))} bits" if draft["bits"] else "unquantized"
+    return [
+        f"{draft['path']}: {draft['name']}, {draft['layers']} layers, hidden {draft['hidden_size']}, {bits}, up to "
+        f"{draft['max_model_len']} tokens; weights {draft['weight_bytes'] / 2**20:.1f} MiB, KV cache "
+        f"{draft['kv_bytes_per_token']} bytes per token"
+    ]
 
 
 def _packed(file: dict[str, Any] | None) -> list[str]:

@@ -79,6 +79,7 @@ def _serve(sock: socket.socket, inbox: Inbox, told: EngineOptions) -> int:
     import torch
 
     from gptq_api.engine.core import Engine
+    from gptq_api.engine.draft_vocabulary import check_vocabulary
     from gptq_api.engine.trace import Trace, TraceHead
     from gptq_api.grammar.matchers import Grammars
     from gptq_api.grammar.vocabulary import vocabulary
@@ -93,6 +94,7 @@ def _serve(sock: socket.socket, inbox: Inbox, told: EngineOptions) -> int:
     options = told.load
     try:
         checkpoint = identify(options)
+        check_vocabulary(options)
         runner = load_runner(options)
         trace = None
         if told.trace is not None:
@@ -126,7 +128,7 @@ def _serve(sock: socket.socket, inbox: Inbox, told: EngineOptions) -> int:
         told.enable_prefix_caching,
         runner.row_multiple,
         shared_rows=runner.shared_rows,
-        speculation=speculation_of(told.speculate, runner),
+        speculation=speculation_of(told.speculate, runner, runner.drafter, runner.block_size),
         prompt_costs=runner.prompt_costs,
         prompts_apart=runner.prompts_apart,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
@@ -25,8 +25,19 @@ from gptq_api.runner.cpu import native
 from gptq_api.runner.cpu.backend import CpuBackend
 from gptq_api.runner.cpu.cores import allowed_cpus, num_cores, numa_note
 from gptq_api.runner.cuda.backend import CudaBackend, refusal
+from gptq_api.runner.draft_model import (
+    DraftModel,
+    checkpoint_path,
+    described,
+    draft_options,
+    make_drafter,
+    no_drafts,
+    open_draft,
+    refused_by_name,
+)
+from gptq_api.runner.drafter import DraftRunner
 from gptq_api.runner.loaded import LoadedRunner
-from gptq_api.runner.memory import CacheOwner, host_memory, longest_text
+from gptq_api.runner.memory import NOTHING_BESIDE, Beside, CacheOwner, host_memory, longest_text
 from gptq_api.runner.options import LoadOptions
 from gptq_api.runner.solo import Solo, step_of
 from gptq_api.types import SamplingParams
@@ -43,6 +54,10 @@ class RunnerBackend(Backend, CacheOwner, Protocol):
     """of device; what it stands for in BACKENDS"""
     default_batched_tokens: int
     """computed in one step where nobody says how many"""
+    draft_rows: int
+    """of a prompt that a draft model computes between two steps of the served one, whose readers wait meanwhile"""
+    draft_call_ms: float
+    """from the last token of a draft model to the launch of the step that checks them"""
 
     @staticmethod
     def device_name(device: torch.device) -> str:
@@ -59,8 +74,15 @@ class RunnerBackend(Backend, CacheOwner, Protocol):
     def keep(self) -> None:
         """All has been loaded, and the next start may find it packed; nothing waits for that."""
 
-    def runner(self, weights: LlamaWeights, options: LoadOptions, max_model_len: int) -> LoadedRunner:
+    def runner(
+        self, weights: LlamaWeights, options: LoadOptions, max_model_len: int, beside: Beside = NOTHING_BESIDE
+    ) -> LoadedRunner:
         """Ready to step. ConfigError where the memory does not suffice."""
+
+    def draft_runner(
+        self, weights: LlamaWeights, options: LoadOptions, max_model_len: int
+    ) -> tuple[Beside, Callable[[LoadedRunner], DraftRunner]]:
+        """(what a draft model will take beside the served one's runner, how it becomes a runner when that is there)."""
 
 
 BACKENDS: dict[str, type[CpuBackend] | type[CudaBackend]] = {"cpu": CpuBackend, "cuda": CudaBackend}
@@ -90,12 +112,12 @@ def load_runner(options: LoadOptions) -> LoadedRunner:
 def open_model(options: LoadOptions) -> Checkpoint:
     """The checkpoint, its headers read, as the options name and expect it."""
     expected = Expected(options.gptq_wbits, options.gptq_groupsize, options.gptq_act_order)
-    return open_checkpoint(model_path(options.model_path), options.gptq_ckpt, expected)
+    return open_checkpoint(checkpoint_path(options.model_path), options.gptq_ckpt, expected)
 
 
 def identify(options: LoadOptions) -> Identity:
     """Which checkpoint the options name. CheckpointError where there is none."""
-    return identity(model_path(options.model_path), options.gptq_ckpt)
+    return identity(checkpoint_path(options.model_path), options.gptq_ckpt)
 
 
 def make_runner(options: LoadOptions, checkpoint: Checkpoint, device: torch.device) -> LoadedRunner:
@@ -110,20 +132,24 @@ def make_runner(options: LoadOptions, checkpoint: Checkpoint, device: torch.devi
     backend = choose_backend(options, checkpoint, config, device)
     backend.cache_dtype(options.kv_cache_dtype)  # a refusal comes before the weights are read
     max_model_len = longest_text(options, config)
+    draft = None if options.draft_model is None else Draft.opened(options, config, backend, max_model_len)
     with _enough_memory(checkpoint):
         weights, report = load_llama(checkpoint, config, max_model_len, backend)
-    runner = backend.runner(weights, options, max_model_len)
+    beside = NOTHING_BESIDE if draft is None else draft.load()
+    runner = backend.runner(weights, options, max_model_len, beside)
     for warning in report.warnings:
         _log.warning("%s", warning)
     _self_check(runner, checkpoint)
     backend.keep()
-    name = "demo" if options.model_path == "demo" else model_path(options.model_path).name
+    name = "demo" if options.model_path == "demo" else checkpoint_path(options.model_path).name
+    facts = _described(checkpoint, config, report, runner)
+    if draft is not None:
+        facts += f"; {draft.put_beside(runner)}"
     seconds = time.monotonic() - started
-    described = _described(checkpoint, config, report, runner)
     if device.type == "cpu" and threads > 1 and (note := numa_note(allowed_cpus())):
-        described += f"; {note}"
+        facts += f"; {note}"
     packed = ", as packed by an earlier start" if report.num_kept == sum(report.kernels.values()) else ""
-    runner.description = f"{name}: {described}; loaded in {seconds:.1f} s{packed}"
+    runner.description = f"{name}: {facts}; loaded in {seconds:.1f} s{packed}"
     return runner
 
 
@@ -141,6 +167,57 @@ def _enough_memory(checkpoint: Checkpoint) -> Iterator[None]:
             f"{checkpoint.files[0]}: there is not enough memory to load its {size:.0f} MiB of weights; free some, "
             "raise the limit this process runs under (ulimit -v), or serve a smaller model"
         ) from None
+
+
+class Draft:
+    """A draft model on its way."""
+
+    def __init__(self, options: LoadOptions, draft: DraftModel, backend: RunnerBackend) -> None:
+        self.model, self.backend, self._options = draft, backend, options
+        self._make: Callable[[LoadedRunner], DraftRunner] | None = None
+
+    @classmethod
+    def opened(cls, options: LoadOptions, served: LlamaConfig, backend: RunnerBackend, max_model_len: int) -> Draft:
+        """ConfigError where it can not draft for the served model, which `backend` runs."""
+        device = backend.device
+        if backend.kind != device.type:
+            raise no_drafts(options, "it runs in torch on CUDA")
+        draft = open_draft(options, served, max_model_len)
+        own = draft_options(options, backend.draft_rows)
+        reason = refusal(draft.config, options.block_size) if device.type == "cuda" else None
+        if reason is not None:
+            raise ConfigError(
+                f"--draft-model {options.draft_model}: the CUDA kernels do not serve it ({reason}); use another one"
+            )
+        return cls(options, draft, choose_backend(own, draft.checkpoint, draft.config, device))
+
+    @property
+    def token_bytes(self) -> int:
+        """Of its cache."""
+        return self.model.config.kv_elements_per_token * self.backend.cache_dtype(self._options.kv_cache_dtype).itemsize
+
+    def load(self) -> Beside:
+        """Its weights; what it will take beside the served model's cache."""
+        draft, own = self.model, draft_options(self._options, self.backend.draft_rows)
+        with refused_by_name(self._options), _enough_memory(draft.checkpoint):
+            weights, report = load_llama(draft.checkpoint, draft.config, draft.max_model_len, self.backend)
+        for warning in report.warnings:
+            _log.warning("draft model: %s", warning)
+        beside, self._make = self.backend.draft_runner(weights, own, draft.max_model_len)
+        return beside
+
+    def put_beside(self, served: LoadedRunner) -> str:
+        """Let it draft; a sentence for the log."""
+        assert self._make is not None
+        if not served.max_draft_rows:
+            raise no_drafts(self._options, "cuBLAS multiplies by a part of its weights")
+        runner = self._make(served)
+        with refused_by_name(self._options):
+            _self_check(runner, self.model.checkpoint)
+        self.backend.keep()
+        drafter = make_drafter(runner, served, self.backend.draft_rows, self.backend.draft_call_ms)
+        served.drafter = drafter
+        return described(self.model, drafter, runner)
 
 
 def choose_backend(
@@ -190,15 +267,6 @@ def _default_threads(checkpoint: Checkpoint) -> int:
 def token_budget(options: LoadOptions, device: torch.device) -> int:
     """Tokens computed in one step."""
     return options.max_num_batched_tokens or backend_of(device).default_batched_tokens
-
-
-def model_path(path: str) -> Path:
-    """The checkpoint folder that is meant."""
-    if path == "demo":
-        from gptq_api.demo import DEMO_PATH
-
-        return Path(DEMO_PATH)
-    return Path(path).expanduser()
 
 
 def resolve_dtype(asked: str, device: torch.device, checkpoint: Checkpoint) -> torch.dtype:

@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from gptq_api.step import Runner, Step
+from gptq_api.step import Drafter, Runner, Step
 
 
 class LoadedRunner(Runner[Any], Protocol):
@@ -29,6 +29,8 @@ class LoadedRunner(Runner[Any], Protocol):
     eos_token_ids: tuple[int, ...]
     description: str
     """one line for the log"""
+    drafter: Drafter | None
+    """a draft model beside it, whose cache has the same blocks"""
 
     def logits(self, step: Step, every_row: bool = False) -> tuple[Tensor, list[int]]:
         """Run the model without sampling: (float32 [S, V], the entries of the S sequences that would sample).

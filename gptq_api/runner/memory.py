@@ -39,6 +39,19 @@ class CachePlan:
     """sentences: where less is done than a setting says"""
 
 
+@dataclass(frozen=True)
+class Beside:
+    """What a draft model takes of the memory that the KV cache would have."""
+
+    token_bytes: int = 0
+    """of its own cache, which has as many blocks"""
+    to_come: int = 0
+    """of other things that are not on the device yet"""
+
+
+NOTHING_BESIDE = Beside()
+
+
 def longest_text(options: LoadOptions, config: LlamaConfig) -> int:
     """Prompt plus answer, tokens. ConfigError where more is asked for than the model's positions go."""
     asked, rope = options.max_model_len, config.rope
@@ -54,15 +67,15 @@ def longest_text(options: LoadOptions, config: LlamaConfig) -> int:
 
 
 def plan_cache(
-    options: LoadOptions, config: LlamaConfig, owner: CacheOwner, max_model_len: int, memory: int
+    options: LoadOptions, config: LlamaConfig, owner: CacheOwner, max_model_len: int, memory: int, beside: int = 0
 ) -> CachePlan:
     """A cache of at most `memory` bytes, as many blocks as are asked for or as fit, but no more than max_num_seqs full
-    sequences can use.
+    sequences can use. `beside`: bytes that a token takes in another cache of as many blocks.
 
     The length is cut to what the cache holds, unless the user asked for it; ConfigError names the knob to turn.
     """
     dtype, knob = owner.cache_dtype(options.kv_cache_dtype), _knob(options, owner)
-    block_bytes = config.kv_elements_per_token * options.block_size * dtype.itemsize
+    block_bytes = (config.kv_elements_per_token * dtype.itemsize + beside) * options.block_size
     blocks_each = -(-max_model_len // options.block_size)
     most = options.max_num_seqs * blocks_each
     fitting = memory // block_bytes

@@ -33,6 +33,7 @@ class LoadOptions:
     batch_invariant: bool = False
     lm_head_bits: int = 16
     packed_cache: str = "auto"
+    draft_model: str | None = None
 
     @classmethod
     def of(cls, settings: ModelSettings) -> LoadOptions:

@@ -34,6 +34,12 @@ class Seats:
     def __init__(self) -> None:
         self._seats: dict[int, Seat] = {}
 
+    def revise(self, seat: int, first: int, token_ids: list[int]) -> None:
+        """The tokens of the sequence from place `first` on are these."""
+        found = self._seats[seat]
+        found.token_ids[first:] = token_ids
+        found.packed = None
+
     def take_in(self, step: Step) -> list[Seat]:
         """Note who was admitted and which blocks have come; the sequences of the step, in its order."""
         for new in step.admitted:

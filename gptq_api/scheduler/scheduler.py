@@ -195,7 +195,7 @@ class Scheduler:
         if speculation is not None and not prompts and not has_room and speculation.takes(len(decoding)):
             alone = [seq for seq, _ in decoding]
             if not self._in_flight:
-                drafts = speculation.drafts(alone, self._budget)
+                drafts = speculation.drafts(alone, self._budget, self._grow_for_drafts)
             elif speculation.had_better_wait(alone):
                 return _nothing()
         budget = min(self._num_rows(kind, len(decoding), prompts), self._budget)
@@ -327,6 +327,10 @@ class Scheduler:
             return 0
         return max(0, min(len(seq.token_ids), budget // (len(prompts) + 1)))
 
+    def _grow_for_drafts(self, seq: Sequence, num_tokens: int) -> bool:
+        """Where that takes no block that somebody who decodes might need in this step."""
+        return self.blocks.grow(seq.block_table, num_tokens, keep_free=len(self.running))
+
     def preempt(self, seq: Sequence) -> None:
         """Take a running sequence's memory; what it has so far becomes a longer prompt."""
         self.running.remove(seq)
@@ -376,7 +380,7 @@ class Scheduler:
                 progress.prompt_logprobs[seq.sequence_id] = sampled.prompt_logprobs[entry]
             num_before = len(seq.token_ids)
             reason = self._take(seq, sampled.tokens, places, progress)
-            if seq.drafting is not None and seq.drafting.guess is not None:
+            if seq.drafting is not None and seq.drafting.is_guessed:
                 self._learn(seq, num_before, len(step.drafts.get(entry, ())), num, progress)
             if reason is not None:
                 progress.finished[seq.sequence_id] = reason
@@ -454,7 +458,7 @@ class Scheduler:
     def _give_back(self, seq: Sequence) -> None:
         """Blocks and seat."""
         self.blocks.release(seq.block_table)
-        seq.num_told_blocks = 0
+        seq.num_told_blocks, seq.draft_cache = 0, None
         if seq.seat >= 0:
             self._free_seats.append(seq.seat)
             self.waiting.seat_returned(seq.owner)

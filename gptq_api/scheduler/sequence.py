@@ -9,6 +9,7 @@ from gptq_api.types import SamplingParams
 
 if TYPE_CHECKING:
     from gptq_api.scheduler.drafts import Knowledge
+    from gptq_api.scheduler.model_drafts import DraftCache
     from gptq_api.scheduler.speculation import Drafting
 
 
@@ -55,6 +56,8 @@ class Sequence:
     """what its guesses are made from, once there were any"""
     drafting: Drafting | None = None
     """how good they were"""
+    draft_cache: DraftCache | None = None
+    """what a draft model has computed of it, in the blocks that it has now"""
 
     def __post_init__(self) -> None:
         self.num_prompt_tokens = len(self.token_ids)

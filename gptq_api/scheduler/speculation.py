@@ -9,18 +9,24 @@ How often is asked of each source for each length of match: two tokens in common
 sixteen. A draft of k tokens meets longer and longer matches, if it is right. Each sequence has its own numbers, which
 begin as those of all sequences before it.
 
+A draft model (`model_drafts.py`) costs more than a guess from texts: it is asked only where it pays by how often it has
+been right at each place of a draft, and where it did not, again once in a while, when asking costs little beside what
+the sequence has cost since.
+
 Only few sequences draft: where many decode, their rows are worth more than guesses.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
 from gptq_api.scheduler.drafts import LONGEST_MATCH, PREDICTION, DraftSource, Guess, PastAnswers, TextDrafts
+from gptq_api.scheduler.model_drafts import ModelDrafts
 from gptq_api.scheduler.sequence import Sequence
-from gptq_api.step import Launched, Runner
+from gptq_api.step import Drafter, Launched, Runner
 
 _MARGIN = 1.03
 """what a step with drafts has to bring more than one without, by the estimate"""
@@ -29,6 +35,13 @@ _CLASSES = (0, 1, 2, 3, 4, 4, 5, 5, 5, 5, 6, 6, 6, 6, 6, 6, 7)
 _FIRST_RATES = (0.7, 0.5, 0.3, 0.45, 0.6, 0.7, 0.8, 0.85)
 """how often a token of each class is taken to be right before any was seen"""
 _FIRST_RATES_OF_PREDICTIONS = (0.8, 0.8, 0.6, 0.7, 0.8, 0.8, 0.85, 0.9)
+MODEL = "model"
+"""the source that is a draft model; its classes are places of a draft, counted where all before them were right"""
+_FIRST_RATE_OF_MODEL = 0.7
+_PROBES = 0.03
+"""of the time that a sequence takes: for asking a draft model that has not been worth it"""
+_MOST_TO_COME = 256
+"""tokens that a sequence is taken to get still, at most, where a draft model has to read its prompt first"""
 _WEIGHT_OF_FIRST = 5.0
 """tokens that this is worth; and what is known of all sequences, beside a sequence's own"""
 _WEIGHT_OF_ALL = 8.0
@@ -37,12 +50,15 @@ _KEPT = 0.97
 _KEPT_OF_ALL = 0.998
 
 
-def speculation_of(mode: Literal["off", "auto", "ngram"], runner: Runner[Launched]) -> Speculation | None:
-    """What the setting says, for a runner."""
+def speculation_of(
+    mode: Literal["off", "auto", "ngram"], runner: Runner[Launched], drafter: Drafter | None = None, block_size: int = 1
+) -> Speculation | None:
+    """What the setting says, for a runner; `block_size`: of its cache and the drafter's."""
     if mode == "off" or not runner.max_draft_rows:
         return None
     source = TextDrafts(PastAnswers() if mode == "auto" else None)
-    return Speculation(source, runner.max_draft_rows, runner.row_cost, runner.wait_cost, runner.context_cost)
+    model = None if drafter is None else ModelDrafts(drafter, runner.vocab_size, block_size)
+    return Speculation(source, runner.max_draft_rows, runner.row_cost, runner.wait_cost, runner.context_cost, model)
 
 
 class Rates:
@@ -55,8 +71,7 @@ class Rates:
         self._right = [0.0] * len(_FIRST_RATES)
         self._seen = [0.0] * len(_FIRST_RATES)
 
-    def count(self, match: int, right: bool) -> None:
-        index = _CLASSES[match]
+    def count(self, index: int, right: bool) -> None:
         self._right[index] = self._right[index] * self.kept + right
         self._seen[index] = self._seen[index] * self.kept + 1
 
@@ -92,26 +107,48 @@ class Drafting:
     guess: Guess | None = None
     place: int = -1
     """where in the sequence its first token would stand"""
+    of_model: list[int] = field(default_factory=list)
+    """what the draft model guessed, and where the first of it would stand"""
+    place_of_model: int = -1
+    drafted_by: str = ""
+    """the source of the tokens that were drafted last"""
     drafted: Tally = field(default_factory=Tally)
     predicted: Tally = field(default_factory=Tally)
     """the part of them that its prediction suggested"""
 
+    @property
+    def is_guessed(self) -> bool:
+        """Whether there is something to learn from the next token."""
+        return self.guess is not None or bool(self.of_model)
 
-@dataclass(slots=True)
+
+@dataclass(slots=True, eq=False)
 class _Candidate:
     seq: Sequence
-    guess: Guess
+    guess: Guess | None
+    """None: the draft model has to be asked"""
     chances: list[float]
     """that the tokens up to this one are all right; as many as may be drafted"""
+
+    @property
+    def skipped(self) -> int:
+        """How many of them are in flight. The draft model is asked when these are known."""
+        return 0 if self.guess is None else self.seq.num_tokens_in_flight
 
 
 class Speculation:
     """max_rows, row_cost, wait_cost: the runner's max_draft_rows and the like (step.py)."""
 
     def __init__(
-        self, source: DraftSource, max_rows: int, row_cost: float, wait_cost: float = 0.0, context_cost: float = 0.0
+        self,
+        source: DraftSource,
+        max_rows: int,
+        row_cost: float,
+        wait_cost: float = 0.0,
+        context_cost: float = 0.0,
+        model: ModelDrafts | None = None,
     ) -> None:
-        self.source, self._max_rows = source, max_rows
+        self.source, self._max_rows, self._model = source, max_rows, model
         self._row_cost, self._wait_cost, self._context_cost = row_cost, wait_cost, context_cost
         self._all = defaultdict[str, Rates](lambda: Rates(_KEPT_OF_ALL))
 
@@ -119,33 +156,51 @@ class Speculation:
         """Whether so many sequences may draft. Of many a row is worth more than a guess."""
         return 0 < num_decoding <= self._max_rows // 2
 
-    def drafts(self, decoding: list[Sequence], most_rows: int) -> dict[Sequence, list[int]]:
+    def drafts(
+        self, decoding: list[Sequence], most_rows: int, grow: Callable[[Sequence, int], bool] = lambda seq, num: True
+    ) -> dict[Sequence, list[int]]:
         """What is drafted in a step of at most `most_rows`, in which these sequences decode: as few as `takes` allows,
-        whose tokens are all known."""
-        candidates = self._candidates(decoding)
-        if not candidates:
-            return {}
-        chosen, gain = self._chosen(candidates, len(decoding), min(most_rows, self._max_rows))
-        return chosen if gain > _MARGIN else {}
+        whose tokens are all known. `grow`: makes a sequence's block table long enough for so many tokens, or says no;
+        a draft model writes there."""
+        found, wanted = dict[Sequence, list[int]](), dict[Sequence, int]()
+        for one, num in self._plan(decoding, min(most_rows, self._max_rows)).items():
+            if one.guess is not None:
+                found[one.seq] = one.guess.tokens[:num]
+                _drafting(one.seq).drafted_by = one.guess.source
+            elif grow(one.seq, len(one.seq.token_ids) + num):
+                wanted[one.seq] = num
+        if wanted:
+            assert self._model is not None
+            for seq, tokens in self._model.draft(wanted).items():
+                drafting, found[seq] = _drafting(seq), tokens
+                drafting.of_model, drafting.place_of_model, drafting.drafted_by = tokens, len(seq.token_ids), MODEL
+        return found
 
     def had_better_wait(self, decoding: list[Sequence]) -> bool:
         """Whether the next step of these sequences, some of which have a token in flight, is better chosen when that is
         known: it will probably be what is guessed, and more behind it."""
-        candidates = self._candidates(decoding)
-        if not candidates:
-            return False
-        _, gain = self._chosen(candidates, len(decoding), self._max_rows)
-        return gain > _MARGIN
+        return bool(self._plan(decoding, self._max_rows))
+
+    def _plan(self, decoding: list[Sequence], most_rows: int) -> dict[_Candidate, int]:
+        """How many tokens of whom pay; none where a step follows a grammar, whose masks are for one row."""
+        if any(seq.params.grammar for seq in decoding):
+            return {}
+        chosen, gain, texts = dict[_Candidate, int](), 1.0, self._candidates(decoding)
+        if texts:
+            chosen, gain = self._chosen(texts, len(decoding), most_rows)
+        if self._model is not None and (mixed := self._with_model(decoding, texts)):
+            others, better = self._chosen(mixed, len(decoding), most_rows)
+            if better > gain:
+                chosen, gain = others, better
+        if gain > _MARGIN:
+            return chosen
+        return {} if self._model is None else self._probes(decoding, most_rows)
 
     def _candidates(self, decoding: list[Sequence]) -> list[_Candidate]:
-        """Of those that are guessed for: none where a step follows a grammar, whose masks are for one row."""
+        """Of those that something is guessed for from texts."""
         found: list[_Candidate] = []
         for seq in decoding:
-            if seq.params.grammar:
-                return []
-            drafting = seq.drafting
-            if drafting is None:
-                drafting = seq.drafting = Drafting()
+            drafting = _drafting(seq)
             place = len(seq.token_ids)
             if drafting.place != place:
                 drafting.guess, drafting.place = self.source.guess(seq, self._max_rows), place
@@ -170,58 +225,133 @@ class Speculation:
             chances.append(chance)
         return chances
 
+    def _with_model(self, decoding: list[Sequence], texts: list[_Candidate]) -> list[_Candidate]:
+        """Those for whom the draft model is better asked, and the texts' of the others; none where nobody is."""
+        of_texts, found, asks = {one.seq: one for one in texts}, list[_Candidate](), False
+        for seq in decoding:
+            text, model = of_texts.get(seq), self._of_model(seq, len(decoding))
+            if model is not None:
+                gain, debt = self._gain(model), self._debt(seq)
+                to_come = min(_MOST_TO_COME, seq.params.max_tokens - seq.num_output_tokens)
+                if to_come * (1 - 1 / gain) > debt and (text is None or gain > self._gain(text)):
+                    found.append(model)
+                    asks = True
+                    continue
+            if text is not None:
+                found.append(text)
+        return found if asks else []
+
+    def _of_model(self, seq: Sequence, num_decoding: int) -> _Candidate | None:
+        """What the draft model would probably bring when the sequence's tokens are all known."""
+        assert self._model is not None
+        in_flight = seq.num_tokens_in_flight
+        left = seq.params.max_tokens - seq.num_output_tokens - in_flight
+        most = min(left - 1, self._max_rows - num_decoding, self._model.most(seq, len(seq.token_ids) + in_flight))
+        if most < 1:
+            return None
+        own, everybody = _drafting(seq).rates.get(MODEL), self._all[MODEL]
+        chances, chance = list[float](), 1.0
+        for index in range(min(most, len(_FIRST_RATES))):
+            rate = everybody.rate(index, _FIRST_RATE_OF_MODEL, _WEIGHT_OF_FIRST)
+            chance *= rate if own is None else own.rate(index, rate, _WEIGHT_OF_ALL)
+            chances.append(chance)
+        return _Candidate(seq, None, chances)
+
+    def _debt(self, seq: Sequence) -> float:
+        """The cost of what the draft model has to compute before it can guess, beyond a row or two."""
+        assert self._model is not None
+        return self._model.drafter.row_cost * max(0, self._model.num_missing(seq) - 2)
+
+    def _gain(self, one: _Candidate) -> float:
+        return self._chosen([one], 1, self._max_rows)[1]
+
+    def _probes(self, decoding: list[Sequence], most_rows: int) -> dict[_Candidate, int]:
+        """Who is guessed for all the same, one token each: whether it is right tells how good the rest would be."""
+        assert self._model is not None
+        drafter, found = self._model.drafter, dict[_Candidate, int]()
+        once = self._wait_cost + drafter.call_cost + drafter.step_cost
+        for seq in decoding:
+            num_since = len(seq.token_ids) - max(seq.num_prompt_tokens, _drafting(seq).place_of_model)
+            if num_since * _PROBES <= once + self._row_cost or len(decoding) + len(found) >= most_rows:
+                continue
+            one = self._of_model(seq, len(decoding))
+            if one is not None and num_since * _PROBES > once + self._row_cost + self._debt(seq):
+                found[one] = 1
+        return found
+
     def _chosen(
         self, candidates: list[_Candidate], num_decoding: int, most_rows: int
-    ) -> tuple[dict[Sequence, list[int]], float]:
-        """(the drafts that pay most, how many times as many tokens they bring in the same time).
+    ) -> tuple[dict[_Candidate, int], float]:
+        """(how many tokens of whom pay most, how many times as many tokens they bring in the same time).
 
         Row by row the likeliest goes first, as long as it raises tokens over cost. Of a sequence with a token in flight
-        the first guessed one is that; its drafts stand behind it, and take rows only where it is right.
+        the first token guessed from texts is that; its drafts stand behind it, and take rows only where it is right.
+        The draft model takes a step for each token of the longest draft.
         """
         plain_cost = 1 + self._row_cost * (num_decoding - 1)
         tokens, cost, left = float(num_decoding), plain_cost + self._wait_cost, max(0, most_rows - num_decoding)
         rows = []
         for one in candidates:
-            skipped = one.seq.num_tokens_in_flight
-            taken_with = one.chances[skipped - 1] if skipped else 1.0
-            rows += [(chance / taken_with, chance, taken_with, one) for chance in one.chances[skipped:]]
+            taken_with = one.chances[one.skipped - 1] if one.skipped else 1.0
+            rows += [(chance / taken_with, chance, taken_with, one) for chance in one.chances[one.skipped :]]
         rows.sort(key=lambda row: -row[0])
-        chosen: dict[Sequence, list[int]] = {}
-        for _, chance, taken_with, one in rows[:left]:
+        chosen, deepest = dict[_Candidate, int](), 0
+        for _, chance, taken_with, one in rows:
+            num = chosen.get(one, 0)
             row_cost = (self._row_cost + self._context_cost * len(one.seq.token_ids)) * taken_with
-            if chance * cost <= tokens * row_cost:
+            if one.guess is None and num == deepest:
+                assert self._model is not None
+                row_cost += self._model.drafter.step_cost + (0 if deepest else self._model.drafter.call_cost)
+            if not left or chance * cost <= tokens * row_cost:
                 break
-            tokens, cost = tokens + chance, cost + row_cost
-            skipped = one.seq.num_tokens_in_flight
-            num = len(chosen.get(one.seq, ()))
-            chosen[one.seq] = one.guess.tokens[skipped : skipped + num + 1]
+            tokens, cost, left = tokens + chance, cost + row_cost, left - 1
+            chosen[one] = num + 1
+            if one.guess is None:
+                deepest = max(deepest, num + 1)
         return chosen, tokens / cost / (num_decoding / plain_cost)
 
     def learn(self, seq: Sequence, num_before: int, num_drafted: int, num_accepted: int) -> None:
         """The sequence has got tokens, from place `num_before` on: was the guess right? `num_accepted` of them had been
         drafted, among `num_drafted`."""
         drafting = seq.drafting
-        if drafting is None or drafting.guess is None:
+        if drafting is None or not drafting.is_guessed:
             return
         drafting.drafted.add(num_drafted, num_accepted)
         guess, drafting.guess = drafting.guess, None
-        if drafting.place != num_before or len(seq.token_ids) == num_before:
+        of_model, drafting.of_model = drafting.of_model, []
+        if len(seq.token_ids) == num_before:
             return
-        if guess.source == PREDICTION:
-            drafting.predicted.add(num_drafted, num_accepted)
-        own = drafting.rates.get(guess.source)
+        following = seq.token_ids[num_before : num_before + self._max_rows]
+        if of_model and drafting.place_of_model == num_before:
+            self._count(drafting, MODEL, of_model, following, range(len(_FIRST_RATES)))
+        if guess is not None and drafting.place == num_before:
+            if guess.source == PREDICTION == drafting.drafted_by:
+                drafting.predicted.add(num_drafted, num_accepted)
+            classes = [_CLASSES[min(guess.match + i, LONGEST_MATCH)] for i in range(len(guess.tokens))]
+            self._count(drafting, guess.source, guess.tokens, following, classes)
+
+    def _count(
+        self, drafting: Drafting, source: str, guess: list[int], following: list[int], classes: Iterable[int]
+    ) -> None:
+        """How far a guess was right."""
+        own = drafting.rates.get(source)
         if own is None:
-            own = drafting.rates[guess.source] = Rates(_KEPT)
-        everybody, match = self._all[guess.source], guess.match
-        for guessed, token in zip(guess.tokens, seq.token_ids[num_before:], strict=False):
+            own = drafting.rates[source] = Rates(_KEPT)
+        everybody = self._all[source]
+        for guessed, token, index in zip(guess, following, classes, strict=False):
             right = guessed == token
-            own.count(match, right)
-            everybody.count(match, right)
+            own.count(index, right)
+            everybody.count(index, right)
             if not right:
                 break
-            match = min(match + 1, LONGEST_MATCH)
 
     def ended(self, seq: Sequence) -> None:
         """A sequence has finished, or was aborted."""
         self.source.ended(seq)
         seq.drafting = None
+
+
+def _drafting(seq: Sequence) -> Drafting:
+    if seq.drafting is None:
+        seq.drafting = Drafting()
+    return seq.drafting

@@ -59,6 +59,21 @@ def test_as_json_and_the_plan_is_what_loading_does(folder: Path, capsys: pytest.
     assert abs(facts["weight_bytes"] - runner._model.num_bytes) / runner._model.num_bytes < 0.05
 
 
+def test_a_draft_model_is_told_with_what_it_takes(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    alone, both = (
+        inspect(InspectSettings(model_path=str(folder), draft_model=draft, device="cpu"))
+        for draft in (None, str(folder))
+    )
+    draft = both["draft_model"]
+    assert alone["draft_model"] is None and draft["weight_bytes"] == both["weight_bytes"]
+    assert draft["kv_bytes_per_token"] == both["kv_bytes_per_token"]
+    assert run(InspectSettings(model_path=str(folder), draft_model=str(folder))) == 0
+    told = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("draft model"))
+    assert "2 layers, hidden 128, 4/8 bits, up to 256 tokens; weights" in told
+    assert run(InspectSettings(model_path=str(folder), draft_model="/nowhere")) == 1
+    assert "--draft-model /nowhere does not exist; name the folder" in capsys.readouterr().err
+
+
 def test_windows_and_families_and_old_zeros_are_told(tmp_path: Path) -> None:
     layout = LAYOUTS["GPTQ-for-LLaMa before 2023-03-20, 4 bits"]
     layout.write(tmp_path / "old", random_model(layout.recipe))

@@ -15,12 +15,14 @@ from hypothesis import strategies as st
 from gptq_api.engine.core import Engine
 from gptq_api.scheduler.blocks import BlockManager, block_hash
 from gptq_api.scheduler.drafts import DraftSource, PastAnswers, TextDrafts
+from gptq_api.scheduler.model_drafts import ModelDrafts
 from gptq_api.scheduler.scheduler import Scheduler
 from gptq_api.scheduler.sequence import Sequence
 from gptq_api.scheduler.speculation import Speculation
 from gptq_api.step import Sampled
 from gptq_api.types import Add, SamplingParams, StepOutput, pack_ids, unpack_ids
-from tests.support.draft_sources import Fickle, Garbage, Truth
+from tests.support.draft_sources import Fickle, Garbage, Silent, Truth
+from tests.support.toy_drafter import ToyDrafter
 from tests.support.toy_runner import NUM_TOKENS, STOP, Launched, ToyRunner, expected, next_token, score
 
 
@@ -38,6 +40,7 @@ SOURCES: dict[str, Callable[[], DraftSource]] = {
     "garbage": lambda: Garbage(NUM_TOKENS),
     "fickle": lambda: Fickle(truth(), Garbage(NUM_TOKENS)),
     "texts": lambda: TextDrafts(PastAnswers(most_tokens=100, longest=20)),
+    "none": Silent,
 }
 
 
@@ -61,11 +64,17 @@ class World:
         confirms: float = 1.0,
         shared_rows: int | None = None,
         apart: bool = False,
+        drafter: ToyDrafter | None = None,
     ) -> None:
         device = (max_num_seqs, block_size, out_of_memory, max_tokens)
         self.runner = ToyRunner(lookahead, *device, draft_rows, confirms, prompts_apart=apart)
         self.blocks = BlockManager(num_blocks, block_size)
-        speculation = Speculation(SOURCES[drafts](), draft_rows, row_cost, wait_cost) if draft_rows else None
+        self.drafter, model = drafter, None
+        if drafter is not None:
+            model = ModelDrafts(drafter, NUM_TOKENS, block_size)
+        speculation = None
+        if draft_rows:
+            speculation = Speculation(SOURCES[drafts](), draft_rows, row_cost, wait_cost, model=model)
         self.scheduler = Scheduler(
             self.blocks,
             max_num_seqs,
@@ -189,6 +198,7 @@ class World:
     confirms=st.sampled_from([1.0, 1.0, 0.6]),
     shared_rows=st.sampled_from([None, None, 1, 3]),
     apart=st.booleans(),
+    right=st.sampled_from([None, None, 1.0, 0.7, 0.0]),
 )
 @pytest.mark.slow
 def test_random_workloads(
@@ -206,8 +216,12 @@ def test_random_workloads(
     confirms: float,
     shared_rows: int | None,
     apart: bool,
+    right: float | None,
 ) -> None:
-    rng = random.Random(seed)
+    """`right`: of a draft model, which is out of memory as often as the other."""
+    rng, drafter = random.Random(seed), None
+    if right is not None:
+        drafter = ToyDrafter(block_size, right, rng.choice([1, 16, 100]), rng.choice([20, 10**6]), out_of_memory / 2)
     world = World(
         lookahead,
         num_blocks,
@@ -221,6 +235,7 @@ def test_random_workloads(
         confirms=confirms,
         shared_rows=shared_rows,
         apart=apart,
+        drafter=drafter,
     )
     capacity = num_blocks * block_size
     stems = [[rng.randrange(1, NUM_TOKENS) for _ in range(capacity)] for _ in range(2)]  # shared beginnings
@@ -616,3 +631,64 @@ def test_preemption_neither_loses_logprobs_of_a_prompt_nor_tells_them_twice() ->
         world.drain()
         world.check()
         assert world.scheduler.counters.preemptions
+
+
+@pytest.mark.parametrize("lookahead", [0, 1])
+def test_a_draft_model_that_is_right_fills_the_rows_of_a_step(lookahead: int) -> None:
+    drafter = ToyDrafter(4)
+    world = World(lookahead, draft_rows=8, row_cost=0.02, drafts="none", num_blocks=200, drafter=drafter)
+    world.add(PROMPT * 10, max_tokens=200, stop_token_ids=(), seed=3)
+    world.drain()
+    world.check()
+    assert world.runner.num_launches < 45, "some seven tokens a step"
+    assert drafter.num_rows < 50 + 2 * world.runner.num_launches, "its prompt once, then a row or two a draft"
+
+
+def test_a_draft_model_that_is_always_wrong_is_asked_less_and_less() -> None:
+    drafter = ToyDrafter(4, right=0.0)
+    world = World(draft_rows=8, row_cost=0.05, wait_cost=0.1, drafts="none", num_blocks=1000, drafter=drafter)
+    for seed in range(4):
+        world.add(PROMPT, max_tokens=400, stop_token_ids=(), seed=seed)
+        world.drain()
+    world.check()
+    assert drafter.num_steps < 0.2 * world.runner.num_launches, "with what is computed for it, 0.2 of a step each"
+
+
+def test_a_draft_model_finds_what_it_computed_for_the_same_prefix() -> None:
+    drafter = ToyDrafter(4, max_rows=1000)
+    world = World(draft_rows=8, row_cost=0.02, drafts="none", num_blocks=200, drafter=drafter)
+    for _ in range(2):
+        rows = drafter.num_rows
+        world.add(PROMPT * 10, max_tokens=20, stop_token_ids=(), seed=len(world.prompts))
+        world.drain()
+    world.check()
+    assert drafter.num_rows - rows < 30, "of 50 tokens 48 were there"
+
+
+def test_a_long_prompt_is_read_by_a_draft_model_in_parts() -> None:
+    drafter = ToyDrafter(4, max_rows=16)
+    world = World(draft_rows=8, row_cost=0.02, drafts="none", num_blocks=400, budget=500, drafter=drafter)
+    world.add(PROMPT * 60, max_tokens=300, stop_token_ids=(), seed=1)
+    world.drain()
+    world.check()
+    assert world.scheduler.counters.accepted_tokens > 200 and world.drafted[1][0] > 200
+
+
+def test_no_draft_model_reads_a_long_prompt_for_a_few_tokens() -> None:
+    drafter = ToyDrafter(4, max_rows=1000)
+    drafter.row_cost = 0.01
+    world = World(draft_rows=8, row_cost=0.02, drafts="none", num_blocks=400, budget=500, drafter=drafter)
+    world.add(PROMPT * 100, max_tokens=4, stop_token_ids=(), seed=1)
+    world.drain()
+    world.check()
+    assert not drafter.num_rows, "500 rows cost as much as five tokens"
+
+
+def test_texts_and_a_draft_model_draft_beside_each_other() -> None:
+    """Who repeats itself is drafted for from its text, at no cost; who does not, by the model."""
+    drafter = ToyDrafter(4)
+    world = World(draft_rows=8, row_cost=0.02, drafts="truth", num_blocks=400, drafter=drafter)
+    world.add(PROMPT, max_tokens=200, stop_token_ids=(), seed=1)
+    world.drain()
+    world.check()
+    assert drafter.num_steps < 30 and world.scheduler.counters.accepted_tokens > 150

@@ -40,6 +40,16 @@ class Garbage:
         pass
 
 
+class Silent:
+    """Has no idea."""
+
+    def guess(self, seq: Sequence, most: int) -> Guess | None:
+        return None
+
+    def ended(self, seq: Sequence) -> None:
+        pass
+
+
 class Fickle:
     """Now the truth, now garbage, now the one and then the other, now nothing; of any length."""
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import resource
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -25,7 +26,8 @@ from gptq_api.runner.cpu.native_forward import BlockCache, NativeLlama
 from gptq_api.runner.cpu.packed_cache import PackedCache, open_cache
 from gptq_api.runner.cpu.packed_file import Packed
 from gptq_api.runner.cpu.runner import CpuRunner
-from gptq_api.runner.memory import does_not_fit, free_memory, gpu_knob, plan_cache
+from gptq_api.runner.loaded import LoadedRunner
+from gptq_api.runner.memory import NOTHING_BESIDE, Beside, does_not_fit, free_memory, gpu_knob, plan_cache
 from gptq_api.runner.options import LoadOptions
 
 _log = logging.getLogger(__name__)
@@ -38,6 +40,7 @@ class CpuBackend:
 
     kind = "cpu"
     default_batched_tokens = 512
+    draft_rows, draft_call_ms = 128, 0.0
 
     def __init__(
         self,
@@ -184,10 +187,12 @@ class CpuBackend:
     def memory_knob(self, options: LoadOptions) -> str:
         return f"--kv-cache-mib {options.kv_cache_mib}" if self._on_cpu else gpu_knob(options)
 
-    def runner(self, weights: LlamaWeights, options: LoadOptions, max_model_len: int) -> CpuRunner:
+    def runner(
+        self, weights: LlamaWeights, options: LoadOptions, max_model_len: int, beside: Beside = NOTHING_BESIDE
+    ) -> CpuRunner:
         config, size = weights.config, options.block_size
-        memory = self.cache_memory(options, 0)
-        plan = plan_cache(options, config, self, max_model_len, memory)
+        memory = self.cache_memory(options, beside.to_come)
+        plan = plan_cache(options, config, self, max_model_len, memory, beside.token_bytes)
         is_native = self._native and native_forward.takes(weights, size)
         kv_heads, dim = config.num_key_value_heads, config.head_dim
         block = (kv_heads, 2, dim * size) if is_native else (size, 2, kv_heads, dim)
@@ -205,3 +210,14 @@ class CpuBackend:
             )
         )
         return CpuRunner(model, plan.max_model_len, self.dtype)
+
+    def draft_runner(
+        self, weights: LlamaWeights, options: LoadOptions, max_model_len: int
+    ) -> tuple[Beside, Callable[[LoadedRunner], CpuRunner]]:
+        """(what a draft model will take beside the served one's runner, how it becomes a runner when that is there)."""
+
+        def made(served: LoadedRunner) -> CpuRunner:
+            length = min(max_model_len, served.max_model_len)
+            return self.runner(weights, replace(options, num_blocks=served.num_blocks), length)
+
+        return Beside(weights.config.kv_elements_per_token * self.dtype.itemsize), made

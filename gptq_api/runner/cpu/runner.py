@@ -14,7 +14,7 @@ from gptq_api.runner.cpu.forward import PlainLlama
 from gptq_api.runner.cpu.native_forward import NativeLlama
 from gptq_api.runner.cpu.prompt_logprobs import SLICE_ROWS, in_torch, packed, scored
 from gptq_api.runner.seats import Seat, Seats
-from gptq_api.step import DeviceMemoryError, Masks, PromptCosts, PromptRows, Sampled, Step
+from gptq_api.step import DeviceMemoryError, Drafter, Masks, PromptCosts, PromptRows, Sampled, Step
 from gptq_api.types import PromptLogprobs, TokenLogprobs
 
 _NO_MEMORY = "DefaultCPUAllocator"
@@ -82,6 +82,7 @@ class CpuRunner:
         self.row_cost = ROW_COST if self.weight_bytes > SMALL_MODEL_BYTES else SMALL_MODEL_ROW_COST
         self.eos_token_ids = model.config.eos_token_ids
         self.description = ""
+        self.drafter: Drafter | None = None
 
     @torch.inference_mode()
     def launch(self, step: Step) -> Computed:
@@ -174,6 +175,10 @@ class CpuRunner:
                 counts[entry] += 1
             row += len(drafts)
         return counts, tokens, found
+
+    def revise(self, seat: int, first: int, token_ids: list[int]) -> None:
+        """The tokens of a sequence from place `first` on are these and not what steps have sampled."""
+        self._seats.revise(seat, first, token_ids)
 
     def collect(self, launched: Computed) -> Sampled:
         """What a launched step sampled."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -26,11 +27,14 @@ from gptq_api.runner.cuda.graphs import GRAPH_BYTES
 from gptq_api.runner.cuda.linear import KERNELS, CudaDenseLinear, PackedGateUp, PackedGPTQLinear, PackedHead
 from gptq_api.runner.cuda.runner import CudaRunner, state_bytes
 from gptq_api.runner.inputs import StepInputs, StepShape, num_words, write_idle
-from gptq_api.runner.memory import does_not_fit, free_memory, gpu_knob, plan_cache
+from gptq_api.runner.loaded import LoadedRunner
+from gptq_api.runner.memory import NOTHING_BESIDE, Beside, does_not_fit, free_memory, gpu_knob, plan_cache
 from gptq_api.runner.options import LoadOptions
 from gptq_api.step import MAX_ROWS_AGAIN
 
 _log = logging.getLogger(__name__)
+_DRAFT_GRAPH_BYTES = GRAPH_BYTES // 4
+"""of a draft model, which has few shapes"""
 
 
 def refusal(config: LlamaConfig, block_size: int) -> str | None:
@@ -51,6 +55,7 @@ class CudaBackend:
 
     kind = "cuda"
     default_batched_tokens = 2048
+    draft_rows, draft_call_ms = 1024, 0.15
 
     def __init__(
         self, device: torch.device, dtype: torch.dtype, *, batch_invariant: bool = False, lm_head_bits: int = 16
@@ -178,11 +183,11 @@ class CudaBackend:
     def memory_knob(self, options: LoadOptions) -> str:
         return gpu_knob(options)
 
-    def runner(self, weights: LlamaWeights, options: LoadOptions, max_model_len: int) -> CudaRunner:
+    def runner(
+        self, weights: LlamaWeights, options: LoadOptions, max_model_len: int, beside: Beside = NOTHING_BESIDE
+    ) -> CudaRunner:
         """ConfigError where the memory does not suffice."""
-        config, device, num_seqs = weights.config, self.device, options.max_num_seqs
-        num_rows = options.max_num_batched_tokens or self.default_batched_tokens
-        kv_dtype = self.cache_dtype(options.kv_cache_dtype)
+        config, kv_dtype = weights.config, self.cache_dtype(options.kv_cache_dtype)
         if options.batch_invariant and (others := of_cublas(weights)):
             more = f" and {len(others) - 1} more" if len(others) > 1 else ""
             raise ConfigError(
@@ -190,23 +195,55 @@ class CudaBackend:
                 "depends on the batch; leave it out, or serve a checkpoint whose Linears all have 4 or 8 bits"
             )
         try:
-            before = torch.cuda.memory_allocated(device)
-            sampled = max(num_seqs, MAX_DRAFT_ROWS)
-            sizes = (max(num_rows, sampled), sampled, max_model_len)
-            cuda = CudaLlama(weights, *sizes, self.dtype, options.batch_invariant)
-            transient = _largest_step(cuda, config, options, num_rows, max_model_len, kv_dtype)
-            state = state_bytes(num_seqs, num_rows, max_model_len, options.block_size)
-            workspace = torch.cuda.memory_allocated(device) - before + transient + state
-            memory = self.cache_memory(options, GRAPH_BYTES + transient + state)
-            plan = plan_cache(options, config, self, max_model_len, memory)
-            cache = CudaKVCache(config, plan.num_blocks, options.block_size, kv_dtype, device)
+            model, taken, to_come = self._forward(weights, options, max_model_len)
+            memory = self.cache_memory(options, GRAPH_BYTES + to_come + beside.to_come)
+            plan = plan_cache(options, config, self, max_model_len, memory, beside.token_bytes)
+            cache = CudaKVCache(config, plan.num_blocks, options.block_size, kv_dtype, self.device)
         except torch.cuda.OutOfMemoryError:
             raise does_not_fit(options, self) from None
         for note in plan.notes:
             _log.warning("%s", note)
-        runner = CudaRunner(cuda, cache, num_seqs, num_rows, plan.max_model_len, workspace)
+        sizes = (options.max_num_seqs, self._num_rows(options), plan.max_model_len)
+        runner = CudaRunner(model, cache, *sizes, taken + to_come)
         runner.warm_up()
         return runner
+
+    def draft_runner(
+        self, weights: LlamaWeights, options: LoadOptions, max_model_len: int
+    ) -> tuple[Beside, Callable[[LoadedRunner], CudaRunner]]:
+        """(what a draft model will take beside the served one's runner, how it becomes a runner when that is there)."""
+        config, kv_dtype = weights.config, self.cache_dtype(options.kv_cache_dtype)
+        try:
+            model, taken, to_come = self._forward(weights, options, max_model_len)
+        except torch.cuda.OutOfMemoryError:
+            raise does_not_fit(options, self) from None
+
+        def made(served: LoadedRunner) -> CudaRunner:
+            assert isinstance(served, CudaRunner)
+            try:
+                cache = CudaKVCache(config, served.num_blocks, options.block_size, kv_dtype, self.device)
+            except torch.cuda.OutOfMemoryError:
+                raise does_not_fit(options, self) from None
+            sizes = (options.max_num_seqs, self._num_rows(options), min(max_model_len, served.max_model_len))
+            runner = CudaRunner(model, cache, *sizes, taken + to_come, drafts_for=served)
+            runner.warm_up()
+            return runner
+
+        return Beside(config.kv_elements_per_token * kv_dtype.itemsize, to_come + _DRAFT_GRAPH_BYTES), made
+
+    def _num_rows(self, options: LoadOptions) -> int:
+        return options.max_num_batched_tokens or self.default_batched_tokens
+
+    def _forward(self, weights: LlamaWeights, options: LoadOptions, max_model_len: int) -> tuple[CudaLlama, int, int]:
+        """(the forward pass, bytes that it has taken on the device, bytes that its runner and its steps will take)."""
+        num_rows, num_seqs = self._num_rows(options), options.max_num_seqs
+        kv_dtype, before = self.cache_dtype(options.kv_cache_dtype), torch.cuda.memory_allocated(self.device)
+        sampled = max(num_seqs, MAX_DRAFT_ROWS)
+        sizes = (max(num_rows, sampled), sampled, max_model_len)
+        model = CudaLlama(weights, *sizes, self.dtype, options.batch_invariant)
+        transient = _largest_step(model, weights.config, options, num_rows, max_model_len, kv_dtype)
+        state = state_bytes(num_seqs, num_rows, max_model_len, options.block_size)
+        return model, torch.cuda.memory_allocated(self.device) - before, transient + state
 
 
 @torch.inference_mode()

@@ -33,7 +33,7 @@ from gptq_api.runner.inputs import (
     num_words,
     write_idle,
 )
-from gptq_api.step import Admission, DeviceMemoryError, Masks, PromptCosts, Sampled, Step
+from gptq_api.step import Admission, DeviceMemoryError, Drafter, Masks, PromptCosts, Sampled, Step
 from gptq_api.types import TokenLogprobs
 
 _log = logging.getLogger(__name__)
@@ -89,7 +89,10 @@ class CudaRunner:
         max_num_batched_tokens: int,
         max_model_len: int,
         workspace_bytes: int,
+        drafts_for: CudaRunner | None = None,
     ) -> None:
+        """`drafts_for`: whom it guesses tokens for, on whose stream: what both use of the device is used in turn, and
+        as many steps may be uncollected as a draft has tokens."""
         self._model, self._cache = model, cache
         self.max_model_len = max_model_len
         self.vocab_size = model.config.vocab_size
@@ -101,7 +104,8 @@ class CudaRunner:
         self.eos_token_ids = model.config.eos_token_ids
         self.description = ""
         device, max_blocks = model.device, -(-max_model_len // cache.block_size)
-        self.max_draft_rows = model.max_draft_rows
+        self.max_draft_rows = model.max_draft_rows if drafts_for is None else 0
+        self.drafter: Drafter | None = None
         self.prompt_costs: PromptCosts | None = None
         self.row_cost, self.wait_cost = 0.05, 0.2  # until they are measured
         # Each group of rows reads the context for itself, from the L2: twice as fast as weights are read (13B on an
@@ -110,14 +114,15 @@ class CudaRunner:
         self.context_cost = reading / model.row_groups.most
         self._num_timed_rows = min(MAX_MIXED_ROWS, max_num_batched_tokens)
         largest = _largest_shape(max_num_seqs, max_num_batched_tokens, max_blocks)
-        num_sampled = largest.num_sequences
-        self._stream = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
+        num_sampled, num_stages = largest.num_sequences, _NUM_STAGES if drafts_for is None else 1 + MAX_DRAFT_ROWS
+        stream: torch.cuda.Stream = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
+        self._stream = stream if drafts_for is None else drafts_for.stream
         history = torch.zeros(HISTORY_START + max_num_seqs * max_model_len, dtype=torch.int32, device=device)
         self._flat_history, self._history = history, history[HISTORY_START:].view(max_num_seqs, max_model_len)
         self._tokens = torch.zeros(num_sampled, dtype=torch.int32, device=device)
         self._logprobs = torch.zeros(num_sampled, 2, 1 + MAX_TOP_LOGPROBS, dtype=torch.int32, device=device)
         self._inputs = torch.zeros(num_words(largest), dtype=torch.int32, device=device)
-        self._stages = [Stage(num_words(largest), num_sampled) for _ in range(_NUM_STAGES)]
+        self._stages = [Stage(num_words(largest), num_sampled) for _ in range(num_stages)]
         self._on_device: dict[StepShape, OnDevice] = {}
         self.prompts_apart = model.batch_invariant
         self._table = SequenceTable(max_num_seqs, max_blocks, cache.block_size, self.prompts_apart, model.row_groups)
@@ -125,6 +130,11 @@ class CudaRunner:
         limits = (max_num_seqs, max_num_batched_tokens, max_blocks, TILE_ROWS, self.max_draft_rows)
         self._buckets = Buckets(*limits)
         self._graphs = Graphs(self._forward_and_sample, kept=self._buckets.start_shapes)
+
+    @property
+    def stream(self) -> torch.cuda.Stream:
+        """On which all work is."""
+        return self._stream
 
     @property
     def num_graphs(self) -> int:
@@ -149,8 +159,8 @@ class CudaRunner:
             self._finish(launched, masks)
 
     def collect(self, launched: Launched) -> Sampled:
-        """Wait for the step; at most two may be uncollected. Sequences whose logits were not finite get -1, and what is
-        not finite in their blocks becomes zeros."""
+        """Wait for the step; at most two may be uncollected, or the steps of one draft. Sequences whose logits were not
+        finite get -1, and what is not finite in their blocks becomes zeros."""
         step, stage = launched.step, launched.stage
         stage.done.synchronize()
         drawn: list[int] = stage.drawn[: launched.num_rows].tolist()
@@ -352,6 +362,12 @@ class CudaRunner:
             self._sampling.set(new.seat, new.params, new.num_prompt_tokens)
             self._history[new.seat, : len(text)].copy_(tokens[start : start + len(text)], non_blocking=True)
             start += len(text)
+
+    def revise(self, seat: int, first: int, token_ids: list[int]) -> None:
+        """The tokens of a sequence from place `first` on are these and not what steps have sampled."""
+        with torch.inference_mode(), torch.cuda.stream(self._stream):
+            tokens = torch.tensor(token_ids, dtype=torch.int32).pin_memory()
+            self._history[seat, first : first + len(token_ids)].copy_(tokens, non_blocking=True)
 
     def _put_drafts(self, inputs: StepInputs[Tensor]) -> None:
         """Into `history`: rows read their inputs there, and penalties what comes before them. What a row samples goes
