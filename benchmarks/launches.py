@@ -25,6 +25,7 @@ from gptq_api.kernels.head import head
 from gptq_api.kernels.layout import PackedLinear, sort_groups
 from gptq_api.kernels.pack import columns_of, pack_on_device
 from gptq_api.kernels.planes import pack_bytes, pack_head
+from gptq_api.kernels.row_groups import RowGroups
 from gptq_api.runner.cuda import graphs
 from gptq_api.runner.cuda.runner import CudaRunner
 from gptq_api.runner.load import load_runner
@@ -162,10 +163,18 @@ def layouts() -> Iterator[str]:
 
 
 class Batch:
-    """Sequences of these lengths, each with one new row, and their cache."""
+    """Sequences of these lengths and their cache, each with one new row, or with several that share a reading."""
 
     def __init__(
-        self, lengths: list[int], heads: int, kv_heads: int, dim: int, dtype: torch.dtype, fp8: bool, block_size: int
+        self,
+        lengths: list[int],
+        heads: int,
+        kv_heads: int,
+        dim: int,
+        dtype: torch.dtype,
+        fp8: bool,
+        block_size: int,
+        rows: int = 1,
     ) -> None:
         self.heads, self.dtype, self.dim = heads, dtype, dim
         counts = [-(-n // block_size) for n in lengths]
@@ -173,13 +182,17 @@ class Batch:
         tables = torch.full((len(lengths), max(counts) + 2), -1, dtype=torch.int32)
         for table, count in zip(tables, counts, strict=True):
             table[:count] = torch.tensor([order.pop() for _ in range(count)])
-        last = torch.tensor(lengths) - 1
-        slots = tables[torch.arange(len(lengths)), last // block_size] * block_size + last % block_size
-        self.tables, self.lens, self.positions, self.slots = ints(tables), ints(lengths), ints(last), ints(slots)
-        self.starts = ints(torch.arange(len(lengths) + 1))
+        tables = tables.repeat_interleave(rows, 0)
+        lens = (torch.tensor(lengths)[:, None] - torch.arange(rows - 1, -1, -1)).flatten()
+        last = lens - 1
+        slots = tables[torch.arange(len(lens)), last // block_size] * block_size + last % block_size
+        self.tables, self.lens, self.positions, self.slots = ints(tables), ints(lens), ints(last), ints(slots)
+        self.starts = ints(torch.arange(len(lens) + 1))
+        shared = RowGroups.for_heads(heads, kv_heads, [None]).of(lens.tolist(), [*range(rows)] * len(lengths))
+        self.groups = ints(shared) if rows > 1 else None
         cache = torch.randn(sum(counts), 2, kv_heads, block_size, dim)
         self.cache = cache.to(torch.float8_e4m3fn if fp8 else dtype).to(DEVICE)
-        self.qkv = normal(len(lengths), (heads + 2 * kv_heads) * dim, dtype=dtype)
+        self.qkv = normal(len(lens), (heads + 2 * kv_heads) * dim, dtype=dtype)
         self.workspace = decode_attention_workspace(heads, kv_heads, dim, DEVICE)
 
     def rotary(self, longest: int, norms: bool) -> RotaryInputs:
@@ -194,14 +207,15 @@ class Batch:
         decode_attention(
             *(self.qkv, self.cache, self.tables, self.lens, self.starts, out, self.heads, self.dim**-0.5),
             *(self.workspace, window, rotary, out_index),
+            groups=self.groups,
             prefetch=rotary is not None,
             teams=teams,
         )
 
 
 def attention() -> Iterator[str]:
-    """Decode attention: whole blocks and lone warps, every cache, with the rotation and
-    without, contexts that several blocks share, windows, parts of a group, rows of others."""
+    """Decode attention: whole blocks and lone warps, every cache, with the rotation and without, contexts that several
+    blocks share, windows, parts of a group, rows of others, rows of a sequence."""
     short, long = [1, 129, 700, 33], [4200, 5]
     for lengths, heads, kv_heads, block_size, window, dims in (
         (short, 8, 2, 16, None, (64, 128)),
@@ -225,6 +239,21 @@ def attention() -> Iterator[str]:
     mixed.lens = ints([40, 50, 300, 7, 0])
     mixed.attend("best", None)
     yield "attention of a mixed step, with a row of padding"
+    for lengths, rows, heads, kv_heads, block_size in (
+        ([131], 8, 4, 4, 16),
+        ([4100], 5, 8, 4, 32),
+        ([40, 260], 4, 7, 1, 8),
+    ):
+        for dtype, fp8, dim in product(DTYPES, (False, True), (64, 128)):
+            several = Batch(lengths, heads, kv_heads, dim, dtype, fp8, block_size, rows)
+            several.attend("best", several.rotary(4200, norms=False))
+            several.attend("best", several.rotary(4200, norms=True), None, ints(torch.randperm(heads * dim)))
+            several.attend("best", None)
+            sick = torch.randn(rows * len(lengths), (heads + 2 * kv_heads) * dim)
+            sick[1::3] = torch.nan
+            several.qkv = sick.to(dtype).to(DEVICE)
+            several.attend("best", several.rotary(4200, norms=False))
+            yield f"attention of {rows} rows of {lengths} heads {heads}/{kv_heads} of {dim} e4m3 {fp8} {dtype}"
 
 
 def between() -> Iterator[str]:

@@ -34,7 +34,10 @@ PARAMS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(scope="module", params=["fp16", "bf16", "act-order", "window", "fp8 cache", "qwen3"])
+@pytest.fixture(
+    scope="module",
+    params=["fp16", "bf16", "act-order", "window", "fp8 cache", "qwen3", "a key head each", "one key head"],
+)
 def runner(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[CudaRunner]:
     recipe, settings = {
         "fp16": (WIDE, {"dtype": "float16"}),
@@ -43,6 +46,8 @@ def runner(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         "window": (replace(WIDE, family="mistral", more_config={"sliding_window": 40}), {"dtype": "float16"}),
         "fp8 cache": (FAST, {"dtype": "bfloat16", "kv_cache_dtype": "fp8"}),
         "qwen3": (replace(FAST, family="qwen3", tie=True), {"dtype": "float16"}),
+        "a key head each": (replace(WIDE, num_kv_heads=8), {"dtype": "float16"}),
+        "one key head": (replace(WIDE, num_kv_heads=1), {"dtype": "bfloat16"}),
     }[request.param]
     folder: Path = write_checkpoint(tmp_path_factory.mktemp("model"), random_model(recipe))
     loaded = load(folder, num_blocks=1 + 4 * BLOCKS_EACH, max_num_seqs=4, **settings)
