@@ -9,8 +9,8 @@ from gptq_api.types import SamplingParams
 
 if TYPE_CHECKING:
     from gptq_api.scheduler.drafts import Knowledge
+    from gptq_api.scheduler.judgement import Drafting
     from gptq_api.scheduler.model_drafts import DraftCache
-    from gptq_api.scheduler.speculation import Drafting
 
 
 @dataclass(slots=True, eq=False)

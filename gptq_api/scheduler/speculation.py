@@ -5,10 +5,6 @@ and that is known without computing anything: each sequence that could draft is 
 tokens come they are compared with the guess, whether it was tried or not. A text that repeats nothing costs some
 microseconds a step and no row.
 
-How often is asked of each source for each length of match: two tokens in common mean little, and whoever is copying has
-sixteen. A draft of k tokens meets longer and longer matches, if it is right. Each sequence has its own numbers, which
-begin as those of all sequences before it.
-
 A draft model (`model_drafts.py`) costs more than a guess from texts: it is asked only where it pays by how often it has
 been right at each place of a draft, and where it did not, again once in a while, when asking costs little beside what
 the sequence has cost since.
@@ -18,36 +14,22 @@ Only few sequences draft: where many decode, their rows are worth more than gues
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal
 
-from gptq_api.scheduler.drafts import LONGEST_MATCH, PREDICTION, DraftSource, Guess, PastAnswers, TextDrafts
+from gptq_api.scheduler.drafts import DraftSource, Guess, PastAnswers, TextDrafts
+from gptq_api.scheduler.judgement import MODEL, Judgement, drafting_of
 from gptq_api.scheduler.model_drafts import ModelDrafts
 from gptq_api.scheduler.sequence import Sequence
 from gptq_api.step import Drafter, Launched, Runner
 
 _MARGIN = 1.03
 """what a step with drafts has to bring more than one without, by the estimate"""
-_CLASSES = (0, 1, 2, 3, 4, 4, 5, 5, 5, 5, 6, 6, 6, 6, 6, 6, 7)
-"""by the length of the match: lengths that are counted together"""
-_FIRST_RATES = (0.7, 0.5, 0.3, 0.45, 0.6, 0.7, 0.8, 0.85)
-"""how often a token of each class is taken to be right before any was seen"""
-_FIRST_RATES_OF_PREDICTIONS = (0.8, 0.8, 0.6, 0.7, 0.8, 0.8, 0.85, 0.9)
-MODEL = "model"
-"""the source that is a draft model; its classes are places of a draft, counted where all before them were right"""
-_FIRST_RATE_OF_MODEL = 0.7
 _PROBES = 0.03
 """of the time that a sequence takes: for asking a draft model that has not been worth it"""
 _MOST_TO_COME = 256
 """tokens that a sequence is taken to get still, at most, where a draft model has to read its prompt first"""
-_WEIGHT_OF_FIRST = 5.0
-"""tokens that this is worth; and what is known of all sequences, beside a sequence's own"""
-_WEIGHT_OF_ALL = 8.0
-_KEPT = 0.97
-"""of a sequence's counts, with each token; and of those of all"""
-_KEPT_OF_ALL = 0.998
 
 
 def speculation_of(
@@ -59,67 +41,6 @@ def speculation_of(
     source = TextDrafts(PastAnswers() if mode == "auto" else None)
     model = None if drafter is None else ModelDrafts(drafter, runner.vocab_size, block_size)
     return Speculation(source, runner.max_draft_rows, runner.row_cost, runner.wait_cost, runner.context_cost, model)
-
-
-class Rates:
-    """How many guessed tokens were right, of those with a match of each length; the last ones count most."""
-
-    __slots__ = ("_right", "_seen", "kept")
-
-    def __init__(self, kept: float) -> None:
-        self.kept = kept
-        self._right = [0.0] * len(_FIRST_RATES)
-        self._seen = [0.0] * len(_FIRST_RATES)
-
-    def count(self, index: int, right: bool) -> None:
-        self._right[index] = self._right[index] * self.kept + right
-        self._seen[index] = self._seen[index] * self.kept + 1
-
-    def rate(self, index: int, otherwise: float, weight: float) -> float:
-        """The share of a class that was right, where `otherwise` counts as much as `weight` tokens."""
-        return (self._right[index] + weight * otherwise) / (self._seen[index] + weight)
-
-
-@dataclass(slots=True)
-class Tally:
-    """What became of drafted tokens."""
-
-    num: int = 0
-    num_accepted: int = 0
-    """those that the sequence got"""
-
-    def add(self, num: int, num_accepted: int) -> None:
-        self.num += num
-        self.num_accepted += num_accepted
-
-    @property
-    def told(self) -> tuple[int, int]:
-        """(accepted, rejected)."""
-        return self.num_accepted, self.num - self.num_accepted
-
-
-@dataclass(slots=True)
-class Drafting:
-    """What is known of one sequence."""
-
-    rates: dict[str, Rates] = field(default_factory=dict)
-    """by source"""
-    guess: Guess | None = None
-    place: int = -1
-    """where in the sequence its first token would stand"""
-    of_model: list[int] = field(default_factory=list)
-    """what the draft model guessed, and where the first of it would stand"""
-    place_of_model: int = -1
-    drafted_by: str = ""
-    """the source of the tokens that were drafted last"""
-    drafted: Tally = field(default_factory=Tally)
-    predicted: Tally = field(default_factory=Tally)
-    """the part of them that its prediction suggested"""
-
-    @property
-    def is_guessed(self) -> bool:
-        """Whether there is something to learn from the next token."""
-        return self.guess is not None or bool(self.of_model)
 
 
 @dataclass(slots=True, eq=False)
@@ -150,7 +71,7 @@ class Speculation:
     ) -> None:
         self.source, self._max_rows, self._model = source, max_rows, model
         self._row_cost, self._wait_cost, self._context_cost = row_cost, wait_cost, context_cost
-        self._all = defaultdict[str, Rates](lambda: Rates(_KEPT_OF_ALL))
+        self._judgement = Judgement(max_rows)
 
     def takes(self, num_decoding: int) -> bool:
         """Whether so many sequences may draft. Of many a row is worth more than a guess."""
@@ -166,13 +87,13 @@ class Speculation:
         for one, num in self._plan(decoding, min(most_rows, self._max_rows)).items():
             if one.guess is not None:
                 found[one.seq] = one.guess.tokens[:num]
-                _drafting(one.seq).drafted_by = one.guess.source
+                drafting_of(one.seq).drafted_by = one.guess.source
             elif grow(one.seq, len(one.seq.token_ids) + num):
                 wanted[one.seq] = num
         if wanted:
             assert self._model is not None
             for seq, tokens in self._model.draft(wanted).items():
-                drafting, found[seq] = _drafting(seq), tokens
+                drafting, found[seq] = drafting_of(seq), tokens
                 drafting.of_model, drafting.place_of_model, drafting.drafted_by = tokens, len(seq.token_ids), MODEL
         return found
 
@@ -200,7 +121,7 @@ class Speculation:
         """Of those that something is guessed for from texts."""
         found: list[_Candidate] = []
         for seq in decoding:
-            drafting = _drafting(seq)
+            drafting = drafting_of(seq)
             place = len(seq.token_ids)
             if drafting.place != place:
                 drafting.guess, drafting.place = self.source.guess(seq, self._max_rows), place
@@ -211,19 +132,8 @@ class Speculation:
             left = seq.params.max_tokens - seq.num_output_tokens  # a step with k drafts may bring k + 1
             most = min(left - 1, self._max_rows - len(decoding) + in_flight)
             if most > in_flight:
-                found.append(_Candidate(seq, guess, self._chances(drafting, guess, most)))
+                found.append(_Candidate(seq, guess, self._judgement.chances(drafting, guess, most)))
         return found
-
-    def _chances(self, drafting: Drafting, guess: Guess, most: int) -> list[float]:
-        own, everybody = drafting.rates.get(guess.source), self._all[guess.source]
-        chances, chance = list[float](), 1.0
-        first = _FIRST_RATES_OF_PREDICTIONS if guess.source == PREDICTION else _FIRST_RATES
-        for match in range(guess.match, guess.match + min(most, len(guess.tokens))):
-            index = _CLASSES[min(match, LONGEST_MATCH)]
-            rate = everybody.rate(index, first[index], _WEIGHT_OF_FIRST)
-            chance *= rate if own is None else own.rate(index, rate, _WEIGHT_OF_ALL)
-            chances.append(chance)
-        return chances
 
     def _with_model(self, decoding: list[Sequence], texts: list[_Candidate]) -> list[_Candidate]:
         """Those for whom the draft model is better asked, and the texts' of the others; none where nobody is."""
@@ -249,13 +159,7 @@ class Speculation:
         most = min(left - 1, self._max_rows - num_decoding, self._model.most(seq, len(seq.token_ids) + in_flight))
         if most < 1:
             return None
-        own, everybody = _drafting(seq).rates.get(MODEL), self._all[MODEL]
-        chances, chance = list[float](), 1.0
-        for index in range(min(most, len(_FIRST_RATES))):
-            rate = everybody.rate(index, _FIRST_RATE_OF_MODEL, _WEIGHT_OF_FIRST)
-            chance *= rate if own is None else own.rate(index, rate, _WEIGHT_OF_ALL)
-            chances.append(chance)
-        return _Candidate(seq, None, chances)
+        return _Candidate(seq, None, self._judgement.chances_of_model(drafting_of(seq), most))
 
     def _debt(self, seq: Sequence) -> float:
         """The cost of what the draft model has to compute before it can guess, beyond a row or two."""
@@ -271,7 +175,7 @@ class Speculation:
         drafter, found = self._model.drafter, dict[_Candidate, int]()
         once = self._wait_cost + drafter.call_cost + drafter.step_cost
         for seq in decoding:
-            num_since = len(seq.token_ids) - max(seq.num_prompt_tokens, _drafting(seq).place_of_model)
+            num_since = len(seq.token_ids) - max(seq.num_prompt_tokens, drafting_of(seq).place_of_model)
             if num_since * _PROBES <= once + self._row_cost or len(decoding) + len(found) >= most_rows:
                 continue
             one = self._of_model(seq, len(decoding))
@@ -313,45 +217,9 @@ class Speculation:
     def learn(self, seq: Sequence, num_before: int, num_drafted: int, num_accepted: int) -> None:
         """The sequence has got tokens, from place `num_before` on: was the guess right? `num_accepted` of them had been
         drafted, among `num_drafted`."""
-        drafting = seq.drafting
-        if drafting is None or not drafting.is_guessed:
-            return
-        drafting.drafted.add(num_drafted, num_accepted)
-        guess, drafting.guess = drafting.guess, None
-        of_model, drafting.of_model = drafting.of_model, []
-        if len(seq.token_ids) == num_before:
-            return
-        following = seq.token_ids[num_before : num_before + self._max_rows]
-        if of_model and drafting.place_of_model == num_before:
-            self._count(drafting, MODEL, of_model, following, range(len(_FIRST_RATES)))
-        if guess is not None and drafting.place == num_before:
-            if guess.source == PREDICTION == drafting.drafted_by:
-                drafting.predicted.add(num_drafted, num_accepted)
-            classes = [_CLASSES[min(guess.match + i, LONGEST_MATCH)] for i in range(len(guess.tokens))]
-            self._count(drafting, guess.source, guess.tokens, following, classes)
-
-    def _count(
-        self, drafting: Drafting, source: str, guess: list[int], following: list[int], classes: Iterable[int]
-    ) -> None:
-        """How far a guess was right."""
-        own = drafting.rates.get(source)
-        if own is None:
-            own = drafting.rates[source] = Rates(_KEPT)
-        everybody = self._all[source]
-        for guessed, token, index in zip(guess, following, classes, strict=False):
-            right = guessed == token
-            own.count(index, right)
-            everybody.count(index, right)
-            if not right:
-                break
+        self._judgement.learn(seq, num_before, num_drafted, num_accepted)
 
     def ended(self, seq: Sequence) -> None:
         """A sequence has finished, or was aborted."""
         self.source.ended(seq)
         seq.drafting = None
-
-
-def _drafting(seq: Sequence) -> Drafting:
-    if seq.drafting is None:
-        seq.drafting = Drafting()
-    return seq.drafting

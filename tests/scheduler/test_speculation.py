@@ -7,8 +7,9 @@ import random
 import pytest
 
 from gptq_api.scheduler.drafts import LONGEST_MATCH, Guess
+from gptq_api.scheduler.judgement import Tally
 from gptq_api.scheduler.sequence import Sequence
-from gptq_api.scheduler.speculation import Speculation, Tally, speculation_of
+from gptq_api.scheduler.speculation import Speculation, speculation_of
 from gptq_api.types import SamplingParams
 from tests.support.draft_sources import Garbage, Truth
 from tests.support.toy_runner import ToyRunner
