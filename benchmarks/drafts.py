@@ -12,7 +12,7 @@ of every row is compared with that of plain decode.
 
 "host_ms" is how long the device has nothing to do between two steps with drafts: from the end of the one, by an event,
 until the host asks it for the next one's graph; "launch_ms" is the part of it that the runner takes to write and copy
-the inputs. "device_ms" is the rest, from there to the end of the step.
+the inputs. "device_ms" is the rest, from there to the end of the step, and "graph_ms" what asking takes the host.
 """
 
 from __future__ import annotations
@@ -127,6 +127,8 @@ class Clocked:
         self._events = [[torch.cuda.Event(enable_timing=True) for _ in range(3)] for _ in range(most_steps)]  # type: ignore[no-untyped-call]
         self._rows: list[int] = []
         """of each step with drafts, 0: it has none"""
+        self._graph_ms: list[float] = []
+        """of each step, what the call took"""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._runner, name)
@@ -140,7 +142,10 @@ class Clocked:
 
     def _run(self, shape: Any, capture: bool = True) -> Any:
         self._events[len(self._rows)][1].record()
-        return self._replay(shape, capture)
+        began = time.perf_counter()
+        result = self._replay(shape, capture)
+        self._graph_ms.append((time.perf_counter() - began) * 1e3)
+        return result
 
     def launch(self, step: Any) -> Any:
         events = self._events[len(self._rows)]
@@ -152,13 +157,14 @@ class Clocked:
 
     def medians(self) -> dict[str, float]:
         torch.cuda.synchronize()
-        found: dict[str, list[float]] = {"host_ms": [], "launch_ms": [], "device_ms": []}
-        steps = list(zip(self._rows, self._events, strict=False))
-        for (rows_before, before), (rows, events) in itertools.pairwise(steps):
+        found: dict[str, list[float]] = {"host_ms": [], "launch_ms": [], "device_ms": [], "graph_ms": []}
+        steps = list(zip(self._rows, self._events, self._graph_ms, strict=False))
+        for (rows_before, before, _), (rows, events, graph_ms) in itertools.pairwise(steps):
             if rows and rows_before:
                 found["host_ms"].append(before[2].elapsed_time(events[1]))
                 found["launch_ms"].append(events[0].elapsed_time(events[1]))
                 found["device_ms"].append(events[1].elapsed_time(events[2]))
+                found["graph_ms"].append(graph_ms)
         return {name: round(statistics.median(times), 3) for name, times in found.items() if len(times) > 4}
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 # Those of ext/attention/attention_decode_schedule.cuh.
 COLUMNS = 8
@@ -43,7 +44,7 @@ class RowGroups:
         groups: list[tuple[int, int]] = []
         first, cut = 0, None
         for context, rank in zip(contexts, ranks, strict=True):
-            before, cut = cut, tuple(_cut(context, window) for window in self.windows)
+            before, cut = cut, self._cut(context)
             if rank % self.most == 0 or cut != before:
                 first = len(groups)
                 groups.append((1, rank + 1))
@@ -51,6 +52,21 @@ class RowGroups:
                 groups[first] = (groups[first][0] + 1, rank + 1)
                 groups.append((0, 0))
         return groups
+
+    def of_sequence(self, context: int, num: int) -> Sequence[tuple[int, int]]:
+        """The same for `num` rows of one sequence, of which the first sees `context` tokens."""
+        if self._cut(context) == self._cut(context + num - 1):  # and so is that of each row between
+            return _undivided(num, self.most)
+        return self.of(range(context, context + num), range(num))
+
+    def _cut(self, context: int) -> list[tuple[int, int]]:
+        return [_cut(context, window) for window in self.windows]
+
+
+@cache
+def _undivided(num: int, most: int) -> list[tuple[int, int]]:
+    """For rows that all have the same cuts."""
+    return RowGroups(most).of([1] * num, range(num))
 
 
 def _cut(context: int, window: int | None) -> tuple[int, int]:

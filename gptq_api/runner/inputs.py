@@ -179,16 +179,21 @@ class SequenceTable:
         """The same of a step with drafts. `max_model_len`: from one sequence of the history to the next."""
         assert not step.admitted and step.num_new == step.num_sampled, "beside drafts only what decodes"
         self._note(step.new_blocks)
-        seats, positions, tokens, places, ranks = list[int](), list[int](), list[int](), list[int](), list[int]()
+        seats, positions, tokens, places, groups = (
+            list[int](),
+            list[int](),
+            list[int](),
+            list[int](),
+            list[tuple[int, int]](),
+        )
         for entry, (seat, start, num) in enumerate(zip(step.seats, step.num_computed, step.num_new, strict=True)):
             seats += [seat] * num
             positions += range(start, start + num)
             first = HISTORY_START + seat * max_model_len + start
             tokens += [0, *step.drafts.get(entry, ())]
             places += [0, *range(first + 1, first + num)]
-            ranks += range(num)
-        context = [position + 1 for position in positions]
-        return Rows(seats, positions, context, tokens, places, self._groups.of(context, ranks))
+            groups += self._groups.of_sequence(start + 1, num)
+        return Rows(seats, positions, [position + 1 for position in positions], tokens, places, groups)
 
     def _note(self, new_blocks: list[NewBlocks]) -> None:
         for blocks in new_blocks:

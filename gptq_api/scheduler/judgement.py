@@ -104,10 +104,14 @@ class Judgement:
         own, everybody = drafting.rates.get(guess.source), self._all[guess.source]
         chances, chance = list[float](), 1.0
         first = _FIRST_RATES_OF_PREDICTIONS if guess.source == PREDICTION else _FIRST_RATES
+        before, rate = -1, 0.0
         for match in range(guess.match, guess.match + min(most, len(guess.tokens))):
             index = _CLASSES[min(match, LONGEST_MATCH)]
-            rate = everybody.rate(index, first[index], _WEIGHT_OF_FIRST)
-            chance *= rate if own is None else own.rate(index, rate, _WEIGHT_OF_ALL)
+            if index != before:  # of those who copy all are of the last class
+                before, rate = index, everybody.rate(index, first[index], _WEIGHT_OF_FIRST)
+                if own is not None:
+                    rate = own.rate(index, rate, _WEIGHT_OF_ALL)
+            chance *= rate
             chances.append(chance)
         return chances
 

@@ -36,6 +36,7 @@ def test_every_group_is_cut_alike(most: int, windows: tuple[int | None, ...]) ->
         for rows in range(1, 9):
             contexts, ranks = [base + 1 + i for i in range(rows)], list(range(rows))
             found = groups.of([7, *contexts], [0, *ranks])[1:]
+            assert groups.of_sequence(base + 1, rows) == found
             row = 0
             while row < rows:
                 number, new = found[row]
