@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gptq_api.scheduler.blocks import BlockManager, block_hash
-from gptq_api.scheduler.scheduler import Scheduler
+from gptq_api.scheduler.scheduler import Progress, Scheduler
 from gptq_api.scheduler.sequence import Sequence
 from gptq_api.step import Sampled, Step
 from gptq_api.types import SamplingParams
@@ -361,3 +361,33 @@ def test_few_rows_are_not_rounded() -> None:
     scheduler.schedule()
     add(scheduler, 99, [2] * 200, 8)
     assert scheduler.schedule().num_new == [1, 46]
+
+
+@given(
+    tokens=st.lists(st.sampled_from([5, 6, 7, 2, -1, -2]), min_size=2, max_size=9),
+    max_tokens=st.integers(2, 10),
+    before=st.integers(0, 3),
+    caching=st.booleans(),
+)
+def test_tokens_taken_at_once_are_taken_as_one_by_one(
+    tokens: list[int], max_tokens: int, before: int, caching: bool
+) -> None:
+    def taken(places: list[range]) -> tuple[object, ...]:
+        scheduler = Scheduler(BlockManager(20, 2), 2, 64, caching)
+        params = SamplingParams(max_tokens=max_tokens + before, stop_token_ids=(2,), temperature=0)
+        assert scheduler.add(7, [3, 4, 5], (params,))
+        scheduler.schedule()
+        (seq,) = scheduler.running
+        assert scheduler.blocks.grow(seq.block_table, 20)
+        for token in range(10, 10 + before):
+            seq.append(token)
+        seq.num_computed_tokens = len(seq.token_ids) + len(tokens)
+        progress, reason = Progress(), None
+        for part in places:
+            reason = scheduler._take(seq, tokens, part, progress)
+            if reason is not None:
+                break
+        found = [scheduler.blocks.share([], seq.block_hashes)] if caching else []
+        return progress, reason, seq.token_ids, seq.block_hashes, found
+
+    assert taken([range(len(tokens))]) == taken([range(i, i + 1) for i in range(len(tokens))])
