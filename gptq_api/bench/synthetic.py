@@ -54,6 +54,7 @@ def _shape(hidden: int, ffn: int, layers: int, heads: int, kv_heads: int, vocab:
 
 
 SHAPES: dict[str, dict[str, Any]] = {
+    "llama-160m": _shape(768, 3072, 12, 12, 12, 32000),
     "tinyllama-1.1b": _shape(2048, 5632, 22, 32, 4, 32000),
     "llama-7b": _shape(4096, 11008, 32, 32, 32, 32000),
     "llama-13b": _shape(5120, 13824, 40, 40, 40, 32000),

@@ -73,7 +73,7 @@ def test_itself_as_a_draft_model_fills_every_row(folder: Path) -> None:
 
 
 def test_another_dtype_and_no_prefix_caching(folder: Path, dense: Path) -> None:
-    plain, _, _ = answers(load(folder, dtype="float32"), KINDS, caching=False)
+    plain, _, _ = answers(load(folder, dtype="float32", block_size=8), KINDS, caching=False)
     drafted, scheduler, _ = answers(load(folder, dense, dtype="float32", block_size=8), KINDS, caching=False)
     assert drafted == plain and scheduler.counters.draft_tokens > 0
 
