@@ -260,7 +260,9 @@ def test_a_killed_download_keeps_what_is_complete_and_is_not_taken_for_whole(hub
 
 
 def test_serving_by_name_tells_the_name_and_answers(hub: Hub, tmp_path: Path) -> None:
-    with Server("--model-path", NAME, "--device", "cpu", env=environment(tmp_path, hub.url)) as server:
+    flags = ("--model-path", NAME, "--device", "cpu", "--speculate", "auto", "--draft-model", NAME)
+    with Server(*flags, env=environment(tmp_path, hub.url)) as server:
+        assert "; draft model " in server.log()
         assert server.http.get("/v1/models").json()["data"][0]["id"] == NAME
         body = {"model": NAME, "prompt": "Hello", "max_tokens": 2}
         assert server.http.post("/v1/completions", json=body).status_code == 200

@@ -110,14 +110,11 @@ def _open(path: Path) -> Checkpoint:
 
 
 def draft_options(options: LoadOptions, max_rows: int) -> LoadOptions:
-    """What loading the draft model is told: seats for few, steps of so many rows, and of the cache's size nothing,
-    which is the served model's."""
+    """What loading the draft model is told: seats for few, steps of so many rows. The size of the cache is the served
+    model's, whatever these say."""
     return replace(
         options,
         max_model_len=None,
-        num_blocks=None,
-        kv_cache_mib=LoadOptions.kv_cache_mib,
-        gpu_memory_utilization=LoadOptions.gpu_memory_utilization,
         max_num_seqs=MAX_SEQS,
         max_num_batched_tokens=max_rows,
         batch_invariant=False,

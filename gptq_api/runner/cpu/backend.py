@@ -218,6 +218,8 @@ class CpuBackend:
 
         def made(served: LoadedRunner) -> CpuRunner:
             length = min(max_model_len, served.max_model_len)
-            return self.runner(weights, replace(options, num_blocks=served.num_blocks), length)
+            mib, share = LoadOptions.kv_cache_mib, LoadOptions.gpu_memory_utilization  # they have had their effect
+            told = replace(options, num_blocks=served.num_blocks, kv_cache_mib=mib, gpu_memory_utilization=share)
+            return self.runner(weights, told, length)
 
         return Beside(weights.config.kv_elements_per_token * self.dtype.itemsize), made
