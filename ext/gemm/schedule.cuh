@@ -11,6 +11,7 @@ struct GemmTiles {
   int m_tiles, n_tiles;
   int tiles, split_tiles;  // the first split_tiles are cut along k over all clusters
   int clusters, share, spare;  // chunks of those that a cluster has; so many clusters have one more
+  bool resumed;  // who has the rest of a cut tile goes on with the sums of who has its beginning
 };
 
 // In chunks. `clusters` work at a time. `cut_cost`: what cutting tiles along k takes as long as, since partial sums are written, awaited
@@ -22,14 +23,16 @@ inline int64_t cut_time(int64_t tiles, int clusters, int chunks, int cut_cost) {
 
 // Over at most `clusters`: whole tiles where that is sooner. Otherwise tiles that fill whole waves of clusters stay whole; the rest, and
 // one wave with it, is cut into equal parts along k. `wanted`: 0, or a GemmSplit. kOneOrder: whole, and by tiles that all add up a row in
-// the same order, which format, device and the weight's size decide, not the number of tokens.
+// the same order, which format, device and the weight's size decide, not the number of tokens. A kernel that can go on with another's sums
+// (`resumes`) cuts tiles in two all the same.
 enum class GemmSplit : int { kAlongK = 1, kWhole, kOneOrder, kLast = kOneOrder };
-inline void share_tiles(GemmTiles& p, int clusters, int cut_cost, int wanted) {
+inline void share_tiles(GemmTiles& p, int clusters, int cut_cost, int wanted, bool resumes = false) {
   p.tiles = p.m_tiles * p.n_tiles;
   p.clusters = std::min(clusters, p.tiles * p.chunks);
   const int over = p.tiles % p.clusters;
   bool whole = whole_time(p.tiles, p.clusters, p.chunks) < cut_time(p.tiles, p.clusters, p.chunks, cut_cost);
-  if (wanted != 0) whole = wanted != static_cast<int>(GemmSplit::kAlongK);
+  p.resumed = resumes && wanted == static_cast<int>(GemmSplit::kOneOrder) && p.tiles > p.clusters && !whole;
+  if (wanted != 0) whole = wanted != static_cast<int>(GemmSplit::kAlongK) && !p.resumed;
   p.split_tiles = whole ? 0 : p.tiles < p.clusters || over == 0 ? over : over + p.clusters;
   if (whole) p.clusters = std::min(p.clusters, p.tiles);
   const int64_t cut = int64_t{p.split_tiles} * p.chunks;

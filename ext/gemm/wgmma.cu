@@ -68,7 +68,8 @@ Choice choose_tile(int m, int n, int chunks, int sms, bool one_order) {
     const int rows = c.rows * c.cluster, clusters = sms / c.cluster;
     const int64_t tiles = static_cast<int64_t>((m + c.tokens - 1) / c.tokens) * ((n + rows - 1) / rows);
     const int64_t whole = whole_time(tiles, clusters, chunks), cut = cut_time(tiles, clusters, chunks, kCutCost);
-    const int64_t time = (one_order ? whole : std::min(whole, cut)) * c.rows * c.tokens * c.percent;
+    const bool cuts = !one_order || (c.scaled && tiles > clusters);
+    const int64_t time = (cuts ? std::min(whole, cut) : whole) * c.rows * c.tokens * c.percent;
     if (time < least) least = time, best = {c.tile, WgmmaSharing::kOne};
   }
   return best;
@@ -123,7 +124,7 @@ cudaError_t launch_wgmma(const WgmmaGemm& call, cudaStream_t stream) {
   const size_t partial = sizeof(float) * kernel.strips * kStripRows * kernel.tokens;
   const int wanted = device.sms * (choice.sharing == WgmmaSharing::kTwo ? 2 : 1);
   const int blocks = std::min({wanted, kMaxBlocks, static_cast<int>(kPartialBytes / partial)});
-  share_tiles(p, blocks / kernel.cluster, kCutCost, call.split);
+  share_tiles(p, blocks / kernel.cluster, kCutCost, call.split, kernel.resumes);
 
   const int slot = kernel.tokens * kChunkK * 2 + wgmma_weight_bytes(kernel.strips, p.chunk_bytes), barriers = 16;
   p.stages = ((device.smem + 1024) / (choice.sharing == WgmmaSharing::kOne ? 1 : 2) - 1024 - kernel.turn_bytes) / (slot + barriers);

@@ -2,8 +2,8 @@
 #pragma once
 #include "common/layout.cuh"
 #include "gemm/wgmma_ptx.cuh"
-#include "gemm/schedule.cuh"
 #include "gemm/wgmma_shape.cuh"
+#include "gemm/wgmma_walk.cuh"
 
 namespace gptq {
 namespace {
@@ -30,7 +30,7 @@ __device__ __forceinline__ void feed_ring(const CUtensorMap* weight_map, const C
   tensor_prefetch(token_map);
   const int tx = S::kTokenBytes + S::kStrips * p.chunk_bytes;
   struct Feed {
-    Walk walk;
+    WgmmaWalk<S> walk;
     Segment at;
     int strip, token;
     bool more;
@@ -62,7 +62,7 @@ __device__ __forceinline__ void feed_ring(const CUtensorMap* weight_map, const C
     }
   };
   // The first lap over the ring needs no free slot, and its weights need nothing of the kernel before this one.
-  Feed ahead{Walk(p, cluster)};
+  Feed ahead{WgmmaWalk<S>(p, cluster)};
   ahead.open(p, rank);
   Feed behind = ahead;
   for (int i = 0; i < p.stages && ahead.more; i++, ahead.step(p, rank)) load_weights(ahead, i);

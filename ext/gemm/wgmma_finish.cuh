@@ -3,8 +3,8 @@
 #pragma once
 #include "common/vector.cuh"
 #include "gemm/wgmma_ptx.cuh"
-#include "gemm/schedule.cuh"
 #include "gemm/wgmma_shape.cuh"
+#include "gemm/wgmma_walk.cuh"
 
 namespace gptq {
 namespace {
@@ -14,16 +14,41 @@ struct Place {
   int cluster, rank, group, thread;
 };
 
+// Where in the workspace a thread leaves the sums of 64 rows: those of the cluster in place `i`.
+template <class S>
+__device__ __forceinline__ float4* partial_of(const WgmmaParams& p, const Place& at, int i, int f) {
+  const int64_t box = static_cast<int64_t>((i * S::CL + at.rank) * S::NWG + at.group) * S::FR + f;
+  return reinterpret_cast<float4*>(p.partials) + box * (S::TN / 8) * 128 + at.thread;
+}
+
+__device__ __forceinline__ void await_sums(int* flag) {
+  while (!flag_is_set(flag)) __nanosleep(20);
+  *flag = 0;  // ready for the next launch on this stream
+}
+
+// The sums that the cluster before this one has left, of the beginning of the tile whose rest is here.
+template <class S>
+__device__ __forceinline__ void take_up(const WgmmaParams& p, const Place& at, float (&d)[S::FR][S::TN / 2]) {
+  const int before = place_of<S>(p, at.cluster) - 1;
+  if (at.thread == 0) await_sums(p.flags + (before * S::CL + at.rank) * S::NWG + at.group);
+  named_sync(1 + at.group, 128);
+#pragma unroll
+  for (int f = 0; f < S::FR; f++)
+#pragma unroll
+    for (int i = 0; i < S::TN / 8; i++) {
+      const float4 v = __ldcg(partial_of<S>(p, at, before, f) + i * 128);
+      d[f][4 * i] = v.x, d[f][4 * i + 1] = v.y, d[f][4 * i + 2] = v.z, d[f][4 * i + 3] = v.w;
+    }
+}
+
 // Partial sums of a tile that was cut along k. True: `d` is complete, and this warpgroup is to write it.
 template <class S>
 __device__ __forceinline__ bool complete(const WgmmaParams& p, const Segment& s, const Place& at, float (&d)[S::FR][S::TN / 2]) {
   constexpr int TN = S::TN, FR = S::FR, CL = S::CL, NWG = S::NWG;
   const int rank = at.rank, group = at.group, thread = at.thread;
-  const int mine = p.clusters - 1 - at.cluster;
-  auto partial = [&](int i, int f) {
-    return reinterpret_cast<float4*>(p.partials) + (static_cast<int64_t>((i * CL + rank) * NWG + group) * FR + f) * (TN / 8) * 128 + thread;
-  };
-  if (s.first > 0) {
+  const int mine = place_of<S>(p, at.cluster);
+  auto partial = [&](int i, int f) { return partial_of<S>(p, at, i, f); };
+  if (S::SCALED && p.resumed ? s.last < p.chunks : s.first > 0) {
 #pragma unroll
     for (int f = 0; f < FR; f++) {
       float4* to = partial(mine, f);
@@ -34,13 +59,11 @@ __device__ __forceinline__ bool complete(const WgmmaParams& p, const Segment& s,
     if (thread == 0) flag_set(p.flags + (mine * CL + rank) * NWG + group);
     return false;
   }
-  if (s.last < p.chunks) {
+  if (s.last < p.chunks) {  // the sums of a tile that was resumed are complete
     int others = 1;
     for (const int tile_end = (s.tile + 1) * p.chunks; split_begin(p, mine + 1 + others) < tile_end;) others++;
     for (int i = thread; i < others; i += 128) {
-      int* flag = p.flags + ((mine + 1 + i) * CL + rank) * NWG + group;
-      while (!flag_is_set(flag)) __nanosleep(20);
-      *flag = 0;  // ready for the next launch on this stream
+      await_sums(p.flags + ((mine + 1 + i) * CL + rank) * NWG + group);
     }
     named_sync(1 + group, 128);
     // As many loads in flight as there are registers for; the sums are in order of k all the same.

@@ -74,7 +74,7 @@ __device__ __forceinline__ void consume(const WgmmaParams& p, const WgmmaRing<S>
   };
 
   grid_wait();
-  Walk walk(p, place.cluster);
+  WgmmaWalk<S> walk(p, place.cluster);
   Segment s;
   int slot = 0;
   uint32_t parity = 0;
@@ -97,15 +97,33 @@ __device__ __forceinline__ void consume(const WgmmaParams& p, const WgmmaRing<S>
     fetch();
     expand_step(a[0], 0);
     if constexpr (S::SCALED) {
-      int previous = 0;
-      for (int c = s.first; c < s.last; c++) {
+      int previous = -1, first = s.first;
+      if (p.resumed && s.first > 0) {  // A chunk by itself: inside the loop, sums from elsewhere would serialise all of it.
+        take_up<S>(p, place, d);
+        hold(d);
+        const uint32_t here = __reduce_max_sync(0xffffffffu, tokens);
+#pragma unroll
+        for (int step = 0; step < kSteps; step++) {
+          multiply(a[step & 1], here, step, 1);
+          if (step + 1 < kSteps) expand_step(a[(step + 1) & 1], step + 1);
+          wgmma_wait<0>();
+          hold(d);
+        }
+        release(slot);
+        advance();
+        if (++first < s.last) {
+          fetch();
+          expand_step(a[0], 0);
+        }
+      }
+      for (int c = first; c < s.last; c++) {
         const uint32_t here = __reduce_max_sync(0xffffffffu, tokens);  // the same in all lanes, and now in a uniform register
 #pragma unroll
         for (int step = 0; step < kSteps; step++) {
           multiply(a[step & 1], here, step, step == 0 ? c > s.first : 1);
           if (step + 1 < kSteps) {
             wgmma_wait<1>();
-            if (step == 0 && c > s.first) release(previous);
+            if (step == 0 && c > first) release(previous);
             expand_step(a[(step + 1) & 1], step + 1);
           }
         }
@@ -118,9 +136,9 @@ __device__ __forceinline__ void consume(const WgmmaParams& p, const WgmmaRing<S>
         }
       }
       wgmma_wait<0>();
-      release(previous);
+      if (previous >= 0) release(previous);
       hold(d);
-      if (p.one_group) {
+      if (p.one_group && !(p.resumed && s.last < p.chunks)) {
 #pragma unroll
         for (int f = 0; f < FR; f++) {
           const float2 scale = scale_pair(packed[f].scale[0]);
@@ -204,7 +222,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kMinBlocks)
 
 template <class S>
 WgmmaKernel info() {
-  return {reinterpret_cast<const void*>(wgmma_kernel<S>), S::TN, S::kStrips, S::CL, S::kThreads, S::NWG * S::kPassBytes};
+  return {reinterpret_cast<const void*>(wgmma_kernel<S>), S::TN, S::kStrips, S::CL, S::kThreads, S::NWG * S::kPassBytes, S::SCALED};
 }
 
 template <bool BF, bool ONE>

@@ -32,6 +32,7 @@ struct WgmmaKernel {
   const void* function;
   int tokens, strips, cluster, threads;
   int turn_bytes;  // of shared memory beside the ring
+  bool resumes;    // can go on with the sums of another
 };
 
 // A slot's weights; the next ones start at a multiple of 128 bytes, as tensor loads must.

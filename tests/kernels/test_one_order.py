@@ -13,7 +13,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not gemm.is_available(), reason=gemm.unavailable_reason() or "available"),
 ]
-ROWS = (1, 2, 9, 17, 64, 65, 128, 129, 192, 300, 1000, 2047)
+ROWS = (1, 2, 9, 17, 64, 65, 128, 129, 192, 300, 1000, 1500, 2047)
 
 
 @pytest.mark.parametrize("dtype", BOUND, ids=str)
@@ -39,7 +39,7 @@ def test_with_all_that_a_product_may_do_beside(silu_mul: bool) -> None:
     residual = torch.randn(700, 528 if silu_mul else 1056, device="cuda").half()
     whole = gemm.gemm(x, w, bias=bias, residual=residual, silu_mul=silu_mul, one_order=True)
     fast = gemm.gemm(x, w, bias=bias, residual=residual, silu_mul=silu_mul)
-    assert error(whole, fast.double()) < BOUND[torch.float16]
+    assert error(whole, fast.double()) < 2 * BOUND[torch.float16]  # both are rounded
     for m in (1, 8, 33, 200):
         some = slice(100, 100 + m)
         part = gemm.gemm(x[some], w, bias=bias, residual=residual[some], silu_mul=silu_mul, one_order=True)
