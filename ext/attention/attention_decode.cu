@@ -52,10 +52,11 @@ cudaError_t launch_attention_decode(AttentionDecodeArgs args, int head_dim, bool
   if (teams == Teams::kWarps && !can_be_alone) return cudaErrorInvalidValue;
   const bool alone = teams == Teams::kWarps ||
                      (teams == Teams::kBest && can_be_alone && items >= int64_t{fp8 ? kAloneMinItemsE4m3 : kAloneMinItems} * device.sms);
-  const void* kernel = (bf16 ? attention_decode_bf16 : attention_decode_fp16)(head_dim, fp8, alone);
+  const AttendedBy by = alone ? AttendedBy::kWarp : args.groups ? AttendedBy::kSharingBlock : AttendedBy::kBlock;
+  const void* kernel = (bf16 ? attention_decode_bf16 : attention_decode_fp16)(head_dim, fp8, by);
   if (!kernel) return cudaErrorInvalidValue;
-  static std::atomic<uint64_t> done[2][2][2][2];
-  std::atomic<uint64_t>& mine = done[head_dim == 64][bf16][fp8][alone];
+  static std::atomic<uint64_t> done[2][2][2][3];
+  std::atomic<uint64_t>& mine = done[head_dim == 64][bf16][fp8][static_cast<int>(by)];
   if (const cudaError_t status = set_limits(kernel, mine, device.smem, device); status != cudaSuccess) return status;
   const int smem = (alone ? smem_of<OneWarp> : smem_of<WholeBlock>)(head_dim, fp8, args.part_heads);
   if (smem > device.smem) return cudaErrorInvalidConfiguration;

@@ -3,6 +3,6 @@
 
 namespace gptq {
 
-const void* attention_decode_fp16(int head_dim, bool fp8, bool alone) { return attention_decode_of<false>(head_dim, fp8, alone); }
+const void* attention_decode_fp16(int head_dim, bool fp8, AttendedBy by) { return attention_decode_of<false>(head_dim, fp8, by); }
 
 }  // namespace gptq

@@ -17,6 +17,7 @@
 #include <type_traits>
 
 #include "attention/attention_decode_load.cuh"
+#include "attention/attention_decode_table.cuh"
 
 namespace gptq {
 
@@ -87,8 +88,8 @@ class AttentionBlock {
         first_chunk = index;
         Rotation<D, BF> rotation;
         if (a.cos_sin) {
-          rotation.load(a, c.span.row + min(row_of(column(0)), c.span.rows() - 1), dimension());
-          if (New::shared(a)) Rotation<D, BF>::prefetch(a, New::row(a, c), dimension());
+          rotation.load(a, c.span.row + min(row_of(column(0)), rows_of(c) - 1), dimension());
+          if constexpr (Team::kShares) Rotation<D, BF>::prefetch(a, New::row(c), dimension());
         }
         if (left == stretch.steps) {
           if (!waited) grid_wait();
@@ -105,7 +106,7 @@ class AttentionBlock {
       if constexpr (!kAlone) {
         const bool sees = c.sees(warp), writes = item_ends && New::is_in(a, c, warp), fetches = New::are_in(a, c);
         if (fetches) {
-          fresh.leave(a, c, sums);
+          fresh.leave(c, sums);
           Team::sync();
         }
         const uint32_t keys = take();
@@ -126,7 +127,7 @@ class AttentionBlock {
         if (sees) {
           if (writes) fresh.put(a, c, values, true);
           if (fetches) New::fetch(c, warp, sums, values, true);
-          if (kCanBeSick && c.span.rows() > 1) mend(chunk.sum, values, c, warp);
+          if (kCanBeSick && rows_of(c) > 1) mend(chunk.sum, values, c, warp);
 #pragma unroll
           for (int i = 0; i < Shape::kTiles; i += 2)
             weigh_two<D, FP8, kBF>(*reinterpret_cast<float (*)[2][4]>(&chunk.o[i]), i, values, weights, lane);
@@ -163,11 +164,12 @@ class AttentionBlock {
     return Shape::kRing + (kAlone ? WholeBlock::warp() * (scratch_bytes<Team, D>(args.part_heads) / kAttentionWarps) : 0);
   }
   __device__ __forceinline__ int slot_lane() const { return (lane & 3) * 8 + (lane >> 2); }
+  __device__ __forceinline__ static int rows_of(const Cursor& c) { return Team::kShares ? c.span.rows() : 1; }
   // An item's queries: column n of the mma is that of head head_of(n) of its part, in its row row_of(n).
   __device__ __forceinline__ int row_of(int n) const { return Team::kShares ? n * a.inverse >> 6 : 0; }
   __device__ __forceinline__ int head_of(int n) const { return n - row_of(n) * a.part_heads; }
-  __device__ __forceinline__ bool is_query(const Cursor& c, int n) const { return row_of(n) < c.span.rows() && head_of(n) < head_count(c); }
-  __device__ __forceinline__ int columns(const Cursor& c) const { return (Team::kShares ? c.span.rows() : 1) * a.part_heads; }
+  __device__ __forceinline__ bool is_query(const Cursor& c, int n) const { return row_of(n) < rows_of(c) && head_of(n) < head_count(c); }
+  __device__ __forceinline__ int columns(const Cursor& c) const { return rows_of(c) * a.part_heads; }
   __device__ __forceinline__ bool has_column(const Cursor& c) const { return 2 * (lane & 3) < columns(c); }
   __device__ __forceinline__ int first_head(const Cursor& c) const { return c.kv_head * (a.heads / a.kv_heads) + c.part * a.part_heads; }
   __device__ __forceinline__ int head_count(const Cursor& c) const {
@@ -221,7 +223,7 @@ class AttentionBlock {
     if (!kAlone && a.out_index && warp == 0 && lane < head_count(c) * (D / 32)) prefetch_line(a.out_index + first_head(c) * D + lane * 32);
     fresh = rows.fresh;
     if (New::any(a, c)) {
-      if (New::shared(a)) rotation.load(a, New::row(a, c), dimension());
+      if constexpr (Team::kShares) rotation.load(a, New::row(c), dimension());
       fresh.prepare(a, c, rotation, c.span.count - c.step <= left);
     }
     Team::sync();
@@ -284,7 +286,7 @@ class AttentionBlock {
     scores<D, FP8, kBF>(s, keys, q, lane);
     const int token = c.first_token(tile);
     // By how many tokens the rows' windows and contexts are apart.
-    const int apart = Team::kShares ? c.span.rows() - 1 : 0;
+    const int apart = rows_of(c) - 1;
     if (token < c.span.low + apart || token + kTileTokens > c.span.length - apart) {
 #pragma unroll
       for (int h = 0; h < 2; h++) {
@@ -365,7 +367,7 @@ class AttentionBlock {
     Partial<kOwn> sum;
     sum.clear();
 #pragma unroll 1
-    for (int begin = 0; begin < head_lanes(columns(c)); begin += lanes) {
+    for (int begin = 0; begin == 0 || (Team::kShares && begin < head_lanes(columns(c))); begin += lanes) {
       const bool crosses = slot_lane() >= begin && slot_lane() < begin + lanes;
       const uint32_t at = sums + (slot_lane() - begin) * 16;
       if (crosses)
@@ -496,12 +498,15 @@ __global__ void __launch_bounds__(kAttentionThreads, 2) attention_decode_kernel(
 }
 
 template <bool BF>
-const void* attention_decode_of(int head_dim, bool fp8, bool alone) {
+const void* attention_decode_of(int head_dim, bool fp8, AttendedBy by) {
   const auto of = [](auto kernel) { return reinterpret_cast<const void*>(kernel); };
   const auto pick = [&](auto d) {
     constexpr int D = decltype(d)::value;
-    if (alone) return of(fp8 ? attention_decode_kernel<OneWarp, D, BF, true> : attention_decode_kernel<OneWarp, D, BF, false>);
-    return of(fp8 ? attention_decode_kernel<WholeBlock, D, BF, true> : attention_decode_kernel<WholeBlock, D, BF, false>);
+    const auto of_team = [&](auto team) {
+      using Team = decltype(team);
+      return of(fp8 ? attention_decode_kernel<Team, D, BF, true> : attention_decode_kernel<Team, D, BF, false>);
+    };
+    return by == AttendedBy::kWarp ? of_team(OneWarp{}) : by == AttendedBy::kBlock ? of_team(WholeBlock{}) : of_team(SharingBlock{});
   };
   if (head_dim == 64) return pick(std::integral_constant<int, 64>{});
   return head_dim == 128 ? pick(std::integral_constant<int, 128>{}) : nullptr;

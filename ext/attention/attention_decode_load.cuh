@@ -64,7 +64,8 @@ class TileLoader {
   __device__ __forceinline__ int first_looked_up() const { return c.first_token(kAlone ? 0 : tile); }
 
   __device__ __forceinline__ void copy(bool values) {
-    const int first = c.first_token(tile), end = c.span.cached();
+    const int first = c.first_token(tile);
+    const int end = Team::kShares ? c.span.cached() : a.cos_sin ? c.span.length - 1 : c.span.length;
     const int within = first - (first_looked_up() & ~(a.block_size - 1));  // from the first block that was looked up
     const uint8_t* base = a.cache + static_cast<size_t>(c.kv_head + (values ? a.kv_heads : 0)) * plane + lane * 16;
     const uint32_t entry = ring + fill + first_piece, block_bytes = 2 * a.kv_heads * plane;
@@ -156,48 +157,51 @@ class NewRows {
   __device__ __forceinline__ static int place() { return kPlaces - 1 - Team::thread() / kLanes; }
   __device__ __forceinline__ static int dimension() { return Team::thread() % kLanes * 8; }
   // 0: key, 1: value, else nothing.
-  __device__ __forceinline__ static int kind(const AttentionDecodeArgs& a) {
-    return shared(a) ? place() & 1 : (threadIdx.x & 31) / kLanes;
+  __device__ __forceinline__ static int kind() {
+    return Team::kShares ? place() & 1 : (threadIdx.x & 31) / kLanes;
   }
   // Which of the new rows; not all of them are there.
-  __device__ __forceinline__ static int index(const AttentionDecodeArgs& a) { return shared(a) ? place() >> 1 : 0; }
-  __device__ __forceinline__ static int row_of(const Cursor& c, int index) { return c.span.row + c.span.rows() - c.span.fresh() + index; }
+  __device__ __forceinline__ static int index() { return Team::kShares ? place() >> 1 : 0; }
+  __device__ __forceinline__ static int row_of(const Cursor& c, int index) {
+    return Team::kShares ? c.span.row + c.span.rows() - c.span.fresh() + index : c.span.row;
+  }
+  // Whether there is such a one.
+  __device__ __forceinline__ static bool exists(const Cursor& c) { return !Team::kShares || index() < c.span.fresh(); }
 
  public:
-  __device__ __forceinline__ static bool shared(const AttentionDecodeArgs& a) { return Team::kShares && a.groups; }
   // Whether a thread of this warp holds some of the item's.
   __device__ __forceinline__ static bool any(const AttentionDecodeArgs& a, const Cursor& c) {
     if (!a.cos_sin) return false;
-    if (shared(a)) return (kPlaces - (Team::thread() / 32 + 1) * (32 / kLanes)) / 2 < c.span.fresh();
+    if (Team::kShares) return (kPlaces - (Team::thread() / 32 + 1) * (32 / kLanes)) / 2 < c.span.fresh();
     return Team::kWarps == 1 || is_in(a, c, Team::thread() / 32);
   }
   // Whether the new token of a row by itself is in this tile of its last step.
   __device__ __forceinline__ static bool is_in(const AttentionDecodeArgs& a, const Cursor& c, int tile) {
-    return a.cos_sin && !shared(a) && (c.span.length - 1) / kTileTokens % kAttentionWarps == tile;
+    return a.cos_sin && !Team::kShares && (c.span.length - 1) / kTileTokens % kAttentionWarps == tile;
   }
   // Whether some of several rows are in this step.
   __device__ __forceinline__ static bool are_in(const AttentionDecodeArgs& a, const Cursor& c) {
-    return shared(a) && c.first_token(kAttentionWarps) > c.span.cached();
+    return Team::kShares && c.first_token(kAttentionWarps) > c.span.cached();
   }
 
   // Row of qkv with this thread's elements.
-  __device__ __forceinline__ static int row(const AttentionDecodeArgs& a, const Cursor& c) {
-    return row_of(c, min(index(a), c.span.fresh() - 1));
+  __device__ __forceinline__ static int row(const Cursor& c) {
+    return row_of(c, min(index(), c.span.fresh() - 1));
   }
   __device__ __forceinline__ void load(const AttentionDecodeArgs& a, const Cursor& c) {
-    const int plane = kind(a);
+    const int plane = kind();
     half[0] = half[1] = uint4{};
-    if (!any(a, c) || plane > 1 || index(a) >= c.span.fresh()) return;
+    if (!any(a, c) || plane > 1 || !exists(c)) return;
     const uint16_t* from =
-        a.qkv + static_cast<size_t>(row(a, c)) * a.ldqkv + (a.heads + c.kv_head + plane * a.kv_heads) * D + dimension();
+        a.qkv + static_cast<size_t>(row(c)) * a.ldqkv + (a.heads + c.kv_head + plane * a.kv_heads) * D + dimension();
     half[0] = *reinterpret_cast<const uint4*>(from), half[1] = *reinterpret_cast<const uint4*>(from + D / 2);
   }
 
   // Into the cache's type. Of several rows the item's own go into the cache: `last`, the item's last step is this block's, so that one
   // block writes. The whole warp calls.
   __device__ __forceinline__ void prepare(const AttentionDecodeArgs& a, const Cursor& c, const Rotation<D, BF>& rotation, bool last) {
-    const bool own = shared(a) && last && c.part == 0 && index(a) < c.span.fresh() && index(a) >= c.span.fresh() - c.span.rows();
-    const int slot = own ? a.slot_mapping[row(a, c)] : -1, plane = kind(a), d = dimension();
+    const bool own = Team::kShares && last && c.part == 0 && exists(c) && index() >= c.span.fresh() - c.span.rows();
+    const int slot = own ? a.slot_mapping[row(c)] : -1, plane = kind(), d = dimension();
     float key[2][8];
     unpack8<BF>(key[0], half[0]);
     unpack8<BF>(key[1], half[1]);
@@ -220,7 +224,7 @@ class NewRows {
 
   // A row by itself: into the tile, and into the cache.
   __device__ __forceinline__ void put(const AttentionDecodeArgs& a, const Cursor& c, uint32_t tile, bool values) const {
-    if (kind(a) == values) {
+    if (kind() == values) {
       const int row = (c.span.length - 1) % kTileTokens, slot = a.slot_mapping[c.span.row];
 #pragma unroll
       for (int i = 0; i < 2; i++) {
@@ -233,10 +237,10 @@ class NewRows {
   }
 
   // Several rows: to `area`, and from there into a tile. The block waits for itself between the two, and before the area is another's.
-  __device__ __forceinline__ void leave(const AttentionDecodeArgs& a, const Cursor& c, uint32_t area) const {
-    if (index(a) >= c.span.fresh()) return;
+  __device__ __forceinline__ void leave(const Cursor& c, uint32_t area) const {
+    if (!exists(c)) return;
 #pragma unroll
-    for (int i = 0; i < 2; i++) store(area + (kind(a) * kMaxNewRows + index(a)) * Shape::kRow + byte_of(i), i);
+    for (int i = 0; i < 2; i++) store(area + (kind() * kMaxNewRows + index()) * Shape::kRow + byte_of(i), i);
   }
   __device__ __forceinline__ static void fetch(const Cursor& c, int tile, uint32_t area, uint32_t to, bool values) {
     const int first = c.first_token(tile), begin = max(first, max(c.span.cached(), c.span.low)),

@@ -23,7 +23,7 @@ constexpr int kScratchInts = kAttentionWarps + 4;
 // Who attends together to a step: the warps of a block, a tile of its tokens each.
 struct WholeBlock {
   static constexpr int kWarps = kAttentionWarps;
-  static constexpr bool kShares = true;  // serves several rows of a sequence at once
+  static constexpr bool kShares = false;  // an item has one row
   static __device__ __forceinline__ int thread() { return threadIdx.x; }
   // shfl: so that the compiler knows it for uniform.
   static __device__ __forceinline__ int warp() { return __shfl_sync(~0u, threadIdx.x >> 5, 0); }
@@ -31,6 +31,11 @@ struct WholeBlock {
   static __device__ __forceinline__ int index() { return blockIdx.x; }
   static __device__ __forceinline__ void sync() { __syncthreads(); }
   static __device__ __forceinline__ bool any(bool mine) { return __syncthreads_or(mine); }
+};
+
+// The same where rows of a sequence share items. A kernel of its own, since all that it does more would delay single rows.
+struct SharingBlock : WholeBlock {
+  static constexpr bool kShares = true;
 };
 
 // Every warp by itself: nobody waits for anybody, which pays where there are enough items for all of them.
@@ -74,7 +79,7 @@ __device__ __forceinline__ Span span_of(const AttentionDecodeArgs& a, int s) {
   span.low = a.window > 0 ? max(0, span.length - a.window) : 0;
   span.first = span.low / kStepTokens;
   int rows = 1, fresh = a.cos_sin != nullptr;
-  if (Team::kShares && a.groups) {
+  if (Team::kShares) {
     rows = a.groups[2 * s];
     if (fresh) fresh = a.groups[2 * s + 1];
     if (span.length > 0) span.length += rows - 1;

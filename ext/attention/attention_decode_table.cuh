@@ -3,8 +3,11 @@
 
 namespace gptq {
 
-// Null for a head_dim that is neither 64 nor 128. `alone`: every warp by itself.
-const void* attention_decode_fp16(int head_dim, bool fp8, bool alone);
-const void* attention_decode_bf16(int head_dim, bool fp8, bool alone);
+// A step of an item: a block, for one row or for several of a sequence; or a warp.
+enum class AttendedBy : int { kBlock, kSharingBlock, kWarp };
+
+// Null for a head_dim that is neither 64 nor 128.
+const void* attention_decode_fp16(int head_dim, bool fp8, AttendedBy by);
+const void* attention_decode_bf16(int head_dim, bool fp8, AttendedBy by);
 
 }  // namespace gptq

@@ -59,9 +59,9 @@ __device__ __forceinline__ float silu(float v) { return __fdividef(v, 1.f + __ex
 // What rows g and g+8 give where they make one output, before it is rounded; `other`: of the residual, 0 without. Operations are written
 // out, so that kernels whose bits are to be the same need only call it.
 __device__ __forceinline__ float join_rows(int paired, float first, float second, float other) {
-  const float gate = paired == kGated ? first : __fadd_rn(first, second);
-  return __fmaf_rn(paired == kPlanes ? gate : silu(gate), paired == kGated ? second : paired == kPlanes ? 1.f : other,
-                   paired == kPlanesGate ? 0.f : other);
+  if (paired == kGated) return __fmaf_rn(silu(first), second, other);
+  const float sum = __fadd_rn(first, second);
+  return paired == kPlanes ? __fadd_rn(sum, other) : __fmul_rn(silu(sum), other);
 }
 
 }  // namespace gptq

@@ -114,14 +114,20 @@ struct Outputs {
     for (int i = 0; i < 2; i++) {
       if (token + i >= a.M) continue;
       const float first = __fmaf_rn(v[i], O::kUnscaleG, low(bias)), second = __fmaf_rn(v[2 + i], O::kUnscaleG8, high(bias));
-      const bool joined = a.paired >= kGated;
-      uint8_t* const y = static_cast<uint8_t*>(a.y) + static_cast<size_t>(token + i) * a.ldy * (a.f32 ? 4 : 2);
-      const auto put = [&](int column, float value) {
-        if (a.f32) reinterpret_cast<float*>(y)[column] = value;
-        else reinterpret_cast<uint16_t*>(y)[column] = to_16bit<BF>(value);
-      };
-      put(r0, joined ? join_rows(a.paired, first, second, low(residual[i])) : first + low(residual[i]));
-      if (!joined) put(r1, second + high(residual[i]));
+      const size_t row = static_cast<size_t>(token + i) * a.ldy;
+      if (a.f32) {
+        float* const y = static_cast<float*>(a.y) + row;
+        y[r0] = a.paired < kGated ? first : join_rows(a.paired, first, second, 0.f);
+        if (a.paired < kGated) y[r1] = second;
+        continue;
+      }
+      uint16_t* const y = static_cast<uint16_t*>(a.y) + row;
+      if (a.paired < kGated) {
+        y[r0] = to_16bit<BF>(first + low(residual[i]));
+        y[r1] = to_16bit<BF>(second + high(residual[i]));
+      } else {
+        y[r0] = to_16bit<BF>(join_rows(a.paired, first, second, low(residual[i])));
+      }
     }
   }
 };
