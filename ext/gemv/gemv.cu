@@ -2,8 +2,6 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cstdlib>
-#include <cstring>
 
 #include "common/launch.cuh"
 #include "gemv/gemv_kernel.cuh"
@@ -18,14 +16,6 @@ constexpr int kGoodDepth = 4;              // slots; with less, memory waits for
 constexpr int kNormBytes = 20 << 10;       // shared memory of a block of RMSNorm in act-order, with what the driver keeps
 constexpr int kAttentionBytes = 72 << 10;  // shared memory of a block of the decode attention, with what the driver keeps
 constexpr int kShareMinM = 2;              // tokens from which blocks bring x in together
-
-// Who brings one token's x: GPTQ_CUDA_X in the environment, for measurements. "bulk": bulk copies, always; "own": the warps that multiply,
-// wherever a block has all of k; otherwise these with a norm alone.
-bool own_x(bool norm) {
-  static const char* said = std::getenv("GPTQ_CUDA_X");
-  static const bool never = said && !std::strcmp(said, "bulk"), always = said && !std::strcmp(said, "own");
-  return norm ? !never : always;
-}
 
 struct GemvShape {
   int cluster;  // blocks that share k
@@ -130,7 +120,6 @@ cudaError_t launch_rows(GemvArgs args, int groups, bool zeros, bool bf16, bool i
   const int owners = share_x ? 2 * clusters : std::min(clusters, strips);  // blocks, or clusters, with strips of their own
   args.plan = shape.plan;
   args.plan.share_x = share_x;
-  args.plan.own_x = args.M == 1 && shape.cluster == 1 && own_x(args.norm != nullptr);
   args.plan.strips = strips / owners;
   args.plan.spare = strips % owners;
   return launch_kernel(kernel, {dim3(share_x ? owners : owners * cluster), kGemvThreads, shape.plan.total, stream, cluster}, device, args);

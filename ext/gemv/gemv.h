@@ -12,7 +12,6 @@ namespace gptq {
 struct GemvPlan {
   int depth, buffers;                  // ring slots, exchange areas
   int flight;                          // slots asked for at once before the block begins
-  bool own_x;                          // one token's x by loads of the warps that multiply, each its chunks, and not by bulk copies
   bool share_x;                        // the blocks of a cluster have strips of their own and all of k, and bring x in together
   int share;                           // chunks of a strip that are added up by themselves, a multiple of kMathWarps
   int segments;                        // of so many chunks that a block takes: all of a strip, or, in a cluster that splits k, one

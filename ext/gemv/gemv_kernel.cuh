@@ -139,7 +139,6 @@ __global__ void __launch_bounds__(GPTQ_GEMV_BOUNDS(NT)) gemv_kernel(const __grid
     const uint32_t ones[4] = {O::kRowG, O::kRowG8, O::kRowG, O::kRowG8};
 
     if (NT == 1 && a.norm) normalize_own_chunks<BF>(a, smem, x_bar, warp, lane);  // a block of these has all of k
-    else if (NT == 1 && at.own_x) load_own_chunks(a, smem, warp, lane);
     else grid_wait();
 
     // This warp's chunks before `end` of a pair, or of a single strip.
@@ -192,7 +191,7 @@ __global__ void __launch_bounds__(GPTQ_GEMV_BOUNDS(NT)) gemv_kernel(const __grid
 
   // ---- the warp that adds and stores ----
   grid_wait();
-  const bool bulk = NT > 1 || !at.own_x;
+  const bool bulk = NT > 1 || !reads_x_itself(a);
   const int k0 = chunk0 * kChunkK, padded = chunks * kChunkK, length = max(0, min(a.K - k0, padded));
   if (bulk && lane < a.M)
     for (int k = length; k < padded; k++) reinterpret_cast<uint16_t*>(smem + at.raw)[lane * at.x_stride + k] = 0;

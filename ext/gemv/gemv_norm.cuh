@@ -2,8 +2,8 @@
 // no kernel that only normalizes stands between two GEMVs. A block does so for all of its x: nobody waits for what its neighbours do as
 // well, and a hand-over from kernel to kernel costs a microsecond.
 //
-// Of one token a lane reads its elements itself: that should be earlier than by a bulk copy, and finds them in registers. Several tokens
-// come by bulk copies, as without a norm. For another order, x stands in a place of its own, and each element is fetched from there.
+// Of one token a lane reads its elements itself: that is earlier than by a bulk copy, and finds them in registers. Several tokens come by
+// bulk copies, as without a norm. For another order, x stands in a place of its own, and each element is fetched from there.
 #pragma once
 #include "common/ptx.cuh"
 #include "common/rms_norm.cuh"
@@ -12,6 +12,9 @@
 namespace gptq {
 
 static_assert(kNormWarps == kMathWarps && kNormStep == kMathWarps * kChunkK && kNormVector * 32 == kChunkK);
+
+// Whether no bulk copy brings x.
+__device__ __forceinline__ bool reads_x_itself(const GemvArgs& a) { return a.norm && a.M == 1; }
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
 // The warp's sum of squares of token `m`, from which scale_of makes its scale once all warps have left theirs.
@@ -25,26 +28,6 @@ __device__ __forceinline__ float scale_of(const GemvArgs& a, const uint8_t* smem
 // Four elements of the x that begins at `raw`.
 __device__ __forceinline__ uint2 gathered(uint32_t raw, const int4& from) {
   return make_uint2(lds16(raw + from.x * 2) | lds16(raw + from.y * 2) << 16, lds16(raw + from.z * 2) | lds16(raw + from.w * 2) << 16);
-}
-
-// Without a norm: what a bulk copy would do.
-__device__ __forceinline__ void load_own_chunks(const GemvArgs& a, uint8_t* smem, int warp, int lane) {
-  const int first = warp * kChunkK + lane * kNormVector, end = (a.K + kChunkK - 1) / kChunkK * kChunkK;
-  const uint32_t to = smem_addr(smem) + a.plan.x;
-  grid_wait();
-#pragma unroll 1
-  for (int from = first; from < end; from += kNormChunks * kNormStep) {
-    uint2 x[kNormChunks];
-#pragma unroll
-    for (int i = 0; i < kNormChunks; i++) {
-      const int k = from + i * kNormStep;
-      x[i] = k < a.K ? __ldcg(reinterpret_cast<const uint2*>(a.x + k)) : uint2{};
-    }
-#pragma unroll
-    for (int i = 0; i < kNormChunks; i++)
-      if (from + i * kNormStep < end) sts64(to + (from + i * kNormStep) * 2, x[i].x, x[i].y);
-  }
-  __syncwarp();
 }
 
 // Each of these waits for the kernel before. `first`: the lane's first element, of the warp's first chunk; `chunks`: of the row.
@@ -144,7 +127,7 @@ __device__ __forceinline__ void normalize_several(const GemvArgs& a, uint8_t* sm
 template <bool BF>
 __device__ __forceinline__ void normalize_own_chunks(const GemvArgs& a, uint8_t* smem, uint32_t x_bar, int warp, int lane) {
   const int first = warp * kChunkK + lane * kNormVector, chunks = (a.K + kChunkK - 1) / kChunkK;
-  if (a.plan.own_x) normalize_one<BF>(a, smem, first, chunks, warp, lane);
+  if (reads_x_itself(a)) normalize_one<BF>(a, smem, first, chunks, warp, lane);
   else normalize_several<BF>(a, smem, x_bar, first, chunks, warp, lane);
   __syncwarp();
 }

@@ -1,5 +1,4 @@
-"""Kernels give the same bits whether they begin beside the end of the one before or not, in graphs and one by one, and
-whoever normalizes."""
+"""Kernels give the same bits whether they begin beside the end of the one before or not, in graphs and one by one."""
 
 from __future__ import annotations
 
@@ -29,11 +28,11 @@ for num in (1, 8, COMPANY):
 """
 
 
-def bits(device: str, how: str, overlap: str, *flags: str, **also: str) -> list[str]:
-    """`also`: in the environment. Of what one, 8 and 32 requests get."""
+def bits(device: str, how: str, overlap: str, *flags: str) -> list[str]:
+    """Of what one, 8 and 32 requests get."""
     root = str(Path(__file__).parents[3])
     path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-    env = {**os.environ, "PYTHONPATH": path, "GPTQ_CUDA_OVERLAP": overlap, **also}
+    env = {**os.environ, "PYTHONPATH": path, "GPTQ_CUDA_OVERLAP": overlap}
     command = [sys.executable, "-c", CHILD, device, how, *flags]
     done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=110)
     assert done.returncode == 0, done.stderr
@@ -49,14 +48,6 @@ def test_neither_overlap_nor_graphs_change_a_bit(flags: tuple[str, ...]) -> None
     for how in ("in graphs", "one by one"):
         for overlap in ("0", "1"):
             assert bits("cuda", how, overlap, *flags) == expected, (how, overlap)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not gemm.is_available(), reason=gemm.unavailable_reason() or "available")
-def test_neither_who_normalizes_nor_who_brings_x_changes_a_bit() -> None:
-    expected = bits("cuda", "in graphs", "1")
-    for also in ({"GPTQ_CUDA_NORM": "apart"}, {"GPTQ_CUDA_X": "bulk"}, {"GPTQ_CUDA_X": "own"}):
-        assert bits("cuda", "in graphs", "1", **also) == expected, also
 
 
 def test_the_requests_say_something() -> None:
