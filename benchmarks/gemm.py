@@ -35,7 +35,6 @@ from torch import Tensor
 
 from gptq_api.kernels import gemm
 from gptq_api.kernels.layout import PackedLinear, chunk_bytes
-from gptq_api.kernels.ops import Norm, rms_norm
 
 LINEARS: dict[str, dict[str, tuple[int, int]]] = {
     "7B": {"qkv": (4096, 12288), "o": (4096, 4096), "gate_up": (4096, 22016), "down": (11008, 4096)},
@@ -202,16 +201,7 @@ class Bench:
             jobs += [(cublas, CHAIN_LAYERS), (partial(ours, layers, in_a_row=False), CHAIN_LAYERS)]
             if m > gemm.DECODE_MAX_M:
                 jobs.append((partial(ours, layers, same_bits=True), CHAIN_LAYERS))
-            normed = {}
-            if m <= gemm.DECODE_MAX_M:
-                normed = {
-                    (act_order, inside): partial(self.normed_layers, which, perm if act_order else None, m, inside)
-                    for act_order, which in ((False, layers), (True, ordered))
-                    for inside in (True, False)
-                }
-                jobs += [(job, CHAIN_LAYERS) for job in normed.values()]
-            us, order_us, cublas_us, apart_us, *more_us = self.timed(m, jobs)
-            same_bits_us, normed_us = (more_us, []) if not normed else ([], more_us)
+            us, order_us, cublas_us, apart_us, *same_bits_us = self.timed(m, jobs)
             work = self.work(weight_bytes, 2.0 * m * sum(k * n for k, n in shapes.values()))
             record = self.record(0, 0, m, us, cublas_us, work, chain=model)
             print(line(f"chain {model}", m, record) + f"  act-order {order_us:.2f}", flush=True)
@@ -219,30 +209,9 @@ class Bench:
             for its_us in same_bits_us:
                 print(f"{'':14s} with same_bits {its_us:8.2f} us", flush=True)
                 self.record(0, 0, m, its_us, cublas_us, work, chain=model, same_bits=True)
-            for (act_order, inside), its_us in zip(normed, normed_us, strict=True):
-                what = "norms inside" if inside else "norms apart "
-                print(f"{'':14s} {what}{' act-order' if act_order else '':10s} {its_us:8.2f} us", flush=True)
-                self.record(0, 0, m, its_us, cublas_us, work, chain=model, act_order=act_order, norms_inside=inside)
             if m == 1:  # more rows are launched the same way
                 print(f"{'':14s} not told that they are in a row {apart_us:8.2f} us", flush=True)
                 self.record(0, 0, m, apart_us, cublas_us, work, chain=model, in_a_row=False)
-
-    def normed_layers(self, layers: list[list[PackedLinear]], order: Tensor | None, m: int, inside: bool) -> None:
-        """A layer without its attention: RMSNorm in front of qkv and gate_up, and the residual stream. `inside`: by the
-        decode kernel, wherever it can; otherwise by kernels of their own."""
-        hidden = layers[0][0].in_features
-        x = torch.full((m, hidden), 0.5, device="cuda", dtype=self.dtype)
-        norm = Norm(torch.ones(hidden, device="cuda", dtype=self.dtype), 1e-5, order)
-        buffer = torch.empty_like(x)
-
-        def product(weight: PackedLinear, *, silu_mul: bool = False) -> Tensor:
-            if inside and gemm.normalizes(weight, m, norm):
-                return gemm.gemm(x, weight, silu_mul=silu_mul, norm=norm)
-            return gemm.gemm(rms_norm(x, norm.weight, norm.eps, buffer, order), weight, silu_mul=silu_mul)
-
-        for qkv, o, gate_up, down in layers:
-            gemm.gemm(product(qkv)[:, :hidden], o, x, residual=x)
-            gemm.gemm(product(gate_up, silu_mul=True), down, x, residual=x)
 
     def record(
         self, k: int, n: int, m: int, us: float, cublas_us: float, work: tuple[int, float, float], **what: Any

@@ -43,37 +43,16 @@ std::string shape(const char* name, int M, int N, int K) {
   return std::string(name) + " M=" + std::to_string(M) + " N=" + std::to_string(N) + " K=" + std::to_string(K);
 }
 
-gptq::GemvArgs gemv_args(std::uintptr_t w, std::uintptr_t x, std::uintptr_t y, std::uintptr_t bias, std::uintptr_t residual, int M, int N,
-                         int K, int ldx, int ldy, int ldr, int paired) {
+void gemv(std::uintptr_t w, std::uintptr_t x, std::uintptr_t y, std::uintptr_t bias, std::uintptr_t residual, int M, int N, int K,
+          int ldx, int ldy, int ldr, int paired, int groups, bool zeros, bool bf16, bool in_a_row, std::uintptr_t stream, bool f32) {
   gptq::GemvArgs args{};
   args.w = pointer<const std::uint8_t>(w);
   args.x = pointer<const std::uint16_t>(x);
   args.y = pointer<void>(y);
   args.bias = pointer<const std::uint16_t>(bias);
   args.residual = pointer<const std::uint16_t>(residual);
-  args.M = M, args.N = N, args.K = K, args.ldx = ldx, args.ldy = ldy, args.ldr = ldr, args.paired = paired;
-  return args;
-}
-
-void gemv(std::uintptr_t w, std::uintptr_t x, std::uintptr_t y, std::uintptr_t bias, std::uintptr_t residual, int M, int N, int K,
-          int ldx, int ldy, int ldr, int paired, int groups, bool zeros, bool bf16, bool in_a_row, std::uintptr_t stream, bool f32) {
-  gptq::GemvArgs args = gemv_args(w, x, y, bias, residual, M, N, K, ldx, ldy, ldr, paired);
-  args.f32 = f32;
+  args.M = M, args.N = N, args.K = K, args.ldx = ldx, args.ldy = ldy, args.ldr = ldr, args.paired = paired, args.f32 = f32;
   raise_on(gptq::launch_gemv(args, groups, zeros, bf16, in_a_row, as_stream(stream)), shape("decode", M, N, K));
-}
-
-void gemv_normed(std::uintptr_t w, std::uintptr_t x, std::uintptr_t y, std::uintptr_t bias, std::uintptr_t residual, int M, int N, int K,
-                 int ldx, int ldy, int ldr, int paired, int groups, bool zeros, bool bf16, bool in_a_row, std::uintptr_t norm,
-                 std::uintptr_t order, float eps, std::uintptr_t stream) {
-  gptq::GemvArgs args = gemv_args(w, x, y, bias, residual, M, N, K, ldx, ldy, ldr, paired);
-  args.norm = pointer<const std::uint16_t>(norm), args.order = pointer<const int>(order), args.eps = eps;
-  raise_on(gptq::launch_gemv(args, groups, zeros, bf16, in_a_row, as_stream(stream)), shape("decode with a norm", M, N, K));
-}
-
-bool gemv_normalizes(int M, int K, int groups, bool zeros, bool gathers) {
-  bool yes = false;
-  raise_on(gptq::gemv_normalizes(yes, M, K, groups, zeros, gathers), shape("decode with a norm", M, 0, K));
-  return yes;
 }
 
 void dequant(std::uintptr_t w, std::uintptr_t out, int N, int K, int ldo, int strip_first, int strip_count, int paired, int groups,
@@ -109,7 +88,7 @@ void rms_norm(std::uintptr_t x, std::uintptr_t weight, std::uintptr_t perm, std:
               bool bf16, std::uintptr_t stream) {
   const gptq::RmsNormArgs args{
       pointer<const std::uint16_t>(x), pointer<const std::uint16_t>(weight), pointer<const int>(perm), pointer<std::uint16_t>(out), T, H,
-      ldx, ldo, eps, 0.f};
+      ldx, ldo, eps};
   raise_on(gptq::launch_rms_norm(args, bf16, as_stream(stream)), "rms_norm T=" + std::to_string(T) + " H=" + std::to_string(H));
 }
 
@@ -243,9 +222,6 @@ PYBIND11_MODULE(_cuda, m, py::mod_gil_not_used()) {
   m.attr("cuda_version") = CUDART_VERSION;
   m.def("decode", &gemv, free_gil, "w"_a, "x"_a, "y"_a, "bias"_a, "residual"_a, "M"_a, "N"_a, "K"_a, "ldx"_a, "ldy"_a, "ldr"_a, "paired"_a,
         "groups"_a, "zeros"_a, "bf16"_a, "in_a_row"_a, "stream"_a, "f32"_a = false);
-  m.def("decode_normed", &gemv_normed, free_gil, "w"_a, "x"_a, "y"_a, "bias"_a, "residual"_a, "M"_a, "N"_a, "K"_a, "ldx"_a, "ldy"_a,
-        "ldr"_a, "paired"_a, "groups"_a, "zeros"_a, "bf16"_a, "in_a_row"_a, "norm"_a, "order"_a, "eps"_a, "stream"_a);
-  m.def("decode_normalizes", &gemv_normalizes, "M"_a, "K"_a, "groups"_a, "zeros"_a, "gathers"_a);
   m.def("dequant", &dequant, free_gil, "w"_a, "out"_a, "N"_a, "K"_a, "ldo"_a, "strip_first"_a, "strip_count"_a, "paired"_a, "groups"_a,
         "zeros"_a, "bf16"_a, "stream"_a);
   m.def("gather", &gather, free_gil, "x"_a, "perm"_a, "out"_a, "M"_a, "K"_a, "ldx"_a, "ldo"_a, "stream"_a);

@@ -34,13 +34,12 @@ int split_for(int K, int groups, bool zeros, const Device& device) {
 // block of the attention, or else of a norm, which then begins beside the GEMV before it, if that costs no ring worth having. With
 // `in_a_row` two launches of the GEMV share an SM, and the next one's ring fills while this one drains; among other kernels that has blocks
 // of a launch meet on some SMs while others have none: a 7B layer takes 49 us instead of 39.
-bool choose_shape(GemvShape& shape, const Device& device, int M, int K, int column_tiles, int groups, bool zeros, bool in_a_row,
-                  bool gathers = false) {
+bool choose_shape(GemvShape& shape, const Device& device, int M, int K, int column_tiles, int groups, bool zeros, bool in_a_row) {
   const int split = split_for(K, groups, zeros, device), chunks = (K + kChunkK - 1) / kChunkK;
   const auto fits = [&](int cluster, int budget, int depth, int least) {
     for (; depth >= least; depth--)
       for (int buffers = kMaxBuffers; buffers > 0; buffers--) {
-        const GemvPlan plan = plan_gemv(M, K, column_tiles, split, cluster, depth, buffers, groups, zeros, gathers);
+        const GemvPlan plan = plan_gemv(M, K, column_tiles, split, cluster, depth, buffers, groups, zeros);
         if (plan.total > budget) continue;
         shape = {cluster, plan};
         return true;
@@ -53,13 +52,6 @@ bool choose_shape(GemvShape& shape, const Device& device, int M, int K, int colu
     if (fits(1, device.smem - kNormBytes, kMaxDepth, kGoodDepth)) return true;
   }
   return fits(split, device.smem - kNormBytes, kMaxDepth, kGoodDepth) || fits(split, device.smem, kMaxDepth, 1);
-}
-
-bool normalizes(const Device& device, int M, int K, int groups, bool zeros, bool gathers) {
-  GemvShape shape;
-  return !takes_portable_kernel(device.code) && M >= 1 && M <= 8 && K <= kNormChunks * kMathWarps * kChunkK &&
-         choose_shape(shape, device, M, K, 1, groups, zeros, false, gathers) && shape.cluster == 1 &&
-         shape.plan.depth >= kGoodDepth;
 }
 
 cudaError_t prepare(const void* kernel, int index, const Device& device) {
@@ -106,7 +98,7 @@ cudaError_t launch_rows(GemvArgs args, int groups, bool zeros, bool bf16, bool i
     return launch_kernel(kernel, {dim3(blocks), kPortableThreads, args.plan.total, stream, 1, false}, device, args);
   }
   GemvShape shape;
-  if (!choose_shape(shape, device, args.M, args.K, tiles, groups, zeros, in_a_row, args.order)) return cudaErrorInvalidConfiguration;
+  if (!choose_shape(shape, device, args.M, args.K, tiles, groups, zeros, in_a_row)) return cudaErrorInvalidConfiguration;
   // x of 8 tokens is as much as the weights of a small linear; read once for two blocks, it takes the L2 half the time. But never so that M
   // decides which block has which strips.
   bool share_x = device.capability == 90 && shape.cluster == 1 && args.M >= kShareMinM && strips >= device.sms;
@@ -135,21 +127,12 @@ cudaError_t gemv_segment(int& chunks, int K, int groups, bool zeros) {
   return cudaSuccess;
 }
 
-cudaError_t gemv_normalizes(bool& yes, int M, int K, int groups, bool zeros, bool gathers) {
-  Device device;
-  if (const cudaError_t status = current_device(device); status != cudaSuccess) return status;
-  yes = normalizes(device, M, K, groups, zeros, gathers);
-  return cudaSuccess;
-}
-
 cudaError_t launch_gemv(GemvArgs args, int groups, bool zeros, bool bf16, bool in_a_row, cudaStream_t stream) {
   if (args.M < 1 || args.M > kGemvMaxM || args.N % kStripRows || args.K % 8 || args.paired < kApart || args.paired > kPlanesGate ||
       (args.paired == kPlanesGate && args.residual == nullptr) || (args.f32 && args.residual != nullptr))
     return cudaErrorInvalidValue;
   Device device;
   if (const cudaError_t status = current_device(device); status != cudaSuccess) return status;
-  if (args.norm ? !normalizes(device, args.M, args.K, groups, zeros, args.order) : args.order != nullptr) return cudaErrorInvalidValue;
-  args.inverse = 1.f / static_cast<float>(args.K);
   // As many rows at a time as x fits in shared memory.
   GemvShape shape;
   const bool sixteen =

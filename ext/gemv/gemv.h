@@ -16,7 +16,7 @@ struct GemvPlan {
   int share;                           // chunks of a strip that are added up by themselves, a multiple of kMathWarps
   int segments;                        // of so many chunks that a block takes: all of a strip, or, in a cluster that splits k, one
   int strips, spare;                   // of a cluster; that many clusters have one strip more
-  int ring, raw, x, sums, red, got, total;  // of shared memory; raw: x as it comes, x itself unless a norm gathers
+  int ring, x, sums, red, got, total;  // of shared memory
   int x_stride;                        // elements between tokens
   int pass, slot;                      // of gemv_portable: strips at a time, bytes of a slot of one warp's ring
   int red_lanes;                       // float4 slots per column tile and warp: lanes whose columns hold no token leave nothing
@@ -25,25 +25,17 @@ struct GemvPlan {
 struct GemvArgs {
   const uint8_t* w;          // strip stream
   const uint16_t* x;         // [M, K], row stride ldx elements (a multiple of 8), 16-byte aligned
-  const uint16_t* norm;      // [K] in the order of the weight's inputs: x is normalized first (RMSNorm, as launch_rms_norm). Or null
-  const int* order;          // [K], with norm: input i of the weight is column order[i] of x. Or null
   void* y;                   // [M, N] ([M, N/2] from kGated on), row stride ldy elements
   const uint16_t* bias;      // [N] in the order of the outputs ([N/2] of planes), or null
   const uint16_t* residual;  // like y, row stride ldr, or null; may be y itself
   int M, N, K;               // N % 16 == 0, K % 8 == 0
   int ldx, ldy, ldr;
-  float eps;      // of the norm
   int paired;     // a Pairing
   bool f32;       // y is float, and what is added up is not rounded; else of x's type
-  float inverse;  // 1 / K, by launch_gemv, like
-  GemvPlan plan;
+  GemvPlan plan;  // by launch_gemv
 };
 
 constexpr int kGemvMaxM = 32;  // beyond 16 in two launches
-
-// Whether launch_gemv takes a norm for so many rows of such a weight: where a block has all of x, on a device with bulk copies.
-// `gathers`: in an order. By these numbers and the device alone, so that whoever captures a graph knows beforehand.
-cudaError_t gemv_normalizes(bool& yes, int M, int K, int groups, bool zeros, bool gathers);
 
 // `groups` per chunk: 1, 2, 4. `in_a_row`: with one token, half of every SM is left to the GEMV launched next.
 cudaError_t launch_gemv(GemvArgs args, int groups, bool zeros, bool bf16, bool in_a_row, cudaStream_t stream);

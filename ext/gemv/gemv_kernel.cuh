@@ -21,7 +21,6 @@
 
 #include "common/cluster.cuh"
 #include "gemv/gemv_math.cuh"
-#include "gemv/gemv_norm.cuh"
 #include "gemv/gemv_portable.cuh"
 
 namespace gptq {
@@ -120,6 +119,8 @@ __global__ void __launch_bounds__(GPTQ_GEMV_BOUNDS(NT)) gemv_kernel(const __grid
   }
 
   if (warp < kMathWarps) {
+    grid_wait();
+
     uint32_t x_lane[NT];
 #pragma unroll
     for (int n = 0; n < NT; n++)  // columns beyond M are computed from a copy of the last row and never stored
@@ -137,10 +138,6 @@ __global__ void __launch_bounds__(GPTQ_GEMV_BOUNDS(NT)) gemv_kernel(const __grid
     };
     using O = Offset<BF, ZP>;
     const uint32_t ones[4] = {O::kRowG, O::kRowG8, O::kRowG, O::kRowG8};
-
-    if (NT == 1 && a.norm) normalize_own_chunks<BF>(a, smem, x_bar, warp, lane);  // a block of these has all of k
-    else grid_wait();
-
     // This warp's chunks before `end` of a pair, or of a single strip.
     const auto multiply = [&](int end, auto strips_of_pair, auto sums_of_x) {
       constexpr bool kFirst = decltype(sums_of_x)::value != Sums::kFind;
@@ -191,16 +188,15 @@ __global__ void __launch_bounds__(GPTQ_GEMV_BOUNDS(NT)) gemv_kernel(const __grid
 
   // ---- the warp that adds and stores ----
   grid_wait();
-  const bool bulk = NT > 1 || !reads_x_itself(a);
   const int k0 = chunk0 * kChunkK, padded = chunks * kChunkK, length = max(0, min(a.K - k0, padded));
-  if (bulk && lane < a.M)
-    for (int k = length; k < padded; k++) reinterpret_cast<uint16_t*>(smem + at.raw)[lane * at.x_stride + k] = 0;
+  if (lane < a.M)
+    for (int k = length; k < padded; k++) reinterpret_cast<uint16_t*>(smem + at.x)[lane * at.x_stride + k] = 0;
   __syncwarp();
 #pragma unroll 1
   for (int part = 0; part < parts; part++) {
-    const int from = part * kMathWarps * kChunkK, bytes = bulk ? 2 * max(0, min(length - from, kMathWarps * kChunkK)) : 0;
+    const int from = part * kMathWarps * kChunkK, bytes = 2 * max(0, min(length - from, kMathWarps * kChunkK));
     if (lane == 0) mbar_expect(x_bar + 8 * part, a.M * bytes);
-    const uint32_t dst = base + at.raw + (lane * at.x_stride + from) * 2;
+    const uint32_t dst = base + at.x + (lane * at.x_stride + from) * 2;
     const uint16_t* row = a.x + static_cast<size_t>(lane) * a.ldx + k0 + from;
     if (lane >= a.M || bytes <= 0) continue;
     if (!at.share_x) bulk_load(dst, row, bytes, x_bar + 8 * part);

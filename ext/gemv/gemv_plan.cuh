@@ -39,19 +39,12 @@ constexpr int kSent = kFull + kMaxDepth, kRead = kSent + kMaxBuffers;  // of the
 constexpr int kGot = kRead + kMaxBuffers, kCredit = kGot + kTurns;     // of other blocks' sums; kCredit[owner][turn]
 constexpr int kX = kCredit + kTurns * kMaxCluster, kBarriers = kX + kMaxParts;
 
-// Of a norm: the barrier at which the warps that multiply meet, where they leave their sums of squares ([M][kMathWarps] float, behind the
-// mbarriers), and what one warp normalizes at most: its chunks stay in registers.
-constexpr int kNormMet = kSlotFree + kMaxDepth, kNormThreads = kMathWarps * 32;
-constexpr int kSquares = (8 * kBarriers + 15) / 16 * 16, kSquaresBytes = 8 * kMathWarps * 4;
-constexpr int kNormChunks = 8;
-
 // Lanes whose columns hold one of M tokens.
 inline int red_lanes_of(int M) { return 8 * (M >= 7 ? 4 : (M + 1) / 2); }
 
 // Where things are in shared memory, in bytes from its start. k is added up in `split` segments, each by a block of a cluster of so many,
-// or all by one. `gathers`: a norm brings x into another order, from one place to another.
-inline GemvPlan plan_gemv(int M, int K, int nt, int split, int cluster, int depth, int buffers, int groups, bool zeros,
-                          bool gathers = false) {
+// or all by one.
+inline GemvPlan plan_gemv(int M, int K, int nt, int split, int cluster, int depth, int buffers, int groups, bool zeros) {
   const int nch = (K + kChunkK - 1) / kChunkK, chunk = chunk_bytes(groups, zeros);
   GemvPlan p = {};
   p.depth = depth, p.flight = std::min(depth, kInFlight), p.buffers = buffers;
@@ -60,9 +53,8 @@ inline GemvPlan plan_gemv(int M, int K, int nt, int split, int cluster, int dept
   const int most = std::min(nch, p.share * p.segments);  // chunks of a block
   p.x_stride = most * kChunkK + 8;  // ldmatrix then meets no bank twice
   p.red_lanes = nt > 1 ? 32 : red_lanes_of(M);
-  p.ring = (kSquares + kSquaresBytes + 127) / 128 * 128;
-  p.raw = p.ring + depth * kPair * kMathWarps * chunk;
-  p.x = p.raw + (gathers ? M * p.x_stride * 2 : 0);
+  p.ring = (kBarriers * 8 + 127) / 128 * 128;
+  p.x = p.ring + depth * kPair * kMathWarps * chunk;
   p.sums = p.x + M * p.x_stride * 2;
   p.red = p.sums + most * groups * nt * 32;
   p.got = p.red + buffers * kMathWarps * kPair * nt * p.red_lanes * 16;

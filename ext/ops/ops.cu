@@ -6,7 +6,6 @@
 #include "attention/rotary.cuh"
 #include "common/launch.cuh"
 #include "common/ptx.cuh"
-#include "common/rms_norm.cuh"
 #include "common/vector.cuh"
 
 namespace gptq {
@@ -16,9 +15,6 @@ constexpr int kVector = 8;  // elements of one 16-byte access
 
 __device__ __forceinline__ uint4 load16(const uint16_t* p) { return *reinterpret_cast<const uint4*>(p); }
 __device__ __forceinline__ void store16(uint16_t* p, const uint4& v) { *reinterpret_cast<uint4*>(p) = v; }
-
-__device__ __forceinline__ uint2 load8(const uint16_t* p) { return *reinterpret_cast<const uint2*>(p); }
-__device__ __forceinline__ void store8(uint16_t* p, const uint2& v) { *reinterpret_cast<uint2*>(p) = v; }
 
 __device__ __forceinline__ void load_floats(float (&to)[8], const float* from) {
   const float4 a = *reinterpret_cast<const float4*>(from), b = *reinterpret_cast<const float4*>(from + 4);
@@ -50,59 +46,69 @@ __device__ __forceinline__ float sum_of_squares(const float (&v)[8]) {
 // the places to gather from) is in registers before the wait; one barrier per row, since consecutive rows use the two halves of shared
 // memory.
 template <bool BF, bool PERM, int N>
-__global__ void __launch_bounds__(kNormLanes) rms_norm_kernel(const RmsNormArgs a) {
+__global__ void __launch_bounds__(512) rms_norm_kernel(const RmsNormArgs a) {
   extern __shared__ __align__(16) uint16_t rows[];  // PERM: two rows of x
-  __shared__ __align__(16) float sums[2][kNormWarps];
-  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, first = threadIdx.x * kNormVector;
-  uint2 weight[N] = {};
-  uint2 from[N] = {};  // four indices of 16 bits
+  __shared__ float sums[2][16];
+  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, warps = blockDim.x >> 5;
+  uint4 weight[N] = {};
+  uint4 from[N] = {};  // eight indices of 16 bits
 #pragma unroll
   for (int j = 0; j < N; j++) {
-    const int k = first + j * kNormStep;
+    const int k = (j * blockDim.x + threadIdx.x) * kVector;
     if (k >= a.H) continue;
     if constexpr (PERM) {
-      const int4 p = *reinterpret_cast<const int4*>(a.perm + k);
-      from[j] = make_uint2(p.x | p.y << 16, p.z | p.w << 16);
+      const int4 p = *reinterpret_cast<const int4*>(a.perm + k), q = *reinterpret_cast<const int4*>(a.perm + k + 4);
+      from[j] = make_uint4(p.x | p.y << 16, p.z | p.w << 16, q.x | q.y << 16, q.z | q.w << 16);
     }
-    weight[j] = load8(a.weight + k);
+    weight[j] = load16(a.weight + k);
   }
   grid_launch_dependents();
   grid_wait();
-  const auto load = [&](uint2 (&x)[N], int row) {
+  const auto load = [&](uint4 (&x)[N], int row) {
 #pragma unroll
     for (int j = 0; j < N; j++) {
-      const int k = first + j * kNormStep;
-      x[j] = k < a.H && row < a.T ? load8(a.x + static_cast<size_t>(row) * a.ldx + k) : uint2{};
+      const int k = (j * blockDim.x + threadIdx.x) * kVector;
+      x[j] = k < a.H && row < a.T ? load16(a.x + static_cast<size_t>(row) * a.ldx + k) : uint4{};
     }
   };
-  uint2 next[N];
+  uint4 next[N];
   load(next, blockIdx.x);
   int half = 0;
   for (int row = blockIdx.x; row < a.T; row += gridDim.x, half ^= 1) {
-    uint2 x[N];
-    SquareSum squares;
+    uint4 x[N];
+    float sum = 0;
 #pragma unroll
     for (int j = 0; j < N; j++) {
       x[j] = next[j];
-      squares.add<BF>(j, x[j]);
-      const int k = first + j * kNormStep;
-      if (PERM && k < a.H) store8(rows + half * a.H + k, x[j]);
+      float v[8];
+      unpack8<BF>(v, x[j]);
+      sum += sum_of_squares(v);
+      const int k = (j * blockDim.x + threadIdx.x) * kVector;
+      if (PERM && k < a.H) store16(rows + half * a.H + k, x[j]);
     }
     load(next, row + gridDim.x);
-    const float sum = squares.of_warp();
+#pragma unroll
+    for (int step = 16; step; step >>= 1) sum += __shfl_xor_sync(0xffffffffu, sum, step);
     if (lane == 0) sums[half][warp] = sum;
     __syncthreads();
-    const float scale = norm_scale(sums[half], a.inverse, a.eps);
+    sum = 0;
+    for (int w = 0; w < warps; w++) sum += sums[half][w];
+    const float scale = rsqrtf(sum / static_cast<float>(a.H) + a.eps);
 #pragma unroll
     for (int j = 0; j < N; j++) {
-      const int k = first + j * kNormStep;
+      const int k = (j * blockDim.x + threadIdx.x) * kVector;
       if (k >= a.H) continue;
       if constexpr (PERM) {
         const uint16_t* x0 = rows + half * a.H;
         const auto two = [&](uint32_t i) { return static_cast<uint32_t>(x0[i & 0xffff]) | static_cast<uint32_t>(x0[i >> 16]) << 16; };
-        x[j] = make_uint2(two(from[j].x), two(from[j].y));
+        x[j] = make_uint4(two(from[j].x), two(from[j].y), two(from[j].z), two(from[j].w));
       }
-      store8(a.out + static_cast<size_t>(row) * a.ldo + k, normalized<BF>(x[j], scale, weight[j]));
+      float v[8], w[8];
+      unpack8<BF>(v, x[j]);
+      unpack8<BF>(w, weight[j]);
+#pragma unroll
+      for (int i = 0; i < 8; i++) v[i] = v[i] * scale * w[i];
+      store16(a.out + static_cast<size_t>(row) * a.ldo + k, pack8<BF>(v));
     }
   }
 }
@@ -195,16 +201,16 @@ template <bool BF, bool PERM, int N>
 cudaError_t norm(const RmsNormArgs& a, cudaStream_t stream) {
   Device device;
   if (const cudaError_t status = current_device(device); status != cudaSuccess) return status;
-  const int blocks = std::min(a.T, 4 * device.sms);
+  const int threads = warps_for((a.H / kVector + N - 1) / N), blocks = std::min(a.T, 4 * device.sms);
   const int smem = PERM ? (a.T > blocks ? 4 : 2) * a.H : 0;  // a block with one row needs no second
-  return launch_op<rms_norm_kernel<BF, PERM, N>>(dim3(blocks), kNormLanes, smem, stream, a);
+  return launch_op<rms_norm_kernel<BF, PERM, N>>(dim3(blocks), threads, smem, stream, a);
 }
 
 template <bool BF, bool PERM>
 cudaError_t norm(const RmsNormArgs& a, cudaStream_t stream) {
-  if (a.H <= 4 * kNormStep) return norm<BF, PERM, 4>(a, stream);
-  if (a.H <= 8 * kNormStep) return norm<BF, PERM, 8>(a, stream);
-  return norm<BF, PERM, 16>(a, stream);
+  if (a.H <= 256 * kVector) return norm<BF, PERM, 1>(a, stream);
+  if (a.H <= 2 * 512 * kVector) return norm<BF, PERM, 2>(a, stream);
+  return norm<BF, PERM, 4>(a, stream);
 }
 
 template <bool BF, bool FP8, int L>
@@ -228,9 +234,8 @@ cudaError_t launch_embed(const EmbedArgs& a, cudaStream_t stream) {
   return launch_op<embed_kernel>(dim3(a.T), warps_for(std::clamp(a.H / kVector / 2, 32, 512)), 0, stream, a);
 }
 
-cudaError_t launch_rms_norm(RmsNormArgs a, bool bf16, cudaStream_t stream) {
+cudaError_t launch_rms_norm(const RmsNormArgs& a, bool bf16, cudaStream_t stream) {
   if (a.H > kMaxWidth || a.H % kVector) return cudaErrorInvalidValue;
-  a.inverse = 1.f / static_cast<float>(a.H);
   if (bf16) return a.perm ? norm<true, true>(a, stream) : norm<true, false>(a, stream);
   return a.perm ? norm<false, true>(a, stream) : norm<false, false>(a, stream);
 }

@@ -23,10 +23,9 @@ struct RmsNormArgs {
   uint16_t* out;           // [T, H], row stride ldo
   int T, H, ldx, ldo;
   float eps;
-  float inverse;  // 1 / H, by launch_rms_norm
 };
 constexpr int kMaxWidth = 16384;  // two rows of 16-bit elements fit into shared memory
-cudaError_t launch_rms_norm(RmsNormArgs args, bool bf16, cudaStream_t stream);
+cudaError_t launch_rms_norm(const RmsNormArgs& args, bool bf16, cudaStream_t stream);
 
 struct RopeArgs {
   uint16_t* qkv;             // [T, (Hq + 2 Hkv) D], row stride ldq; q and k are rotated in place

@@ -25,20 +25,10 @@ from torch import Tensor
 from gptq_api.kernels.extension import MISSING, compiled_for, no_code_reason
 from gptq_api.kernels.extension import cuda as _cuda
 from gptq_api.kernels.layout import PackedLinear
-from gptq_api.kernels.ops import Norm
 from gptq_api.kernels.pack import pack, refusal
 from gptq_api.kernels.workspace import has_wgmma, prepare_same_bits, workspace
 
-__all__ = [
-    "PackedLinear",
-    "gemm",
-    "is_available",
-    "normalizes",
-    "pack",
-    "prepare_same_bits",
-    "refusal",
-    "unavailable_reason",
-]
+__all__ = ["PackedLinear", "gemm", "is_available", "pack", "prepare_same_bits", "refusal", "unavailable_reason"]
 
 DECODE_MAX_M = 8
 """beyond, on an H200, the wgmma kernels overtake the decode kernel: every linear of LLaMA 7B and 13B agrees"""
@@ -81,7 +71,6 @@ def gemm(
     in_a_row: bool = False,
     same_bits: bool = False,
     one_order: bool = False,
-    norm: Norm | None = None,
 ) -> Tensor:
     """x fp16 or bf16 [M, K], rows 16-byte aligned (else copied) -> [M, N], or [M, N/2] with `silu_mul` (paired weights
     only).
@@ -91,9 +80,6 @@ def gemm(
     never. Same bits every run, and for a row whatever M is within 1..8; with `same_bits`, whatever M is, those of 1..8;
     with `one_order`, whatever M is, bits of their own. Raises ValueError on what does not fit, RuntimeError with the
     shape when a launch fails.
-
-    `norm`: of RMSNorm(x), which the decode kernel makes by itself, to the bits of ops.rms_norm; only where `normalizes`
-    says so. normed_gemm.py has what serves everywhere.
 
     `in_a_row` is for measurements (probes.py): the kernels before and after are GEMMs of one token as well, and half of
     every SM is left to them. That is 4 to 8 % faster there, and 20 to 25 % slower between norms and attention.
@@ -125,10 +111,6 @@ def gemm(
             )
     if x.device != weight.data.device:
         raise ValueError(f"activations on {x.device}, weight on {weight.data.device}")
-    if norm is not None:
-        norm.check(x)
-        if m and (one_order or of_out != x.dtype or not normalizes(weight, m, norm)):
-            raise ValueError(f"no kernel normalizes {m} rows of {x.shape[1]} by itself here; normed_gemm takes any")
     if m == 0:
         return out
     if x.stride(1) != 1 or x.stride(0) % 8 or x.data_ptr() % 16:
@@ -139,7 +121,7 @@ def gemm(
         if one_order:
             _by_tiles(x, weight, out, bias, residual, silu_mul, _ONE_ORDER)
         elif m <= DECODE_MAX_M or (same_bits and m <= SAME_BITS_DECODE_MAX_M and has_wgmma(x.device.index)):
-            _decode(x, weight, out, bias, residual, silu_mul, in_a_row, norm)
+            _decode(x, weight, out, bias, residual, silu_mul, in_a_row)
         elif same_bits:
             _in_order(x, weight, out, bias, residual, silu_mul)
         elif m <= MMA_MAX_M or has_wgmma(x.device.index):
@@ -147,21 +129,6 @@ def gemm(
         else:
             _by_cublas(x, weight, out, bias, residual, silu_mul)
     return out
-
-
-def normalizes(weight: PackedLinear, rows: int, norm: Norm) -> bool:
-    """Whether the decode kernel makes RMSNorm of so many rows by itself: where a block of it has all of x, on a device
-    with bulk copies. It depends on these sizes and on the device alone."""
-    if weight.perm is not None:
-        return False  # a gather comes first
-    sizes = (rows, weight.in_features, weight.groups_per_chunk, weight.has_zeros, norm.order is not None)
-    return _normalizes(weight.data.device.index, *sizes)
-
-
-@cache
-def _normalizes(device_index: int, rows: int, in_features: int, groups: int, zeros: bool, gathers: bool) -> bool:
-    with torch.cuda.device(device_index):
-        return bool(_cuda.decode_normalizes(rows, in_features, groups, zeros, gathers))
 
 
 def sort_activations(x: Tensor, weight: PackedLinear) -> Tensor:
@@ -198,16 +165,11 @@ def _decode(
     residual: Tensor | None,
     silu_mul: bool,
     in_a_row: bool,
-    norm: Norm | None = None,
 ) -> None:
     x = sort_activations(x, w)
     addresses = (w.data.data_ptr(), x.data_ptr(), out.data_ptr(), _address(bias), _address(residual))
-    how = (*_sizes(x, w, out, residual, silu_mul), in_a_row)
-    if norm is None:
-        _cuda.decode(*addresses, *how, _stream(x), out.dtype == torch.float32)
-    else:
-        of_norm = (norm.weight.data_ptr(), _address(norm.order), norm.eps)
-        _cuda.decode_normed(*addresses, *how, *of_norm, _stream(x))
+    floats = out.dtype == torch.float32
+    _cuda.decode(*addresses, *_sizes(x, w, out, residual, silu_mul), in_a_row, _stream(x), floats)
 
 
 def _one_group(w: PackedLinear) -> bool:

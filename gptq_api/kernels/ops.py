@@ -7,34 +7,15 @@ float32, rounded once. Shapes, types and devices are checked here and raise Valu
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from gptq_api.kernels.extension import cuda as _cuda
 
-__all__ = ["MAX_NORM_WIDTH", "Norm", "embed", "rms_norm", "rope_and_write"]
+__all__ = ["MAX_NORM_WIDTH", "embed", "rms_norm", "rope_and_write"]
 
 MAX_NORM_WIDTH = 16384
 """of the widest LLaMA; two rows of it fit into shared memory"""
-
-
-@dataclass(frozen=True)
-class Norm:
-    """RMSNorm in front of a Linear."""
-
-    weight: Tensor
-    """[K] of the activations' type, in the order in which the Linear takes its inputs"""
-    eps: float
-    order: Tensor | None = None
-    """int32 [K]: input i of the Linear is column order[i]; None: they are in order"""
-
-    def check(self, x: Tensor) -> None:
-        """ValueError where it is not for x [M, K]."""
-        _check_activations("the norm's weight", self.weight, (x.shape[1],), like=x)
-        if self.order is not None:
-            _check_indices("the norm's order", self.order, x.shape[1], x)
 
 
 def embed(history: Tensor, row_seat: Tensor, positions: Tensor, table: Tensor, out: Tensor) -> Tensor:

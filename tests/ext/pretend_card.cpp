@@ -4,8 +4,7 @@
 //
 // Reads calls, a line each, and answers each with a line for every launch, then an empty one:
 //
-//   gemv M N K GROUPS ZEROS [NORM]                  ->  KERNEL GRID THREADS SHARED CLUSTER OVERLAPPED
-//                                                      NORM: 1, x is normalized first; 2, and brought into an order
+//   gemv M N K GROUPS ZEROS                         ->  KERNEL GRID THREADS SHARED CLUSTER OVERLAPPED
 //   mma M N K GROUPS ZEROS
 //   head M V H
 //   attention SEQUENCES HEADS KV_HEADS HEAD_DIM FP8 CONTEXT
@@ -110,11 +109,8 @@ int main(int, char** argv) {
     cudaError_t status = cudaErrorInvalidValue;
     if (what == "gemv") {
       gptq::GemvArgs args = {};
-      int groups, zeros, norm = 0;
+      int groups, zeros;
       words >> args.M >> args.N >> args.K >> groups >> zeros;
-      words >> norm;
-      const int any = 0;  // nobody reads it
-      args.norm = norm > 0 ? reinterpret_cast<const uint16_t*>(&any) : nullptr, args.order = norm > 1 ? &any : nullptr;
       args.ldx = args.K, args.ldy = args.N;
       status = gptq::launch_gemv(args, groups, zeros, false, false, nullptr);
     } else if (what == "mma") {

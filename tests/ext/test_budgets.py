@@ -144,7 +144,7 @@ SAME_BITS_WGMMA = (
 
 
 DEQUANT = (Line("gather", 64), Line("dequant", 80))
-OPS = (Line("rope", 112), Line("rms_norm.*ELi16E", 248), Line("rms_norm", 128), Line("embed", 24))
+OPS = (Line("rope", 112), Line("rms_norm", 128), Line("embed", 24))
 TABLE: dict[tuple[str, str], tuple[Line, ...]] = {
     ("gemv/gemv_fp16.cu", "80"): gemv_portable(350),
     ("gemv/gemv_fp16.cu", "89"): gemv_portable(350),

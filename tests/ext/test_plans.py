@@ -172,24 +172,6 @@ def test_every_product_can_be_launched_on_every_card(card: str, launches: Launch
                 assert launch.shared > 0
 
 
-@pytest.mark.parametrize("card", ["H200", "B200"])
-@pytest.mark.parametrize("k", [4096, 5120, 6656, 8192])
-def test_a_norm_costs_the_gemv_no_room_but_for_an_order(card: str, k: int, launches: Launcher) -> None:
-    """One token: what it was launched with, and a place for x in its first order. More tokens can be launched, too."""
-    for groups, zeros in ((1, 0), (1, 1), (4, 1)):
-        call = f"gemv {{}} 15360 {k} {groups} {zeros}"
-        (without,) = launches(find(card), call.format(1))
-        (normed,) = launches(find(card), f"{call.format(1)} 1")
-        assert normed == without
-        (ordered,) = launches(find(card), f"{call.format(1)} 2")
-        assert (ordered.grid, ordered.cluster) == (without.grid, 1)
-        assert ordered.shared <= (227 - 72) << 10, "room for a block of the attention"
-        for m in (2, 4):
-            for norm in (1, 2):
-                (several,) = launches(find(card), f"{call.format(m)} {norm}")
-                assert several.shared <= 227 << 10
-
-
 @pytest.mark.parametrize("card", ["RTX 3090", "RTX 4090", "A100 80 GB", "RTX 5090", "B200"])
 def test_the_head_s_ring_fills_what_an_sm_has(card: str, launches: Launcher) -> None:
     """At least three slots, and with few tokens as many bytes in flight as hide the memory's latency."""

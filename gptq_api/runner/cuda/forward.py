@@ -48,7 +48,10 @@ def of_cublas(model: LlamaWeights) -> list[str]:
 class _Layer:
     """LayerWeights with what its kernels want to know, in their types."""
 
-    input_norm: ops.Norm
+    input_norm: Tensor
+    """[H], like post_attention_norm in the order in which the Linear behind it takes its inputs"""
+    input_order: Tensor | None
+    """int32 [H], that order; None: as they are"""
     qkv: Linear
     q_norm: Tensor | None
     k_norm: Tensor | None
@@ -58,7 +61,8 @@ class _Layer:
     """o for inputs in its own order"""
     o_index: Tensor | None
     """int32 [heads * D]: where in that order each output of the attention stands; None: where it is"""
-    post_attention_norm: ops.Norm
+    post_attention_norm: Tensor
+    gate_up_order: Tensor | None
     gate_up: Linear
     down: Linear
 
@@ -69,7 +73,8 @@ class _Layer:
             assert isinstance(layer.o, PackedGPTQLinear)
             o_sorted = layer.o.in_order()
         return cls(
-            input_norm=_norm(layer.input_norm, dtype, layer.qkv),
+            input_norm=_weight(layer.input_norm, dtype, of_producer(layer.qkv.order)),
+            input_order=of_producer(layer.qkv.order),
             qkv=layer.qkv,
             q_norm=None if norms is None else norms.q_weight.to(dtype).contiguous(),
             k_norm=None if norms is None else norms.k_weight.to(dtype).contiguous(),
@@ -77,7 +82,8 @@ class _Layer:
             o=layer.o,
             o_sorted=o_sorted,
             o_index=None if order is None else torch.argsort(order).to(torch.int32),
-            post_attention_norm=_norm(layer.post_attention_norm, dtype, layer.gate_up),
+            post_attention_norm=_weight(layer.post_attention_norm, dtype, of_producer(layer.gate_up.order)),
+            gate_up_order=of_producer(layer.gate_up.order),
             gate_up=layer.gate_up,
             down=layer.down,
         )
@@ -92,23 +98,9 @@ class _Layer:
         return replace(self, qkv=of(self.qkv), o=o, o_sorted=o_sorted, gate_up=of(self.gate_up), down=down)
 
 
-def _norm(norm: RMSNorm, dtype: torch.dtype, before: Linear | None = None) -> ops.Norm:
-    """Whose results are in the order in which that Linear takes its inputs."""
-    order, weight = None if before is None else of_producer(before.order), norm.weight.to(dtype)
-    return ops.Norm(weight if order is None else weight[order.long()], norm.eps, order)
-
-
-def _normalize(x: Tensor, norm: ops.Norm, out: Tensor) -> Tensor:
-    return ops.rms_norm(x, norm.weight, norm.eps, out, norm.order)
-
-
-def _of_normed(
-    x: Tensor, norm: ops.Norm, linear: Linear, out: Tensor, normed: Tensor, silu_mul: bool = False
-) -> Tensor:
-    """`linear` of the normalized x, for which `normed` is a buffer."""
-    if isinstance(linear, PackedGPTQLinear):
-        return linear.forward_normed(x, norm, out, normed, silu_mul=silu_mul)
-    return linear.forward(_normalize(x, norm, normed), out, silu_mul=silu_mul)
+def _weight(norm: RMSNorm, dtype: torch.dtype, perm: Tensor | None = None) -> Tensor:
+    weight = norm.weight.to(dtype)
+    return weight if perm is None else weight[perm.long()]
 
 
 @dataclass(frozen=True)
@@ -157,7 +149,7 @@ class CudaLlama:
         self._embedding, self._lm_head, c = model.embedding, model.lm_head, model.config
         self._layers = [_Layer.of(layer, dtype) for layer in model.layers]
         self._prompt_layers = [layer.for_prompts() for layer in self._layers] if batch_invariant else []
-        self._norm = _norm(model.norm, dtype)
+        self._norm = _weight(model.norm, dtype)
         self._cos_sin = model.rotary.cos_sin(max_model_len)
         windows = (layer.window for layer in self._layers)
         self.row_groups = RowGroups.for_heads(c.num_attention_heads, c.num_key_value_heads, windows)
@@ -204,25 +196,27 @@ class CudaLlama:
         ops.embed(history, inputs.row_seat, inputs.positions, self._embedding, x)
         few = decode and rows <= SCATTER_MAX_ROWS
         for layer, kv in zip(self._prompt_layers if prompts else self._layers, cache, strict=True):
-            qkv = _of_normed(x, layer.input_norm, layer.qkv, self._qkv[:rows], normed)
+            ops.rms_norm(x, layer.input_norm, self._eps, normed, layer.input_order)
+            qkv = layer.qkv.forward(normed, self._qkv[:rows])
             index = layer.o_index if few else None
             attended = self._attend(qkv, layer, kv, inputs, where, index, decode=decode, prompts=prompts)
             (layer.o_sorted if few else layer.o).forward(attended, x, residual=x)
-            gated = _of_normed(x, layer.post_attention_norm, layer.gate_up, self._gated[:rows], normed, silu_mul=True)
+            ops.rms_norm(x, layer.post_attention_norm, self._eps, normed, layer.gate_up_order)
+            gated = layer.gate_up.forward(normed, self._gated[:rows], silu_mul=True)
             layer.down.forward(gated, x, residual=x)
         if every_row:
-            _normalize(x, self._norm, normed)
+            ops.rms_norm(x, self._norm, self._eps, normed)
             return self._head(normed, torch.empty(rows, self._logits.shape[1], device=x.device))
         if not decode:
             x = torch.index_select(x, 0, inputs.last_rows, out=self._last[: len(inputs.last_rows)])
         num = len(inputs.last_rows)
-        return self._head(_normalize(x, self._norm, self._normed[:num]), self._logits[:num])
+        return self._head(ops.rms_norm(x, self._norm, self._eps, self._normed[:num]), self._logits[:num])
 
     def logits(self, rows: Tensor) -> Tensor:
         """float32 [N, V] of any rows (int64 [N] on the device) of the last forward pass, in memory of their own."""
         x = torch.index_select(self._x, 0, rows)
         out = torch.empty(len(rows), self._logits.shape[1], device=x.device)
-        return self._head(_normalize(x, self._norm, torch.empty_like(x)), out)
+        return self._head(ops.rms_norm(x, self._norm, self._eps, torch.empty_like(x)), out)
 
     def _attend(
         self,

@@ -9,8 +9,6 @@ from torch import Tensor
 
 from gptq_api.kernels import gemm
 from gptq_api.kernels.layout import PackedLinear
-from gptq_api.kernels.normed_gemm import normed_gemm
-from gptq_api.kernels.ops import Norm
 from gptq_api.kernels.order import InputOrder, of_kernel
 from gptq_api.model.layers.linear import DenseLinear, finish
 
@@ -71,11 +69,6 @@ class PackedGPTQLinear:
             same_bits=self._same_bits,
             one_order=self._one_order,
         )
-
-    def forward_normed(self, x: Tensor, norm: Norm, out: Tensor, normed: Tensor, *, silu_mul: bool = False) -> Tensor:
-        """`forward` of RMSNorm(x), for which `normed`, like x, is a buffer."""
-        how = {"same_bits": self._same_bits, "one_order": self._one_order}
-        return normed_gemm(x, norm, self._weight, out, normed, bias=self._bias, silu_mul=silu_mul, **how)
 
 
 class PackedGateUp:
