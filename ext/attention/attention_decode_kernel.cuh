@@ -491,7 +491,7 @@ class AttentionBlock {
 };
 
 template <class Team, int D, bool BF, bool FP8>
-__global__ void __launch_bounds__(kAttentionThreads, 2) attention_decode_kernel(const __grid_constant__ AttentionDecodeArgs a) {
+__global__ void __maxnreg__(kAttentionRegisters) attention_decode_kernel(const __grid_constant__ AttentionDecodeArgs a) {
   extern __shared__ __align__(128) uint8_t smem[];
   grid_launch_dependents();
   AttentionBlock<Team, D, BF, FP8>(a, smem).run();

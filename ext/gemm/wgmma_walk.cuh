@@ -5,7 +5,7 @@
 namespace gptq {
 namespace {
 
-// The cluster's place among those that share the cut tiles. Whoever waits does so for lower cluster indices, which start first: an owner for
+// The cluster's place among those that share the cut tiles. Whoever waits waits for lower cluster indices, which start first: an owner for
 // the rest of its tile, or where sums are resumed, who has the rest for its beginning.
 template <class S>
 __device__ __forceinline__ int place_of(const GemmTiles& p, int cluster) {

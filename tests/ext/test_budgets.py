@@ -60,10 +60,12 @@ def attention(
     """Instructions of the loop over steps, in which everything is that happens to one, however seldom: of warps that
     attend alone and of whole blocks, with heads of 128; the most with heads of 64."""
     return (
-        Line(r"OneWarpELi128ELb[01]ELb0E", 255, Loop(32, alone), spills=16, why=ONE_WARP),
-        Line(r"OneWarpELi128ELb[01]ELb1E", 255, Loop(32, alone_e4m3), spills=24, why=ONE_WARP),
+        Line(r"OneWarpELi128ELb[01]ELb0E", 255, Loop(32, alone), spills=24, why=ONE_WARP),
+        Line(r"OneWarpELi128ELb[01]ELb1E", 255, Loop(32, alone_e4m3), spills=40, why=ONE_WARP),
         Line(r"WholeBlockELi128ELb[01]ELb0E", 255, Loop(32, block), spills=spills, why=HEADS_OF_128),
         Line(r"WholeBlockELi128ELb[01]ELb1E", 255, Loop(32, block_e4m3), spills=spills, why=HEADS_OF_128),
+        Line(r"SharingBlockELi128E", 255, spills=60, why=HEADS_OF_128),
+        Line(r"SharingBlockELi64E", 255),
         Line(r"(OneWarp|WholeBlock)ELi64E", 255, Loop(16, of_64)),
     )
 
@@ -162,10 +164,10 @@ TABLE: dict[tuple[str, str], tuple[Line, ...]] = {
     ("gemm/same_bits_wgmma_fp16.cu", "90a"): SAME_BITS_WGMMA,
     **{("gemm/dequant.cu", arch): DEQUANT for arch in ("80", "90", "120")},
     ("gemm/pack.cu", "80"): (Line("pack_kernel", 32),),
-    ("attention/attention_decode_fp16.cu", "80"): attention(970, 1680, 3390, 4220, 3500, 24),
-    ("attention/attention_decode_bf16.cu", "89"): attention(960, 1090, 3390, 3570, 3140, 4),
-    ("attention/attention_decode_fp16.cu", "90"): attention(960, 1100, 3450, 3560, 3090),
-    ("attention/attention_decode_fp16.cu", "120"): attention(870, 1210, 3100, 3390, 2810, 60),
+    ("attention/attention_decode_fp16.cu", "80"): attention(960, 1680, 2820, 3780, 3040),
+    ("attention/attention_decode_bf16.cu", "89"): attention(960, 1090, 2830, 3010, 2560),
+    ("attention/attention_decode_fp16.cu", "90"): attention(960, 1090, 2910, 3010, 2550),
+    ("attention/attention_decode_fp16.cu", "120"): attention(860, 1200, 2530, 2870, 2290, 44),
     ("head/head_fp16.cu", "80"): head(160, 165, 170, 195, 255),
     ("head/head_bf16.cu", "89"): head(160, 165, 170, 195, 255),
     ("head/head_fp16.cu", "90"): head(160, 165, 170, 195, 255),
@@ -217,9 +219,11 @@ def test_the_gemv_of_hopper_copies_in_bulk_and_has_no_fence(compiled: Compiler) 
         assert not any(one.is_a("MEMBAR.ALL.GPU") for one in code), f"{name}: a fence waits for every load in flight"
     narrow = max(usage.registers for name, usage in gemv.usage.items() if "ILi1E" in name)
     assert blocks_per_sm(90, GEMV_THREADS, narrow, 0) == 2
+    # A quarter of an SM has a quarter of the registers, and three of the GEMV's ten warps.
+    usual = max(usage.registers for name, usage in gemv.usage.items() if "ILi1ELi1E" in name)
     for name, usage in attention_decode.usage.items():
-        of_both = [warps * -(-32 * registers // 256) * 256 for warps, registers in ((4, usage.registers), (10, narrow))]
-        assert sum(of_both) <= REGISTERS, name
+        of_both = [warps * -(-32 * registers // 256) * 256 for warps, registers in ((1, usage.registers), (3, usual))]
+        assert sum(of_both) <= REGISTERS // 4, name
 
 
 def test_wgmma_is_not_serialised(compiled: Compiler) -> None:

@@ -46,7 +46,14 @@ def answers(
     runner: LoadedRunner, kinds: list[dict[str, Any]], *, preempts: bool = False, caching: bool = True, times: int = 1
 ) -> tuple[list[Answer], Scheduler, int]:
     """(what each got the last time, the scheduler, steps). Two decode at a time; prompts are longer than a step."""
-    scheduler = Scheduler(BlockManager(NUM_BLOCKS, runner.block_size), 2, BUDGET, caching, speculation=drafting(runner))
+    scheduler = Scheduler(
+        BlockManager(NUM_BLOCKS, runner.block_size),
+        2,
+        BUDGET,
+        caching,
+        speculation=drafting(runner),
+        prompts_apart=runner.prompts_apart,
+    )
     grammars = Grammars(lambda: letters(runner.vocab_size), runner.vocab_size)
     engine: Engine[Any] = Engine(runner, scheduler, grammars=grammars)
     rng, num_steps = random.Random(1), 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -213,6 +214,7 @@ class CudaBackend:
     ) -> tuple[Beside, Callable[[LoadedRunner], CudaRunner]]:
         """(what a draft model will take beside the served one's runner, how it becomes a runner when that is there)."""
         config, kv_dtype = weights.config, self.cache_dtype(options.kv_cache_dtype)
+        options = replace(options, batch_invariant=False)  # a guess is a guess
         try:
             model, taken, to_come = self._forward(weights, options, max_model_len)
         except torch.cuda.OutOfMemoryError:
