@@ -122,8 +122,7 @@ class ModelSettings(CommandSettings):
     """CPU threads of the engine. Default: the physical cores this process may use, and one for a small model."""
     batch_invariant: bool = False
     """On CUDA: an answer's tokens and logprobs are the same bits whoever else is in the batch, in chunks, after
-    preemption and behind a cached prefix, at the price of slower prompts and large batches. On the CPU they are so
-    anyway."""
+    preemption and behind a cached prefix, at the price of slower large batches. On the CPU they are so anyway."""
     lm_head_bits: Literal[16, 8] = 16
     """On CUDA: 8 rounds an output head in 16 bits to 8, in groups of 128 inputs. That takes half its bytes out of every
     step (of a 3-8B alone, 7 % of the time) and changes logits by some 0.6 % of their norm; with 100 sequences in a step

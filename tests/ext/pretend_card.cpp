@@ -40,7 +40,7 @@ namespace gptq {
 const void* gemv_bf16(int, bool, int) { return nullptr; }
 MmaKernel mma_bf16(MmaTile, MmaFormat) { return {}; }
 const void* head_bf16(int) { return nullptr; }
-const void* attention_decode_bf16(int, bool, bool) { return nullptr; }
+const void* attention_decode_bf16(int, bool, AttendedBy) { return nullptr; }
 }  // namespace gptq
 
 extern "C" {
