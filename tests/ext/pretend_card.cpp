@@ -20,6 +20,7 @@
 #include <string>
 
 #include "attention/attention_decode.h"
+#include "attention/attention_decode_table.cuh"
 #include "gemm/mma.h"
 #include "gemm/mma_table.cuh"
 #include "gemv/gemv.h"
