@@ -55,6 +55,7 @@ class SimulatedRunner:
     row_multiple = 192
     shared_rows = None
     prompts_apart = False
+    drafter = None
     max_draft_rows, row_cost, wait_cost, context_cost = 0, 0.02, 0.1, 0.0
     prompt_costs: PromptCosts | None = PromptCosts(decode_ms=3.2, row_ms=0.037, context_ms=1.9e-6)
     num_blocks, block_size = 9594, 16
