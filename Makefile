@@ -1,8 +1,14 @@
 # `make serve` sets up and serves the demo model, `make test` sets up and runs the tests; `make gpu` tests and measures what
 # needs a GPU. docs/contributing.md says when to use the others.
 
+# `make serve PYTHON=python3.12` takes another Python, and makes an environment of another one anew.
+OUR_PYTHON := $(if $(PYTHON),--this-python)
 PYTHON ?= python3
 VENV ?= .venv
+# Where no GPU is seen torch's CPU build is installed. TORCH_INDEX names a package index that has it, where the one pip asks
+# does not and uv is not wanted; TORCH=cuda takes 2.7 GB instead of 190 MB.
+TORCH_INDEX ?=
+export TORCH_INDEX TORCH
 # The CUDA kernels are compiled where there is a GPU to run them on; `make serve GPTQ_API_CUDA=on` insists.
 GPTQ_API_CUDA ?= $(shell nvidia-smi >/dev/null 2>&1 && echo auto || echo off)
 export GPTQ_API_CUDA
@@ -10,62 +16,63 @@ ARGS ?=
 
 .PHONY: serve chat test fast attack soak audit lint format compare gpu gpu-portable sanitize-cpu clients demo-model-test clean
 
-serve: $(VENV)/.installed
+serve: environment
 	$(VENV)/bin/gptq-api serve $(ARGS)
 
-chat: $(VENV)/.installed
+chat: environment
 	$(VENV)/bin/gptq-api chat $(ARGS)
 
-test: $(VENV)/.installed-dev
+test: environment-dev
+	@echo "all tests take some thirteen minutes on two idle cores, and longer on busy ones; make fast takes two"
 	$(VENV)/bin/python -m pytest $(ARGS)
 
 # What needs no process, no compiler, no clock and no patience: between two edits.
-fast: $(VENV)/.installed-dev
+fast: environment-dev
 	$(VENV)/bin/python -m pytest -q -m 'not server and not timing and not slow and not gpu' $(ARGS)
 
 # The long forms of tests/attack: 20,000 bodies, 1,000 hang-ups, every bomb. Some 20 minutes.
-attack: $(VENV)/.installed-dev
+attack: environment-dev
 	$(VENV)/bin/python -m pytest -m attack tests/attack $(ARGS)
 
 # Half an hour of everything at once: memory, descriptors and times, into benchmarks/results.
-soak: $(VENV)/.installed-dev
+soak: environment-dev
 	$(VENV)/bin/python benchmarks/soak.py --minutes 30 --out benchmarks/results/soak-cpu.json $(ARGS)
 
 # The CPU kernels under the compiler's sanitizers: random shapes, then the tests of the kernels. Some five minutes.
-sanitize-cpu: $(VENV)/.installed-dev
+sanitize-cpu: environment-dev
 	$(VENV)/bin/python -m tests.kernels.sanitize_cpu $(ARGS)
 
 # The versions of constraints.txt in the database of known vulnerabilities; in an environment of its own.
 audit: constraints.txt
 	$(PYTHON) -m venv .audit
-	.audit/bin/python -m pip install --quiet pip-audit
+	.audit/bin/python -m pip install pip-audit
 	.audit/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip --strict $(ARGS)
 
-lint: $(VENV)/.installed-dev
+lint: environment-dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
-format: $(VENV)/.installed-dev
+format: environment-dev
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
 # Two result files of one benchmark: `make compare OLD=before.json NEW=after.json`.
-compare: $(VENV)/bin/python
+compare: environment
 	$(VENV)/bin/python benchmarks/compare.py $(OLD) $(NEW) $(ARGS)
 
 # How the demo model was made: it is finished, so that nothing else waits for these checks.
-demo-model-test: $(VENV)/.installed-dev
+demo-model-test: environment-dev
 	$(VENV)/bin/ruff check demo_model
 	$(VENV)/bin/ruff format --check demo_model
 	$(VENV)/bin/python -m pytest -c demo_model/pyproject.toml demo_model $(ARGS)
 
 # Programs that others wrote, each in its own environment under .clients/, against servers of ours.
-clients: $(VENV)/.installed-dev
+clients: environment-dev
 	$(VENV)/bin/python -m tests.clients.environments
 	$(VENV)/bin/python -m pytest tests/clients $(ARGS)
 
-gpu: $(VENV)/.installed-dev
+gpu: environment-dev
 	$(VENV)/bin/python -m pytest -m gpu $(ARGS)
 	$(VENV)/bin/python benchmarks/gemm.py --out benchmarks/results
 	$(VENV)/bin/python benchmarks/sampler.py --out benchmarks/results
@@ -75,25 +82,21 @@ gpu: $(VENV)/.installed-dev
 # The code that an A100 runs, compiled by the driver for the GPU that is here and launched as on an A100: the cards that
 # GPTQ lives on, rehearsed on any newer one. GPTQ_API_ARCHS=89-virtual: as on a 4090.
 gpu-portable: GPTQ_API_ARCHS ?= 80-virtual
-gpu-portable: $(VENV)/.installed-dev
+gpu-portable: environment-dev
 	rm -rf build/portable
 	CMAKE_ARGS="-DGPTQ_API_ARCHS=$(GPTQ_API_ARCHS) -DGPTQ_API_HOPPER_ARCHS=" GPTQ_API_CUDA=on GPTQ_API_CPU=off \
-	  $(VENV)/bin/python -m pip wheel --quiet --no-deps --wheel-dir build/portable .
+	  $(VENV)/bin/python -m pip wheel --no-deps --wheel-dir build/portable .
 	$(VENV)/bin/python -m zipfile -e build/portable/*.whl build/portable
 	GPTQ_CUDA_MODULE=$$(ls $(abspath build/portable)/gptq_api/_cuda*.so) $(VENV)/bin/python -m pytest -m gpu $(ARGS)
 	GPTQ_CUDA_MODULE=$$(ls $(abspath build/portable)/gptq_api/_cuda*.so) \
 	  $(VENV)/bin/python benchmarks/sanitize.py --out benchmarks/results
 
-$(VENV)/bin/python:
-	$(PYTHON) -m venv $(VENV)
-
-$(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable .
-	touch $@
-
-$(VENV)/.installed-dev: pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
-	touch $@ $(VENV)/.installed
+# The environment, made or brought up to date by tools/install.py, which has nothing to do where it is.
+.PHONY: environment environment-dev
+environment environment-dev:
+	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) is not on PATH: gptq-api needs Python 3.11 or newer," \
+	  "and python3-venv where that is a package of its own"; exit 1; }
+	@$(PYTHON) tools/install.py --venv $(VENV) $(OUR_PYTHON) $(if $(findstring dev,$@),--dev)
 
 clean:
 	rm -rf $(VENV) .clients .audit build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

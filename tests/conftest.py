@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import time
+from collections import Counter
 from collections.abc import Iterator
 from types import CodeType, FunctionType
 from typing import Any
@@ -76,3 +77,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             seen: set[Any] = set()
             for mark in set().union(*(marks_of(function, seen) for function in (item.function, *fixtures))):
                 item.add_marker(mark)
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """What was skipped, in one line; `-rs` lists all of it."""
+    skipped = terminalreporter.stats.get("skipped", [])
+    if skipped and "s" not in terminalreporter.reportchars:
+        why = Counter(report.longrepr[2].removeprefix("Skipped: ") for report in skipped)
+        (first, count), others = why.most_common(1)[0], len(why) - 1
+        more = f", and {others} other reason{'s' * (others > 1)}" if others else ""
+        terminalreporter.write_line(f"{len(skipped)} skipped, {count} of them since {first}{more} (-rs lists them)")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
+import runpy
 import sys
 import tomllib
 import zipfile
@@ -44,6 +47,25 @@ def test_a_wheel_that_would_not_do_elsewhere(
 ) -> None:
     with pytest.raises(build_wheels.WheelError, match=complaint):
         build_wheels.check(wheel(tmp_path, tag, metadata, modules), sys.executable)
+
+
+def test_a_wheel_without_kernels_is_for_every_machine(tmp_path: Path) -> None:
+    """.ci/run builds one; here the name and what stands in it, by the backend that renames it."""
+    made = wheel(tmp_path, "cp311-cp311-linux_x86_64", modules=())
+    told = "gptq_api-0.1.0.dist-info/WHEEL"
+    with zipfile.ZipFile(made, "a") as archive:
+        archive.writestr(told, "Wheel-Version: 1.0\nRoot-Is-Purelib: false\nTag: cp311-cp311-linux_x86_64\n")
+        archive.writestr("gptq_api-0.1.0.dist-info/RECORD", f"{told},sha256=x,1\ngptq_api/py.typed,,\n")
+    pytest.importorskip("scikit_build_core")
+    build_backend = runpy.run_path(str(build_wheels.ROOT / "ext" / "build_backend.py"))
+    renamed = build_backend["for_any_machine"](made)
+    assert [file.name for file in tmp_path.iterdir()] == ["gptq_api-0.1.0-py3-none-any.whl"]
+    with zipfile.ZipFile(renamed) as archive:
+        text = archive.read(told)
+        assert text == b"Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        digest = base64.urlsafe_b64encode(hashlib.sha256(text).digest()).rstrip(b"=").decode()
+        records = archive.read("gptq_api-0.1.0.dist-info/RECORD").decode()
+        assert records == f"{told},sha256={digest},{len(text)}\ngptq_api/py.typed,,\n"
 
 
 def test_the_project_asks_for_torch_from_some_version_on() -> None:

@@ -223,7 +223,7 @@ def test_it_serves_as_it_says(words: list[str], models: Path) -> None:
         return
     command = [word.replace("/models/", f"{models}/models/") for word in words[1:]]
     with Server(command=command, env=SMALL) as server:
-        name = Path(next(word for word in command if "/models/" in word)).name
+        name = Path(next((word for word in command if "/models/" in word), "demo")).name
         assert server.http.get("/v1/models").json()["data"][0]["id"] == name
         assert server.chat("Hello", max_tokens=1).status_code == 200
 
