@@ -105,7 +105,7 @@ def test_no_memory_for_a_step(sitecustomize: Env, times: int) -> None:
                     assert "generation_failed" in str(text)
                 else:
                     assert text == whole
-        assert given_up < times / 2
+        assert given_up == server.log().count("for a step of 1 tokens"), "what was smaller was done again"
         assert server.http.get("/health").status_code == 200
         assert server.chat(max_tokens=2).status_code == 200
         check_free(server)
