@@ -144,6 +144,9 @@ class Drafter(Protocol):
     vocab_size: int
     max_model_len: int
     """of tokens from here on it knows nothing"""
+    ahead: int
+    """1: an EAGLE-3 head, whose K/V of a place are of the token behind it, and of what the served model made of the one
+    there. So of n tokens n - 1 places are computed, and what it guessed is computed anew when the served model has."""
     max_seqs: int
     """requests of one call"""
     max_rows: int
@@ -157,8 +160,8 @@ class Drafter(Protocol):
 
     def draft(self, requests: Sequence[DraftRequest]) -> list[list[int]]:
         """For each request what may follow its last token: at most num_drafts, maybe fewer. Nothing of the runner may
-        be under way. K/V of the new tokens and of all drafts but the last are in the cache afterwards, unless it
-        raises DeviceMemoryError."""
+        be under way. K/V of the new tokens and, unless it looks ahead, of all drafts but the last are in the cache
+        afterwards, unless it raises DeviceMemoryError."""
 
 
 class DeviceMemoryError(RuntimeError):

@@ -70,12 +70,12 @@ void add_layer(Model& model, std::uintptr_t input_norm, std::uintptr_t post_atte
 }
 
 void forward(Model& model, const std::vector<std::int32_t>& tokens, const std::vector<int>& num_computed,
-             const std::vector<int>& num_tokens, std::vector<std::vector<std::int32_t>> blocks, std::uintptr_t x) {
+             const std::vector<int>& num_tokens, std::vector<std::vector<std::int32_t>> blocks, std::uintptr_t x, std::uintptr_t tapped) {
   if (num_computed.size() != blocks.size() || num_tokens.size() != blocks.size()) throw std::invalid_argument("columns of unequal length");
   const py::gil_scoped_release without_python;
   std::vector<Span> spans;
   for (std::size_t i = 0; i < blocks.size(); i++) spans.push_back({num_computed[i], num_tokens[i], std::move(blocks[i])});
-  model.forward(tokens, spans, pointer<float>(x));
+  model.forward(tokens, spans, pointer<float>(x), pointer<float>(tapped));
 }
 
 constexpr std::int64_t kLogitsWorthSharing = 1 << 16;
@@ -156,7 +156,8 @@ PYBIND11_MODULE(_cpu, m) {
             model.set_cache(pointer<void>(data), static_cast<Kind>(kind), num_blocks, block_size);
           },
           "data"_a, "kind"_a, "num_blocks"_a, "block_size"_a)
-      .def("forward", &forward, "tokens"_a, "num_computed"_a, "num_tokens"_a, "blocks"_a, "x"_a)
+      .def("set_taps", &Model::set_taps, "layers"_a)
+      .def("forward", &forward, "tokens"_a, "num_computed"_a, "num_tokens"_a, "blocks"_a, "x"_a, "tapped"_a = 0)
       .def(
           "finish",
           [](Model& model, std::uintptr_t x, const std::vector<int>& rows, std::uintptr_t norm, std::uintptr_t y) {

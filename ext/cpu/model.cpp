@@ -31,6 +31,13 @@ void Model::set_cache(void* data, Kind kind, int num_blocks, int block_size) {
   layer_bytes_ = static_cast<std::int64_t>(num_blocks) * shape_.kv_heads * 2 * shape_.dim * block_size * (kind == Kind::single ? 4 : 2);
 }
 
+void Model::set_taps(std::vector<int> layers) {
+  for (const int layer : layers)
+    if (layer < 0 || layer > static_cast<int>(layers_.size()))
+      throw std::invalid_argument("layer " + std::to_string(layer) + " is none of the " + std::to_string(layers_.size()) + " there are");
+  taps_ = std::move(layers);
+}
+
 void Model::check(const std::vector<std::int32_t>& tokens, const std::vector<Span>& spans) const {
   std::int64_t rows = 0;
   for (const Span& span : spans) {
@@ -141,8 +148,9 @@ void Model::attend(const Layer& layer, const Cache& cache, const std::vector<Spa
   });
 }
 
-void Model::forward(const std::vector<std::int32_t>& tokens, const std::vector<Span>& spans, float* x) {
+void Model::forward(const std::vector<std::int32_t>& tokens, const std::vector<Span>& spans, float* x, float* tapped) {
   const auto one_call = engine_.lock();
+  if (!taps_.empty() && tapped == nullptr) throw std::invalid_argument("there is nowhere to put what is tapped");
   check(tokens, spans);
   begin(tokens, spans);
   const Ops& ops = *engine_.ways().ops;
@@ -159,6 +167,12 @@ void Model::forward(const std::vector<std::int32_t>& tokens, const std::vector<S
     const float* from = row(product_.data(), m, hidden);
     for (int n = 0; n < hidden; n++) to[n] += from[n];
     add_bias(linear, to);
+  };
+  // The stream before a layer, where somebody wants it.
+  const auto tap = [&](std::size_t l, int m) {
+    for (std::size_t i = 0; i < taps_.size(); i++)
+      if (taps_[i] == static_cast<int>(l))
+        std::copy_n(row(x, m, hidden), hidden, row(tapped, m * static_cast<int>(taps_.size()) + static_cast<int>(i), hidden));
   };
   const auto norm = [&](const float* weight, const Linear& linear, int m) {
     thread_local std::vector<float> normed;
@@ -177,6 +191,7 @@ void Model::forward(const std::vector<std::int32_t>& tokens, const std::vector<S
                   row(x, m, hidden));
       else
         add(layers_[l - 1].down, m);
+      tap(l, m);
       norm(layer.input_norm, layer.qkv, m);
     });
     product(layer.qkv, M, qkv_.data());
@@ -201,7 +216,10 @@ void Model::forward(const std::vector<std::int32_t>& tokens, const std::vector<S
     });
     product(layer.down, M, product_.data());
   }
-  each_row(M, [&](int m) { add(layers_.back().down, m); });
+  each_row(M, [&](int m) {
+    add(layers_.back().down, m);
+    tap(layers_.size(), m);
+  });
 }
 
 void Model::finish(const float* x, const std::vector<int>& rows, const float* norm, float* y) {

@@ -41,9 +41,13 @@ class Model {
   void add_layer(Layer layer) { layers_.push_back(std::move(layer)); }
   // Layer after layer, each as ops.h says.
   void set_cache(void* data, Kind kind, int num_blocks, int block_size);
+  // Layers before which the stream is kept too, ascending; as many as there are layers: behind the last one.
+  // std::invalid_argument for others.
+  void set_taps(std::vector<int> layers);
 
-  // Tokens [M] of the spans, in order -> x [M, hidden]. std::invalid_argument for a token or a block that there is none of.
-  void forward(const std::vector<std::int32_t>& tokens, const std::vector<Span>& spans, float* x);
+  // Tokens [M] of the spans, in order -> x [M, hidden], and where there are taps `tapped` [M, taps, hidden].
+  // std::invalid_argument for a token or a block that there is none of.
+  void forward(const std::vector<std::int32_t>& tokens, const std::vector<Span>& spans, float* x, float* tapped = nullptr);
   // These rows of x behind the last norm, as the head takes them.
   void finish(const float* x, const std::vector<int>& rows, const float* norm, float* y);
 
@@ -70,6 +74,7 @@ class Model {
   const float* frequencies_;
   float rotary_scale_;
   std::vector<Layer> layers_;
+  std::vector<int> taps_;
   Cache cache_{};
   std::int64_t layer_bytes_ = 0;
   int num_blocks_ = 0;

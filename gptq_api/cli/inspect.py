@@ -61,7 +61,7 @@ def inspect(settings: InspectSettings) -> dict[str, Any]:
     if options.draft_model is not None:
         check_vocabulary(options)
         draft = Draft.opened(options, config, backend, longest)
-        draft_bytes = plan_serving(draft.model.checkpoint, draft.model.config, draft.backend).weight_bytes
+        draft_bytes = draft.weight_bytes
     memory = backend.cache_memory(options, plan.weight_bytes + draft_bytes)
     token_bytes = config.kv_elements_per_token * backend.cache_dtype(options.kv_cache_dtype).itemsize
     block_bytes = token_bytes * settings.block_size
@@ -118,7 +118,7 @@ def _draft(draft: Draft, weight_bytes: int) -> dict[str, Any]:
     config, checkpoint = draft.model.config, draft.model.checkpoint
     return {
         "path": str(checkpoint.folder),
-        "name": config.family.title,
+        "name": draft.model.title,
         "layers": config.num_hidden_layers,
         "hidden_size": config.hidden_size,
         "bits": sorted({module.bits for module in checkpoint.modules.values()}),

@@ -9,17 +9,19 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
+
 from gptq_api.checkpoint.checkpoint import Checkpoint, CheckpointError, open_checkpoint
 from gptq_api.checkpoint.dense import open_dense
 from gptq_api.errors import ConfigError
 from gptq_api.model.config import LlamaConfig, read_config
+from gptq_api.model.eagle import EagleConfig, check_head, is_head, read_head
 from gptq_api.model.modules import config_of
 from gptq_api.on_disk import is_there
 from gptq_api.runner.drafter import DraftRunner, ModelDrafter
 from gptq_api.runner.loaded import LoadedRunner
 from gptq_api.runner.options import LoadOptions
-from gptq_api.runner.solo import Solo, step_of
-from gptq_api.types import SamplingParams
+from gptq_api.runner.solo import lone_step
 
 _log = logging.getLogger(__name__)
 MOST_PADDING = 1024
@@ -37,6 +39,13 @@ class DraftModel:
     checkpoint: Checkpoint
     config: LlamaConfig
     max_model_len: int
+    head: EagleConfig | None = None
+    """of an EAGLE-3 head, whose `config` is that of its layer"""
+
+    @property
+    def title(self) -> str:
+        """For people."""
+        return self.config.family.title if self.head is None else "EAGLE-3 head"
 
 
 def checkpoint_path(name: str) -> Path:
@@ -62,7 +71,16 @@ def draft_path(options: LoadOptions) -> Path:
 def open_draft(options: LoadOptions, served: LlamaConfig, max_model_len: int) -> DraftModel:
     """The checkpoint, its headers read. `max_model_len`: of the served model. ConfigError for what can not draft."""
     path = draft_path(options)
+    folder = path if path.is_dir() else path.parent
+    name = "demo" if options.draft_model == "demo" else path.name
     with refused_by_name(options):
+        if is_there(folder / "config.json") and is_head(folder):
+            head = read_head(folder, served.num_hidden_layers)
+            _check_sizes(options, head, served)
+            checkpoint = open_dense(folder, None if path == folder else path)
+            check_head(checkpoint, head)
+            length = min(max_model_len, head.llama.max_position_embeddings)
+            return DraftModel(name, checkpoint, head.llama, length, head)
         checkpoint = _open(path)
         config = config_of(checkpoint)
     if abs(config.vocab_size - served.vocab_size) >= MOST_PADDING:
@@ -70,20 +88,34 @@ def open_draft(options: LoadOptions, served: LlamaConfig, max_model_len: int) ->
             f"--draft-model {options.draft_model} has a vocabulary of {config.vocab_size}, the served model of "
             f"{served.vocab_size}; it has to be of the same family, with the same tokens"
         )
-    name = "demo" if options.draft_model == "demo" else path.name
     return DraftModel(name, checkpoint, config, min(max_model_len, config.max_position_embeddings))
+
+
+def _check_sizes(options: LoadOptions, head: EagleConfig, served: LlamaConfig) -> None:
+    for what, its, ours in (
+        ("hidden_size", head.target_hidden_size, served.hidden_size),
+        ("vocab_size", head.llama.vocab_size, served.vocab_size),
+    ):
+        if its != ours:
+            raise ConfigError(
+                f"--draft-model {options.draft_model} is an EAGLE-3 head for a model with {what} {its}, the served one "
+                f"has {ours}; take the head that was made for this model"
+            )
 
 
 def vocabulary_sizes(options: LoadOptions) -> tuple[int, int] | None:
     """Rows of (the served model, the draft model). None where a config.json is wrong, which loading tells."""
     try:
         served, draft = (
-            read_config(path if path.is_dir() else path.parent).vocab_size
+            path if path.is_dir() else path.parent
             for path in (checkpoint_path(options.model_path), draft_path(options))
         )
+        config = read_config(served)
+        if is_there(draft / "config.json") and is_head(draft):
+            return config.vocab_size, read_head(draft, config.num_hidden_layers).llama.vocab_size
+        return config.vocab_size, read_config(draft).vocab_size
     except CheckpointError:
         return None
-    return served, draft
 
 
 @contextmanager
@@ -122,9 +154,15 @@ def draft_options(options: LoadOptions, max_rows: int) -> LoadOptions:
     )
 
 
+def head_options(options: LoadOptions, max_rows: int, dtype: torch.dtype) -> LoadOptions:
+    """The same for an EAGLE-3 head, which computes in the served model's type: it reads what that one leaves."""
+    name = str(dtype).removeprefix("torch.")
+    return replace(draft_options(options, max_rows), dtype=name, lm_head_bits=16, packed_cache="off")
+
+
 def make_drafter(runner: DraftRunner, served: LoadedRunner, max_rows: int, call_ms: float) -> ModelDrafter:
     """With its costs measured."""
-    plain, one = _decode_ms(served), _decode_ms(runner)
+    plain, one = _decode_ms(served), _decode_ms(runner, runner.ahead)
     row = _row_ms(runner, one)
     return ModelDrafter(
         runner,
@@ -146,6 +184,8 @@ def no_drafts(options: LoadOptions, why: str) -> ConfigError:
 
 def described(draft: DraftModel, drafter: ModelDrafter, runner: DraftRunner) -> str:
     """For the log."""
+    if draft.head is not None:
+        return _head_described(draft.name, draft.head, drafter, runner)
     bits = "/".join(str(b) for b in sorted({m.bits for m in draft.checkpoint.modules.values()}))
     short = "" if runner.max_model_len == draft.max_model_len else f" up to {runner.max_model_len} tokens"
     return (
@@ -155,26 +195,34 @@ def described(draft: DraftModel, drafter: ModelDrafter, runner: DraftRunner) -> 
     )
 
 
-def _decode_ms(runner: LoadedRunner) -> float:
+def _head_described(name: str, head: EagleConfig, drafter: ModelDrafter, runner: DraftRunner) -> str:
+    taps = ", ".join(map(str, head.taps))
+    features = runner.num_blocks * runner.block_size * head.llama.hidden_size * getattr(torch, runner.dtype).itemsize
+    return (
+        f"draft model {name}: EAGLE-3 head for {head.draft_vocab_size} tokens, reads the stream before layers {taps}, "
+        f"{runner.dtype}, up to {runner.max_model_len} tokens; weights {runner.weight_bytes / 2**20:.0f} MiB, KV cache "
+        f"{runner.cache_bytes / 2**20:.0f} MiB, features {features / 2**20:.0f} MiB; a token of it takes "
+        f"{drafter.step_cost:.2f} of a step"
+    )
+
+
+def _decode_ms(runner: LoadedRunner, ahead: int = 0) -> float:
     """A step of one row."""
     if runner.prompt_costs is not None:
         return runner.prompt_costs.decode_ms
-    return min(_step_ms(runner, 1) for _ in range(2))
+    return min(_step_ms(runner, 1, ahead) for _ in range(2))
 
 
-def _row_ms(runner: LoadedRunner, decode_ms: float) -> float:
+def _row_ms(runner: DraftRunner, decode_ms: float) -> float:
     """What a row of a prompt adds."""
     if runner.prompt_costs is not None:
         return runner.prompt_costs.row_ms
-    rows = min(_TIMED_ROWS, runner.max_model_len)
-    return max(0.0, _step_ms(runner, rows) - decode_ms) / max(1, rows - 1)
+    rows = min(_TIMED_ROWS, runner.max_model_len - runner.ahead)
+    return max(0.0, _step_ms(runner, rows, runner.ahead) - decode_ms) / max(1, rows - 1)
 
 
-def _step_ms(runner: LoadedRunner, rows: int) -> float:
-    """In the first blocks, which nobody has yet."""
-    token, num_blocks = min(1, runner.vocab_size - 1), -(-rows // runner.block_size)
-    solo = Solo([token] * rows, SamplingParams(max_tokens=1, temperature=0), list(range(num_blocks)))
-    step = step_of([solo], [rows])
+def _step_ms(runner: LoadedRunner, rows: int, ahead: int) -> float:
+    step = lone_step(min(1, runner.vocab_size - 1), rows, runner.block_size, ahead)
     began = time.perf_counter()
     runner.collect(runner.launch(step))
     return 1e3 * (time.perf_counter() - began)

@@ -28,6 +28,9 @@ _log = logging.getLogger(__name__)
 class DraftRunner(LoadedRunner, Protocol):
     """A runner that lets as many steps be under way as a draft has tokens."""
 
+    ahead: int
+    """by how many places the tokens that a step computes stand behind its rows: 1 for an EAGLE-3 head"""
+
     def revise(self, seat: int, first: int, token_ids: list[int]) -> None:
         """The tokens of a sequence from place `first` on are these and not what steps have sampled."""
 
@@ -50,7 +53,7 @@ class ModelDrafter:
         self, runner: DraftRunner, *, max_seqs: int, max_rows: int, step_cost: float, row_cost: float, call_cost: float
     ) -> None:
         self._runner = runner
-        self.vocab_size, self.max_model_len = runner.vocab_size, runner.max_model_len
+        self.vocab_size, self.max_model_len, self.ahead = runner.vocab_size, runner.max_model_len, runner.ahead
         self.max_seqs, self.max_rows = max_seqs, max_rows
         self.step_cost, self.row_cost, self.call_cost = step_cost, row_cost, call_cost
         self._max_blocks = -(-runner.max_model_len // runner.block_size)
@@ -59,29 +62,44 @@ class ModelDrafter:
     def draft(self, requests: Sequence[DraftRequest]) -> list[list[int]]:
         """For each request what may follow; fewer tokens than asked for where there is no memory, or logits are not
         finite. DeviceMemoryError where not even their tokens could be computed."""
+        if self.ahead and (lone := [i for i, request in enumerate(requests) if self._last_row(request) < 1]):
+            # No row sees a first token alone.
+            found = iter(self.draft(others) if (others := [r for i, r in enumerate(requests) if i not in lone]) else [])
+            return [[] if i in lone else next(found) for i in range(len(requests))]
         step = Step([], [], [], [], [], [])
         keys = {request.key for request in requests}
         for request in requests:
+            first = max(0, request.num_computed - self.ahead)
             step.seats.append(self._take_in(request, step, keys))
-            step.num_computed.append(request.num_computed)
-            step.num_new.append(request.num_new)
+            step.num_computed.append(first)
+            step.num_new.append(self._last_row(request) - first)
             step.num_sampled.append(min(1, request.num_drafts))
         launched = [([i for i, num in enumerate(step.num_sampled) if num], self._launch_first(step, requests))]
         for depth in range(1, max(request.num_drafts for request in requests)):
             entries = [i for i, request in enumerate(requests) if request.num_drafts > depth]
             try:
-                launched.append((entries, self._runner.launch(_behind(step, requests, entries, depth))))
+                launched.append((entries, self._runner.launch(self._behind(step, requests, entries, depth))))
             except DeviceMemoryError:
                 break
-        found: list[list[int]] = [[] for _ in requests]
+        drafts: list[list[int]] = [[] for _ in requests]
         sick = set[int]()
         for entries, one in launched:
             for i, token in zip(entries, self._runner.collect(one).tokens, strict=True):
                 if token < 0:
                     sick.add(i)
                 if i not in sick:
-                    found[i].append(token)
-        return found
+                    drafts[i].append(token)
+        return drafts
+
+    def _last_row(self, request: DraftRequest) -> int:
+        """Behind which its tokens are all computed."""
+        return request.num_computed + request.num_new - self.ahead
+
+    def _behind(self, first: Step, requests: Sequence[DraftRequest], entries: list[int], depth: int) -> Step:
+        """One row more of these requests, behind their `depth`-th guessed token."""
+        ones, last = [1] * len(entries), depth - 1 - self.ahead
+        computed = [len(requests[i].token_ids) + last for i in entries]
+        return Step([first.seats[i] for i in entries], computed, ones, ones, [], [])
 
     def _launch_first(self, step: Step, requests: Sequence[DraftRequest]) -> Any:
         try:
@@ -114,13 +132,6 @@ class ModelDrafter:
         if len(self._seated) < self.max_seqs:
             return min(set(range(self.max_seqs)) - {seated.seat for seated in self._seated.values()})
         return self._seated.pop(next(key for key in self._seated if key not in keys)).seat
-
-
-def _behind(first: Step, requests: Sequence[DraftRequest], entries: list[int], depth: int) -> Step:
-    """One row more of these requests, behind their `depth`-th guessed token."""
-    ones = [1] * len(entries)
-    seats, computed = [first.seats[i] for i in entries], [len(requests[i].token_ids) + depth - 1 for i in entries]
-    return Step(seats, computed, ones, ones, [], [])
 
 
 def _params(params: SamplingParams, vocab_size: int) -> SamplingParams:

@@ -18,8 +18,10 @@ from gptq_api.checkpoint.safetensors_file import system_error
 from gptq_api.errors import ConfigError
 from gptq_api.model.backend import Backend
 from gptq_api.model.config import LlamaConfig
+from gptq_api.model.eagle import EagleWeights, check_head, load_head
 from gptq_api.model.loader import LoadReport, load_llama
 from gptq_api.model.modules import config_of
+from gptq_api.model.plan import plan_serving
 from gptq_api.model.weights import LlamaWeights
 from gptq_api.runner.cpu import native
 from gptq_api.runner.cpu.backend import CpuBackend
@@ -30,6 +32,7 @@ from gptq_api.runner.draft_model import (
     checkpoint_path,
     described,
     draft_options,
+    head_options,
     make_drafter,
     no_drafts,
     open_draft,
@@ -39,8 +42,7 @@ from gptq_api.runner.drafter import DraftRunner
 from gptq_api.runner.loaded import LoadedRunner
 from gptq_api.runner.memory import NOTHING_BESIDE, Beside, CacheOwner, host_memory, longest_text
 from gptq_api.runner.options import LoadOptions
-from gptq_api.runner.solo import Solo, step_of
-from gptq_api.types import SamplingParams
+from gptq_api.runner.solo import lone_step
 
 _log = logging.getLogger(__name__)
 _SMALL_MODEL_BYTES = 64 * 2**20
@@ -83,6 +85,11 @@ class RunnerBackend(Backend, CacheOwner, Protocol):
         self, weights: LlamaWeights, options: LoadOptions, max_model_len: int
     ) -> tuple[Beside, Callable[[LoadedRunner], DraftRunner]]:
         """(what a draft model will take beside the served one's runner, how it becomes a runner when that is there)."""
+
+    def head_runner(
+        self, head: EagleWeights, options: LoadOptions, max_model_len: int
+    ) -> tuple[Beside, Callable[[LoadedRunner], DraftRunner]]:
+        """The same for an EAGLE-3 head, with the features that the served model's runner has to write."""
 
 
 BACKENDS: dict[str, type[CpuBackend] | type[CudaBackend]] = {"cpu": CpuBackend, "cuda": CudaBackend}
@@ -135,7 +142,7 @@ def make_runner(options: LoadOptions, checkpoint: Checkpoint, device: torch.devi
     draft = None if options.draft_model is None else Draft.opened(options, config, backend, max_model_len)
     with _enough_memory(checkpoint):
         weights, report = load_llama(checkpoint, config, max_model_len, backend)
-    beside = NOTHING_BESIDE if draft is None else draft.load()
+    beside = NOTHING_BESIDE if draft is None else draft.load(weights)
     runner = backend.runner(weights, options, max_model_len, beside)
     for warning in report.warnings:
         _log.warning("%s", warning)
@@ -184,6 +191,8 @@ class Draft:
             raise no_drafts(options, "it runs in torch on CUDA")
         draft = open_draft(options, served, max_model_len)
         own = draft_options(options, backend.draft_rows)
+        if draft.head is not None:
+            own = head_options(options, backend.draft_rows, backend.dtype)
         reason = refusal(draft.config, options.block_size) if device.type == "cuda" else None
         if reason is not None:
             raise ConfigError(
@@ -193,12 +202,27 @@ class Draft:
 
     @property
     def token_bytes(self) -> int:
-        """Of its cache."""
-        return self.model.config.kv_elements_per_token * self.backend.cache_dtype(self._options.kv_cache_dtype).itemsize
+        """Of its cache, and of features."""
+        config, kv_type = self.model.config, self.backend.cache_dtype(self._options.kv_cache_dtype)
+        features = 0 if self.model.head is None else config.hidden_size * self.backend.dtype.itemsize
+        return config.kv_elements_per_token * kv_type.itemsize + features
 
-    def load(self) -> Beside:
-        """Its weights; what it will take beside the served model's cache."""
+    @property
+    def weight_bytes(self) -> int:
+        """From the headers. CheckpointError where a tensor is missing or misshapen."""
+        draft = self.model
+        if draft.head is not None:
+            return check_head(draft.checkpoint, draft.head)
+        return plan_serving(draft.checkpoint, draft.config, self.backend).weight_bytes
+
+    def load(self, served: LlamaWeights) -> Beside:
+        """Its weights; what it will take beside the served model's cache. `served`: whose embedding a head may read."""
         draft, own = self.model, draft_options(self._options, self.backend.draft_rows)
+        if draft.head is not None:
+            with refused_by_name(self._options), _enough_memory(draft.checkpoint):
+                head = load_head(draft.checkpoint, draft.head, served, draft.max_model_len, self.backend)
+            beside, self._make = self.backend.head_runner(head, own, draft.max_model_len)
+            return beside
         with refused_by_name(self._options), _enough_memory(draft.checkpoint):
             weights, report = load_llama(draft.checkpoint, draft.config, draft.max_model_len, self.backend)
         for warning in report.warnings:
@@ -213,7 +237,7 @@ class Draft:
             raise no_drafts(self._options, "cuBLAS multiplies by a part of its weights")
         runner = self._make(served)
         with refused_by_name(self._options):
-            _self_check(runner, self.model.checkpoint)
+            _self_check(runner, self.model.checkpoint, runner.ahead)
         self.backend.keep()
         drafter = make_drafter(runner, served, self.backend.draft_rows, self.backend.draft_call_ms)
         served.drafter = drafter
@@ -288,10 +312,10 @@ def resolve_device(asked: str) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if wants_cuda else torch.device("cpu")
 
 
-def _self_check(runner: LoadedRunner, checkpoint: Checkpoint) -> None:
-    """One token through the whole model: warms it up, and a broken file is told here and not in the answers."""
-    token = min(1, runner.vocab_size - 1)
-    step = step_of([Solo([token], SamplingParams(max_tokens=1, temperature=0), [0])], [1])
+def _self_check(runner: LoadedRunner, checkpoint: Checkpoint, ahead: int = 0) -> None:
+    """One token through the whole model: warms it up, and a broken file is told here and not in the answers. `ahead`:
+    of a draft model's runner."""
+    step = lone_step(min(1, runner.vocab_size - 1), 1, runner.block_size, ahead)
     if runner.collect(runner.launch(step)).tokens == [-1]:
         raise CheckpointError(f"{checkpoint.files[0]}: the logits of one token are not finite; the weights are corrupt")
 

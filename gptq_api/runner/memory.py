@@ -12,6 +12,7 @@ import torch
 
 from gptq_api.errors import ConfigError
 from gptq_api.model.config import LlamaConfig
+from gptq_api.runner.features import Features
 from gptq_api.runner.options import LoadOptions
 
 
@@ -44,9 +45,11 @@ class Beside:
     """What a draft model takes of the memory that the KV cache would have."""
 
     token_bytes: int = 0
-    """of its own cache, which has as many blocks"""
+    """of its own cache, which has as many blocks, and of features"""
     to_come: int = 0
     """of other things that are not on the device yet"""
+    features: Features | None = None
+    """what an EAGLE-3 head wants of every token, which the served model's runner makes room for and writes"""
 
 
 NOTHING_BESIDE = Beside()

@@ -51,3 +51,11 @@ def step_of(solos: list[Solo], num_new: list[int]) -> Step:
         solo.num_computed_tokens += n
         step.num_sampled.append(int(solo.num_computed_tokens >= len(solo.token_ids)))
     return step
+
+
+def lone_step(token: int, rows: int, block_size: int, ahead: int = 0) -> Step:
+    """A sequence of one token, over and over, in the first blocks, which nobody has yet; its last row samples. `ahead`:
+    the runner's, where it has one."""
+    blocks = list(range(-(-rows // block_size)))
+    params, one = SamplingParams(max_tokens=1, temperature=0), [rows]
+    return Step([0], [0], one, [1], [NewBlocks(0, 0, blocks)], [Admission(0, [token] * (rows + ahead), rows, params)])

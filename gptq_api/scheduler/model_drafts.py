@@ -4,6 +4,9 @@ Its cache has the same blocks as the served model's, but it computes them when i
 remembered with the hash of what the draft model last filled it with: whoever is given a block with that hash, by prefix
 caching, finds the draft model's keys and values there too. Behind that a sequence knows how far they go, guesses
 included, which are worth keeping as long as they turn out right.
+
+The last place of a block that an EAGLE-3 head filled is of the first token behind it too, and is remembered with that.
+Two texts that part there share the place, which is then of whoever was computed last: a worse guess, and no more.
 """
 
 from __future__ import annotations
@@ -33,6 +36,7 @@ class ModelDrafts:
     def __init__(self, drafter: Drafter, vocab_size: int, block_size: int) -> None:
         """`vocab_size`: of the served model, which takes no other ids."""
         self.drafter, self._vocab_size, self._block_size = drafter, vocab_size, block_size
+        self._ahead = drafter.ahead
         self._filled: dict[int, bytes] = {}  # by block: the hash of the content that the draft model has there
         self._num_keys = 0
 
@@ -76,7 +80,7 @@ class ModelDrafts:
         guesses = dict[Sequence, list[int]]()
         for seq, request, tokens in zip(asked, requests, found, strict=True):
             assert seq.draft_cache is not None
-            seq.draft_cache.guessed = tokens[:-1]
+            seq.draft_cache.guessed = [] if self._ahead else tokens[:-1]
             if request.num_drafts and not tokens:  # not finite
                 self._forget(seq)
             most = next((i for i, token in enumerate(tokens) if token >= self._vocab_size), len(tokens))
@@ -105,16 +109,26 @@ class ModelDrafts:
     def _of_blocks(self, seq: Sequence) -> DraftCache:
         """Of a sequence that has just got its blocks: it may share some that are filled."""
         num = 0
-        for block, content in zip(seq.block_table, seq.block_hashes, strict=False):
-            if self._filled.get(block) != content:
+        for i, block in enumerate(seq.block_table[: self._num_named(seq, len(seq.token_ids))]):
+            if self._filled.get(block) != self._content(seq, i):
                 break
             num += 1
         self._num_keys += 1
-        return DraftCache(self._num_keys, num * self._block_size, num)
+        return DraftCache(self._num_keys, num * self._block_size + (self._ahead if num else 0), num)
+
+    def _num_named(self, seq: Sequence, num_tokens: int) -> int:
+        """Blocks that these tokens fill and whose content has a name."""
+        return max(0, min((num_tokens - self._ahead) // self._block_size, len(seq.block_hashes)))
+
+    def _content(self, seq: Sequence, i: int) -> bytes:
+        """The name of what is in a sequence's block i when it is full."""
+        if not self._ahead:
+            return seq.block_hashes[i]
+        return seq.block_hashes[i] + seq.token_ids[(i + 1) * self._block_size].to_bytes(4, "little")
 
     def _written(self, seq: Sequence, cache: DraftCache, start: int, end: int, num_guesses: int) -> None:
         """Tokens from `start` to `end` are being computed, and guesses behind them."""
-        first = start // self._block_size
+        first = max(0, start - self._ahead) // self._block_size
         for block in seq.block_table[first : -(-(end + num_guesses) // self._block_size)]:
             self._filled.pop(block, None)
         cache.num_computed, cache.num_noted = end, min(cache.num_noted, first)
@@ -123,9 +137,9 @@ class ModelDrafts:
 
     def _note(self, seq: Sequence, cache: DraftCache) -> None:
         """Remember what is in the blocks that are full, as far as the scheduler has named it."""
-        last = min(cache.num_computed // self._block_size, len(seq.block_hashes))
+        last = self._num_named(seq, cache.num_computed)
         for i in range(cache.num_noted, last):
-            self._filled[seq.block_table[i]] = seq.block_hashes[i]
+            self._filled[seq.block_table[i]] = self._content(seq, i)
         cache.num_noted = max(cache.num_noted, last)
 
     def _forget(self, seq: Sequence) -> None:

@@ -13,7 +13,7 @@ from tests.support.toy_runner import NUM_TOKENS, next_token
 class ToyDrafter:
     """`right`: how likely a token is the one that will be sampled; `out_of_memory`: the share of calls that fail."""
 
-    vocab_size, max_seqs = NUM_TOKENS, 4
+    vocab_size, max_seqs, ahead = NUM_TOKENS, 4, 0
     step_cost, row_cost, call_cost = 0.05, 0.001, 0.02
 
     def __init__(

@@ -17,15 +17,18 @@ from gptq_api.checkpoint.module import ModuleShape, group_size_of
 from gptq_api.errors import ConfigError
 from gptq_api.kernels.reference import ReferenceWeight, dequantize
 from gptq_api.model.backend import KernelChoice, Role
+from gptq_api.model.eagle import EagleWeights
 from gptq_api.model.layers.linear import DenseLinear, Linear, PlainLinear, Weight
 from gptq_api.model.weights import LlamaWeights
 from gptq_api.runner.cpu import int4, native, native_forward
 from gptq_api.runner.cpu.attention import KVCache, lazy_zeros
+from gptq_api.runner.cpu.eagle import PlainEagle
 from gptq_api.runner.cpu.forward import PlainLlama
 from gptq_api.runner.cpu.native_forward import BlockCache, NativeLlama
 from gptq_api.runner.cpu.packed_cache import PackedCache, open_cache
 from gptq_api.runner.cpu.packed_file import Packed
 from gptq_api.runner.cpu.runner import CpuRunner
+from gptq_api.runner.features import Features
 from gptq_api.runner.loaded import LoadedRunner
 from gptq_api.runner.memory import NOTHING_BESIDE, Beside, does_not_fit, free_memory, gpu_knob, plan_cache
 from gptq_api.runner.options import LoadOptions
@@ -190,7 +193,7 @@ class CpuBackend:
     def runner(
         self, weights: LlamaWeights, options: LoadOptions, max_model_len: int, beside: Beside = NOTHING_BESIDE
     ) -> CpuRunner:
-        config, size = weights.config, options.block_size
+        config, size, features = weights.config, options.block_size, beside.features
         memory = self.cache_memory(options, beside.to_come)
         plan = plan_cache(options, config, self, max_model_len, memory, beside.token_bytes)
         is_native = self._native and native_forward.takes(weights, size)
@@ -198,15 +201,20 @@ class CpuBackend:
         block = (kv_heads, 2, dim * size) if is_native else (size, 2, kv_heads, dim)
         try:
             data = self._zeros((config.num_hidden_layers, plan.num_blocks, *block))
+            if features is not None:
+                features.data = self._zeros(features.shape(plan.num_blocks * size))
         except (RuntimeError, OSError, MemoryError):
             raise does_not_fit(options, self) from None
         for note in plan.notes:
             _log.warning("%s", note)
         model = (
-            NativeLlama(weights, BlockCache(data, size))
+            NativeLlama(weights, BlockCache(data, size), features)
             if is_native
             else PlainLlama(
-                weights, KVCache(data), shares_threads=self._native and native_forward.computes_all(weights)
+                weights,
+                KVCache(data),
+                shares_threads=self._native and native_forward.computes_all(weights),
+                features=features,
             )
         )
         return CpuRunner(model, plan.max_model_len, self.dtype)
@@ -223,3 +231,21 @@ class CpuBackend:
             return self.runner(weights, told, length)
 
         return Beside(weights.config.kv_elements_per_token * self.dtype.itemsize), made
+
+    def head_runner(
+        self, head: EagleWeights, options: LoadOptions, max_model_len: int
+    ) -> tuple[Beside, Callable[[LoadedRunner], CpuRunner]]:
+        """The same for an EAGLE-3 head."""
+        c, features = head.llama.config, Features(head, self.dtype, self.device)
+
+        def made(served: LoadedRunner) -> CpuRunner:
+            shape = (1, served.num_blocks, options.block_size, 2, c.num_key_value_heads, c.head_dim)
+            try:
+                cache = KVCache(self._zeros(shape))
+            except (RuntimeError, OSError, MemoryError):
+                raise does_not_fit(options, self) from None
+            length = min(max_model_len, served.max_model_len)
+            return CpuRunner(PlainEagle(head, cache, features), length, self.dtype)
+
+        token_bytes = c.kv_elements_per_token * self.dtype.itemsize + features.token_bytes
+        return Beside(token_bytes, features=features), made

@@ -14,6 +14,7 @@ from gptq_api.model.layers.activation import silu_and_multiply
 from gptq_api.model.weights import LayerWeights, LlamaWeights
 from gptq_api.runner.cpu import native
 from gptq_api.runner.cpu.attention import Attention, KVCache, Plan, Span, plan_attention
+from gptq_api.runner.features import Features
 
 _ROWS_FOR_THREADS = 64
 """Rows of a step from which on torch's own operations are worth several threads. With fewer they are short, and where
@@ -23,8 +24,19 @@ somebody else wants a core, each waits for it in turn: a step took 20 times as l
 class PlainLlama:
     """A loaded model that computes steps."""
 
-    def __init__(self, weights: LlamaWeights, cache: KVCache, *, shares_threads: bool = False) -> None:
-        """`shares_threads`: short operations had better leave the cores to our own kernels and to others."""
+    ahead = 0
+
+    def __init__(
+        self,
+        weights: LlamaWeights,
+        cache: KVCache,
+        *,
+        shares_threads: bool = False,
+        features: Features | None = None,
+    ) -> None:
+        """`shares_threads`: short operations had better leave the cores to our own kernels and to others. `features`:
+        to be written for every token."""
+        self._features = features
         self.weights, self.cache, self.config, self.embedding = weights, cache, weights.config, weights.embedding
         self.num_bytes, c = weights.num_bytes, weights.config
         self._queries_per_kv = c.num_attention_heads // c.num_key_value_heads
@@ -48,8 +60,15 @@ class PlainLlama:
             torch.set_num_threads(native.num_threads() if len(ids) >= _ROWS_FOR_THREADS else 1)
         x = functional.embedding(torch.tensor(ids).to(self.embedding.device), weights.embedding).to(torch.float32)
         cos, sin = weights.rotary.tables(plan.positions)
+        taps, tapped = () if self._features is None else self._features.taps, list[Tensor]()
         for index, layer in enumerate(weights.layers):
+            if index in taps:
+                tapped.append(x.clone())
             self._layer(layer, x, cos, sin, index, plan)
+        if self._features is not None:
+            if len(weights.layers) in taps:
+                tapped.append(x)
+            self._features.put(torch.cat(tapped, -1), plan.slots + 1)
         return x, first_rows
 
     def logits(self, x: Tensor, rows: list[int]) -> Tensor:

@@ -17,6 +17,7 @@ from gptq_api.model.layers.linear import Linear, PlainLinear, SplitLinear
 from gptq_api.model.weights import LayerWeights, LlamaWeights
 from gptq_api.runner.cpu import native
 from gptq_api.runner.cpu.attention import Span, scrub
+from gptq_api.runner.features import Features
 
 _LANES = 16
 """numbers that are computed together: head sizes and cache blocks are whole multiples of it"""
@@ -54,7 +55,11 @@ class BlockCache:
 class NativeLlama:
     """A loaded model that computes steps."""
 
-    def __init__(self, weights: LlamaWeights, cache: BlockCache) -> None:
+    ahead = 0
+
+    def __init__(self, weights: LlamaWeights, cache: BlockCache, features: Features | None = None) -> None:
+        """`features`: to be written for every token."""
+        self._features = features
         self.weights, self.cache, self.config, self.embedding = weights, cache, weights.config, weights.embedding
         self.num_bytes, c = weights.num_bytes, weights.config
         rotary = weights.rotary
@@ -76,6 +81,8 @@ class NativeLlama:
         self._model.set_cache(cache.data.data_ptr(), native.KINDS[cache.data.dtype], cache.num_blocks, cache.block_size)
         for layer in weights.layers:
             self._add(layer)
+        if features is not None:
+            self._model.set_taps(list(features.taps))
 
     def _add(self, layer: LayerWeights) -> None:
         norm = layer.head_norm
@@ -99,13 +106,25 @@ class NativeLlama:
         counts = [span.num_tokens for span in spans]
         starts = [0, *accumulate(counts)]
         x = torch.empty(starts.pop(), self.config.hidden_size)
-        self._model.forward(
+        step = (
             [token for ids in token_ids for token in ids],
             [span.num_computed for span in spans],
             counts,
             [span.block_table for span in spans],
             x.data_ptr(),
         )
+        if self._features is None:
+            self._model.forward(*step)
+            return x, starts
+        tapped = torch.empty(len(x), len(self._features.taps) * self.config.hidden_size)
+        self._model.forward(*step, tapped.data_ptr())
+        size = self.cache.block_size
+        slots = [
+            span.block_table[position // size] * size + position % size
+            for span in spans
+            for position in range(span.num_computed, span.num_computed + span.num_tokens)
+        ]
+        self._features.put(tapped, torch.tensor(slots) + 1)
         return x, starts
 
     def logits(self, x: Tensor, rows: list[int]) -> Tensor:

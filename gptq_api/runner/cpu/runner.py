@@ -66,7 +66,7 @@ class CpuRunner:
 
     def __init__(self, model: PlainLlama | NativeLlama, max_model_len: int, dtype: torch.dtype) -> None:
         self._model, self._seats, cache = model, Seats(), model.cache
-        self.max_model_len = max_model_len
+        self.max_model_len, self.ahead = max_model_len, model.ahead
         self.vocab_size = model.config.vocab_size
         self.block_size = cache.block_size
         self.num_blocks, self.cache_bytes = cache.num_blocks, cache.num_bytes
@@ -219,7 +219,11 @@ class CpuRunner:
             for seat, start, n in zip(seats, step.num_computed, step.num_new, strict=True)
         ]
         columns = enumerate(zip(seats, step.num_computed, step.num_new, strict=True))
-        texts = [seat.token_ids[start : start + n] + step.drafts.get(i, []) for i, (seat, start, n) in columns]
+        ahead = self.ahead
+        texts = [
+            seat.token_ids[start + ahead : start + ahead + n] + step.drafts.get(i, [])
+            for i, (seat, start, n) in columns
+        ]
         return self._model.forward(texts, spans)
 
 
