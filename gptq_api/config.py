@@ -131,9 +131,9 @@ class ModelSettings(CommandSettings):
     """Folder in which weights that were packed for the CPU are kept, so that the next start need only read them. auto
     is gptq-api/packed in $XDG_CACHE_HOME or ~/.cache; off keeps none. Models below 64 MiB are packed each time."""
     draft_model: str | None = Field(None, min_length=1)
-    """Folder of a small model with the same vocabulary (GPTQ, float16 or bfloat16), or its name on the hub: it guesses
-    an answer's next tokens, and the served model computes several in one step; no token changes by it. The memory for
-    the KV cache is shared by both, and it is asked only where it pays."""
+    """Folder of a small model with the same vocabulary (GPTQ, float16 or bfloat16) or of an EAGLE-3 head for the served
+    one, or its name on the hub: it guesses an answer's next tokens, and the served model computes several in one step;
+    no token changes by it. The memory for the KV cache is shared by both, and it is asked only where it pays."""
     config: Path | None = None
     """TOML file with any of these settings."""
 

@@ -61,7 +61,7 @@ class EagleWeights:
     fc: Linear
     """[M, taps * target_hidden_size] -> [M, H]"""
     target_ids: Tensor | None
-    """int64 [draft_vocab_size] on the device: which token each row of the output head is; None: the token of its number"""
+    """int64 [draft_vocab_size] on the device: which token each row of the output head is; None: that of its number"""
     num_bytes: int
     """without a borrowed embedding"""
 
@@ -252,6 +252,6 @@ def _target_ids(checkpoint: Checkpoint, config: EagleConfig) -> Tensor | None:
             f"{file}: by {_TARGETS} a row stands for token {int(outside[0])}, and there are {vocab_size}; download the "
             "file again, or use the config.json of this head"
         )
-    if len(ids.unique()) < size:
+    if len(set(ids.tolist())) < size:
         raise CheckpointError(f"{file}: by {_TARGETS} two rows stand for one token; download the file again")
     return ids

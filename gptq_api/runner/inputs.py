@@ -69,6 +69,9 @@ class StepInputs(Generic[Array]):
     """[T, 2] or [0, 2], int64 in two words: where in a flat history it goes"""
     groups: Array
     """[T, 2] or [0, 2], of kernels/row_groups.py; 0: padding"""
+    next_slots: Array
+    """[S], where K and V of the place behind a sequence's last row will go, if that is sampled from and the model looks
+    ahead; -1 otherwise"""
 
     @classmethod
     def over(cls, buffer: Array, shape: StepShape) -> StepInputs[Array]:
@@ -93,7 +96,7 @@ def _dims(shape: StepShape) -> tuple[tuple[int, ...], ...]:
     return (
         *(rows, rows, rows, (shape.num_sequences + 1,), sequences, sequences),
         *((FIELDS, shape.num_sequences), (shape.num_tiles, 2), (shape.num_sequences, shape.table_width)),
-        *((num_draft_rows,), (num_draft_rows, 2), (num_draft_rows, 2)),
+        *((num_draft_rows,), (num_draft_rows, 2), (num_draft_rows, 2), sequences),
     )
 
 
@@ -159,8 +162,11 @@ class SequenceTable:
         block_size: int,
         prompts_apart: bool = False,
         groups: RowGroups | None = None,
+        *,
+        looks_ahead: bool = False,
     ) -> None:
         """`groups`: None: each row by itself."""
+        self._looks_ahead = looks_ahead
         self._block_size, self._prompts_apart, self._groups = block_size, prompts_apart, groups or RowGroups()
         self._num_prompt_tokens = np.zeros(max_num_seqs, np.int32)
         self._blocks = np.zeros((max_num_seqs, max_blocks), np.int32)
@@ -221,6 +227,7 @@ class SequenceTable:
             positions = np.arange(rows, dtype=np.int32) + np.repeat(step.context - ends, step.new)
             _write_tiles(step.new, step.least_tiled, tile_rows, to.tiles)
         slots = self._blocks[row_seat, positions // size] * size + positions % size
+        next_slots = self._next_slots(step) if self._looks_ahead else np.zeros(0, np.int32)
         for array, values, padding in (
             (to.row_seat, row_seat, 0),
             (to.positions, positions, -1),
@@ -229,11 +236,19 @@ class SequenceTable:
             (to.context_lens, step.context, 0),
             (to.last_rows, ends - 1, 0),
             (to.block_tables, self._blocks[step.seats, : to.block_tables.shape[1]], 0),
+            (to.next_slots, next_slots, -1),
         ):
             array[: len(values)] = values
             if len(values) < len(array):
                 array[len(values) :] = padding
         to.query_start[0] = 0
+
+    def _next_slots(self, step: Columns) -> Ints:
+        """Of a sequence's last token a new one would begin a block that it does not have."""
+        block, offset = np.divmod(step.context, self._block_size)
+        last = self._blocks.shape[1] - 1
+        slots = self._blocks[step.seats, np.minimum(block, last)] * self._block_size + offset
+        return np.where((step.num_sampled > 0) & (block <= last), slots, -1)
 
     def write_rows(self, rows: Rows, to: StepInputs[Ints]) -> None:
         """The same for a step with drafts."""
@@ -257,6 +272,7 @@ class SequenceTable:
         to.draft_tokens[...] = rows.tokens + [0] * padding
         to.draft_places.view(np.int64)[:, 0] = rows.places + [0] * padding
         to.groups[...] = rows.groups + [(0, 0)] * padding
+        to.next_slots[...] = -1
         if padding:
             to.block_tables[num:] = 0
 
@@ -275,5 +291,5 @@ def write_idle(to: StepInputs[Ints]) -> None:
     zeros = (to.row_seat, to.query_start, to.context_lens, to.last_rows, to.block_tables)
     for array in (*zeros, to.draft_tokens, to.draft_places, to.groups):
         array[...] = 0
-    for array in (to.positions, to.slot_mapping, to.tiles):
+    for array in (to.positions, to.slot_mapping, to.tiles, to.next_slots):
         array[...] = -1

@@ -20,13 +20,16 @@ from gptq_api.kernels.planes import head_bytes, pack_bytes, pack_head
 from gptq_api.kernels.reference import ReferenceWeight
 from gptq_api.model.backend import KernelChoice, PackError, Role
 from gptq_api.model.config import LlamaConfig
+from gptq_api.model.eagle import EagleWeights
 from gptq_api.model.layers.linear import Linear, PlainLinear
 from gptq_api.model.weights import LlamaWeights
 from gptq_api.runner.cuda.cache import CudaKVCache
+from gptq_api.runner.cuda.eagle import CudaEagle
 from gptq_api.runner.cuda.forward import MAX_DRAFT_ROWS, CudaLlama, of_cublas
 from gptq_api.runner.cuda.graphs import GRAPH_BYTES
 from gptq_api.runner.cuda.linear import KERNELS, CudaDenseLinear, PackedGateUp, PackedGPTQLinear, PackedHead
 from gptq_api.runner.cuda.runner import CudaRunner, state_bytes
+from gptq_api.runner.features import Features
 from gptq_api.runner.inputs import StepInputs, StepShape, num_words, write_idle
 from gptq_api.runner.loaded import LoadedRunner
 from gptq_api.runner.memory import NOTHING_BESIDE, Beside, does_not_fit, free_memory, gpu_knob, plan_cache
@@ -196,10 +199,13 @@ class CudaBackend:
                 "depends on the batch; leave it out, or serve a checkpoint whose Linears all have 4 or 8 bits"
             )
         try:
-            model, taken, to_come = self._forward(weights, options, max_model_len)
+            model, taken, to_come = self._forward(weights, options, max_model_len, beside.features)
             memory = self.cache_memory(options, GRAPH_BYTES + to_come + beside.to_come)
             plan = plan_cache(options, config, self, max_model_len, memory, beside.token_bytes)
             cache = CudaKVCache(config, plan.num_blocks, options.block_size, kv_dtype, self.device)
+            if (features := beside.features) is not None:
+                size = features.shape(plan.num_blocks * options.block_size)
+                features.data = torch.zeros(size, dtype=self.dtype, device=self.device)
         except torch.cuda.OutOfMemoryError:
             raise does_not_fit(options, self) from None
         for note in plan.notes:
@@ -213,12 +219,38 @@ class CudaBackend:
         self, weights: LlamaWeights, options: LoadOptions, max_model_len: int
     ) -> tuple[Beside, Callable[[LoadedRunner], CudaRunner]]:
         """(what a draft model will take beside the served one's runner, how it becomes a runner when that is there)."""
-        config, kv_dtype = weights.config, self.cache_dtype(options.kv_cache_dtype)
         options = replace(options, batch_invariant=False)  # a guess is a guess
         try:
-            model, taken, to_come = self._forward(weights, options, max_model_len)
+            made = self._forward(weights, options, max_model_len)
         except torch.cuda.OutOfMemoryError:
             raise does_not_fit(options, self) from None
+        return self._beside(*made, options, max_model_len, None)
+
+    def head_runner(
+        self, head: EagleWeights, options: LoadOptions, max_model_len: int
+    ) -> tuple[Beside, Callable[[LoadedRunner], CudaRunner]]:
+        """The same for an EAGLE-3 head."""
+        options, features = replace(options, batch_invariant=False), Features(head, self.dtype, self.device)
+
+        def build(rows: int, sequences: int, length: int) -> CudaLlama:
+            return CudaEagle(head, rows, sequences, length, self.dtype, features)
+
+        try:
+            made = self._sized(build, head.llama.config, options, max_model_len)
+        except torch.cuda.OutOfMemoryError:
+            raise does_not_fit(options, self) from None
+        return self._beside(*made, options, max_model_len, features)
+
+    def _beside(
+        self,
+        model: CudaLlama,
+        taken: int,
+        to_come: int,
+        options: LoadOptions,
+        max_model_len: int,
+        features: Features | None,
+    ) -> tuple[Beside, Callable[[LoadedRunner], CudaRunner]]:
+        config, kv_dtype = model.config, self.cache_dtype(options.kv_cache_dtype)
 
         def made(served: LoadedRunner) -> CudaRunner:
             assert isinstance(served, CudaRunner)
@@ -231,19 +263,37 @@ class CudaBackend:
             runner.warm_up()
             return runner
 
-        return Beside(config.kv_elements_per_token * kv_dtype.itemsize, to_come + _DRAFT_GRAPH_BYTES), made
+        of_features = 0 if features is None else features.token_bytes
+        token_bytes = config.kv_elements_per_token * kv_dtype.itemsize + of_features
+        return Beside(token_bytes, to_come + _DRAFT_GRAPH_BYTES, features), made
 
     def _num_rows(self, options: LoadOptions) -> int:
         return options.max_num_batched_tokens or self.default_batched_tokens
 
-    def _forward(self, weights: LlamaWeights, options: LoadOptions, max_model_len: int) -> tuple[CudaLlama, int, int]:
-        """(the forward pass, bytes that it has taken on the device, bytes that its runner and its steps will take)."""
+    def _forward(
+        self, weights: LlamaWeights, options: LoadOptions, max_model_len: int, features: Features | None = None
+    ) -> tuple[CudaLlama, int, int]:
+        """As `_sized`."""
+
+        def build(rows: int, sequences: int, length: int) -> CudaLlama:
+            return CudaLlama(weights, rows, sequences, length, self.dtype, options.batch_invariant, features)
+
+        return self._sized(build, weights.config, options, max_model_len)
+
+    def _sized(
+        self,
+        build: Callable[[int, int, int], CudaLlama],
+        config: LlamaConfig,
+        options: LoadOptions,
+        max_model_len: int,
+    ) -> tuple[CudaLlama, int, int]:
+        """(the forward pass, bytes that it has taken on the device, bytes that its runner and its steps will take).
+        `build`: for steps of so many rows and sequences, and texts of such a length."""
         num_rows, num_seqs = self._num_rows(options), options.max_num_seqs
         kv_dtype, before = self.cache_dtype(options.kv_cache_dtype), torch.cuda.memory_allocated(self.device)
         sampled = max(num_seqs, MAX_DRAFT_ROWS)
-        sizes = (max(num_rows, sampled), sampled, max_model_len)
-        model = CudaLlama(weights, *sizes, self.dtype, options.batch_invariant)
-        transient = _largest_step(model, weights.config, options, num_rows, max_model_len, kv_dtype)
+        model = build(max(num_rows, sampled), sampled, max_model_len)
+        transient = _largest_step(model, config, options, num_rows, max_model_len, kv_dtype)
         state = state_bytes(num_seqs, num_rows, max_model_len, options.block_size)
         return model, torch.cuda.memory_allocated(self.device) - before, transient + state
 

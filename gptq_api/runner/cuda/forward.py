@@ -23,6 +23,7 @@ from gptq_api.model.layers.linear import Linear
 from gptq_api.model.layers.norm import RMSNorm
 from gptq_api.model.weights import LayerWeights, LlamaWeights
 from gptq_api.runner.cuda.linear import CudaDenseLinear, PackedGateUp, PackedGPTQLinear, PackedHead
+from gptq_api.runner.features import Features
 from gptq_api.runner.inputs import StepInputs
 
 SCATTER_MAX_ROWS = 8
@@ -73,7 +74,7 @@ class _Layer:
             assert isinstance(layer.o, PackedGPTQLinear)
             o_sorted = layer.o.in_order()
         return cls(
-            input_norm=_weight(layer.input_norm, dtype, of_producer(layer.qkv.order)),
+            input_norm=in_type(layer.input_norm, dtype, of_producer(layer.qkv.order)),
             input_order=of_producer(layer.qkv.order),
             qkv=layer.qkv,
             q_norm=None if norms is None else norms.q_weight.to(dtype).contiguous(),
@@ -82,7 +83,7 @@ class _Layer:
             o=layer.o,
             o_sorted=o_sorted,
             o_index=None if order is None else torch.argsort(order).to(torch.int32),
-            post_attention_norm=_weight(layer.post_attention_norm, dtype, of_producer(layer.gate_up.order)),
+            post_attention_norm=in_type(layer.post_attention_norm, dtype, of_producer(layer.gate_up.order)),
             gate_up_order=of_producer(layer.gate_up.order),
             gate_up=layer.gate_up,
             down=layer.down,
@@ -98,13 +99,14 @@ class _Layer:
         return replace(self, qkv=of(self.qkv), o=o, o_sorted=o_sorted, gate_up=of(self.gate_up), down=down)
 
 
-def _weight(norm: RMSNorm, dtype: torch.dtype, perm: Tensor | None = None) -> Tensor:
+def in_type(norm: RMSNorm, dtype: torch.dtype, perm: Tensor | None = None) -> Tensor:
+    """Its weight [H], in the order in which it is wanted."""
     weight = norm.weight.to(dtype)
     return weight if perm is None else weight[perm.long()]
 
 
 @dataclass(frozen=True)
-class _Context:
+class Context:
     """What each sequence of a step attends to."""
 
     block_tables: Tensor
@@ -116,7 +118,7 @@ class _Context:
     """of rows of one sequence that count as sequences; None: there are none"""
 
     @classmethod
-    def of(cls, inputs: StepInputs[Tensor], by_row: bool, drafted: bool) -> _Context:
+    def of(cls, inputs: StepInputs[Tensor], by_row: bool, drafted: bool) -> Context:
         """`by_row`: as if each row were a sequence, so that one kernel attends, in the order of a decode step. With
         `drafted` they are sequences already."""
         if not by_row:
@@ -133,6 +135,8 @@ class _Context:
 class CudaLlama:
     """A Llama on the device with buffers for steps of up to `max_rows` tokens and `max_sequences` sequences."""
 
+    ahead = 0
+
     def __init__(
         self,
         model: LlamaWeights,
@@ -141,15 +145,17 @@ class CudaLlama:
         max_model_len: int,
         dtype: torch.dtype,
         batch_invariant: bool = False,
+        features: Features | None = None,
     ) -> None:
         """`batch_invariant`: a row has the same bits in every step, unless `of_cublas` names something. Rows of prompts
-        and rows of answers each have kernels of their own then, and are in different steps."""
+        and rows of answers each have kernels of their own then, and are in different steps. `features`: to be written
+        for every token."""
         self.config, self.num_bytes, self.dtype = model.config, model.num_bytes, dtype
         self.batch_invariant, self._of_cublas = batch_invariant, of_cublas(model)
         self._embedding, self._lm_head, c = model.embedding, model.lm_head, model.config
         self._layers = [_Layer.of(layer, dtype) for layer in model.layers]
         self._prompt_layers = [layer.for_prompts() for layer in self._layers] if batch_invariant else []
-        self._norm = _weight(model.norm, dtype)
+        self._norm = in_type(model.norm, dtype)
         self._cos_sin = model.rotary.cos_sin(max_model_len)
         windows = (layer.window for layer in self._layers)
         self.row_groups = RowGroups.for_heads(c.num_attention_heads, c.num_key_value_heads, windows)
@@ -167,6 +173,12 @@ class CudaLlama:
         self._last = buffer(max_sequences, c.hidden_size)
         self._logits = buffer(max_sequences, c.vocab_size, torch.float32)
         self._workspace = decode_attention_workspace(c.num_attention_heads, c.num_key_value_heads, c.head_dim, device)
+        self._features, self._taps = features, dict[int, Tensor]()
+        if features is not None:
+            self._tapped = buffer(max_rows, len(features.taps) * c.hidden_size)
+            self._fused = buffer(max_rows, features.width)
+            self._places = buffer(max_rows, 1, torch.int64).flatten()
+            self._taps = dict(zip(features.taps, self._tapped.split(c.hidden_size, 1), strict=True))
 
     @property
     def max_draft_rows(self) -> int:
@@ -191,11 +203,13 @@ class CudaLlama:
         tiles; otherwise none is.
         """
         rows = inputs.positions.shape[0]
-        where = _Context.of(inputs, self.batch_invariant and not decode and not prompts, drafted)
+        where = Context.of(inputs, self.batch_invariant and not decode and not prompts, drafted)
         x, normed = self._x[:rows], self._normed[:rows]
         ops.embed(history, inputs.row_seat, inputs.positions, self._embedding, x)
         few = decode and rows <= SCATTER_MAX_ROWS
-        for layer, kv in zip(self._prompt_layers if prompts else self._layers, cache, strict=True):
+        for i, (layer, kv) in enumerate(zip(self._prompt_layers if prompts else self._layers, cache, strict=True)):
+            if i in self._taps:
+                self._taps[i][:rows].copy_(x)
             ops.rms_norm(x, layer.input_norm, self._eps, normed, layer.input_order)
             qkv = layer.qkv.forward(normed, self._qkv[:rows])
             index = layer.o_index if few else None
@@ -204,6 +218,8 @@ class CudaLlama:
             ops.rms_norm(x, layer.post_attention_norm, self._eps, normed, layer.gate_up_order)
             gated = layer.gate_up.forward(normed, self._gated[:rows], silu_mul=True)
             layer.down.forward(gated, x, residual=x)
+        if self._features is not None:
+            self._put_features(self._features, x, inputs.slot_mapping)
         if every_row:
             ops.rms_norm(x, self._norm, self._eps, normed)
             return self._head(normed, torch.empty(rows, self._logits.shape[1], device=x.device))
@@ -211,6 +227,13 @@ class CudaLlama:
             x = torch.index_select(x, 0, inputs.last_rows, out=self._last[: len(inputs.last_rows)])
         num = len(inputs.last_rows)
         return self._head(ops.rms_norm(x, self._norm, self._eps, self._normed[:num]), self._logits[:num])
+
+    def _put_features(self, features: Features, x: Tensor, slots: Tensor) -> None:
+        rows = len(x)
+        if len(self._layers) in self._taps:
+            self._taps[len(self._layers)][:rows].copy_(x)
+        places = torch.add(slots, 1, out=self._places[:rows])
+        features.put(self._tapped[:rows], places, self._fused[:rows])
 
     def logits(self, rows: Tensor) -> Tensor:
         """float32 [N, V] of any rows (int64 [N] on the device) of the last forward pass, in memory of their own."""
@@ -224,7 +247,7 @@ class CudaLlama:
         layer: _Layer,
         kv: Tensor,
         inputs: StepInputs[Tensor],
-        context: _Context,
+        context: Context,
         out_index: Tensor | None,
         *,
         decode: bool,

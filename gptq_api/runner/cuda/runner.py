@@ -94,7 +94,7 @@ class CudaRunner:
         """`drafts_for`: whom it guesses tokens for, on whose stream: what both use of the device is used in turn, and
         as many steps may be uncollected as a draft has tokens."""
         self._model, self._cache = model, cache
-        self.max_model_len = max_model_len
+        self.max_model_len, self.ahead = max_model_len, model.ahead
         self.vocab_size = model.config.vocab_size
         self.block_size = cache.block_size
         self.num_blocks, self.cache_bytes = cache.num_blocks, cache.num_bytes
@@ -125,7 +125,10 @@ class CudaRunner:
         self._stages = [Stage(num_words(largest), num_sampled) for _ in range(num_stages)]
         self._on_device: dict[StepShape, OnDevice] = {}
         self.prompts_apart = model.batch_invariant
-        self._table = SequenceTable(max_num_seqs, max_blocks, cache.block_size, self.prompts_apart, model.row_groups)
+        self._table = SequenceTable(
+            *(max_num_seqs, max_blocks, cache.block_size, self.prompts_apart, model.row_groups),
+            looks_ahead=self.ahead > 0,
+        )
         self._sampling = SamplingTable(max_num_seqs)
         limits = (max_num_seqs, max_num_batched_tokens, max_blocks, TILE_ROWS, self.max_draft_rows)
         self._buckets = Buckets(*limits)
@@ -274,7 +277,7 @@ class CudaRunner:
             staged = stage.views(shape, recurs)
             self._table.write(columns, TILE_ROWS, staged.inputs)
             seats = np.where(columns.num_sampled, columns.seats, -1).tolist()
-            lengths = columns.context.tolist()
+            lengths = (columns.context + self.ahead).tolist() if self.ahead else columns.context.tolist()
         num, padding = len(seats), shape.num_sequences - len(seats)
         seats, lengths = seats + [-1] * padding, lengths + [0] * padding
         needs = self._sampling.fill(staged.inputs.sampling, seats, lengths)
