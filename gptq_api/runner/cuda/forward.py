@@ -178,7 +178,8 @@ class CudaLlama:
             self._tapped = buffer(max_rows, len(features.taps) * c.hidden_size)
             self._fused = buffer(max_rows, features.width)
             self._places = buffer(max_rows, 1, torch.int64).flatten()
-            self._taps = dict(zip(features.taps, self._tapped.split(c.hidden_size, 1), strict=True))
+            for i, layer in enumerate(features.taps):
+                self._taps[layer] = self._tapped[:, i * c.hidden_size : (i + 1) * c.hidden_size]
 
     @property
     def max_draft_rows(self) -> int:
