@@ -203,6 +203,8 @@ class Settings(EngineSettings):
     cors_origin: list[str] = Field([], examples=[["https://example.com", "http://localhost:3000"]])
     """Origins whose web pages may use the server (https://example.com), separated by commas; * for all. None by
     default."""
+    web_page: bool = True
+    """A page to chat at /; --no-web-page leaves it out."""
     strict_params: bool = False
     """Answer 400 to unknown request fields instead of naming them in the x-unsupported-params header."""
     max_body_bytes: int | None = Field(None, ge=1024)

@@ -10,7 +10,7 @@ from starlette.exceptions import HTTPException
 from gptq_api import __version__
 from gptq_api.api.document.openapi import openapi_document
 from gptq_api.api.errors import on_exception, on_http_exception, on_validation_error
-from gptq_api.api.routes import chat, completions, docs, messages, models, ops, responses, tokens
+from gptq_api.api.routes import chat, completions, docs, messages, models, ops, responses, tokens, web
 from gptq_api.api.routes.guard import PublicRoute
 from gptq_api.config import Settings
 from gptq_api.edge.auth import Authenticator
@@ -18,6 +18,7 @@ from gptq_api.edge.auth import Authenticator
 ROUTERS = (
     ops.public,
     docs.public,
+    web.public,
     ops.router,
     ops.watching,
     models.router,
@@ -46,8 +47,9 @@ def build_app(settings: Settings, auth: Authenticator) -> FastAPI:
             Exception: on_exception,
         },
     )
-    routes = [route for router in ROUTERS for route in router.routes if isinstance(route, APIRoute)]
-    app.state.paths = [route.path.partition("{")[0] for route in routes]
+    routers = [router for router in ROUTERS if settings.web_page or router is not web.public]
+    routes = [route for router in routers for route in router.routes if isinstance(route, APIRoute)]
+    app.state.paths = [route.path.partition("{")[0] for route in routes if route.path != "/"]  # nobody means that one
     app.state.document = openapi_document(
         routes,
         {route.path for route in routes if isinstance(route, PublicRoute)},
@@ -57,6 +59,6 @@ def build_app(settings: Settings, auth: Authenticator) -> FastAPI:
         with_roles=settings.api_key_file is not None,
         any_model=settings.accept_any_model,
     )
-    for router in ROUTERS:
+    for router in routers:
         app.include_router(router)
     return app

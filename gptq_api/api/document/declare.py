@@ -47,7 +47,7 @@ def answers(
     *,
     stream: str | None = None,
     errors: Iterable[int] = (),
-    media_type: str = "application/json",
+    media_type: str | tuple[str, ...] = "application/json",
     also: Iterable[int] = (),
     done: bool = True,
     error: str = "Error",
@@ -57,7 +57,8 @@ def answers(
     come, but for 401, which every guarded route has where there are keys; `done`: whether a stream ends with `[DONE]`;
     `error`: the shape of errors."""
     assert name in SHAPES and (stream is None or stream in SHAPES)
-    content: dict[str, Any] = {media_type: {"schema": ref(name)}}
+    kinds = (media_type,) if isinstance(media_type, str) else media_type
+    content: dict[str, Any] = {kind: {"schema": ref(name)} for kind in kinds}
     if stream is not None:
         data = {"type": "string", "contentMediaType": "application/json", "contentSchema": ref(stream)}
         event = {"type": "object", "properties": {"data": data}, "required": ["data"]}

@@ -51,6 +51,24 @@ async def version() -> Response:
     return json_response({"version": __version__})
 
 
+@router.get("/server_info", **answers("ServerInfo"))
+async def server_info(service: ServiceDep) -> Response:
+    """What is served, and how."""
+    ready = service.engine.ready
+    answer = {
+        "version": __version__,
+        "model": service.model_name,
+        "description": ready.description,
+        "device": ready.device,
+        "dtype": ready.dtype,
+        "chat_template": service.template.source,
+        "max_model_len": service.max_tokens,
+        "max_num_seqs": ready.max_num_seqs,
+        "kv_cache_tokens": ready.num_blocks * ready.block_size,
+    }
+    return json_response(answer)
+
+
 @router.get("/openapi.json", **answers("OpenApi"))
 async def openapi(request: Request) -> Response:
     """What this server takes and answers, as OpenAPI 3.2."""
