@@ -72,9 +72,9 @@ def test_programs_get_two_lines_and_head_gets_none(server: Server) -> None:
     assert head.headers["content-length"] == str(len(server.http.get("/", headers=HTML).content))
     check_error(server.http.post("/", json={}), 405)
     document = server.http.get("/openapi.json").json()
-    for accept in (HTML, {"accept": "*/*"}):
-        check_documented(document, "/", server.http.get("/", headers=accept))
-        check_documented(document, "/", server.http.head("/", headers=accept))
+    for headers in (HTML, {"accept": "*/*"}):
+        check_documented(document, "/", server.http.get("/", headers=headers))
+        check_documented(document, "/", server.http.head("/", headers=headers))
     message = check_error(server.http.get("/nothing-like-it"), 404)["message"]
     assert "Did you mean" not in message
 

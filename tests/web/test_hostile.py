@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import json
 import time
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -38,25 +40,10 @@ MARKDOWN = [
     "# <script>window.hit=1</script>\n> <img src=x onerror=window.hit=1>\n\n1. <b>x</b>\n   - **<u>y</u>**",
     "{{constructor.constructor('window.hit=1')()}} ${window.hit=1} <%= 1 %> [[__proto__]]: https://evil.example",
 ]
-EVIL = "https://evil.example/"
 ALLOWED = {
-    "P",
-    "BR",
-    "STRONG",
-    "EM",
-    "DEL",
-    "CODE",
-    "PRE",
-    "DIV",
-    "SPAN",
-    "BUTTON",
-    "A",
-    "UL",
-    "OL",
-    "LI",
-    "HR",
-    "TABLE",
-} | {*("THEAD", "TBODY", "TR", "TH", "TD", "H3", "H4", "H5", "BLOCKQUOTE")}
+    *("p br strong em del code pre div span button a ul ol li hr h3 h4 h5".upper().split()),
+    *("blockquote table thead tbody tr th td".upper().split()),
+}
 LONG = {
     "emphasis": "*a **b _c " * 4000,
     "brackets": "[" * 40_000,
@@ -102,7 +89,7 @@ def test_whatever_a_model_says_is_text(chat: Chat, heat: bool) -> None:
         check_inert(chat, text)
 
 
-def test_titles_prompts_and_files_are_text_as_well(open_chat: Open, server: Server, tmp_path: object) -> None:
+def test_titles_prompts_and_files_are_text_as_well(open_chat: Open, server: Server) -> None:
     chat = open_chat(server).ready()
     for text in HTML[:4]:
         chat.tab.click("#new")
@@ -118,9 +105,7 @@ def test_titles_prompts_and_files_are_text_as_well(open_chat: Open, server: Serv
 
 
 @pytest.mark.parametrize("name", LONG)
-def test_no_text_takes_the_page_long(
-    open_chat: Open, server: Server, name: str, tmp_path_factory: pytest.TempPathFactory
-) -> None:
+def test_no_text_takes_the_page_long(open_chat: Open, server: Server, name: str, tmp_path: Path) -> None:
     """Tens of thousands of characters, far more than the demo's context holds, so they come as a file."""
     nodes = {
         "root": {"kids": ["a"], "pick": "a"},
@@ -128,7 +113,7 @@ def test_no_text_takes_the_page_long(
         "b": {"role": "assistant", "text": LONG[name], "kids": ["a", "b", "missing"], "pick": "b"},
     }
     told = {"format": "gptq-api conversations", "version": 1, "conversations": [{"title": name, "nodes": nodes}]}
-    file = tmp_path_factory.mktemp("long") / "talk.json"
+    file = tmp_path / "talk.json"
     file.write_text(json.dumps(told))
     chat = open_chat(server).ready()
     begun = time.monotonic()
@@ -139,10 +124,8 @@ def test_no_text_takes_the_page_long(
     check_inert(chat, name)
 
 
-def test_a_hostile_file_brings_no_property_and_no_code(
-    open_chat: Open, server: Server, tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    bad = {
+def test_a_hostile_file_brings_no_property_and_no_code(open_chat: Open, server: Server, tmp_path: Path) -> None:
+    bad: dict[str, Any] = {
         "role": "system",
         "text": 7,
         "kids": ["__proto__", "constructor", "b"],
@@ -150,13 +133,19 @@ def test_a_hostile_file_brings_no_property_and_no_code(
         "error": "<b>x</b>",
     }
     bad["tokens"] = [[0, 9, -1, [["<img src=x onerror=window.hit=1>", -1]]], "x"]
-    fine = {"role": "assistant", "text": "ab", "kids": [], "seed": "<i>", "finish": "<img src=x onerror=window.hit=1>"}
+    fine: dict[str, Any] = {
+        "role": "assistant",
+        "text": "ab",
+        "kids": [],
+        "seed": "<i>",
+        "finish": "<img src=x onerror=window.hit=1>",
+    }
     fine["tokens"] = [[0, 1, -2, [["<img src=x onerror=window.hit=1>", -3], [None, -1], [5, "x"]]], [1, 2, -0.1, []]]
     text = json.dumps(
         {"nodes": {"root": {"kids": ["a"], "pick": "a"}, "a": bad, "b": fine}, "settings": {"system": 5, "x": "y"}}
     )
     text = text.replace('"settings"', '"__proto__": {"polluted": true}, "settings"')
-    file = tmp_path_factory.mktemp("bad") / "talk.json"
+    file = tmp_path / "talk.json"
     file.write_text('{"format": "gptq-api conversations", "version": 1, "conversations": [' + text + "]}")
     chat = open_chat(server).ready()
     chat.tab.choose_file("#file", file)
