@@ -66,7 +66,19 @@ def check_inert(chat: Chat, shown: str) -> None:
     names = set(tab.js("[...document.querySelectorAll('.body *')].map((node) => node.tagName.toUpperCase())"))
     assert names <= ALLOWED, (names - ALLOWED, shown)
     attributes = set(tab.js("[...document.querySelectorAll('.body *')].flatMap((node) => node.getAttributeNames())"))
-    known = {"class", "role", "tabindex", "aria-label", "href", "title", "target", "rel", "type", "start"}
+    known = {
+        "class",
+        "role",
+        "tabindex",
+        "aria-label",
+        "aria-description",
+        "href",
+        "title",
+        "target",
+        "rel",
+        "type",
+        "start",
+    }
     assert attributes <= known, (attributes - known, shown)
     for link in tab.js("[...document.querySelectorAll('.body a')].map((node) => [node.href, node.rel, node.target])"):
         assert link[0].startswith(("http://", "https://")) and link[2] == "_blank", (link, shown)
