@@ -2,11 +2,12 @@
 often it is right. Plain decode of the same run beside each row.
 
     python benchmarks/draft_model.py --served llama-13b --draft llama-160m --out benchmarks/results
+    python benchmarks/draft_model.py --served llama-3-8b --draft eagle3 --out benchmarks/results
 
 Weights are random (gptq_api/bench/synthetic.py), so that no small model knows what the large one says. The draft model
 does all that it does in a server, and what it has guessed is exchanged afterwards for what is known to come, each token
 as often as the row says: the time is that of a draft model that is right so often. The text of every row is compared
-with that of plain decode.
+with that of plain decode. `eagle3` is an EAGLE-3 head of the served model's widths, with up to 32,000 tokens.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from typing import Any
 
 import torch
 
-from gptq_api.bench.synthetic import SHAPES, synthetic_checkpoint, write_folder
+from gptq_api.bench.synthetic import SHAPES, synthetic_checkpoint, write_eagle_head, write_folder
 from gptq_api.engine.core import Engine
 from gptq_api.runner.load import backend_of, make_runner, resolve_device
 from gptq_api.runner.loaded import LoadedRunner
@@ -110,7 +111,7 @@ def measure(runner: LoadedRunner, num: int, batches: Sequence[int]) -> list[dict
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--served", choices=sorted(SHAPES), default="llama-13b")
-    parser.add_argument("--draft", choices=sorted(SHAPES), default="llama-160m")
+    parser.add_argument("--draft", choices=[*sorted(SHAPES), "eagle3"], default="llama-160m")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--num-tokens", type=int, default=256)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 2, 4, 8])
@@ -119,7 +120,10 @@ def main() -> int:
     args = parser.parse_args()
     device = resolve_device(args.device)
     with tempfile.TemporaryDirectory() as scratch:
-        write_folder(args.draft, Path(scratch) / "draft")
+        if args.draft == "eagle3":
+            write_eagle_head(args.served, Path(scratch) / "draft")
+        else:
+            write_folder(args.draft, Path(scratch) / "draft")
         served = synthetic_checkpoint(args.served, Path(scratch) / "served", group_size=128)
         options = LoadOptions(
             model_path=str(served.folder),

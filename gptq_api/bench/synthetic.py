@@ -26,6 +26,7 @@ from gptq_api.checkpoint.module import ModuleShape
 from gptq_api.checkpoint.quant_config import QuantConfig
 from gptq_api.checkpoint.tensors import TensorStore
 from gptq_api.model.config import read_config
+from gptq_api.model.eagle import head_shapes, read_head
 from gptq_api.model.modules import all_modules
 from gptq_api.text.folder import checkpoint_folder
 
@@ -182,6 +183,26 @@ def synthetic_checkpoint(
     weights = WeightFiles(folder, (folder / "random",), "random weights")
     store = SyntheticStore(weights, specs, torch.device("cpu"), in_bytes=True)
     return Checkpoint(folder, store, QuantConfig(), modules, 1, ())
+
+
+def write_eagle_head(model: str, folder: Path, draft_vocab_size: int = 32000) -> None:
+    """An EAGLE-3 head for a model of that shape, as published ones are: its widths, an output head of so many tokens at
+    most, the served model's embedding."""
+    shape = SHAPES[model]
+    size, vocab_size = min(draft_vocab_size, shape["vocab_size"]), shape["vocab_size"]
+    config = {**shape, "architectures": ["LlamaForCausalLMEagle3"], "num_hidden_layers": 1, "draft_vocab_size": size}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama", "rms_norm_eps": 1e-5, **config}))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    generator = torch.Generator(device).manual_seed(1)
+    tensors = {"d2t": torch.arange(size) * vocab_size // size - torch.arange(size)}
+    for name, dims in head_shapes(read_head(folder, shape["num_hidden_layers"])).items():
+        if len(dims) == 1:
+            tensors[name] = torch.ones(dims, dtype=torch.float16)
+        else:
+            drawn = torch.randn(dims, generator=generator, device=device, dtype=torch.float16)
+            tensors[name] = drawn.mul_(dims[1] ** -0.5).cpu()
+    save_file(tensors, folder / "model.safetensors")
 
 
 def write_folder(

@@ -198,7 +198,7 @@ class Draft:
             raise ConfigError(
                 f"--draft-model {options.draft_model}: the CUDA kernels do not serve it ({reason}); use another one"
             )
-        return cls(options, draft, choose_backend(own, draft.checkpoint, draft.config, device))
+        return cls(options, draft, choose_backend(own, draft.checkpoint, draft.config, device, drafts=True))
 
     @property
     def token_bytes(self) -> int:
@@ -245,9 +245,10 @@ class Draft:
 
 
 def choose_backend(
-    options: LoadOptions, checkpoint: Checkpoint, config: LlamaConfig, device: torch.device
+    options: LoadOptions, checkpoint: Checkpoint, config: LlamaConfig, device: torch.device, *, drafts: bool = False
 ) -> RunnerBackend:
-    """For this model on this device. ConfigError for a type that it does not compute in."""
+    """For this model on this device. ConfigError for a type that it does not compute in. `drafts`: it is a draft
+    model, with whose bits nobody has an answer."""
     dtype = resolve_dtype(options.dtype, device, checkpoint)
     if device.type == "cpu":
         if options.lm_head_bits != 16:
@@ -261,6 +262,7 @@ def choose_backend(
             rounds=options.dtype == "auto",
             dequantizes=enough,
             packed_cache=options.packed_cache,
+            drafts=drafts,
         )
     reason = "it computes in float32" if dtype == torch.float32 else refusal(config, options.block_size)
     if reason is not None and options.batch_invariant:

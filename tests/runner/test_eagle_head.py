@@ -106,7 +106,7 @@ def test_a_head_computes_what_its_description_says(folder: Path, model: RandomMo
     step = Step([3], [0], [20], [0], [NewBlocks(3, 0, blocks)], [Admission(3, TEXT, len(TEXT), GREEDY)])
     drafter._runner.collect(drafter._runner.launch(step))
     found, _ = drafter._runner.logits(Step([3], [20], [16], [1], [], []))
-    torch.testing.assert_close(found[0, head.target_ids], logits, rtol=2e-3, atol=2e-3)
+    torch.testing.assert_close(found[0, head.target_ids], logits[0], rtol=2e-3, atol=2e-3)
     others = set(range(SERVED.vocab_size)) - set(head.target_ids.tolist())
     assert all(float(found[0, token]) == pytest.approx(NO_ROW) for token in others)
 

@@ -47,20 +47,17 @@ class RandomHead:
 
     def guesses(self, embedding: Tensor, tapped: Tensor, tokens: list[int], num: int) -> tuple[Tensor, list[int]]:
         """`embedding` float32 [V, H]; `tapped` float32 [len(tokens) - 1, taps * H]: of the served model, for all tokens
-        but the last. Returns (float32 logits [draft_vocab_size] of the token behind them, the likeliest `num`)."""
-        r, tensors = self.recipe, {name: tensor.float() for name, tensor in self.tensors.items()}
+        but the last. Returns (float32 logits [num, draft_vocab_size] behind them, the likeliest token of each)."""
+        tensors = {name: tensor.float() for name, tensor in self.tensors.items()}
         embedding = tensors.get("embed_tokens.weight", embedding)
         hidden = list(tapped @ tensors["fc.weight"].t())
-        text, found, first = list(tokens), list[int](), None
+        text, rows = list(tokens), list[Tensor]()
         for _ in range(num):
             out = self._layer(torch.stack(hidden), embedding[text[1:]], tensors)[-1]
-            logits = _norm(out, tensors["norm.weight"]) @ tensors["lm_head.weight"].t()
-            first = logits if first is None else first
-            found.append(int(self.target_ids[logits.argmax()]))
-            text.append(found[-1])
+            rows.append(_norm(out, tensors["norm.weight"]) @ tensors["lm_head.weight"].t())
+            text.append(int(self.target_ids[rows[-1].argmax()]))
             hidden.append(out)
-        assert first is not None and r.draft_vocab_size == len(first)
-        return first, found
+        return torch.stack(rows), text[len(tokens) :]
 
     def _layer(self, x: Tensor, embedded: Tensor, tensors: dict[str, Tensor]) -> Tensor:
         r = self.recipe
