@@ -57,10 +57,16 @@ def load(model: Path, draft: Path | None = None, **settings: Any) -> LoadedRunne
     return load_runner(LoadOptions(model_path=str(model), draft_model=None if draft is None else str(draft), **made))
 
 
-def tapped(model: RandomModel, tokens: list[int], layers: tuple[int, ...]) -> torch.Tensor:
-    """By transformers, float32 [len(tokens), taps * H]: the stream before these layers."""
+@pytest.fixture(scope="module")
+def reference(model: RandomModel) -> Any:
+    """transformers' layers."""
+    return model.reference().model
+
+
+def tapped(reference: Any, tokens: list[int], layers: tuple[int, ...]) -> torch.Tensor:
+    """float32 [len(tokens), taps * H]: the stream before these layers."""
     with torch.no_grad():
-        out = model.reference().model(torch.tensor([tokens]), output_hidden_states=True)
+        out = reference(torch.tensor([tokens]), output_hidden_states=True)
     return torch.cat([out.hidden_states[layer][0] for layer in layers], -1)
 
 
@@ -93,14 +99,16 @@ HEADS: dict[str, tuple[HeadRecipe, tuple[int, ...]]] = {
 
 @needs_taps
 @pytest.mark.parametrize("kind", HEADS)
-def test_a_head_computes_what_its_description_says(folder: Path, model: RandomModel, kind: str, tmp_path: Path) -> None:
+def test_a_head_computes_what_its_description_says(
+    folder: Path, model: RandomModel, reference: Any, kind: str, tmp_path: Path
+) -> None:
     """float32, in chunks on both sides; guesses behind guesses, and again when the served model has gone on."""
     recipe, layers = HEADS[kind]
     head = random_head(recipe)
     runner = load(folder, write_head(tmp_path / "head", head), dtype="float32")
     drafter: Any = runner.drafter
     blocks = computed(runner, TEXT[:-1], (20, 15, 1))
-    embedding, hidden = model.dense["model.embed_tokens.weight"], tapped(model, TEXT[:-1], layers)
+    embedding, hidden = model.dense["model.embed_tokens.weight"], tapped(reference, TEXT[:-1], layers)
     logits, guessed = head.guesses(embedding, hidden, TEXT, 5)
 
     step = Step([3], [0], [20], [0], [NewBlocks(3, 0, blocks)], [Admission(3, TEXT, len(TEXT), GREEDY)])
@@ -117,7 +125,7 @@ def test_a_head_computes_what_its_description_says(folder: Path, model: RandomMo
     solo.num_computed_tokens = len(TEXT) - 1
     runner.collect(runner.launch(step_of([solo], [2])))
     [again] = drafter.draft([DraftRequest(1, more, len(TEXT), GREEDY, blocks, len(TEXT), 2, 4)])
-    _, expected = head.guesses(embedding, tapped(model, more[:-1], layers), more, 4)
+    _, expected = head.guesses(embedding, tapped(reference, more[:-1], layers), more, 4)
     assert again == expected
 
 
@@ -136,11 +144,11 @@ def test_the_served_model_hands_over_the_stream_before_its_layers(
     slots = [blocks[i // 16] * 16 + i % 16 for i in range(len(TEXT))]
     with torch.no_grad():
         stream: list[torch.Tensor] = []
-        reference = model.reference().model
+        hooked = model.reference().model
         for i in (0, 4):
-            reference.layers[i].register_forward_pre_hook(lambda _, x: stream.append(x[0][0]))
-        reference.norm.register_forward_pre_hook(lambda _, x: stream.append(x[0][0]))
-        reference(torch.tensor([TEXT]))
+            hooked.layers[i].register_forward_pre_hook(lambda _, x: stream.append(x[0][0]))
+        hooked.norm.register_forward_pre_hook(lambda _, x: stream.append(x[0][0]))
+        hooked(torch.tensor([TEXT]))
         expected = torch.cat(stream, -1) @ head.tensors["fc.weight"].float().t()
     torch.testing.assert_close(store[1:][slots], expected, rtol=2e-3, atol=2e-3)
 
@@ -160,6 +168,49 @@ def test_no_bit_changes(folder: Path, how: str, tmp_path: Path, monkeypatch: pyt
     drafted, scheduler, _ = answers(load(folder, head, **settings), KINDS, **ways)
     assert drafted == plain
     assert scheduler.counters.draft_tokens > 0
+
+
+@needs_taps
+@pytest.mark.parametrize("how", ["plain", "preempted", "again"])
+def test_every_guess_in_an_engine_is_that_of_the_description(
+    folder: Path, model: RandomModel, reference: Any, how: str, tmp_path: Path
+) -> None:
+    """float32, greedy: behind prefixes, chunks, wrong guesses and preemption the head has read what it should."""
+    head, embedding, num_seen = random_head(HEAD), model.dense["model.embed_tokens.weight"], 0
+    runner = load(folder, write_head(tmp_path / "head", head), dtype="float32")
+    drafter: Any = runner.drafter
+    draft = drafter.draft
+
+    def checked(requests: list[DraftRequest]) -> list[list[int]]:
+        nonlocal num_seen
+        found: list[list[int]] = draft(requests)
+        for request, guessed in zip(requests, found, strict=True):
+            if request.num_drafts:
+                tokens = request.token_ids
+                rows, _ = head.guesses(embedding, tapped(reference, tokens[:-1], (2, 4, 5)), tokens, request.num_drafts)
+                for row, token in zip(rows, guessed, strict=True):
+                    (best, second), (chosen, _) = row.topk(2)
+                    if best - second < 0.02:
+                        break
+                    assert token == int(head.target_ids[chosen])
+                    num_seen += 1
+        return found
+
+    drafter.draft = checked
+    ways: dict[str, Any] = {"preempts": how == "preempted", "times": 2 if how == "again" else 1}
+    answers(runner, [{"temperature": 0.0}] * 4, **ways)
+    assert num_seen > 20
+
+
+@needs_taps
+def test_only_layers_that_there_are_can_be_tapped(folder: Path) -> None:
+    runner: Any = load(folder)
+    kernels = runner._model._model
+    with pytest.raises(ValueError, match="layer 9 is none of the 8"):
+        kernels.set_taps([2, 9])
+    kernels.set_taps([2, 8])
+    with pytest.raises(ValueError, match="nowhere to put"):
+        computed(runner, TEXT, (37,))
 
 
 @needs_taps
