@@ -21,6 +21,7 @@ from gptq_api.errors import ConfigError
 
 ENV_PREFIX = "GPTQ_API_"
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(:[0-9]{1,5})?")
+_ZMQ = re.compile(r"tcp://(\*|\[[0-9a-fA-F:.*]+\]|[A-Za-z0-9._-]+):[0-9]{1,5}|ipc://[^\s\0]+")
 _NAME = re.compile(r"(\*\.)?[a-z0-9_-]+(\.[a-z0-9_-]+)*|[0-9a-f:.]*:[0-9a-f:.]*")
 
 
@@ -226,6 +227,32 @@ class Settings(EngineSettings):
     Then the server leaves with exit status 70, by default at once."""
     drain_timeout_s: float = Field(30.0, ge=0)
     """Seconds running requests have to finish after SIGTERM or ^C."""
+    kv_events: str | None = Field(None, examples=["tcp://127.0.0.1:5557", "tcp://*:5557", "ipc:///run/kv-events"])
+    """ZeroMQ address on which the prefix cache's blocks are published as vLLM does, for routers: tcp://127.0.0.1:5557,
+    or tcp://*:5557 for other machines. That of another machine is connected to. Whoever may read there reads prompts,
+    as token ids. Needs the extra `events`."""
+    kv_events_replay: str | None = Field(None, examples=["tcp://127.0.0.1:5558"])
+    """ZeroMQ address at which readers of --kv-events ask for what they have missed."""
+    kv_events_topic: str | None = Field(None, min_length=1)
+    """What messages of --kv-events begin with; readers subscribe to it. llm-d's is kv@ADDRESS:PORT@MODEL."""
+
+    @field_validator("kv_events", "kv_events_replay")
+    @classmethod
+    def _zeromq_address(cls, value: str | None) -> str | None:
+        if value is not None and not _ZMQ.fullmatch(value):
+            raise ValueError("is an address such as tcp://127.0.0.1:5557, tcp://*:5557 or ipc:///run/kv-events")
+        return value
+
+    @model_validator(mode="after")
+    def _events_of_a_cache(self) -> Settings:
+        if self.kv_events is None:
+            if self.kv_events_replay is not None or self.kv_events_topic is not None:
+                raise ValueError("--kv-events-replay and --kv-events-topic go with --kv-events, which is not given")
+        elif not self.enable_prefix_caching:
+            raise ValueError("--kv-events tells of the prefix cache, which is off; leave one of them out")
+        elif self.kv_events == self.kv_events_replay:
+            raise ValueError("--kv-events and --kv-events-replay are two sockets; give each an address of its own")
+        return self
 
     @field_validator("api_key")
     @classmethod

@@ -175,6 +175,8 @@ class EngineStats(msgspec.Struct, frozen=True, array_like=True):
     """tokens that were drafted, in total"""
     num_accepted_tokens: int = 0
     """of these, tokens that the sequences got, in total"""
+    num_kv_events_dropped: int = 0
+    """batches of KV events that were not published, in total"""
 
 
 class StepOutput(msgspec.Struct, frozen=True, tag="step", kw_only=True):

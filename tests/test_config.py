@@ -196,7 +196,7 @@ def fits(field: FieldInfo, number: float) -> bool:
 
 GOES_WITH: dict[tuple[type[CommandSettings], str], set[str]] = {(ChatSettings, "api_key"): {"url"}} | {
     (QuantizeSettings, name): {"calibration"} for name in QuantizeSettings.model_fields
-}
+} | {(Settings, name): {"kv_events"} for name in ("kv_events_replay", "kv_events_topic")}
 """settings without which another one is refused"""
 
 
@@ -222,7 +222,7 @@ def test_every_setting_of_every_command_reads_the_same_from_all_sources(
     fields = kind.model_fields
     value = sample(fields[name])
     needed = {other for other in fields if fields[other].is_required()} | GOES_WITH.get((kind, name), set())
-    others = [item for other in sorted(needed - {name}) for item in (flag(other), "x")]
+    others = [item for other in sorted(needed - {name}) for item in (flag(other), (fields[other].examples or ["x"])[0])]
     read = {"flag": load_settings(kind, [*others, *as_flags(name, value)])}
     flag_name = flag(name)[2:]
     for spelling in {name, name.replace("_", "-"), flag_name}:

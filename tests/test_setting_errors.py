@@ -101,7 +101,8 @@ def test_a_value_that_cannot_be_is_told_in_our_words(
 ) -> None:
     field, file = kind.model_fields[name], tmp_path / "gptq.toml"
     needed = {other for other, of in kind.model_fields.items() if of.is_required()} | GOES_WITH.get((kind, name), set())
-    others = [item for other in sorted(needed - {name}) for item in (flag(other), "x")]
+    examples = {other: kind.model_fields[other].examples or ["x"] for other in needed}
+    others = [item for other in sorted(needed - {name}) for item in (flag(other), examples[other][0])]
 
     def refused(source: str, args: list[str], value: str) -> None:
         with pytest.raises(ConfigError) as refusal:

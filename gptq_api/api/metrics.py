@@ -181,6 +181,10 @@ class _EngineCollector(Collector):
                 stats.num_accepted_tokens,
             ),
             "gptq_api:engine_restarts": ("How often an engine that died was started again.", engine.num_restarts),
+            "gptq_api:kv_events_dropped": (
+                "Batches of KV events that were not published, because their thread was behind.",
+                stats.num_kv_events_dropped,
+            ),
             "gptq_api:log_lines_dropped": (
                 "Log lines that were not written, because nobody read them or the disk was full.",
                 num_dropped() + stats.num_log_lines_dropped,

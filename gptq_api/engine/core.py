@@ -45,11 +45,12 @@ class Engine(Generic[Launched]):
         trace: Trace | None = None,
         grammars: Grammars | None = None,
         post: Callable[[str, Compiled], None] | None = None,
+        num_events_dropped: Callable[[], int] = int,
     ) -> None:
         """`post`: takes a compiled grammar from another thread and has it passed to `compiled` by ours; without it,
-        `add` waits for what it compiles."""
+        `add` waits for what it compiles. `num_events_dropped`: of KV events, for the stats."""
         self.runner, self.scheduler, self._trace = runner, scheduler, trace
-        self._grammars, self._post = grammars, post
+        self._grammars, self._post, self._num_events_dropped = grammars, post, num_events_dropped
         self._in_flight: deque[_InFlight[Launched]] = deque()
         self._finished: dict[int, FinishReason] = {}  # to be told with the next output
         self._compiling: dict[str, list[Add]] = {}  # by grammar, who waits for it
@@ -237,6 +238,7 @@ class Engine(Generic[Launched]):
             num_drafts=scheduler.counters.drafts,
             num_draft_tokens=scheduler.counters.draft_tokens,
             num_accepted_tokens=scheduler.counters.accepted_tokens,
+            num_kv_events_dropped=self._num_events_dropped(),
         )
 
 

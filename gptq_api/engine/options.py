@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 import msgspec
 
+from gptq_api.engine.kv_events import KvEventsAt
 from gptq_api.runner.options import LoadOptions
 
 if TYPE_CHECKING:
@@ -23,14 +24,21 @@ class EngineOptions:
     enable_prefix_caching: bool
     speculate: Literal["off", "auto", "ngram"]
     trace: Path | None
+    kv_events: KvEventsAt | None = None
 
     @classmethod
     def of(cls, settings: EngineSettings) -> EngineOptions:
+        from gptq_api.config import Settings  # only here, in the API process
+
+        events = None
+        if isinstance(settings, Settings) and settings.kv_events is not None:
+            events = KvEventsAt(settings.kv_events, settings.kv_events_replay, settings.kv_events_topic)
         return cls(
             load=LoadOptions.of(settings),
             enable_prefix_caching=settings.enable_prefix_caching,
             speculate=settings.speculate,
             trace=settings.trace,
+            kv_events=events,
         )
 
     def encoded(self) -> bytes:

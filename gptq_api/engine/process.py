@@ -7,6 +7,7 @@ engine that cannot read it.
 
 from __future__ import annotations
 
+import atexit
 import gc
 import logging
 import os
@@ -80,6 +81,7 @@ def _serve(sock: socket.socket, inbox: Inbox, told: EngineOptions) -> int:
 
     from gptq_api.engine.core import Engine
     from gptq_api.engine.draft_vocabulary import check_vocabulary
+    from gptq_api.engine.kv_events import KvEvents, Publisher
     from gptq_api.engine.trace import Trace, TraceHead
     from gptq_api.grammar.matchers import Grammars
     from gptq_api.grammar.vocabulary import vocabulary
@@ -93,6 +95,7 @@ def _serve(sock: socket.socket, inbox: Inbox, told: EngineOptions) -> int:
     gc.freeze()
     options = told.load
     try:
+        publisher = None if told.kv_events is None else Publisher(told.kv_events)
         checkpoint = identify(options)
         check_vocabulary(options)
         runner = load_runner(options)
@@ -120,7 +123,11 @@ def _serve(sock: socket.socket, inbox: Inbox, told: EngineOptions) -> int:
         return vocabulary(tokenizer, vocab_size, tokenizer.end_ids(ends, vocab_size) or (0,))
 
     grammars = Grammars(load_vocabulary, vocab_size)
-    blocks = BlockManager(runner.num_blocks, runner.block_size)
+    kv_events = None
+    if publisher is not None:
+        kv_events = KvEvents(publisher.publish, runner.block_size, runner.device)
+        atexit.register(kv_events.end)  # called before what was registered before: the publisher is still there
+    blocks = BlockManager(runner.num_blocks, runner.block_size, kv_events)
     scheduler = Scheduler(
         blocks,
         options.max_num_seqs,
@@ -132,7 +139,14 @@ def _serve(sock: socket.socket, inbox: Inbox, told: EngineOptions) -> int:
         prompt_costs=runner.prompt_costs,
         prompts_apart=runner.prompts_apart,
     )
-    engine = Engine(runner, scheduler, trace, grammars, lambda *compiled: inbox.put(_Compiled(*compiled)))
+    engine = Engine(
+        runner,
+        scheduler,
+        trace,
+        grammars,
+        post=lambda *compiled: inbox.put(_Compiled(*compiled)),
+        num_events_dropped=lambda: 0 if publisher is None else publisher.num_dropped,
+    )
     gc.collect()
     gc.freeze()  # the weights never die: keep the collector off them
     gc.enable()
@@ -172,3 +186,5 @@ def _serve(sock: socket.socket, inbox: Inbox, told: EngineOptions) -> int:
         if output is not None:
             sock.sendall(wire.encode(output))  # one message per step, whatever the batch size
             unanswered = False
+        if kv_events is not None:
+            kv_events.flush()

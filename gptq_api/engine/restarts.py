@@ -57,4 +57,5 @@ def continued(before: EngineStats, now: EngineStats) -> EngineStats:
         num_drafts=before.num_drafts + now.num_drafts,
         num_draft_tokens=before.num_draft_tokens + now.num_draft_tokens,
         num_accepted_tokens=before.num_accepted_tokens + now.num_accepted_tokens,
+        num_kv_events_dropped=before.num_kv_events_dropped + now.num_kv_events_dropped,
     )

@@ -15,6 +15,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 from hashlib import blake2b
+from typing import Protocol
 
 
 def block_hash(parent: bytes, token_ids: Sequence[int]) -> bytes:
@@ -24,13 +25,26 @@ def block_hash(parent: bytes, token_ids: Sequence[int]) -> bytes:
     ).digest()
 
 
+class CacheListener(Protocol):
+    """Is told what can be found in the cache, as it changes; nobody waits for it."""
+
+    def stored(self, hashes: list[bytes], parent: bytes | None, token_ids: list[int]) -> None:
+        """These blocks can be found from now on: full ones, each behind the one before it, the first behind `parent`
+        (None: a prompt begins with it). `token_ids`: of all of them."""
+
+    def removed(self, content: bytes) -> None:
+        """The block with this hash can not be found any more."""
+
+
 class BlockManager:
     """Hands out fixed-size KV blocks; shares full ones between sequences with the same prefix."""
 
-    def __init__(self, num_blocks: int, block_size: int) -> None:
+    def __init__(self, num_blocks: int, block_size: int, listener: CacheListener | None = None) -> None:
+        """`listener`: is told here which blocks cannot be found any more, and by the scheduler, which knows the tokens,
+        which ones can."""
         if num_blocks < 1 or block_size < 1:
             raise ValueError(f"num_blocks {num_blocks} and block_size {block_size} have to be positive")
-        self.num_blocks, self.block_size = num_blocks, block_size
+        self.num_blocks, self.block_size, self.listener = num_blocks, block_size, listener
         self._blank = list(range(num_blocks - 1, -1, -1))
         self._cached: dict[int, None] = {}  # ordered: released longest ago first
         self._num_owners = [0] * num_blocks
@@ -86,11 +100,19 @@ class BlockManager:
             block_table.append(block_id)
         return len(block_table)
 
-    def register(self, block_id: int, content: bytes) -> None:
-        """`block_id`, held by somebody, is full of `content` (or will be when the step now being scheduled has run)."""
-        if content not in self._block_of and self._hash_of[block_id] is None:
-            self._block_of[content] = block_id
-            self._hash_of[block_id] = content
+    @property
+    def hashes(self) -> set[bytes]:
+        """Of all blocks that can be found."""
+        return set(self._block_of)
+
+    def register(self, block_id: int, content: bytes) -> bool:
+        """`block_id`, held by somebody, is full of `content` (or will be when the step now being scheduled has run).
+        False where that can be found already."""
+        if content in self._block_of or self._hash_of[block_id] is not None:
+            return False
+        self._block_of[content] = block_id
+        self._hash_of[block_id] = content
+        return True
 
     def discard(self, hashes: Sequence[bytes]) -> None:
         """Nobody may find this content again: it is not to be trusted. Whoever holds the blocks keeps them."""
@@ -107,3 +129,5 @@ class BlockManager:
         if content is not None:
             del self._block_of[content]
             self._hash_of[block_id] = None
+            if self.listener is not None:
+                self.listener.removed(content)

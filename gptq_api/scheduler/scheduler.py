@@ -24,7 +24,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
-from gptq_api.scheduler.blocks import BlockManager, block_hash
+from gptq_api.scheduler.blocks import BlockManager, CacheListener, block_hash
 from gptq_api.scheduler.sequence import Sequence
 from gptq_api.scheduler.shared_steps import SharedSteps
 from gptq_api.scheduler.shares import who_leaves_a_seat, who_leaves_blocks, who_loses_its_blocks
@@ -520,8 +520,20 @@ class Scheduler:
         first, last = num_known_before // size, known // size
         if last > first:
             self._hash_blocks(seq, last)
-            for i in range(first, last):
-                self.blocks.register(seq.block_table[i], seq.block_hashes[i])
+            new = [i for i in range(first, last) if self.blocks.register(seq.block_table[i], seq.block_hashes[i])]
+            if new and self.blocks.listener is not None:
+                self._tell_stored(self.blocks.listener, seq, new)
+
+    def _tell_stored(self, listener: CacheListener, seq: Sequence, new: list[int]) -> None:
+        """`new`: places of its blocks that can be found from now on; between them may be some that others brought."""
+        size, hashes = self.blocks.block_size, seq.block_hashes
+        begin = 0
+        for end in range(1, len(new) + 1):
+            if end == len(new) or new[end] != new[end - 1] + 1:
+                first, last = new[begin], new[end - 1] + 1
+                parent = hashes[first - 1] if first else None
+                listener.stored(hashes[first:last], parent, seq.token_ids[first * size : last * size])
+                begin = end
 
     def _hash_blocks(self, seq: Sequence, num_blocks: int) -> None:
         """Extend seq.block_hashes to its first `num_blocks` blocks."""
