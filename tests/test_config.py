@@ -194,9 +194,11 @@ def fits(field: FieldInfo, number: float) -> bool:
     return bool(number != field.default)
 
 
-GOES_WITH: dict[tuple[type[CommandSettings], str], set[str]] = {(ChatSettings, "api_key"): {"url"}} | {
-    (QuantizeSettings, name): {"calibration"} for name in QuantizeSettings.model_fields
-} | {(Settings, name): {"kv_events"} for name in ("kv_events_replay", "kv_events_topic")}
+GOES_WITH: dict[tuple[type[CommandSettings], str], set[str]] = (
+    {(ChatSettings, "api_key"): {"url"}}
+    | {(QuantizeSettings, name): {"calibration"} for name in QuantizeSettings.model_fields}
+    | {(Settings, name): {"kv_events"} for name in ("kv_events_replay", "kv_events_topic")}
+)
 """settings without which another one is refused"""
 
 

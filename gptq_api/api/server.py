@@ -5,6 +5,8 @@ loading ──ready──> serving ──signal──> draining ──all done�
    │ SIGTERM ──> 0    └──> 70              └ second signal: the same, at once ──> 128 + signal
    └ ^C ──> 130
 
+Between the signal and draining lies `drain_delay_s`: the server is not ready any more and refuses nothing yet.
+
 An engine that may be started again (`--restart-engine`) is no matter of these states: the server goes on serving, with
 503 for requests, until the engine is ready or given up.
 """
@@ -157,6 +159,8 @@ async def _serve(
     watching = asyncio.ensure_future(service.watch_keys())
     stopped, dead = asyncio.ensure_future(signals.first()), asyncio.ensure_future(service.engine.wait_dead())
     await asyncio.wait({stopped, dead}, return_when=asyncio.FIRST_COMPLETED)
+    if not dead.done():
+        await _leave(service, signals, dead)
     until = time.monotonic() + service.settings.drain_timeout_s
     if not dead.done():
         server.drain()
@@ -175,6 +179,18 @@ async def _serve(
     await _close(server, signals, until - time.monotonic() if status == exits.DONE else 0)
     log.info("stopped", exit_status=status)
     return status
+
+
+async def _leave(service: Service, signals: _Signals, dead: asyncio.Future[None]) -> None:
+    """Not ready any more, and everything else as before, until who routes requests here has seen it."""
+    service.leave()
+    seconds = service.settings.drain_delay_s
+    if not seconds or signals.last == signal.SIGINT:
+        return
+    log.info(f"leaving: not ready from now on, and requests are answered for {seconds:g} s more")
+    second = asyncio.ensure_future(signals.second())
+    await asyncio.wait({second, dead}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+    second.cancel()
 
 
 async def _drain(service: Service, server: Server, signals: _Signals, dead: asyncio.Future[None]) -> None:

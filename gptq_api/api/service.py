@@ -57,7 +57,10 @@ class Service:
     template: TemplateFacts
     model_name: str
     auth: Authenticator = field(default_factory=Authenticator)
+    leaving: bool = False
+    """whether it was told to stop: who asks whether it is ready is told no"""
     draining: bool = False
+    """whether nothing is admitted any more"""
     metrics: Metrics = field(init=False)
     fingerprint: str = field(init=False)
     """of all that decides which text a seed gives: this program, the checkpoint, device, types"""
@@ -106,6 +109,10 @@ class Service:
                 param="model",
                 code="model_not_found",
             )
+
+    def leave(self) -> None:
+        """Not ready from now on; requests are answered as before."""
+        self.leaving = True
 
     def drain(self) -> None:
         """Nothing new is admitted from now on."""

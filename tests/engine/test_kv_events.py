@@ -71,9 +71,7 @@ def test_a_reader_knows_what_is_cached(
             prompt += [rng.randint(1, 7) for _ in range(length - len(prompt))]
             salt = rng.choice([b"", b"", b"key"])
             bias = {1: 1.0} if rng.random() < 0.3 else {}
-            alive.append(
-                world.add(prompt, salt, max_tokens=rng.randint(1, max(1, capacity - length)), logit_bias=bias)
-            )
+            alive.append(world.add(prompt, salt, max_tokens=rng.randint(1, max(1, capacity - length)), logit_bias=bias))
         if alive and rng.random() < 0.05:
             gone = rng.choice(alive)
             if gone not in world.finished:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
 import threading
@@ -75,3 +76,39 @@ def test_a_reader_that_does_not_read_is_not_waited_for(reads: bool) -> None:
         else:
             assert time.monotonic() - started < 12
         raw.close()
+
+
+def test_a_server_that_leaves_is_not_ready_before_it_refuses_anything() -> None:
+    with Server("--drain-delay-s", "3", "--drain-timeout-s", "5") as server:
+        stream = RawStream(server, chat_body(ignore_eos=True, stream=True, max_tokens=900))
+        stream.head()
+        started = time.monotonic()
+        server.signal(signal.SIGTERM)
+        wait_for(lambda: server.http.get("/ready").status_code == 503, 2)
+        assert server.http.get("/ready").json() == {"status": "shutting down"}
+        assert server.http.get("/health").status_code == 200
+        assert server.chat(max_tokens=2).status_code == 200, "it is not draining yet"
+        assert time.monotonic() - started < 3
+        wait_for(lambda: "in flight have 5 s" in server.log(), 10)
+        assert list(stream.events())[-1] == b"data: [DONE]"
+        assert server.wait() == 0 and time.monotonic() - started >= 3
+        assert "leaving: not ready from now on" in server.log()
+
+
+def test_a_second_signal_does_not_wait_for_routers_and_neither_does_an_interrupt() -> None:
+    for signals, status in (((signal.SIGTERM, signal.SIGTERM), 143), ((signal.SIGINT,), 0)):
+        with Server("--drain-delay-s", "60") as server:
+            started = time.monotonic()
+            for number in signals:
+                server.signal(number)
+                wait_for(lambda: server.process.poll() is not None or "ready from now" in server.log(), 10)
+            assert server.wait() == status
+            assert time.monotonic() - started < 15
+
+
+def test_an_engine_that_dies_while_the_server_leaves() -> None:
+    with Server("--drain-delay-s", "60") as server:
+        server.signal(signal.SIGTERM)
+        wait_for(lambda: "ready from now" in server.log(), 10)
+        os.kill(server.engine_pid, signal.SIGKILL)
+        assert server.wait() == 70

@@ -30,8 +30,8 @@ async def health(service: ServiceDep) -> Response:
 
 @public.get("/ready", **answers("Probe", also=(503,)))
 async def ready(service: ServiceDep) -> Response:
-    """Readiness: 503 also while the server finishes its last requests."""
-    return _probe(service, "ready", "shutting down" if service.draining else _fault(service))
+    """Readiness: 503 also when the server was told to stop, before it refuses anything and while it finishes."""
+    return _probe(service, "ready", "shutting down" if service.leaving or service.draining else _fault(service))
 
 
 def _fault(service: Service) -> str | None:
