@@ -19,6 +19,7 @@ from gptq_api.cli import bench
 from gptq_api.config import BenchSettings
 from gptq_api.errors import ConfigError
 from gptq_api.kernels.reference import dequantize
+from gptq_api.model.eagle import read_head
 from gptq_api.runner.load import load_runner, make_runner
 from gptq_api.runner.memory import host_memory
 from gptq_api.runner.options import LoadOptions
@@ -26,6 +27,7 @@ from gptq_api.runner.solo import Solo, step_of
 from gptq_api.settings_source import load_settings
 from gptq_api.text.tokenizer import load_tokenizer
 from gptq_api.types import SamplingParams
+from tests.support.eagle_heads import needs_taps
 
 TINY = {
     "hidden_size": 256,
@@ -61,6 +63,20 @@ def test_a_written_folder_is_the_checkpoint_in_memory(group_size: int, act_order
     assert found.num_sym == 21 and found.group_sizes == {group_size: 21} and found.num_act_order == 21 * act_order
     settings = LoadOptions(model_path=str(tmp_path / "files"), device="cpu", dtype="float32", num_threads=1)
     assert load_runner(settings).vocab_size == 2100
+
+
+@needs_taps
+def test_an_eagle_head_is_one_for_the_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(synthetic.SHAPES, "tiny", {**TINY, "num_hidden_layers": 8})
+    served, folder = synthetic.synthetic_checkpoint("tiny", tmp_path / "served"), tmp_path / "head"
+    synthetic.write_eagle_head("tiny", folder, draft_vocab_size=300)
+    options = LoadOptions(draft_model=str(folder), device="cpu", num_threads=1, num_blocks=8, packed_cache="off")
+    runner = make_runner(options, served, torch.device("cpu"))
+    assert runner.drafter is not None and runner.drafter.ahead == 1
+    assert "EAGLE-3 head for 300 tokens, reads the stream before layers 2, 4, 5" in runner.description
+    head = read_head(folder, 8)
+    targets = torch.arange(300) + open_dense(folder).store.read("d2t")
+    assert head.draft_vocab_size == 300 and int(targets[-1]) < 2100 and len(set(targets.tolist())) == 300
 
 
 def test_linears_with_the_same_input_share_their_order(tmp_path: Path) -> None:

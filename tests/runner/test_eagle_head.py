@@ -23,16 +23,13 @@ from gptq_api.step import Admission, DraftRequest, NewBlocks, Step
 from gptq_api.types import SamplingParams
 from tests.support.checkpoints import RandomModel, Recipe, random_model, write_checkpoint
 from tests.support.draft_models import KINDS, NUM_BLOCKS, answers
-from tests.support.eagle_heads import HeadRecipe, RandomHead, random_head, write_head
+from tests.support.eagle_heads import HeadRecipe, RandomHead, needs_taps, random_head, write_head
 
 SERVED = Recipe(num_layers=8, max_position_embeddings=256)
 HEAD = HeadRecipe(SERVED)
 KEY = "eagle_aux_hidden_state_layer_ids"
 GREEDY = SamplingParams(max_tokens=100, temperature=0)
 TEXT = [(7 * i + 3) % 96 for i in range(37)]
-needs_taps = pytest.mark.skipif(
-    native.is_available() and not hasattr(native.module().Model, "set_taps"), reason="_cpu is of an older build"
-)
 
 
 @pytest.fixture(scope="module")

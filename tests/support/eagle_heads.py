@@ -7,11 +7,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from gptq_api.runner.cpu import native
 from tests.support.checkpoints import Recipe
+
+needs_taps = pytest.mark.skipif(
+    native.is_available() and not hasattr(native.module().Model, "set_taps"), reason="_cpu is of an older build"
+)
 
 
 @dataclass(frozen=True)

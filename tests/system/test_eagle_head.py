@@ -12,14 +12,11 @@ from typing import Any
 
 import pytest
 
-from gptq_api.runner.cpu import native
 from tests.support.checkpoints import Recipe
-from tests.support.eagle_heads import HeadRecipe, random_head, write_head
+from tests.support.eagle_heads import HeadRecipe, needs_taps, random_head, write_head
 from tests.support.server import Server
 
-pytestmark = pytest.mark.skipif(
-    native.is_available() and not hasattr(native.module().Model, "set_taps"), reason="_cpu is of an older build"
-)
+pytestmark = needs_taps
 DEMO = Recipe(vocab_size=2048, hidden_size=384, num_layers=8, max_position_embeddings=1024)
 HEAD = HeadRecipe(DEMO, draft_vocab_size=512, num_heads=6, num_kv_heads=2, head_dim=64, intermediate_size=512)
 CHAT = [{"role": "user", "content": "What is a prime number?"}]

@@ -109,7 +109,7 @@ def guesses_match(found: list[int], head: RandomHead, logits: torch.Tensor) -> i
     """How many were looked at, up to a near tie."""
     for i, row in enumerate(logits):
         (best, second), (chosen, _) = row.topk(2)
-        if float(best - second) < 0.06 * float(row.abs().max()):
+        if float(best - second) < 0.03 * float(row.abs().max()):
             return i
         assert found[i] == int(head.target_ids[chosen]), i
     return len(logits)
@@ -145,7 +145,7 @@ def test_a_head_computes_what_its_description_says(folder: Path, model: RandomMo
         logits, _ = head.guesses(embedding, hidden_of(model, more[:-1]), more, 3)
         [second] = drafter.draft([DraftRequest(key, more, 60, GREEDY, blocks, 60, 2, 3)])
         num_looked_at += guesses_match(second, head, logits)
-    assert num_looked_at > 12
+    assert num_looked_at > 6
 
 
 def test_heads_that_the_kernels_do_not_take_are_refused(folder: Path, tmp_path: Path) -> None:
