@@ -65,7 +65,7 @@ class Server:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
         connection.request("GET", "/metrics", headers={"authorization": "Bearer second"})
         lines = connection.getresponse().read().decode().splitlines()
-        return int(float(next(line for line in lines if line.startswith("vllm:num_requests_waiting")).split()[-1]))
+        return int(float(next(line for line in lines if line.startswith("vllm:num_requests_waiting{")).split()[-1]))
 
     def close(self) -> None:
         for connection in self.held:

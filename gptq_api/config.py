@@ -230,6 +230,9 @@ class Settings(EngineSettings):
     drain_delay_s: float = Field(0.0, ge=0, le=3600)
     """Seconds after SIGTERM in which /ready says 503 and requests are answered as before, so that routers that ask it
     have turned away before any is refused. --drain-timeout-s begins behind them; ^C does not wait."""
+    otel_traces: bool = False
+    """Send a trace of each request by OTLP over HTTP, to where the standard OTEL_* variables say. Needs the extra
+    `otel`."""
     kv_events: str | None = Field(None, examples=["tcp://127.0.0.1:5557", "tcp://*:5557", "ipc:///run/kv-events"])
     """ZeroMQ address on which the prefix cache's blocks are published as vLLM does, for routers: tcp://127.0.0.1:5557,
     or tcp://*:5557 for other machines. That of another machine is connected to. Whoever may read there reads prompts,

@@ -175,6 +175,8 @@ class EngineStats(msgspec.Struct, frozen=True, array_like=True):
     """tokens that were drafted, in total"""
     num_accepted_tokens: int = 0
     """of these, tokens that the sequences got, in total"""
+    num_deferred: int = 0
+    """of those that wait: for their grammar, and not for a place"""
     num_kv_events_dropped: int = 0
     """batches of KV events that were not published, in total"""
 
@@ -199,6 +201,10 @@ class StepOutput(msgspec.Struct, frozen=True, tag="step", kw_only=True):
     prompt_logprobs: dict[int, PromptLogprobs] = {}
     """by sequence id, where they were asked for: those that this step computed. All of a prompt come before the first
     token, or with it."""
+    admitted: dict[int, float] = {}
+    """sequence id -> when the step was launched that computes its first tokens, time.monotonic(), which all processes
+    of a machine share: of those that got a seat since the output before this one. One that was preempted gets another.
+    """
     drafted: dict[int, tuple[int, int]] = {}
     """sequence id -> (accepted, rejected) of all tokens that were drafted for it by now: of those that had any in this
     step. A reader may leave before a sequence has finished."""

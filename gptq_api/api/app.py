@@ -12,6 +12,7 @@ from gptq_api.api.document.openapi import openapi_document
 from gptq_api.api.errors import on_exception, on_http_exception, on_validation_error
 from gptq_api.api.routes import chat, completions, docs, messages, models, ops, responses, tokens, web
 from gptq_api.api.routes.guard import PublicRoute
+from gptq_api.api.traces import NO_TELEMETRY, Traces
 from gptq_api.config import Settings
 from gptq_api.edge.auth import Authenticator
 
@@ -30,7 +31,7 @@ ROUTERS = (
 )
 
 
-def build_app(settings: Settings, auth: Authenticator) -> FastAPI:
+def build_app(settings: Settings, auth: Authenticator, traces: Traces | None = None) -> FastAPI:
     """Routes and handlers; they answer once `state.service` is set. The framework's own pages are left out (they load
     scripts from elsewhere)."""
     app = FastAPI(
@@ -40,7 +41,7 @@ def build_app(settings: Settings, auth: Authenticator) -> FastAPI:
         redoc_url=None,
         openapi_url=None,
         redirect_slashes=False,
-        telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},
+        telemetry=NO_TELEMETRY if traces is None else traces.of_requests(),
         exception_handlers={
             HTTPException: on_http_exception,
             RequestValidationError: on_validation_error,

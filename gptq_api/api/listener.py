@@ -12,6 +12,7 @@ from starlette.types import ASGIApp
 from gptq_api.api.app import build_app
 from gptq_api.api.errors import error_body
 from gptq_api.api.service import Service
+from gptq_api.api.traces import Traces
 from gptq_api.config import Settings
 from gptq_api.edge.accept import AT_ONCE, max_connections
 from gptq_api.edge.auth import Authenticator
@@ -30,9 +31,9 @@ BACKLOG = 2048
 class Server(uvicorn.Server):
     """uvicorn's accept and connection handling, without its signals, its polling loop and its shutdown."""
 
-    def __init__(self, settings: Settings, auth: Authenticator) -> None:
+    def __init__(self, settings: Settings, auth: Authenticator, traces: Traces | None = None) -> None:
         self.host = settings.host
-        self._app = build_app(settings, auth)
+        self._app = build_app(settings, auth, traces)
         app: ASGIApp = self._app
         if settings.cors_origin:
             app = CorsMiddleware(app, settings.cors_origin, error_body)

@@ -28,7 +28,27 @@ _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 
 _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000)
 _REASONS = ("stop", "length", "error", "too_complex")
 _REJECTIONS = ("server_full", "share_full", "rate_limit", "unavailable")
+_PLACES = ("queue", "prefill", "decode")
 _CAUSES = ("disconnect", "slow_reader", "shutdown", "engine_dead", "engine_stalled", "deadline")
+
+
+@dataclass(frozen=True, slots=True)
+class Phases:
+    """When a request was how far, time.monotonic(); None: it never was."""
+
+    submitted: float
+    """to the engine"""
+    admitted: float | None
+    """when the first step of any of its choices began"""
+    first_token: float | None
+    last_token: float | None
+
+    @property
+    def last(self) -> str:
+        """How far it came: queue, prefill or decode."""
+        if self.admitted is None:
+            return "queue"
+        return "prefill" if self.first_token is None else "decode"
 
 
 class Metrics:
@@ -58,6 +78,9 @@ class Metrics:
         self.success = counter("vllm:request_success", "Finished sequences.", "finished_reason", _REASONS)
         self.rejected = counter("vllm:admission_rejections", "Requests that were not admitted.", "reason", _REJECTIONS)
         self.cancelled = counter("gptq_api:requests_cancelled", "Requests ended from outside.", "cause", _CAUSES)
+        self.cancelled_in = counter(
+            "gptq_api:requests_cancelled_in", "Those, by how far the first of their choices was.", "where", _PLACES
+        )
         self.iteration_tokens = histogram("iteration_tokens_total", "Tokens computed per engine step.", _TOKENS)
         self.request_prompt_tokens = histogram("request_prompt_tokens", "Prompt tokens per request.", _TOKENS)
         self.request_generation_tokens = histogram(
@@ -65,6 +88,9 @@ class Metrics:
         )
         self.request_n = histogram("request_params_n", "The n of requests.", (1, 2, 5, 10, 20, 50, 128))
         self.request_max_tokens = histogram("request_params_max_tokens", "The max_tokens of requests.", _TOKENS)
+        self.request_most_generated = histogram(
+            "request_max_num_generation_tokens", "Tokens of the longest of a request's choices.", _TOKENS
+        )
         self.ttft = histogram("time_to_first_token_seconds", "Request received to first token.", _SECONDS)
         self.inter_token = ManyValues(
             "vllm:inter_token_latency_seconds", "Between two tokens of a sequence.", model_name, _SECONDS
@@ -74,6 +100,19 @@ class Metrics:
             "request_time_per_output_token_seconds", "Mean time per token after the first, per sequence.", _SECONDS
         )
         self.e2e = histogram("e2e_request_latency_seconds", "Request received to answer complete.", _SECONDS)
+        self.queue_s = histogram("request_queue_time_seconds", "From the engine's queue to the first step.", _SECONDS)
+        self.prefill_s = histogram("request_prefill_time_seconds", "First step to first token.", _SECONDS)
+        self.decode_s = histogram("request_decode_time_seconds", "First token to last token.", _SECONDS)
+        self.inference_s = histogram("request_inference_time_seconds", "First step to last token.", _SECONDS)
+
+    def on_phases(self, phases: Phases) -> None:
+        """Of a request that was answered."""
+        if phases.admitted is None or phases.first_token is None or phases.last_token is None:
+            return
+        self.queue_s.observe(phases.admitted - phases.submitted)
+        self.prefill_s.observe(phases.first_token - phases.admitted)
+        self.decode_s.observe(phases.last_token - phases.first_token)
+        self.inference_s.observe(phases.last_token - phases.admitted)
 
     def on_step(self, step: StepOutput) -> None:
         if step.stats.num_batched_tokens:  # otherwise the engine comes to rest
@@ -170,6 +209,15 @@ class _EngineCollector(Collector):
             gauge = GaugeMetricFamily(f"vllm:{name}", text, labels=["model_name"])
             gauge.add_metric([self._model_name], value)
             yield gauge
+        reasons = GaugeMetricFamily(
+            "vllm:num_requests_waiting_by_reason",
+            "Sequences waiting: for a place (capacity), for their grammar (deferred).",
+            labels=["model_name", "reason"],
+        )
+        num_deferred = min(stats.num_deferred, load.num_waiting)
+        reasons.add_metric([self._model_name, "capacity"], load.num_waiting - num_deferred)
+        reasons.add_metric([self._model_name, "deferred"], num_deferred)
+        yield reasons
         counters = {
             "vllm:num_preemptions": ("Sequences thrown out of the KV cache and computed again.", stats.num_preemptions),
             "vllm:prefix_cache_queries": ("Prompt tokens looked up in the prefix cache.", stats.num_prefix_queries),
@@ -181,6 +229,10 @@ class _EngineCollector(Collector):
                 stats.num_accepted_tokens,
             ),
             "gptq_api:engine_restarts": ("How often an engine that died was started again.", engine.num_restarts),
+            "gptq_api:tokens_wasted": (
+                "Tokens that were generated when the client had left or a stop string had ended the answer.",
+                engine.num_wasted_tokens,
+            ),
             "gptq_api:kv_events_dropped": (
                 "Batches of KV events that were not published, because their thread was behind.",
                 stats.num_kv_events_dropped,

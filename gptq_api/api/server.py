@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING
 import structlog
 
 from gptq_api import __version__, exits
+from gptq_api.api.traces import Traces
 from gptq_api.config import Settings
 from gptq_api.edge.auth import Authenticator
 from gptq_api.edge.keys import KeyFile
@@ -46,6 +47,8 @@ CLOSE_S = 0.3
 """How long connections have to close when we are in a hurry"""
 FAREWELL_S = 1.0
 """How long clients have to read their error event, and probes to see a 503, before the process goes"""
+TRACES_S = 2.0
+"""How long traces may take to be sent at the end"""
 EXIT_S, STOP_S = 10.0, 0.5
 """How long the engine has to leave, and when we are in a hurry"""
 
@@ -54,7 +57,13 @@ def run(settings: Settings) -> int:
     """Serve until told to stop. Returns one of `exits`. Raises UserError where it cannot start."""
     sys.setswitchinterval(SWITCH_S)
     _allow_connections()
-    return asyncio.run(_run(settings, _authenticator(settings)))
+    auth = _authenticator(settings)
+    traces = Traces() if settings.otel_traces else None
+    try:
+        return asyncio.run(_run(settings, auth, traces))
+    finally:
+        if traces is not None:
+            traces.close(TRACES_S)
 
 
 def _allow_connections() -> None:
@@ -75,12 +84,12 @@ def _authenticator(settings: Settings) -> Authenticator:
     return auth
 
 
-async def _run(settings: Settings, auth: Authenticator) -> int:
+async def _run(settings: Settings, auth: Authenticator, traces: Traces | None) -> int:
     started = time.monotonic()
     signals = _Signals()
     sockets = bind(settings.host, settings.port)  # taken now, so that a port in use is no surprise after the loading
     engine = EngineClient(settings, settings.restart_engine, kill_stalled=settings.on_engine_stall == "kill")
-    loading = asyncio.ensure_future(_load(settings, engine, auth))
+    loading = asyncio.ensure_future(_load(settings, engine, auth, traces))
     stopped = asyncio.ensure_future(signals.first())
     await asyncio.wait({loading, stopped}, return_when=asyncio.FIRST_COMPLETED)
     if not loading.done():
@@ -111,7 +120,9 @@ async def _stop_loading(loading: asyncio.Future[tuple[Service, Server]], signals
     return status
 
 
-async def _load(settings: Settings, engine: EngineClient, auth: Authenticator) -> tuple[Service, Server]:
+async def _load(
+    settings: Settings, engine: EngineClient, auth: Authenticator, traces: Traces | None
+) -> tuple[Service, Server]:
     """The weights and the tokenizer, in processes of their own, and what answers here, at the same time."""
     folder = checkpoint_folder(settings.model_path)
     name = settings.served_model_name or ("demo" if settings.model_path == "demo" else folder.resolve().name)
@@ -119,7 +130,7 @@ async def _load(settings: Settings, engine: EngineClient, auth: Authenticator) -
 
     text = TextProcess(folder, template=settings.chat_template, model_name=name)
     starting = asyncio.ensure_future(engine.start())
-    preparing = asyncio.ensure_future(asyncio.to_thread(_prepared, settings, auth))
+    preparing = asyncio.ensure_future(asyncio.to_thread(_prepared, settings, auth, traces))
     try:
         await asyncio.sleep(0)  # the engine takes longest: its process comes first
         tokens, template = await text.start()
@@ -135,13 +146,13 @@ async def _load(settings: Settings, engine: EngineClient, auth: Authenticator) -
         raise
     from gptq_api.api.service import Service
 
-    return Service(settings, engine, text, tokens, template, name, auth), server
+    return Service(settings, engine, text, tokens, template, name, auth, traces), server
 
 
-def _prepared(settings: Settings, auth: Authenticator) -> Server:
+def _prepared(settings: Settings, auth: Authenticator, traces: Traces | None) -> Server:
     from gptq_api.api.listener import Server
 
-    server = Server(settings, auth)
+    server = Server(settings, auth, traces)
     gc.collect()
     gc.freeze()  # so that collecting at the end, when somebody waits, is short
     return server

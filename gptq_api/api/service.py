@@ -18,6 +18,7 @@ from gptq_api.api.errors import ApiError, body_stalled, rate_limited, server_ful
 from gptq_api.api.gate import Gate
 from gptq_api.api.metrics import Metrics
 from gptq_api.api.speed import SpeedLine
+from gptq_api.api.traces import Traces
 from gptq_api.config import Settings
 from gptq_api.edge.auth import Authenticator
 from gptq_api.edge.in_flight import Bodies
@@ -57,6 +58,7 @@ class Service:
     template: TemplateFacts
     model_name: str
     auth: Authenticator = field(default_factory=Authenticator)
+    traces: Traces | None = None
     leaving: bool = False
     """whether it was told to stop: who asks whether it is ready is told no"""
     draining: bool = False

@@ -71,6 +71,8 @@ class EngineClient:
         self.on_step: Callable[[StepOutput], None] | None = None
         """called with every step's output, for metrics"""
         self.num_restarts = 0
+        self.num_wasted_tokens = 0
+        """that were generated for nobody: the client had left, or a stop string had ended the answer"""
         self.why_dead = ""
         """a sentence without its period, once `wait_dead` returns"""
         self._life: EngineLife | None = None
@@ -292,6 +294,9 @@ class EngineClient:
         for sequence_id, num_cached in step.cached_tokens.items():
             if generation := generations.get(sequence_id):
                 generation.num_cached_tokens[sequence_id - generation.first_id] = num_cached
+        for sequence_id, at in step.admitted.items():
+            if generation := generations.get(sequence_id):
+                generation.admit(sequence_id, at)
         for sequence_id, drafted in step.drafted.items():
             if generation := generations.get(sequence_id):
                 generation.drafted[sequence_id - generation.first_id] = drafted
@@ -306,6 +311,8 @@ class EngineClient:
         ):
             if generation := generations.get(sequence_id):  # it may have left already
                 generation.put(sequence_id, token, step.logprobs.get(i))
+            else:
+                self.num_wasted_tokens += 1
         for sequence_id, reason in step.finished.items():
             if generation := generations.get(sequence_id):
                 generation.finish(sequence_id, reason)

@@ -53,6 +53,7 @@ class Engine(Generic[Launched]):
         self._grammars, self._post, self._num_events_dropped = grammars, post, num_events_dropped
         self._in_flight: deque[_InFlight[Launched]] = deque()
         self._finished: dict[int, FinishReason] = {}  # to be told with the next output
+        self._admitted: dict[int, float] = {}  # as well
         self._compiling: dict[str, list[Add]] = {}  # by grammar, who waits for it
         self._aborted: set[int] = set()  # of those
 
@@ -164,9 +165,12 @@ class Engine(Generic[Launched]):
         """Whether there was anything to launch."""
         while (step := self.scheduler.schedule()).seats:
             try:
-                began = time.perf_counter()
+                began, now = time.perf_counter(), time.monotonic()
                 launched = self.runner.launch(step)
                 ended = time.perf_counter()
+                if step.admitted:
+                    newcomers = self.scheduler.running[-len(step.admitted) :]
+                    self._admitted |= {seq.sequence_id: now for seq in newcomers}
                 constrained = [] if self._grammars is None else self._grammars.of(step)
                 self._in_flight.append(_InFlight(step, launched, began, ended, constrained, drawn=not constrained))
                 return True
@@ -209,6 +213,7 @@ class Engine(Generic[Launched]):
 
     def _output(self, num_batched_tokens: int, progress: Progress, logprobs: dict[int, TokenLogprobs]) -> StepOutput:
         finished, self._finished = self._finished, {}
+        admitted, self._admitted = self._admitted, {}
         told = {i: logprobs[place] for i, place in enumerate(progress.places) if place in logprobs} if logprobs else {}
         return StepOutput(
             sequence_ids=pack_ids(progress.sequence_ids),
@@ -218,15 +223,18 @@ class Engine(Generic[Launched]):
             logprobs=told,
             stats=self.stats(num_batched_tokens),
             prompt_logprobs=progress.prompt_logprobs,
+            admitted=admitted,
             drafted=progress.drafted,
             predicted=progress.predicted,
         )
 
     def stats(self, num_batched_tokens: int = 0) -> EngineStats:
         scheduler = self.scheduler
+        num_deferred = sum(map(_num_sequences, self._compiling.values()))
         return EngineStats(
             num_running=len(scheduler.running),
-            num_waiting=len(scheduler.waiting) + sum(map(_num_sequences, self._compiling.values())),
+            num_waiting=len(scheduler.waiting) + num_deferred,
+            num_deferred=num_deferred,
             num_free_blocks=scheduler.blocks.num_free,
             num_blocks=scheduler.blocks.num_blocks,
             num_preemptions=scheduler.counters.preemptions,

@@ -40,6 +40,8 @@ class Generation:
         self.first_id, self.owner = first_id, owner
         self.num_cached_tokens = [0] * num_choices
         """by choice, prompt tokens that came from the prefix cache; known with the first token"""
+        self.admitted_at: list[float | None] = [None] * num_choices
+        """by choice, time.monotonic() when its first tokens began to be computed; known soon after"""
         self.drafted = [(0, 0)] * num_choices
         """by choice, (accepted, rejected) of the tokens that were drafted for it so far"""
         self.predicted = [(0, 0)] * num_choices
@@ -66,6 +68,12 @@ class Generation:
         self._leave([self.first_id + choice for choice in cut])
         self._wake()
         return cut
+
+    def admit(self, sequence_id: int, at: float) -> None:
+        """Since when its first tokens are computed; said once more where it was preempted, which changes nothing."""
+        choice = sequence_id - self.first_id
+        if self.admitted_at[choice] is None:
+            self.admitted_at[choice] = at
 
     def put(self, sequence_id: int, token: int, logprobs: TokenLogprobs | None) -> None:
         """The next token of a sequence."""

@@ -176,12 +176,13 @@ def hit_share(load: Load, whole: int) -> float:
     return sum(cached >= whole for cached in later) / len(later)
 
 
-def milliseconds(url: str, num: int) -> list[float]:
-    """Of one short request after the other."""
-    found = list[float]()
-    with httpx.Client(base_url=url, timeout=60, trust_env=False) as client:
+def milliseconds(urls: Sequence[str], num: int) -> list[list[float]]:
+    """By URL, of one short request after the other, `num` to each in turns."""
+    found: list[list[float]] = [[] for _ in urls]
+    with httpx.Client(timeout=60, trust_env=False) as client:
         for _ in range(num):
-            began = time.perf_counter()
-            client.post("/v1/chat/completions", json=chat_body(model="demo", max_tokens=1)).raise_for_status()
-            found.append((time.perf_counter() - began) * 1000)
+            for url, times in zip(urls, found, strict=True):
+                began = time.perf_counter()
+                client.post(f"{url}/v1/chat/completions", json=chat_body(model="demo", max_tokens=1)).raise_for_status()
+                times.append((time.perf_counter() - began) * 1000)
     return found

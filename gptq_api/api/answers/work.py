@@ -8,12 +8,15 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
+from typing import Literal
 
 from gptq_api.api.answers.choice import Choice, Piece
 from gptq_api.api.answers.prompt_logprobs import Scoring
 from gptq_api.api.errors import ApiError, deadline_exceeded, unavailable
+from gptq_api.api.metrics import Phases
 from gptq_api.api.service import Service
 from gptq_api.api.terms import Terms
+from gptq_api.api.traces import Answered
 from gptq_api.edge.limits import Account, LimitReached
 from gptq_api.edge.request_log import RequestRecord
 from gptq_api.engine.client import EngineDead, EngineStalled, Prompt
@@ -40,10 +43,15 @@ class Work:
     record: RequestRecord
     scoring: Scoring | None = None
     """where logprobs of the prompts were asked for"""
+    operation: Literal["chat", "text_completion"] = "chat"
+    submitted_at: float = field(default_factory=time.monotonic)
+    """to the engine"""
     num_open: int = field(init=False)
     """choices whose last piece is still to come"""
     tells_ids: bool = False
     """whether the answer tells ids of tokens beside their text"""
+    parent: object = None
+    """of its spans, where it is traced"""
     outcome: str = "disconnect"
     """how it ended, seen from the engine; a client that leaves says nothing"""
 
@@ -188,16 +196,47 @@ class Work:
             ttft_s = min(firsts) - record.started
             record.notes["ttft_ms"] = round(ttft_s * 1000, 1)
             metrics.ttft.observe(ttft_s)
+        metrics.request_most_generated.observe(max(choice.num_tokens for choice in self.choices))
         for choice in self.choices:
             metrics.generation_tokens.inc(choice.num_tokens)
             metrics.request_generation_tokens.observe(choice.num_tokens)
             if choice.gaps:
                 metrics.inter_token.observe_all(choice.gaps)
                 metrics.per_token.observe(sum(choice.gaps) / len(choice.gaps))
+        phases = self.phases()
+        if phases.admitted is not None:
+            record.notes["queue_ms"] = round((phases.admitted - phases.submitted) * 1000, 1)
         if self.outcome in metrics.cancelled:
             metrics.cancelled[self.outcome].inc()
+            metrics.cancelled_in[phases.last].inc()
         elif self.outcome == "done":
             metrics.e2e.observe(now - record.started)
+            metrics.on_phases(phases)
+        if self.service.traces is not None:
+            self.service.traces.answered(self.parent, self._told(), phases, now)
+
+    def phases(self) -> Phases:
+        """How far it is."""
+        admitted = [] if self.generation is None else [at for at in self.generation.admitted_at if at is not None]
+        firsts = [choice.first_token_at for choice in self.choices if choice.first_token_at is not None]
+        lasts = [choice.last_token_at for choice in self.choices if choice.last_token_at is not None]
+        return Phases(
+            self.submitted_at, min(admitted, default=None), min(firsts, default=None), max(lasts, default=None)
+        )
+
+    def _told(self) -> Answered:
+        """What a trace says of it."""
+        return Answered(
+            operation=self.operation,
+            model=self.service.model_name,
+            params=self.prompts[0].params[0],
+            num_choices=len(self.prompts[0].params),
+            num_input_tokens=sum(len(prompt.token_ids) for prompt in self.prompts),
+            num_cached_tokens=self.num_cached_tokens,
+            num_output_tokens=self.num_completion_tokens,
+            finish_reasons=[choice.finish_reason for choice in self.choices if choice.finish_reason is not None],
+            outcome=self.outcome,
+        )
 
 
 @contextmanager
@@ -209,6 +248,7 @@ def admitted(
     terms: Terms,
     new_reader: Callable[[], StoppedReader] | None = None,
     scoring: Scoring | None = None,
+    operation: Literal["chat", "text_completion"] = "chat",
 ) -> Iterator[Work]:
     """All sequences of a request admitted, or none of them. Raises ApiError 429, 503. Leaving the block ends them.
 
@@ -223,7 +263,7 @@ def admitted(
         raise deadline_exceeded()
     with ExitStack() as stack:
         spent = stack.enter_context(_reserved(service, caller.account, prompts))
-        generation = None
+        generation, submitted_at = None, time.monotonic()
         if prompts[0].params[0].max_tokens or scoring is not None:
             try:
                 submission = service.engine.submit(
@@ -245,7 +285,9 @@ def admitted(
             Choice(index, *sample, new_text(), None if new_reader is None else new_reader())
             for index, sample in enumerate(samples)
         ]
-        work = Work(choices, prompts, generation, service, record, scoring)
+        work = Work(choices, prompts, generation, service, record, scoring, operation, submitted_at)
+        if service.traces is not None:
+            work.parent = service.traces.current()
         if left_s is not None and generation is not None:
             stack.callback(asyncio.get_running_loop().call_later(left_s, work.expire).cancel)
         _count(service, prompts)

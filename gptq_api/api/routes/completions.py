@@ -44,7 +44,9 @@ async def completions(body: CompletionRequest, request: Request, service: Servic
             if prompts[0].params[0].prompt_logprobs is not None:
                 num_echoed = body.logprobs if body.echo else None
                 scoring = Scoring(service, prompts, texts, num_echoed, body.prompt_logprobs)
-            work = owned.enter_context(admitted(service, record, prompts, new_text, terms, scoring=scoring))
+            work = owned.enter_context(
+                admitted(service, record, prompts, new_text, terms, scoring=scoring, operation="text_completion")
+            )
         if body.return_token_ids:
             work.tell_ids()
         for choice in work.choices:
