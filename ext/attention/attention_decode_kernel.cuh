@@ -27,7 +27,7 @@ class AttentionBlock {
   static constexpr bool kBF = BF && !FP8;  // type of the mma: e4m3 becomes fp16
   static constexpr int kLanes = D / 16;    // that hold a head, 8 elements of either half each
   static constexpr bool kAlone = Team::kWarps == 1;
-  static constexpr bool kOdd = Shape::kDepth % 2 != 0;  // then the entry that keys leave is filled with values
+  static_assert(Shape::kDepth % 2 == 0);                     // so the entry that keys leave is filled with keys
   static constexpr int kOwn = Shape::kTiles / Team::kWarps;  // m-tiles of the output that a warp adds up
   static constexpr int kPasses = (kPartHeads * kLanes + Team::kWarps * 32 - 1) / (Team::kWarps * 32);  // over the queries
   static constexpr bool kCanBeSick = !FP8 || kE4m3HasNaN;  // values, so that they are not finite
@@ -63,15 +63,14 @@ class AttentionBlock {
     if (waited) grid_wait();
     const Stretch stretch = find_stretch<Team>(a, scratch);
     TileLoader<Team, D, FP8> loader(a, ring, stretch.begin, stretch.steps);
-#pragma unroll 1
-    for (int i = 0; i < Shape::kDepth; i++) loader.next(i & 1);
 
-    Cursor c = stretch.begin;
+    Cursor c = stretch.begin, next = c;
     Rows rows;
     New fresh;
     Partial<Shape::kTiles> chunk;  // this warp's part of the chunk so far, where four warps share it
     Partial<kOwn> total;
-    int first_chunk = 0;
+    uint32_t weights[2][2];
+    int first_chunk = 0, left = stretch.steps;
     uint32_t entry = 0;
     const auto take = [&] {  // the oldest entry of the ring
       cp_async_wait<Shape::kDepth - 1>();
@@ -80,12 +79,9 @@ class AttentionBlock {
       entry = entry == (Shape::kDepth - 1) * Shape::kEntry ? 0 : entry + Shape::kEntry;
       return tile;
     };
-#pragma unroll 1
-    for (int left = stretch.steps; left > 0; left--) {
-      const bool item_ends = c.step + 1 == c.span.count;
-      const int in_chunk = c.step & ((1 << c.span.chunk_shift()) - 1), index = c.step >> c.span.chunk_shift();
+    const auto begin_step = [&] {
       if (left == stretch.steps || c.step == 0) {
-        first_chunk = index;
+        first_chunk = c.step >> c.span.chunk_shift();
         Rotation<D, BF> rotation;
         if (a.cos_sin) {
           rotation.load(a, c.span.row + min(row_of(column(0)), rows_of(c) - 1), dimension());
@@ -98,48 +94,19 @@ class AttentionBlock {
         }
         start_item(rows, fresh, rotation, c, left);
       }
-      Cursor next = c;
+      next = c;
       if (left > 1) {
         advance<Team>(next, a);
-        if (item_ends) load_rows(rows, next);
+        if (ends_item(c)) load_rows(rows, next);
       }
-      if constexpr (!kAlone) {
-        const bool sees = c.sees(warp), writes = item_ends && New::is_in(a, c, warp), fetches = New::are_in(a, c);
-        if (fetches) {
-          fresh.leave(c, sums);
-          Team::sync();
-        }
-        const uint32_t keys = take();
-        uint32_t weights[2][2];
-        if (in_chunk == 0) chunk.clear();
-        if (sees) {
-          if (writes) fresh.put(a, c, keys, false);
-          if (fetches) New::fetch(c, warp, sums, keys, false);
-          softmax(chunk.max, chunk.sum, weights, keys, c, warp, [&](int h, float before) {
-            if (in_chunk == 0) return;
-#pragma unroll
-            for (int i = 0; i < Shape::kTiles; i++) chunk.o[i][h] *= before, chunk.o[i][h + 2] *= before;
-          });
-        }
-        __syncwarp();
-        loader.next(kOdd);
-        const uint32_t values = take();
-        if (sees) {
-          if (writes) fresh.put(a, c, values, true);
-          if (fetches) New::fetch(c, warp, sums, values, true);
-          if (kCanBeSick && rows_of(c) > 1) mend(chunk.sum, values, c, warp);
-#pragma unroll
-          for (int i = 0; i < Shape::kTiles; i += 2)
-            weigh_two<D, FP8, kBF>(*reinterpret_cast<float (*)[2][4]>(&chunk.o[i]), i, values, weights, lane);
-        }
-        __syncwarp();
-        loader.next(!kOdd);
-        if (fetches) Team::sync();
-      }
-
-      if (item_ends || in_chunk + 1 == 1 << c.span.chunk_shift()) {
+    };
+    // Where warps are alone, `whole` is their step's result.
+    const auto end_step = [&](const Partial<kOwn>* whole) {
+      const bool item_ends = ends_item(c);
+      if (item_ends || place_in_chunk(c) + 1 == 1 << c.span.chunk_shift()) {
+        const int index = c.step >> c.span.chunk_shift();
         Partial<kOwn> sum;
-        if constexpr (kAlone) whole_step(sum, c, item_ends, fresh, take, loader);
+        if constexpr (kAlone) sum = *whole;
         else sum = add_warps(chunk, c);
         if (first_chunk) {
           store(sum, stretch.index * kMaxChunks + index - first_chunk, c);
@@ -153,6 +120,56 @@ class AttentionBlock {
         }
       }
       c = next;
+      left--;
+    };
+    if constexpr (kAlone) {
+#pragma unroll 1
+      for (int i = 0; i < Shape::kDepth; i++) loader.next(i & 1);
+#pragma unroll 1
+      while (left > 0) {
+        begin_step();
+        Partial<kOwn> sum;
+        whole_step(sum, c, ends_item(c), fresh, take, loader);
+        end_step(&sum);
+      }
+    } else {
+      // Each round takes keys or values, and lets the ring be filled at one place: code that an SM runs once has to be short, since all
+      // kernels of a layer share the instruction cache.
+#pragma unroll 1
+      for (int half = -Shape::kDepth; left > 0; half++) {
+        const bool of_values = half & 1;
+        if (half >= 0) {
+          if (!of_values) begin_step();
+          const bool sees = c.sees(warp), writes = ends_item(c) && New::is_in(a, c, warp), fetches = New::are_in(a, c);
+          if (fetches && !of_values) {
+            fresh.leave(c, sums);
+            Team::sync();
+          }
+          const uint32_t tile = take();
+          if (!of_values && place_in_chunk(c) == 0) chunk.clear();
+          if (sees) {
+            if (writes) fresh.put(a, c, tile, of_values);
+            if (fetches) New::fetch(c, warp, sums, tile, of_values);
+            if (!of_values) {
+              softmax(chunk.max, chunk.sum, weights, tile, c, warp, [&](int h, float before) {
+                if (place_in_chunk(c) == 0) return;
+#pragma unroll
+                for (int i = 0; i < Shape::kTiles; i++) chunk.o[i][h] *= before, chunk.o[i][h + 2] *= before;
+              });
+            } else {
+              if (kCanBeSick && rows_of(c) > 1) mend(chunk.sum, tile, c, warp);
+#pragma unroll
+              for (int i = 0; i < Shape::kTiles; i += 2)
+                weigh_two<D, FP8, kBF>(*reinterpret_cast<float (*)[2][4]>(&chunk.o[i]), i, tile, weights, lane);
+            }
+          }
+          __syncwarp();
+        }
+        loader.next(of_values);
+        if (half < 0 || !of_values) continue;
+        if (New::are_in(a, c)) Team::sync();
+        end_step(nullptr);
+      }
     }
     if (!waited) grid_wait();
     if (stretch.padded) clear_padding();
@@ -164,6 +181,8 @@ class AttentionBlock {
     return Shape::kRing + (kAlone ? WholeBlock::warp() * (scratch_bytes<Team, D>(args.part_heads) / kAttentionWarps) : 0);
   }
   __device__ __forceinline__ int slot_lane() const { return (lane & 3) * 8 + (lane >> 2); }
+  __device__ __forceinline__ static bool ends_item(const Cursor& c) { return c.step + 1 == c.span.count; }
+  __device__ __forceinline__ static int place_in_chunk(const Cursor& c) { return c.step & ((1 << c.span.chunk_shift()) - 1); }
   __device__ __forceinline__ static int rows_of(const Cursor& c) { return Team::kShares ? c.span.rows() : 1; }
   // An item's queries: column n of the mma is that of head head_of(n) of its part, in its row row_of(n).
   __device__ __forceinline__ int row_of(int n) const { return Team::kShares ? n * a.inverse >> 6 : 0; }
@@ -254,7 +273,7 @@ class AttentionBlock {
         for (int h = 0; h < 2; h++) add_sums(sum.max[h], sum.sum[h], max[h], over_tokens(tile_sum[h]), of_sum[h], of_tile[h]);
       }
       __syncwarp();
-      loader.next(kOdd);
+      loader.next(false);
       const uint32_t values = take();
       if (sees) {
         if (writes) fresh.put(a, c, values, true);
@@ -267,7 +286,7 @@ class AttentionBlock {
         }
       }
       __syncwarp();
-      loader.next(!kOdd);
+      loader.next(true);
     }
   }
 
@@ -311,7 +330,7 @@ class AttentionBlock {
       max = fmaxf(max * scale, max_so_far[h]);
       base[h] = finite_or_zero(max);
       const float before = exp2_approx(max_so_far[h] - base[h]);
-      sum[h] *= before;  // of nothing: 0 times 0
+      sum[h] = __fmul_rn(sum[h], before);  // never one operation with what follows; of nothing: 0 times 0
       rescale(h, before);
       max_so_far[h] = max;
     }
@@ -320,7 +339,7 @@ class AttentionBlock {
 #pragma unroll
       for (int k = 0; k < 4; k++) {
         s[m][k] = exp2_approx(__fmaf_rn(s[m][k], scale, -base[k & 1]));
-        sum[k & 1] += s[m][k];
+        sum[k & 1] = __fadd_rn(sum[k & 1], s[m][k]);
       }
       weights[m][0] = transpose8x8(pack2<kBF>(s[m][0], s[m][1]));
       weights[m][1] = transpose8x8(pack2<kBF>(s[m][2], s[m][3]));

@@ -14,8 +14,8 @@ namespace gptq {
 
 constexpr int kAttentionWarps = 4;
 constexpr int kAttentionThreads = kAttentionWarps * 32;
-// Of a thread: a warp of this kernel and three of the GEMV's, which have 88, are all that a quarter of an SM holds. With 8 more this kernel
-// begins only when the GEMV in front of it has ended: 2.4 us a layer of 13B.
+// Of a thread: a warp of this kernel and three of the GEMV's, which have up to 88, are all that a quarter of an SM holds. With more this
+// kernel begins only when the GEMV in front of it has ended: 2.4 us a layer of 13B.
 #if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ < 900 || __CUDA_ARCH__ >= 1200)  // GPUs of the portable GEMV
 constexpr int kAttentionRegisters = 255;
 #else
@@ -102,10 +102,13 @@ __device__ __forceinline__ bool is_padding(const AttentionDecodeArgs& a, int s) 
   return a.context_lens[s] <= 0 && a.query_start[s + 1] - a.query_start[s] == 1;
 }
 
-// Where the line is cut: stretch b begins at at(b), stretch_of is its inverse.
+// Where the line is cut: stretch b begins at at(b) = floor(b total / teams), stretch_of is its inverse.
 struct Cuts {
   int total, teams;
-  __device__ __forceinline__ int at(int b) const { return static_cast<int>(static_cast<uint64_t>(b) * total / teams); }
+  __device__ __forceinline__ int at(int b) const {  // by divisions of 32 bits: teams are few
+    const uint32_t each = static_cast<uint32_t>(total) / teams, rest = total - each * teams;
+    return b * each + b * rest / static_cast<uint32_t>(teams);
+  }
   __device__ __forceinline__ int stretch_of(int step) const {
     return static_cast<int>(((static_cast<uint64_t>(step) + 1) * teams - 1) / total);
   }
@@ -154,63 +157,68 @@ __device__ __forceinline__ Stretch find_stretch(const AttentionDecodeArgs& a, in
   const int warp = Team::thread() >> 5, lane = Team::thread() & 31, heads = a.kv_heads * a.parts;
   const int each = (a.sequences + Team::kWarps * 32 - 1) / (Team::kWarps * 32), from = Team::thread() * each,
             to = min(from + each, a.sequences);
-  int mine = 0;
-  bool padded = false;
-  for (int s = from; s < to; s++) {
-    mine += span_of<Team>(a, s).count * heads;
-    padded |= is_padding(a, s);
-  }
-  int sum = mine;
-#pragma unroll
-  for (int d = 1; d < 32; d <<= 1) {
-    const int other = __shfl_up_sync(~0u, sum, d);
-    if (lane >= d) sum += other;
-  }
-  if (lane == 31) scratch[warp] = sum;
   Stretch stretch;
-  stretch.padded = Team::any(padded);
-  int before = sum - mine, total = 0;
-#pragma unroll
-  for (int w = 0; w < Team::kWarps; w++) {
-    if (w < warp) before += scratch[w];
-    total += scratch[w];
-  }
-  stretch.steps = 0;
-  stretch.cuts.total = total;
-  stretch.cuts.teams = min(Team::count(), total);
-  if (Team::index() >= stretch.cuts.teams) return stretch;
-  // Backwards: the team that begins an item waits for those that go on with it, and they have started before it.
-  stretch.index = stretch.cuts.teams - 1 - Team::index();
-  const int begin = stretch.cuts.at(stretch.index), end = stretch.cuts.at(stretch.index + 1);
-  int* found = scratch + kAttentionWarps;
-  const auto contains = [&](int step) { return before <= step && step < before + mine; };
-  if (contains(begin) || contains(end)) {
-    int at = before;
-    for (int s = from; s < to; s++) {
-      const int weight = span_of<Team>(a, s).count * heads;
-      if (at <= begin && begin < at + weight) found[0] = s, found[1] = at;
-      if (at <= end && end < at + weight) found[2] = s, found[3] = at;
-      at += weight;
+  int mine = 0, before = 0, begin = 0, end = 0;
+  int* found = scratch + kAttentionWarps;  // sequence and first step of the items of begin and of end
+  // Once to add up, once to look for the ends: one copy of the code.
+#pragma unroll 1
+  for (int round = 0; round < 2; round++) {
+    const bool looks = round && ((before <= begin && begin < before + mine) || (before <= end && end < before + mine));
+    if (!round || looks) {
+      bool padded = false;
+      int at = before;
+#pragma unroll 1
+      for (int s = from; s < to; s++) {
+        const int weight = span_of<Team>(a, s).count * heads;
+        if (at <= begin && begin < at + weight && looks) found[0] = s, found[1] = at;
+        if (at <= end && end < at + weight && looks) found[2] = s, found[3] = at;
+        at += weight;
+        padded |= is_padding(a, s);
+      }
+      if (!round) mine = at, stretch.padded = padded;
     }
+    if (round) break;
+    int sum = mine;
+#pragma unroll
+    for (int d = 1; d < 32; d <<= 1) {
+      const int other = __shfl_up_sync(~0u, sum, d);
+      if (lane >= d) sum += other;
+    }
+    if (lane == 31) scratch[warp] = sum;
+    stretch.padded = Team::any(stretch.padded);
+    int total = 0;
+    before = sum - mine;
+#pragma unroll
+    for (int w = 0; w < Team::kWarps; w++) {
+      if (w < warp) before += scratch[w];
+      total += scratch[w];
+    }
+    stretch.steps = 0;
+    stretch.cuts.total = total;
+    stretch.cuts.teams = min(Team::count(), total);
+    if (Team::index() >= stretch.cuts.teams) return stretch;
+    // Backwards: the team that begins an item waits for those that go on with it, and they have started before it.
+    stretch.index = stretch.cuts.teams - 1 - Team::index();
+    begin = stretch.cuts.at(stretch.index), end = stretch.cuts.at(stretch.index + 1);
   }
   Team::sync();
-  // The steps of a chunk that another block began are that block's.
-  const auto to_chunk = [&](const Span& span, int step) {
-    const int per_chunk = 1 << span.chunk_shift();
-    return min(span.count, (step + per_chunk - 1) & ~(per_chunk - 1));
-  };
+  // Both ends: the steps of a chunk that another block began are that block's.
   Cursor& c = stretch.begin;
-  c.sequence = found[0];
-  c.span = span_of<Team>(a, c.sequence);
-  const int inside = begin - found[1], step = inside % c.span.count;
-  c.kv_head = inside / c.span.count / a.parts, c.part = inside / c.span.count % a.parts;
-  c.origin = begin - step;
-  c.step = to_chunk(c.span, step);
   int stop = end;
-  if (end < total) {
-    const Span last = span_of<Team>(a, found[2]);
-    const int last_step = (end - found[3]) % last.count;
-    stop = end - last_step + to_chunk(last, last_step);
+#pragma unroll 1
+  for (int last = 0; last < 2; last++) {
+    if (last && end == stretch.cuts.total) break;
+    const int sequence = found[2 * last], inside = (last ? end : begin) - found[2 * last + 1];
+    const Span span = span_of<Team>(a, sequence);
+    const int item = inside / span.count, step = inside - item * span.count, per_chunk = 1 << span.chunk_shift();
+    const int from_chunk = min(span.count, (step + per_chunk - 1) & ~(per_chunk - 1));
+    if (last) {
+      stop = end - step + from_chunk;
+      break;
+    }
+    c.sequence = sequence, c.span = span;
+    c.kv_head = item / a.parts, c.part = item - c.kv_head * a.parts;
+    c.origin = begin - step, c.step = from_chunk;
   }
   stretch.steps = stop - (c.origin + c.step);
   if (c.step == c.span.count && stretch.steps > 0) {

@@ -229,65 +229,63 @@ __global__ void __launch_bounds__(GPTQ_GEMV_BOUNDS(NT)) gemv_kernel(const __grid
         for (int j = 0; j < 4; j++) v[i][j] += sum[j];
       }
   };
-  // The sums of a pair of this block meet a pair later, so that blocks need not wait for one another in turn.
-  int due = -1, due_turn = 0;
-  uint32_t due_phase = 0;
-  const auto finish_due = [&] {
+  // Of a cluster's blocks each in turn stores a pair, whose sums meet in it a pair later, so that blocks need not wait for one another.
+  int due = -1, due_turn = 0, buffer = 0, owner = 0, turn = 0;
+  uint32_t due_phase = 0, phase = 0, turn_phase = 0;
+#pragma unroll 1
+  for (int pair = 0; pair < pairs || due >= 0; pair++) {
+    const bool adds = pair < pairs, owns = cluster > 1 && adds && owner == rank;
+    const int whole = cluster == 1 ? pair : owns ? -1 : due;  // what is stored now
     Outputs<BF> out[kPasses];
-    load(out, due);
-    if (lane == 0) mbar_expect(got + 8 * due_turn, (cluster - 1) * set);
-    mbar_wait(got + 8 * due_turn, due_phase);
+    if (whole >= 0) load(out, whole);
     float v[kPasses][4] = {};
-    add_sum(v, base + at.got + due_turn * cluster * set, cluster);
-    __syncwarp();
-    if (due + kTurns * cluster < pairs && lane < cluster && lane != rank)
-      mbar_arrive_cluster(cluster_address(credit + 8 * (rank * kTurns + due_turn), lane));
+    if (adds) {
+#pragma unroll 1
+      for (int segment = 0; segment < at.segments; segment++) {
+        mbar_wait(sent + 8 * buffer, phase);
+        add_sum(v, base + at.red + buffer * kMathWarps * set, kMathWarps);
+        __syncwarp();
+        if (lane == 0) mbar_arrive(read + 8 * buffer);
+        if (++buffer == buffers) buffer = 0, phase ^= 1;
+      }
+    }
+    if (cluster > 1) {
+      if (adds) {
+        const uint32_t area = base + at.got + (turn * cluster + rank) * set + lane * 16;
+        if (owns) {
+#pragma unroll
+          for (int i = 0; i < kPasses; i++)
+            if (lane + 32 * i < tasks) sts128(area + i * 512, v[i]);
+        } else {
+          mbar_wait(credit + 8 * (owner * kTurns + turn), turn_phase ^ 1);
+          const uint32_t remote = cluster_address(area, owner), bar = cluster_address(got + 8 * turn, owner);
+#pragma unroll
+          for (int i = 0; i < kPasses; i++)
+            if (lane + 32 * i < tasks) store_cluster(remote + i * 512, v[i], bar);
+        }
+      }
+      if (whole >= 0) {
+        if (lane == 0) mbar_expect(got + 8 * due_turn, (cluster - 1) * set);
+        mbar_wait(got + 8 * due_turn, due_phase);
+#pragma unroll
+        for (int i = 0; i < kPasses * 4; i++) v[i / 4][i % 4] = 0.f;
+        add_sum(v, base + at.got + due_turn * cluster * set, cluster);
+        __syncwarp();
+        if (whole + kTurns * cluster < pairs && lane < cluster && lane != rank)
+          mbar_arrive_cluster(cluster_address(credit + 8 * (rank * kTurns + due_turn), lane));
+        due = -1;
+      }
+      if (owns) due = pair, due_turn = turn, due_phase = turn_phase;
+      if (++owner == cluster) {
+        owner = 0;
+        if (++turn == kTurns) turn = 0, turn_phase ^= 1;
+      }
+    }
+    if (whole < 0) continue;
 #pragma unroll
     for (int i = 0; i < kPasses; i++)
-      if (exists(i, due)) out[i].store(a, v[i]);
-    due = -1;
-  };
-  int buffer = 0, owner = 0, turn = 0;
-  uint32_t phase = 0, turn_phase = 0;
-#pragma unroll 1
-  for (int pair = 0; pair < pairs; pair++) {
-    Outputs<BF> out[kPasses];
-    if (cluster == 1) load(out, pair);
-    float v[kPasses][4] = {};
-#pragma unroll 1
-    for (int segment = 0; segment < at.segments; segment++) {
-      mbar_wait(sent + 8 * buffer, phase);
-      add_sum(v, base + at.red + buffer * kMathWarps * set, kMathWarps);
-      __syncwarp();
-      if (lane == 0) mbar_arrive(read + 8 * buffer);
-      if (++buffer == buffers) buffer = 0, phase ^= 1;
-    }
-    if (cluster == 1) {
-#pragma unroll
-      for (int i = 0; i < kPasses; i++)
-        if (exists(i, pair)) out[i].store(a, v[i]);
-      continue;
-    }
-    const uint32_t area = base + at.got + (turn * cluster + rank) * set + lane * 16;
-    if (owner == rank) {
-#pragma unroll
-      for (int i = 0; i < kPasses; i++)
-        if (lane + 32 * i < tasks) sts128(area + i * 512, v[i]);
-      due = pair, due_turn = turn, due_phase = turn_phase;
-    } else {
-      mbar_wait(credit + 8 * (owner * kTurns + turn), turn_phase ^ 1);
-      const uint32_t remote = cluster_address(area, owner), bar = cluster_address(got + 8 * turn, owner);
-#pragma unroll
-      for (int i = 0; i < kPasses; i++)
-        if (lane + 32 * i < tasks) store_cluster(remote + i * 512, v[i], bar);
-      if (due >= 0) finish_due();
-    }
-    if (++owner == cluster) {
-      owner = 0;
-      if (++turn == kTurns) turn = 0, turn_phase ^= 1;
-    }
+      if (exists(i, whole)) out[i].store(a, v[i]);
   }
-  if (due >= 0) finish_due();
 #endif
 }
 

@@ -60,11 +60,11 @@ def attention(
     """Instructions of the loop over steps, in which everything is that happens to one, however seldom: of warps that
     attend alone and of whole blocks, with heads of 128; the most with heads of 64."""
     return (
-        Line(r"OneWarpELi128ELb[01]ELb0E", 255, Loop(32, alone), spills=24, why=ONE_WARP),
-        Line(r"OneWarpELi128ELb[01]ELb1E", 255, Loop(32, alone_e4m3), spills=40, why=ONE_WARP),
+        Line(r"OneWarpELi128ELb[01]ELb0E", 255, Loop(32, alone), spills=28, why=ONE_WARP),
+        Line(r"OneWarpELi128ELb[01]ELb1E", 255, Loop(32, alone_e4m3), spills=44, why=ONE_WARP),
         Line(r"WholeBlockELi128ELb[01]ELb0E", 255, Loop(32, block), spills=spills, why=HEADS_OF_128),
         Line(r"WholeBlockELi128ELb[01]ELb1E", 255, Loop(32, block_e4m3), spills=spills, why=HEADS_OF_128),
-        Line(r"SharingBlockELi128E", 255, spills=60, why=HEADS_OF_128),
+        Line(r"SharingBlockELi128E", 255, spills=36, why=HEADS_OF_128),
         Line(r"SharingBlockELi64E", 255),
         Line(r"(OneWarp|WholeBlock)ELi64E", 255, Loop(16, of_64)),
     )
@@ -164,10 +164,10 @@ TABLE: dict[tuple[str, str], tuple[Line, ...]] = {
     ("gemm/same_bits_wgmma_fp16.cu", "90a"): SAME_BITS_WGMMA,
     **{("gemm/dequant.cu", arch): DEQUANT for arch in ("80", "90", "120")},
     ("gemm/pack.cu", "80"): (Line("pack_kernel", 32),),
-    ("attention/attention_decode_fp16.cu", "80"): attention(960, 1680, 2820, 3780, 3040),
-    ("attention/attention_decode_bf16.cu", "89"): attention(960, 1090, 2830, 3010, 2560),
-    ("attention/attention_decode_fp16.cu", "90"): attention(960, 1090, 2910, 3010, 2550),
-    ("attention/attention_decode_fp16.cu", "120"): attention(860, 1200, 2530, 2870, 2290, 44),
+    ("attention/attention_decode_fp16.cu", "80"): attention(960, 1670, 2620, 3600, 2860),
+    ("attention/attention_decode_bf16.cu", "89"): attention(960, 1090, 2610, 2830, 2380),
+    ("attention/attention_decode_fp16.cu", "90"): attention(1010, 1090, 2680, 2790, 2360, 24),
+    ("attention/attention_decode_fp16.cu", "120"): attention(860, 1205, 2390, 2710, 2170, 8),
     ("head/head_fp16.cu", "80"): head(160, 165, 170, 195, 255),
     ("head/head_bf16.cu", "89"): head(160, 165, 170, 195, 255),
     ("head/head_fp16.cu", "90"): head(160, 165, 170, 195, 255),
@@ -224,6 +224,21 @@ def test_the_gemv_of_hopper_copies_in_bulk_and_has_no_fence(compiled: Compiler) 
     for name, usage in attention_decode.usage.items():
         of_both = [warps * -(-32 * registers // 256) * 256 for warps, registers in ((1, usage.registers), (3, usual))]
         assert sum(of_both) <= REGISTERS // 4, name
+
+
+def test_the_kernels_of_a_layer_share_the_instruction_cache(compiled: Compiler) -> None:
+    """An SM keeps 128 KiB of code. With 137 of GEMV, attention and norm each met the others gone, and a 13B's step was
+    2 % slower than with 101."""
+    kernels = {
+        "gemv/gemv_fp16.cu": "gemv_kernelILi1ELi1ELb0E",
+        "attention/attention_decode_fp16.cu": "WholeBlockELi128ELb0ELb0E",
+        "ops/ops.cu": "rms_norm_kernelILb0ELb0ELi2E",
+    }
+    sizes = dict[str, int]()
+    for source, kernel in kernels.items():
+        (code,) = [code for name, code in compiled(source, "90").code.items() if kernel in name]
+        sizes[kernel] = 16 * len(code)
+    assert sum(sizes.values()) <= 108 << 10, sizes
 
 
 def test_wgmma_is_not_serialised(compiled: Compiler) -> None:
