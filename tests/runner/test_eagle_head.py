@@ -229,6 +229,17 @@ def test_a_head_that_knows_few_positions_drafts_up_to_them(folder: Path, tmp_pat
 
 
 @needs_taps
+def test_a_head_whose_architecture_is_not_named_is_known_by_its_vocabulary(folder: Path, tmp_path: Path) -> None:
+    """As its authors publish them, the oldest ones without t2d."""
+    named = write_head(tmp_path / "named", random_head(HEAD))
+    head = write_head(tmp_path / "head", random_head(HEAD), architectures=["LlamaForCausalLM"], model_type=None)
+    save_file({k: t for k, t in random_head(HEAD).tensors.items() if k != "t2d"}, head / "model.safetensors")
+    runner = load(folder, head)
+    assert "EAGLE-3 head for 64 tokens" in runner.description
+    assert answers(runner, KINDS[:1])[0] == answers(load(folder, named), KINDS[:1])[0]
+
+
+@needs_taps
 def test_a_prompt_of_one_token(folder: Path, tmp_path: Path) -> None:
     drafter: Any = load(folder, write_head(tmp_path / "head", random_head(HEAD))).drafter
     lone, other = DraftRequest(1, [5], 1, GREEDY, [0], 0, 1, 0), DraftRequest(2, [5, 6, 7], 3, GREEDY, [1], 0, 3, 2)
