@@ -94,9 +94,9 @@ def test_one_alone_keeps_its_bits_without_batch_invariant(
         assert scheduler.counters.draft_tokens > 0
 
 
-def hidden_of(model: RandomModel, tokens: list[int]) -> torch.Tensor:
+def hidden_of(reference: Any, tokens: list[int]) -> torch.Tensor:
     with torch.no_grad():
-        out = model.reference().model(torch.tensor([tokens]), output_hidden_states=True)
+        out = reference(torch.tensor([tokens]), output_hidden_states=True)
     return torch.cat([out.hidden_states[layer][0] for layer in LAYERS["as published"]], -1)
 
 
@@ -117,7 +117,7 @@ def guesses_match(found: list[int], head: RandomHead, logits: torch.Tensor) -> i
 
 def test_a_head_computes_what_its_description_says(folder: Path, model: RandomModel, tmp_path: Path) -> None:
     """A prompt in chunks, rows that were decoded one by one in a graph, guesses from graphs, and a wrong guess."""
-    head, num_looked_at = random_head(HEAD), 0
+    head, num_looked_at, reference = random_head(HEAD), 0, model.reference().model
     runner = load(folder, write_head(tmp_path / "head", head))
     drafter: Any = runner.drafter
     features: Any = runner._model._features
@@ -128,7 +128,7 @@ def test_a_head_computes_what_its_description_says(folder: Path, model: RandomMo
         solo = Solo(text[:-1], GREEDY, blocks)
         for part in (20, 33, 1, 1, 1, 1, 1, 1):
             runner.collect(runner.launch(step_of([solo], [part])))
-        hidden = hidden_of(model, text[:-1])
+        hidden = hidden_of(reference, text[:-1])
         slots = [blocks[i // 16] * 16 + i % 16 for i in range(59)]
         close(features.data[1:][slots], hidden @ head.tensors["fc.weight"].float().t())
         logits, _ = head.guesses(embedding, hidden, text, 5)
@@ -142,7 +142,7 @@ def test_a_head_computes_what_its_description_says(folder: Path, model: RandomMo
         again = Solo(list(more), GREEDY, blocks)
         again.num_computed_tokens = 59
         runner.collect(runner.launch(step_of([again], [2])))
-        logits, _ = head.guesses(embedding, hidden_of(model, more[:-1]), more, 3)
+        logits, _ = head.guesses(embedding, hidden_of(reference, more[:-1]), more, 3)
         [second] = drafter.draft([DraftRequest(key, more, 60, GREEDY, blocks, 60, 2, 3)])
         num_looked_at += guesses_match(second, head, logits)
     assert num_looked_at > 6
