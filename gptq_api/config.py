@@ -490,12 +490,42 @@ class BenchSettings(CommandSettings):
                 raise ConfigError(f"{what}, which measures random weights; leave one of them out")
 
 
+class VerifySettings(CommandSettings):
+    """Compare this machine's logits and greedy tokens for a checkpoint with those of transformers' model of its
+    dequantized weights, and say where they part."""
+
+    # The model
+    model_path: str = Field("demo", min_length=1)
+    """Checkpoint folder, or a name on the Hugging Face hub. `demo` is the small model in the package."""
+    revision: str | None = None
+    """Branch, tag or commit of a model on the hub. Default: main."""
+    gptq_ckpt: Path | None = None
+    """The weights file, where the folder holds more than one."""
+    text: Path | None = None
+    """Text or JSONL file whose beginnings are compared. Default: three short texts in English."""
+    prompt_tokens: int = Field(64, ge=2)
+    """Tokens of each text, at most."""
+    num_tokens: int = Field(32, ge=1)
+    """Tokens decoded greedily behind each."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where both models run."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Activation type of ours, as served. transformers computes in float32 where memory holds that."""
+    num_threads: int | None = Field(None, ge=1, le=4096)
+    """CPU threads. Default: what the server takes."""
+    json_output: bool = Field(False, validation_alias=AliasChoices("json", "json_output"))
+    """Print JSON."""
+    config: Path | None = None
+    """TOML file with any of these settings."""
+
+
 COMMANDS: dict[str, type[CommandSettings]] = {
     "serve": Settings,
     "chat": ChatSettings,
     "inspect": InspectSettings,
     "quantize": QuantizeSettings,
     "bench": BenchSettings,
+    "verify": VerifySettings,
 }
 ALL_SETTINGS = tuple(COMMANDS.values())
 

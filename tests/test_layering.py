@@ -25,9 +25,10 @@ FLOOR = {
     "exits",
 }
 MAY_IMPORT = {
-    "cli": {"api", "hub", "text", "engine", "quantize", "bench", "checkpoint", "model", "runner"},
+    "cli": {"api", "hub", "text", "engine", "quantize", "bench", "verify", "checkpoint", "model", "runner"},
     "bench": {"text", "runner", "model", "checkpoint"},
     "quantize": {"model", "checkpoint"},
+    "verify": {"runner", "model", "checkpoint"},
     "api": {"edge", "text", "engine", "grammar"},
     "edge": set(),
     "text": {"demo"},
@@ -187,6 +188,13 @@ def test_one_module_imports_the_compiled_kernels() -> None:
 def test_the_server_asks_nothing_of_the_probes() -> None:
     for path in FILES:
         assert path.name == "probes.py" or not any("kernels.probes" in name for name in imported(path)), path
+
+
+def test_one_module_imports_transformers_and_only_when_it_runs() -> None:
+    importers = [path for path in FILES if "transformers" in {name.split(".")[0] for name in imported(path)}]
+    assert [str(path.relative_to(ROOT)) for path in importers] == ["verify/reference.py"]
+    top = ast.parse(importers[0].read_text(encoding="utf-8")).body
+    assert not any(isinstance(node, ast.ImportFrom) and node.module == "transformers" for node in top)
 
 
 def test_sequences_stay_in_the_scheduler() -> None:

@@ -24,6 +24,7 @@ _HELP = {
     "inspect": "say what a checkpoint is, without loading its weights",
     "quantize": "make a GPTQ checkpoint of an FP16 model",
     "bench": "memory, perplexity and speed of GPTQ checkpoints beside FP16",
+    "verify": "compare a checkpoint's logits on this machine with transformers'",
 }
 """One module gptq_api.cli.NAME with run(settings) -> exit status for each of COMMANDS."""
 

@@ -246,4 +246,7 @@ def test_its_commands_make_a_checkpoint_and_measure_it(models: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "perplexity" in done.stdout and "speed-up" in done.stdout
     assert len(json.loads((models / "bench.json").read_text())["rows"]) == 2 and (models / "bench.png").stat().st_size
-    assert {words[1] for words in OURS} == {"serve", "chat", "inspect", "quantize", "bench"}
+    (verify,) = (words for words in OURS if words[1] == "verify")
+    done = run_here(verify, models)
+    assert done.returncode == 0 and "transformers" in done.stdout, done.stderr
+    assert {words[1] for words in OURS} == {"serve", "chat", "inspect", "quantize", "verify", "bench"}
