@@ -38,6 +38,10 @@ class CommandSettings(BaseSettings):
     )
     positional: ClassVar[tuple[str, ...]] = ("model_path",)
     """fields that leading arguments without a flag fill, in this order; a list takes all that are left"""
+    examples: ClassVar[tuple[str, ...]] = ()
+    """command lines for --help"""
+    seldom: ClassVar[frozenset[str]] = frozenset()
+    """fields that --help leaves to --help-all"""
 
     @classmethod
     def settings_customise_sources(
@@ -182,6 +186,13 @@ class EngineSettings(ModelSettings):
 class Settings(EngineSettings):
     """The server for 4-bit GPTQ LLaMA checkpoints. Every option is also a GPTQ_API_* variable and a TOML key."""
 
+    examples: ClassVar[tuple[str, ...]] = (
+        "gptq-api serve                                       # the demo model",
+        "gptq-api serve /models/vicuna-7B-GPTQ --port 9000",
+        "gptq-api serve TheBloke/vicuna-7B-1.1-GPTQ --revision gptq-4bit-128g-actorder_True",
+        "gptq-api serve --model-path m --gptq-wbits 4 --gptq-groupsize 128    # as FastChat spells it",
+    )
+
     model_alias: list[str] = []
     """Other names that requests may give the model, separated by commas; answers have its own."""
     accept_any_model: bool = False
@@ -304,6 +315,29 @@ class Settings(EngineSettings):
 class ChatSettings(EngineSettings):
     """Chat with a GPTQ checkpoint in the terminal."""
 
+    examples: ClassVar[tuple[str, ...]] = (
+        "gptq-api chat /models/vicuna-7B-GPTQ",
+        "gptq-api chat --url http://127.0.0.1:8000/v1",
+    )
+    seldom: ClassVar[frozenset[str]] = frozenset(
+        [
+            "block_size",
+            "num_blocks",
+            "max_num_seqs",
+            "max_num_batched_tokens",
+            "max_queued_requests",
+            "log_json",
+            "batch_invariant",
+            "trace",
+            "enable_prefix_caching",
+            "engine_timeout_s",
+            "log_level",
+            "packed_cache",
+            "gpu_memory_utilization",
+            "lm_head_bits",
+        ]
+    )
+
     AT_URL: ClassVar[frozenset[str]] = frozenset(
         ("url", "api_key", "served_model_name", "system", "temperature", "top_p", "max_tokens", "seed", "config")
     )
@@ -343,6 +377,23 @@ class ChatSettings(EngineSettings):
 class InspectSettings(ModelSettings):
     """Print what a checkpoint is, without loading its weights."""
 
+    examples: ClassVar[tuple[str, ...]] = (
+        "gptq-api inspect /models/vicuna-7B-GPTQ",
+        "gptq-api inspect /models/vicuna-7B-GPTQ --device cuda --kv-cache-dtype fp8",
+    )
+    seldom: ClassVar[frozenset[str]] = frozenset(
+        [
+            "block_size",
+            "num_blocks",
+            "max_num_batched_tokens",
+            "batch_invariant",
+            "num_threads",
+            "packed_cache",
+            "lm_head_bits",
+            "gpu_memory_utilization",
+        ]
+    )
+
     json_output: bool = Field(False, validation_alias=AliasChoices("json", "json_output"))
     """Print JSON."""
 
@@ -351,6 +402,9 @@ class QuantizeSettings(CommandSettings):
     """Make a GPTQ checkpoint of an FP16, BF16 or FP32 LLaMA. An interrupted run continues when it is started again."""
 
     positional: ClassVar[tuple[str, ...]] = ("model_path", "out")
+    examples: ClassVar[tuple[str, ...]] = (
+        "gptq-api quantize /models/vicuna-fp16 /models/vicuna-4bit --calibration chats.jsonl --act-order",
+    )
 
     model_path: str = Field(min_length=1)
     """Folder of the model to quantize, or its name on the Hugging Face hub."""
@@ -438,6 +492,9 @@ class BenchSettings(CommandSettings):
     """Memory, perplexity and seconds per token of GPTQ checkpoints beside the unquantized model, on this machine."""
 
     positional: ClassVar[tuple[str, ...]] = ("models",)
+    examples: ClassVar[tuple[str, ...]] = (
+        "gptq-api bench /models/vicuna-4bit --fp16 /models/vicuna-fp16 --text wiki.txt --png bench.png",
+    )
 
     models: list[str] = ["demo"]
     """Checkpoint folders or names on the Hugging Face hub. `demo` is the small model in the package."""
@@ -494,6 +551,8 @@ class VerifySettings(CommandSettings):
     """Compare this machine's logits and greedy tokens for a checkpoint with those of transformers' model of its
     dequantized weights, and say where they part."""
 
+    examples: ClassVar[tuple[str, ...]] = ("gptq-api verify /models/vicuna-7B-GPTQ --device cuda",)
+
     # The model
     model_path: str = Field("demo", min_length=1)
     """Checkpoint folder, or a name on the Hugging Face hub. `demo` is the small model in the package."""
@@ -519,6 +578,49 @@ class VerifySettings(CommandSettings):
     """TOML file with any of these settings."""
 
 
+class PullSettings(CommandSettings):
+    """Download a model of the Hugging Face hub: its configs, its tokenizer and one set of weights. What is there
+    already is not fetched again; every command that takes a MODEL does the same by itself."""
+
+    examples: ClassVar[tuple[str, ...]] = (
+        "gptq-api pull TheBloke/vicuna-7B-1.1-GPTQ --revision gptq-4bit-128g-actorder_True",
+    )
+
+    model_path: str = Field(min_length=1)
+    """Its name on the hub, OWNER/NAME."""
+    revision: str | None = None
+    """Branch, tag or commit. Default: main."""
+    gptq_ckpt: Path | None = None
+    """The weights file, where there are several."""
+    config: Path | None = None
+    """TOML file with any of these settings."""
+
+
+class ListSettings(CommandSettings):
+    """List the models of the Hugging Face hub that are on this machine."""
+
+    positional: ClassVar[tuple[str, ...]] = ()
+    examples: ClassVar[tuple[str, ...]] = ("gptq-api list",)
+
+    json_output: bool = Field(False, validation_alias=AliasChoices("json", "json_output"))
+    """Print JSON."""
+    config: Path | None = None
+    """TOML file with any of these settings."""
+
+
+class RmSettings(CommandSettings):
+    """Remove a model of the Hugging Face hub from this machine. It can be downloaded again."""
+
+    examples: ClassVar[tuple[str, ...]] = ("gptq-api rm TheBloke/vicuna-7B-1.1-GPTQ",)
+
+    model_path: str = Field(min_length=1)
+    """Its name on the hub, OWNER/NAME."""
+    revision: str | None = None
+    """The branch, tag or commit to remove. Default: all that are here."""
+    config: Path | None = None
+    """TOML file with any of these settings."""
+
+
 COMMANDS: dict[str, type[CommandSettings]] = {
     "serve": Settings,
     "chat": ChatSettings,
@@ -526,6 +628,9 @@ COMMANDS: dict[str, type[CommandSettings]] = {
     "quantize": QuantizeSettings,
     "bench": BenchSettings,
     "verify": VerifySettings,
+    "pull": PullSettings,
+    "list": ListSettings,
+    "rm": RmSettings,
 }
 ALL_SETTINGS = tuple(COMMANDS.values())
 

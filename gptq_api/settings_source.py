@@ -5,8 +5,6 @@ from __future__ import annotations
 
 import difflib
 import os
-import shutil
-import textwrap
 import tomllib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +17,8 @@ from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSett
 
 from gptq_api.config import ALL_SETTINGS, COMMANDS, ENV_PREFIX, CommandSettings, flag, takes_list
 from gptq_api.errors import ConfigError
-from gptq_api.settings_words import option_lines, taken, wrong_value
+from gptq_api.settings_help import page, usage
+from gptq_api.settings_words import taken, wrong_value
 
 S = TypeVar("S", bound=CommandSettings)
 
@@ -40,8 +39,8 @@ def load_settings(cls: type[S], args: Sequence[str] = (), *, prog: str = "gptq-a
     Leading arguments without a flag fill `cls.positional`. Raises ConfigError; `--help` prints and raises
     SystemExit(0).
     """
-    if {"-h", "--help"} & set(args):
-        print(_help(cls, prog))
+    if {"-h", "--help", "--help-all"} & set(args):
+        print(page(cls, prog, everything="--help-all" in args))
         raise SystemExit(0)
     command_line = _command_line(cls, args, prog)
     environment = _environment(cls)
@@ -65,24 +64,6 @@ def load_settings(cls: type[S], args: Sequence[str] = (), *, prog: str = "gptq-a
         raise ConfigError(_first_error(cls, prog, error, written)) from None
     settings.check_given(command_line.written, written)
     return settings
-
-
-def usage(cls: type[CommandSettings], prog: str) -> str:
-    """`gptq-api quantize MODEL OUT [OPTIONS]`."""
-    shown = []
-    for name in cls.positional:
-        word = name.removesuffix("_path").upper()
-        word = f"{word.removesuffix('S')}..." if takes_list(cls.model_fields[name].annotation) else word
-        shown.append(word if cls.model_fields[name].is_required() else f"[{word}]")
-    return " ".join([prog, *shown, "[OPTIONS]"])
-
-
-def _help(cls: type[CommandSettings], prog: str) -> str:
-    width = min(shutil.get_terminal_size().columns, 100)
-    lines = [f"usage: {usage(cls, prog)}", "", *textwrap.wrap(" ".join((cls.__doc__ or "").split()), width), ""]
-    for name, setting in cls.model_fields.items():
-        lines += option_lines(flag(name), setting, width)
-    return "\n".join([*lines, "  -h, --help", "      This list."])
 
 
 def _spellings(cls: type[CommandSettings]) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -23,6 +24,7 @@ from gptq_api.config import (
     flag,
 )
 from gptq_api.errors import ConfigError
+from gptq_api.settings_help import GROUPS
 from gptq_api.settings_source import load_settings
 
 
@@ -102,6 +104,30 @@ def test_wrong_arguments_of_quantize_are_named(args: list[str], words: str, caps
     assert main(["quantize", *args]) == 2
     printed = capsys.readouterr().err
     assert words in printed and len(printed.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("kind", ALL_SETTINGS)
+def test_help_is_in_groups_and_leaves_nothing_out(
+    kind: type[CommandSettings], capsys: pytest.CaptureFixture[str]
+) -> None:
+    pages = []
+    for asked in ("--help", "--help-all"):
+        with pytest.raises(SystemExit):
+            load_settings(kind, [asked], prog="gptq-api it")
+        pages.append(capsys.readouterr().out)
+    short, whole = pages
+    for name in kind.model_fields:
+        assert any(name in names for names in GROUPS.values()), f"{name} is in no group"
+        line = re.compile(rf"^  (\S+, )?{flag(name)}\b", re.MULTILINE)
+        assert line.search(whole) and bool(line.search(short)) != (name in kind.seldom), name
+    assert kind.examples and all(example in short for example in kind.examples)
+    assert "MODEL" in short.splitlines()[0] or "model_path" not in kind.model_fields
+    assert [title for title in GROUPS if f"\n{title}:\n" in whole]
+
+
+def test_no_setting_is_in_two_groups() -> None:
+    names = [name for group in GROUPS.values() for name in group]
+    assert len(names) == len(set(names))
 
 
 @pytest.mark.parametrize("kind", [QuantizeSettings, BenchSettings])

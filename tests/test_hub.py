@@ -268,6 +268,38 @@ def test_serving_by_name_tells_the_name_and_answers(hub: Hub, tmp_path: Path) ->
         assert server.http.post("/v1/completions", json=body).status_code == 200
 
 
+def command(home: Path, endpoint: str, *args: str) -> tuple[int, str, str]:
+    run = [sys.executable, "-m", "gptq_api", *args]
+    done = subprocess.run(run, env=environment(home, endpoint), capture_output=True, text=True, timeout=60, check=False)
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_pull_list_and_rm(hub: Hub, tmp_path: Path) -> None:
+    status, out, _ = command(tmp_path, hub.url, "list")
+    assert status == 0 and "no models in" in out and "gptq-api pull OWNER/NAME" in out
+    status, out, err = command(tmp_path, hub.url, "pull", NAME)
+    assert status == 0 and (Path(out.strip()) / "model.safetensors").is_file(), err
+    assert command(tmp_path, hub.url, "pull", NAME, "--revision", BRANCH)[0] == 0
+    status, out, _ = command(tmp_path, NOBODY, "list")
+    head, *rows = out.splitlines()
+    assert head.split() == ["MODEL", "REVISION", "WEIGHTS", "SIZE", "LAST", "USED"]
+    assert [row.split()[:3] for row in rows] == [[NAME, BRANCH, "gptq"], [NAME, "main", "gptq"]]
+    rows = json.loads(command(tmp_path, NOBODY, "list", "--json")[1])
+    assert {row["revision"] for row in rows} == {"main", BRANCH} and all(row["size_bytes"] > 1000 for row in rows)
+    assert command(tmp_path, NOBODY, "inspect", NAME, "--device", "cpu")[0] == 0
+
+    status, _, err = command(tmp_path, NOBODY, "rm", NAME, "--revision", "v9")
+    assert status == 1 and f"{NAME} has no revision v9" in err and f"it has {BRANCH}, main" in err
+    status, out, _ = command(tmp_path, NOBODY, "rm", NAME, "--revision", BRANCH)
+    assert status == 0 and "1 other revision of it stays" in out
+    status, out, _ = command(tmp_path, NOBODY, "rm", NAME)
+    assert status == 0 and out.startswith(f"removed {NAME}: ") and "stay" not in out
+    status, _, err = command(tmp_path, NOBODY, "rm", NAME)
+    assert status == 1 and "which holds no models" in err and err.count("\n") == 1
+    status, _, err = command(tmp_path, hub.url, "pull", "demo")
+    assert status == 1 and "demo is no name on the hub" in err and err.count("\n") == 1
+
+
 def test_what_was_tried_is_said(hub: Hub, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "gptq_api", "serve", "modles/vicuna"]
     env = environment(tmp_path, hub.url)

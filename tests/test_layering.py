@@ -14,6 +14,7 @@ FLOOR = {
     "errors",
     "on_disk",
     "config",
+    "settings_help",
     "settings_source",
     "settings_words",
     "types",
@@ -25,7 +26,19 @@ FLOOR = {
     "exits",
 }
 MAY_IMPORT = {
-    "cli": {"api", "hub", "text", "engine", "quantize", "bench", "verify", "checkpoint", "model", "runner"},
+    "cli": {
+        "api",
+        "hub",
+        "hub_cache",
+        "text",
+        "engine",
+        "quantize",
+        "bench",
+        "verify",
+        "checkpoint",
+        "model",
+        "runner",
+    },
     "bench": {"text", "runner", "model", "checkpoint"},
     "quantize": {"model", "checkpoint"},
     "verify": {"runner", "model", "checkpoint"},
@@ -41,6 +54,7 @@ MAY_IMPORT = {
     "checkpoint": set(),
     "demo": set(),
     "hub": set(),
+    "hub_cache": {"hub"},
 }
 IN_API_MAY_IMPORT = {
     "server": {"listener", "service", "traces"},

@@ -25,6 +25,9 @@ _HELP = {
     "quantize": "make a GPTQ checkpoint of an FP16 model",
     "bench": "memory, perplexity and speed of GPTQ checkpoints beside FP16",
     "verify": "compare a checkpoint's logits on this machine with transformers'",
+    "pull": "download a model of the Hugging Face hub",
+    "list": "the models of the hub that are here",
+    "rm": "remove one of them",
 }
 """One module gptq_api.cli.NAME with run(settings) -> exit status for each of COMMANDS."""
 
