@@ -55,6 +55,12 @@ class CommandSettings(BaseSettings):
         """None of the library's own, which decode what they read."""
         return (init_settings,)
 
+    @classmethod
+    def rearranged(cls, leading: dict[str, Any], behind: set[str]) -> dict[str, Any]:
+        """Leading arguments by the field they fill, where they may stand for another one; `behind`: fields of the flags
+        that follow."""
+        return leading
+
     def check_given(self, on_command_line: Mapping[str, str], anywhere: Mapping[str, str]) -> None:
         """Of fields that are given how they are written. ConfigError for a flag that would do nothing beside others;
         variables and files may be those of several commands, and are passed over where they say nothing."""
@@ -317,7 +323,9 @@ class ChatSettings(EngineSettings):
 
     examples: ClassVar[tuple[str, ...]] = (
         "gptq-api chat /models/vicuna-7B-GPTQ",
+        'gptq-api chat /models/vicuna-7B-GPTQ "Why is the sky blue?"',
         "gptq-api chat --url http://127.0.0.1:8000/v1",
+        'gptq-api chat "What does this do?" --url http://127.0.0.1:8000/v1 <program.py',
     )
     seldom: ClassVar[frozenset[str]] = frozenset(
         [
@@ -340,11 +348,18 @@ class ChatSettings(EngineSettings):
 
     AT_URL: ClassVar[frozenset[str]] = frozenset(
         ("url", "api_key", "served_model_name", "system", "temperature", "top_p", "max_tokens", "seed", "config")
-    )
+    ) | {"question", "history"}
     """what is left to say where a server has the model"""
 
+    positional: ClassVar[tuple[str, ...]] = ("model_path", "question")
+
+    question: str | None = Field(None, min_length=1)
+    """Ask this, print the answer and leave; what is piped in stands behind it. A single argument is the question where
+    it has a blank in it and is no path, or where --url has the model."""
     url: str | None = None
     """Talk to a running server (its /v1 address) instead of loading the model."""
+    history: bool = True
+    """Keep the lines that are typed for the next chat: gptq-api/chat_history in $XDG_STATE_HOME or ~/.local/state."""
     api_key: list[str] = Field([], repr=False)
     """Bearer token for the server at --url; of several, separated by commas, the first."""
     system: str | None = None
@@ -362,6 +377,15 @@ class ChatSettings(EngineSettings):
     @classmethod
     def _keys(cls, value: list[str]) -> list[str]:
         return _sendable(value)
+
+    @classmethod
+    def rearranged(cls, leading: dict[str, Any], behind: set[str]) -> dict[str, Any]:
+        word = leading.get("model_path")
+        if word is None or {"question"} & (leading.keys() | behind):
+            return leading
+        at_url = "url" in behind and "/" not in word and word != "demo"
+        is_question = at_url or (" " in word.strip() and not Path(word[:4096]).exists())
+        return {"question": word} if is_question else leading
 
     def check_given(self, on_command_line: Mapping[str, str], anywhere: Mapping[str, str]) -> None:
         url = anywhere.get("url")

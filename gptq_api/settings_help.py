@@ -31,7 +31,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         *("calibration", "num_samples", "sample_length", "eval_text", "num_eval_samples"),
         *("text", "context", "num_windows"),
     ),
-    "Answers": ("system", "temperature", "top_p", "seed", "history", "color"),
+    "Answers": ("question", "system", "temperature", "top_p", "seed", "history"),
     "Load": (
         *("concurrency", "rate", "num_requests", "lengths", "prompt_tokens", "num_tokens", "max_tokens", "warm_up"),
         *("batch", "repeats"),

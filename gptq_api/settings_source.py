@@ -23,7 +23,7 @@ from gptq_api.settings_words import taken, wrong_value
 S = TypeVar("S", bound=CommandSettings)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Source:
     """What the command line, the environment or the file says."""
 
@@ -142,7 +142,10 @@ def _command_line(cls: type[CommandSettings], args: Sequence[str], prog: str) ->
             take(name, flag(name), rest.pop(0))
             if not takes_list(cls.model_fields[name].annotation):
                 break
-    named_first = dict(source.values)
+    behind = {fields[spelled] for spelled in (item.partition("=")[0] for item in rest) if spelled in fields}
+    leading = cls.rearranged(dict(source.values), behind)
+    source.values, source.written = leading, {name: flag(name) for name in leading}
+    named_first = dict(leading)
     while rest:
         item = rest.pop(0)
         spelled, equals, value = item.partition("=")

@@ -35,6 +35,8 @@ class ChatError(UserError):
 class Report:
     """What an answer turned out to be, filled in while it streams."""
 
+    attempt: int = 0
+    """how many answers to this question were thrown away; a seed that is given goes on from it"""
     num_tokens: int = 0
     num_drafted: int = 0
     num_accepted: int = 0
@@ -96,7 +98,7 @@ class LocalModel:
             max_tokens=min(settings.max_tokens or room, room),
             temperature=settings.temperature,
             top_p=settings.top_p,
-            seed=random.getrandbits(31) if settings.seed is None else settings.seed,
+            seed=random.getrandbits(31) if settings.seed is None else _seed(settings.seed, report),
             stop_token_ids=ends,
         )
         choice = Choice(0, 0, params, TextStream(tokenizer, stop=template.stop))
@@ -181,7 +183,7 @@ class RemoteModel:
     async def answer(self, messages: list[Message], report: Report) -> AsyncIterator[str]:
         """Text as it comes. Raises ChatError."""
         while True:
-            body = self._body(_without_oldest(messages, report.num_dropped))
+            body = self._body(_without_oldest(messages, report.num_dropped), report)
             try:
                 async with self._client.stream("POST", "chat/completions", json=body) as response:
                     if response.status_code == 200:
@@ -194,7 +196,7 @@ class RemoteModel:
             if code != "context_length_exceeded" or not _drop_turn(messages, report):
                 raise ChatError(f"the server answers {message}")
 
-    def _body(self, messages: list[Message]) -> dict[str, Any]:
+    def _body(self, messages: list[Message], report: Report) -> dict[str, Any]:
         settings = self._settings
         body = {
             "model": self._model,
@@ -202,11 +204,16 @@ class RemoteModel:
             "temperature": settings.temperature,
             "top_p": settings.top_p,
             "max_tokens": settings.max_tokens,
-            "seed": settings.seed,
+            "seed": None if settings.seed is None else _seed(settings.seed, report),
             "stream": True,
             "stream_options": {"include_usage": True},
         }
         return {key: value for key, value in body.items() if value is not None}
+
+
+def _seed(given: int, report: Report) -> int:
+    """Another one for each attempt, within 64 bits."""
+    return (given + report.attempt + 2**63) % 2**64 - 2**63
 
 
 class _Delta(msgspec.Struct):

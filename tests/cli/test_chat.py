@@ -435,3 +435,77 @@ def test_a_checkpoint_without_weights_is_one_sentence(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1
     assert str(tmp_path) in done.stderr
+
+
+def test_one_question_and_what_is_piped_behind_it(peer: Peer) -> None:
+    done = chat("", "What is this", "--url", peer.url)
+    assert (done.returncode, done.stdout) == (0, "You said What is this [31m\u2028in é👋.\n")
+    assert "42 tokens" in done.stderr
+    assert chat("print(1)\n", "Explain", "--url", peer.url).returncode == 0
+    assert chat("", "--url", peer.url, "--question", "and this").returncode == 0
+    asked = [body["messages"] for body in peer.bodies]
+    assert asked == [
+        [{"role": "user", "content": text}] for text in ("What is this", "Explain\n\nprint(1)", "and this")
+    ]
+    refused = chat("", "refuse", "--url", peer.url)
+    assert refused.returncode == 1 and "no such key" in refused.stderr and refused.stdout == ""
+    model = chat("", "/models/x", "--url", peer.url)
+    assert model.returncode == 2 and "does nothing beside --url" in model.stderr
+
+
+def test_one_question_to_the_demo() -> None:
+    done = chat("", "What is GPTQ?", "--temperature", "0", "--num-threads", "1", "--device", "cpu")
+    assert done.returncode == 0 and "4 bits" in done.stdout, done.stderr
+
+
+def test_another_answer_a_file_and_figures(peer: Peer, tmp_path: Path) -> None:
+    file, page = tmp_path / "chat.json", tmp_path / "chat.md"
+    lines = [
+        *("/regenerate", "/save", f"/save {file}", "/stats", "Hello", "/regenerate", "/stats"),
+        *(f"/save {file}", f"/save {file}", f"/save {page}", "/save /no/such/folder/x"),
+    ]
+    done = chat("\n".join(lines), "--url", peer.url, "--seed", "7", "--system", "Be brief.")
+    assert done.returncode == 0, done.stderr
+    first, second = peer.bodies
+    assert first["messages"] == second["messages"] and (first["seed"], second["seed"]) == (7, 8)
+    for words in (
+        "there is no answer yet that could be another one",
+        "/save FILE: the file's name is missing",
+        "no answers yet",
+        "2 answers, 84 tokens",
+        f"{file} is there already; name another file",
+        "/no/such/folder/x cannot be written: No such file or directory",
+    ):
+        assert words in done.stderr, words
+    saved = json.loads(file.read_text())["messages"]
+    assert [message["role"] for message in saved] == ["system", "user", "assistant"]
+    assert page.read_text().startswith("**system**\n\nBe brief.\n\n**user**\n\nHello\n\n**assistant**\n\nYou said")
+
+
+def test_lines_are_kept_for_the_next_chat_and_tab_completes(
+    peer: Peer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    terminal = Terminal("--url", peer.url)
+    terminal.wait_for(">")
+    terminal.type("remember me\r")
+    terminal.wait_for("You said remember me")
+    terminal.wait_for(">")
+    terminal.type("/st\t")
+    terminal.wait_for("/stats")
+    terminal.type("\r")
+    terminal.wait_for("1 answers, 42 tokens")
+    terminal.wait_for(">")
+    terminal.type("\x04")
+    assert terminal.close() == 0
+    kept = tmp_path / "gptq-api" / "chat_history"
+    assert "+remember me" in kept.read_text() and kept.stat().st_mode & 0o777 == 0o600
+    terminal = Terminal("--url", peer.url)
+    terminal.wait_for(">")
+    terminal.type("\x1b[A\x1b[A")
+    terminal.wait_for("remember me")
+    terminal.type(" again\r")
+    terminal.wait_for("You said remember me again")
+    terminal.wait_for(">")
+    terminal.type("\x04")
+    assert terminal.close() == 0

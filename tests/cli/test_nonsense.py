@@ -13,13 +13,12 @@ from typing import Any
 import pytest
 
 from gptq_api import exits
-from gptq_api.config import COMMANDS
 
 DRIVER = """
 import atexit, json, os, signal, sys
-from gptq_api.cli import bench, chat, inspect, main, quantize, serve
+from gptq_api.cli import bench, chat, inspect, main, quantize, serve, verify
 import gptq_api.checkpoint.dense, gptq_api.checkpoint.summary, gptq_api.model.plan, gptq_api.quantize.driver
-import gptq_api.quantize.card, gptq_api.quantize.output, gptq_api.runner.load
+import gptq_api.quantize.card, gptq_api.quantize.output, gptq_api.runner.load, gptq_api.verify.ours
 for case in json.load(sys.stdin):
     sys.stdout.flush()
     child = os.fork()
@@ -35,6 +34,8 @@ for case in json.load(sys.stdin):
     print(os.waitstatus_to_exitcode(status), flush=True)
 """
 """One interpreter with everything imported, and a process for each case: a fresh one would take a second each"""
+COMMANDS = ("serve", "chat", "inspect", "quantize", "bench", "verify")
+"""those that read a checkpoint; tests/test_hub.py has those of the hub"""
 REST: dict[str, list[str]] = {"quantize": ["OUT", "--nearest"]}
 """what stands behind the model"""
 Nonsense = Callable[[str, Path], tuple[list[str], dict[str, str]]]
