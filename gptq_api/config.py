@@ -571,6 +571,76 @@ class BenchSettings(CommandSettings):
                 raise ConfigError(f"{what}, which measures random weights; leave one of them out")
 
 
+class BenchServeSettings(CommandSettings):
+    """Load a running OpenAI server, ours or another's, and measure what its users feel: tokens a second, time to the
+    first token, time between tokens. Closed loop: so many users, each with one request at a time. Open loop: requests
+    arrive at a rate, whatever the server does."""
+
+    positional: ClassVar[tuple[str, ...]] = ()
+    examples: ClassVar[tuple[str, ...]] = (
+        "gptq-api bench serve --url http://127.0.0.1:8000/v1",
+        "gptq-api bench serve --url http://127.0.0.1:8000/v1 --concurrency 1,8,64 --json a.json --png a.png",
+        "gptq-api bench serve --url http://127.0.0.1:8000/v1 --rate 2,8 --lengths fixed --prompt-tokens 512",
+    )
+
+    url: str = Field(min_length=1)
+    """The server's /v1 address."""
+    api_key: list[str] = Field([], repr=False)
+    """Bearer token, where the server asks for one; of several, separated by commas, the first."""
+    model: str | None = None
+    """Name in requests. Default: the first that the server lists."""
+    concurrency: list[int] = Field([], examples=[["1", "8", "64"]])
+    """Closed loop: numbers of users, separated by commas, a row for each. Default: 1,8,64; none where --rate is
+    given."""
+    rate: list[float] = Field([], examples=[["2", "8.5"]])
+    """Open loop: requests per second, separated by commas, a row for each."""
+    num_requests: int | None = Field(None, ge=1, le=10**6)
+    """Requests of a row. Default: 32, at least two for each user; 64 in open loop."""
+    lengths: Literal["sharegpt", "fixed"] = "sharegpt"
+    """Tokens of prompts and answers. sharegpt draws them log-normally with the means of ShareGPT (215 and 198), as far
+    as the server's context goes; fixed takes --prompt-tokens and --max-tokens."""
+    prompt_tokens: int = Field(128, ge=1, le=10**6)
+    """Tokens of a prompt with fixed lengths, about."""
+    max_tokens: int = Field(128, ge=1, le=10**6)
+    """Tokens of an answer with fixed lengths."""
+    temperature: float = Field(0.0, ge=0, le=2)
+    """Sampling temperature; 0 is greedy."""
+    seed: int = Field(0, ge=0)
+    """Of lengths and prompts: two servers get the same."""
+    json_file: Path | None = Field(None, validation_alias=AliasChoices("json", "json_file"))
+    """Write the results to this JSON file."""
+    png: Path | None = None
+    """Write a chart to this file; needs matplotlib."""
+    config: Path | None = None
+    """TOML file with any of these settings."""
+
+    @field_validator("api_key")
+    @classmethod
+    def _keys(cls, value: list[str]) -> list[str]:
+        return _sendable(value)
+
+    @field_validator("concurrency")
+    @classmethod
+    def _users(cls, value: list[int]) -> list[int]:
+        if not all(1 <= users <= 4096 for users in value):
+            raise ValueError("is a list of whole numbers from 1 to 4096, such as 1,8,64")
+        return value
+
+    @field_validator("rate")
+    @classmethod
+    def _rates(cls, value: list[float]) -> list[float]:
+        if not all(0 < rate <= 10**5 for rate in value):
+            raise ValueError("is a list of numbers above 0, such as 2,8.5")
+        return value
+
+    def check_given(self, on_command_line: Mapping[str, str], anywhere: Mapping[str, str]) -> None:
+        for name in ("prompt_tokens", "max_tokens"):
+            if name in on_command_line and self.lengths != "fixed":
+                raise ConfigError(
+                    f"{on_command_line[name]} does nothing without --lengths fixed; add it, or leave it out"
+                )
+
+
 class VerifySettings(CommandSettings):
     """Compare this machine's logits and greedy tokens for a checkpoint with those of transformers' model of its
     dequantized weights, and say where they part."""
@@ -651,6 +721,7 @@ COMMANDS: dict[str, type[CommandSettings]] = {
     "inspect": InspectSettings,
     "quantize": QuantizeSettings,
     "bench": BenchSettings,
+    "bench serve": BenchServeSettings,
     "verify": VerifySettings,
     "pull": PullSettings,
     "list": ListSettings,

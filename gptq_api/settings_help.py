@@ -11,7 +11,16 @@ from gptq_api.settings_words import option_lines
 GROUPS: dict[str, tuple[str, ...]] = {
     "Model": (
         *("model_path", "models", "out", "revision", "gptq_ckpt", "gptq_wbits", "gptq_groupsize", "gptq_act_order"),
-        *("draft_model", "served_model_name", "model_alias", "accept_any_model", "chat_template", "fp16", "synthetic"),
+        *(
+            "draft_model",
+            "model",
+            "served_model_name",
+            "model_alias",
+            "accept_any_model",
+            "chat_template",
+            "fp16",
+            "synthetic",
+        ),
         *("device", "dtype", "num_threads", "lm_head_bits", "batch_invariant", "speculate", "packed_cache"),
     ),
     "Format": (

@@ -24,16 +24,17 @@ _HELP = {
     "inspect": "say what a checkpoint is, without loading its weights",
     "quantize": "make a GPTQ checkpoint of an FP16 model",
     "bench": "memory, perplexity and speed of GPTQ checkpoints beside FP16",
+    "bench serve": "load a running OpenAI server: tokens/s, time to the first token, between tokens",
     "verify": "compare a checkpoint's logits on this machine with transformers'",
     "pull": "download a model of the Hugging Face hub",
     "list": "the models of the hub that are here",
     "rm": "remove one of them",
 }
-"""One module gptq_api.cli.NAME with run(settings) -> exit status for each of COMMANDS."""
+"""One module gptq_api.cli.NAME (bench_serve for two words) with run(settings) -> exit status for each of COMMANDS."""
 
 
 def usage() -> str:
-    lines = [f"  {name:8} {help_text}" for name, help_text in _HELP.items()]
+    lines = [f"  {name:12} {help_text}" for name, help_text in _HELP.items()]
     return "\n".join(
         [
             "usage: gptq-api COMMAND [MODEL] [OPTIONS]",
@@ -65,12 +66,14 @@ def _main(args: list[str]) -> int:
     if args[0] in ("-V", "--version", "version"):
         print(f"gptq-api {__version__}")
         return exits.DONE
-    name = args[0]
+    name, rest = args[0], args[1:]
+    if rest and f"{name} {rest[0]}" in COMMANDS:
+        name, rest = f"{name} {rest[0]}", rest[1:]
     if name not in COMMANDS:
         print(f"gptq-api: {_not_a_command(name)}", file=sys.stderr)
         return exits.WRONG_USE
     try:
-        settings = load_settings(COMMANDS[name], args[1:], prog=f"gptq-api {name}")
+        settings = load_settings(COMMANDS[name], rest, prog=f"gptq-api {name}")
     except ConfigError as error:
         fail(name, error)
         return exits.WRONG_USE
@@ -82,7 +85,7 @@ def _main(args: list[str]) -> int:
             settings = with_local_model(settings)
             refuse_without_weights(settings)
         stopped = "stopped"
-        run: Callable[[CommandSettings], int] = importlib.import_module(f"gptq_api.cli.{name}").run
+        run: Callable[[CommandSettings], int] = importlib.import_module(f"gptq_api.cli.{name.replace(' ', '_')}").run
         return run(settings)
     except UserError as error:
         fail(name, error)

@@ -238,8 +238,17 @@ def test_its_commands_on_a_checkpoint_do_what_it_says(words: list[str], models: 
         assert all(fact in done.stdout for fact in ("layout", "bits", "group size", "act-order", "weights", "fits"))
 
 
+def test_its_load_test_measures_a_server(server: Server, tmp_path: Path) -> None:
+    (words,) = (words for words in OURS if words[1:3] == ["bench", "serve"])
+    command = [sys.executable, "-m", "gptq_api", *(at(server, word) if "127" in word else word for word in words[1:])]
+    few = ["--concurrency", "1", "--num-requests", "2", "--lengths", "fixed", "--max-tokens", "4"]
+    done = subprocess.run([*command, *few], cwd=tmp_path, capture_output=True, text=True, timeout=110, check=False)
+    assert done.returncode == 0 and "first token ms" in done.stdout, done.stderr
+    assert json.loads((tmp_path / "serve.json").read_text())["rows"] and (tmp_path / "serve.png").stat().st_size
+
+
 def test_its_commands_make_a_checkpoint_and_measure_it(models: Path) -> None:
-    quantize, bench = (words for words in OURS if words[1] in ("quantize", "bench"))
+    quantize, bench, _ = (words for words in OURS if words[1] in ("quantize", "bench"))
     done = run_here(quantize, models)
     assert done.returncode == 0 and "perplexity" in done.stderr, done.stderr
     done = run_here(bench, models)
