@@ -12,8 +12,8 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from gptq_api.bench.http_client import Call
 from gptq_api.bench.http_client import Endpoint as Server
+from gptq_api.bench.http_client import TimedCall as Call
 from gptq_api.bench.load import percentiles, summary
 
 __all__ = ["Bar", "Call", "Load", "Run", "Server", "closed_loop", "from_several", "open_loop", "percentiles", "summary"]

@@ -589,20 +589,21 @@ class BenchServeSettings(CommandSettings):
     """Bearer token, where the server asks for one; of several, separated by commas, the first."""
     model: str | None = None
     """Name in requests. Default: the first that the server lists."""
-    concurrency: list[int] = Field([], examples=[["1", "8", "64"]])
+    concurrency: list[int] = Field([], examples=[[1, 8, 64]])
     """Closed loop: numbers of users, separated by commas, a row for each. Default: 1,8,64; none where --rate is
     given."""
-    rate: list[float] = Field([], examples=[["2", "8.5"]])
+    rate: list[float] = Field([], examples=[[2.0, 8.5]])
     """Open loop: requests per second, separated by commas, a row for each."""
     num_requests: int | None = Field(None, ge=1, le=10**6)
     """Requests of a row. Default: 32, at least two for each user; 64 in open loop."""
-    lengths: Literal["sharegpt", "fixed"] = "sharegpt"
-    """Tokens of prompts and answers. sharegpt draws them log-normally with the means of ShareGPT (215 and 198), as far
-    as the server's context goes; fixed takes --prompt-tokens and --max-tokens."""
-    prompt_tokens: int = Field(128, ge=1, le=10**6)
-    """Tokens of a prompt with fixed lengths, about."""
-    max_tokens: int = Field(128, ge=1, le=10**6)
-    """Tokens of an answer with fixed lengths."""
+    lengths: Literal["sharegpt", "fixed"] | None = None
+    """Tokens of prompts and answers. sharegpt, the default, draws them log-normally with the means of ShareGPT (215 and
+    198), as far as the server's context goes; fixed, the default where one of them is given, takes --prompt-tokens and
+    --max-tokens."""
+    prompt_tokens: int | None = Field(None, ge=1, le=10**6)
+    """Tokens of a prompt with fixed lengths, about. Default: 128."""
+    max_tokens: int | None = Field(None, ge=1, le=10**6)
+    """Tokens of an answer with fixed lengths. Default: 128."""
     temperature: float = Field(0.0, ge=0, le=2)
     """Sampling temperature; 0 is greedy."""
     seed: int = Field(0, ge=0)
@@ -635,10 +636,13 @@ class BenchServeSettings(CommandSettings):
 
     def check_given(self, on_command_line: Mapping[str, str], anywhere: Mapping[str, str]) -> None:
         for name in ("prompt_tokens", "max_tokens"):
-            if name in on_command_line and self.lengths != "fixed":
-                raise ConfigError(
-                    f"{on_command_line[name]} does nothing without --lengths fixed; add it, or leave it out"
-                )
+            if name in on_command_line and self.lengths == "sharegpt":
+                given = on_command_line[name]
+                raise ConfigError(f"{given} does nothing beside {anywhere['lengths']} sharegpt; leave one of them out")
+
+    @property
+    def chosen_lengths(self) -> Literal["sharegpt", "fixed"]:
+        return self.lengths or ("sharegpt" if self.prompt_tokens is None and self.max_tokens is None else "fixed")
 
 
 class VerifySettings(CommandSettings):

@@ -52,15 +52,16 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "Limits": (
         *("max_num_seqs", "max_num_batched_tokens", "max_queued_requests", "max_body_bytes", "strict_params"),
         *("header_timeout_s", "body_timeout_s", "send_timeout_s", "drain_timeout_s", "engine_timeout_s"),
+        *("drain_delay_s",),
         *("on_engine_stall", "restart_engine", "timeout_s"),
     ),
     "Network": (
         *("url", "host", "port", "api_key", "api_key_file", "allow_unauthenticated", "allowed_host", "cors_origin"),
-        *("sse_ping_s",),
+        *("sse_ping_s", "web_page", "kv_events", "kv_events_replay", "kv_events_topic"),
     ),
     "Log and files": ("log_level", "log_json", "trace", "json_output", "json_file", "png", "yes", "config"),
 }
-"""the groups of all commands in the order of the page; every setting is in one"""
+"""the groups of all commands in the order of the page; what is in none of them stands below, under More"""
 
 
 def usage(cls: type[CommandSettings], prog: str) -> str:
@@ -87,7 +88,9 @@ def page(cls: type[CommandSettings], prog: str, everything: bool = False) -> str
     if cls.examples:
         lines.append("")
     hidden = frozenset() if everything else cls.seldom & cls.model_fields.keys()
-    for title, names in GROUPS.items():
+    grouped = {name for names in GROUPS.values() for name in names}
+    others = tuple(name for name in cls.model_fields if name not in grouped)
+    for title, names in (*GROUPS.items(), ("More", others)):
         ours = [name for name in names if name in cls.model_fields and name not in hidden]
         if ours:
             lines.append(f"{title}:")

@@ -20,7 +20,7 @@ class LoadError(UserError):
 
 
 @dataclass
-class Call:
+class TimedCall:
     """One request as its sender saw it; times in seconds from the moment it was sent."""
 
     ttft: float | None = None
@@ -85,10 +85,10 @@ class Endpoint:
             raise LoadError(f"{self.url}{path} answers {status.decode(errors='replace')}{key}")
         return answer
 
-    async def complete(self, body: dict[str, Any]) -> Call:
+    async def complete(self, body: dict[str, Any]) -> TimedCall:
         """A request of a chat where `body` has messages, of a completion where it has a prompt. What goes wrong stands
         in the call."""
-        call, started, rest = Call(), time.perf_counter(), b""
+        call, started, rest = TimedCall(), time.perf_counter(), b""
         try:
             parts = self.request("POST", "/chat/completions" if "messages" in body else "/completions", body)
             status = await anext(parts)
@@ -111,7 +111,7 @@ class Endpoint:
         return call
 
 
-def _read(call: Call, data: bytes, now: float) -> None:
+def _read(call: TimedCall, data: bytes, now: float) -> None:
     if data == b"[DONE]":
         return
     chunk = json.loads(data)

@@ -12,7 +12,7 @@ import time
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from gptq_api.bench.http_client import Call, Endpoint, LoadError
+from gptq_api.bench.http_client import Endpoint, LoadError, TimedCall
 
 SHAREGPT = ((215, 1.4), (198, 1.0))
 """(mean, sigma of the logarithm) of prompt and answer: the means are those of vLLM's sample of ShareGPT (215,196 and
@@ -53,7 +53,7 @@ def percentiles(values: list[float], scale: float = 1e3) -> dict[str, float]:
     return {name: round(value * scale, 2) for name, value in (at | {"mean": statistics.fmean(values)}).items()}
 
 
-def summary(calls: list[Call], elapsed: float) -> dict[str, Any]:
+def summary(calls: list[TimedCall], elapsed: float) -> dict[str, Any]:
     """One row of the result: rates over the whole run, percentiles over requests and over gaps between chunks."""
     good = [call for call in calls if call.error is None]
     gaps = [b - a for call in good for a, b in zip(call.arrivals, call.arrivals[1:], strict=False)]
@@ -73,14 +73,14 @@ def summary(calls: list[Call], elapsed: float) -> dict[str, Any]:
     }
 
 
-class Progress:
+class CallsBar:
     """A line on stderr: rewritten in place on a terminal, elsewhere a new one every ten seconds."""
 
     def __init__(self, name: str, total: int) -> None:
         self._name, self._total, self._done, self._failed = name, total, 0, 0
         self._live, self._told = sys.stderr.isatty(), time.monotonic()
 
-    def tick(self, call: Call) -> None:
+    def tick(self, call: TimedCall) -> None:
         self._done += 1
         self._failed += call.error is not None
         is_last = self._done == self._total
@@ -96,7 +96,7 @@ class Progress:
 
 
 @dataclass
-class Shape:
+class Traffic:
     """How long prompts and answers are, and what is sent: drawn from a seed, so that two servers get the same."""
 
     model: str
@@ -162,11 +162,11 @@ class Shape:
 
 
 async def closed_loop(
-    endpoint: Endpoint, bodies: list[dict[str, Any]], users: int, progress: Progress
-) -> tuple[list[Call], float]:
+    endpoint: Endpoint, bodies: list[dict[str, Any]], users: int, progress: CallsBar
+) -> tuple[list[TimedCall], float]:
     """Each user sends the next request when the last one has ended: (the calls, seconds)."""
     waiting = iter(bodies)
-    calls: list[Call] = []
+    calls: list[TimedCall] = []
 
     async def user() -> None:
         for body in waiting:
@@ -179,12 +179,12 @@ async def closed_loop(
 
 
 async def open_loop(
-    endpoint: Endpoint, bodies: list[dict[str, Any]], rate: float, seed: int, progress: Progress
-) -> tuple[list[Call], float]:
+    endpoint: Endpoint, bodies: list[dict[str, Any]], rate: float, seed: int, progress: CallsBar
+) -> tuple[list[TimedCall], float]:
     """Requests arrive at a rate, as those of people who do not know each other, whatever the server does."""
     rng = random.Random(seed)
 
-    async def one(body: dict[str, Any]) -> Call:
+    async def one(body: dict[str, Any]) -> TimedCall:
         call = await endpoint.complete(body)
         progress.tick(call)
         return call

@@ -18,14 +18,15 @@ from rich.table import Table
 from rich.text import Text
 
 from gptq_api import __version__, exits
-from gptq_api.bench.http_client import Call, Endpoint, LoadError
-from gptq_api.bench.load import Progress, Shape, closed_loop, open_loop, summary
+from gptq_api.bench.http_client import Endpoint, LoadError, TimedCall
+from gptq_api.bench.load import CallsBar, Traffic, closed_loop, open_loop, summary
 from gptq_api.cli.output import fail
 from gptq_api.config import BenchServeSettings
 from gptq_api.errors import UserError, writing
 
 _COLUMNS = ("load", "requests", "failed", "tokens/s", "requests/s", "first token ms", "between tokens ms", "whole s")
 _TIMES = (("first token, ms: p50, p90, p99", "ttft_ms"), ("between tokens, ms: p50, p90, p99", "inter_token_ms"))
+_TOKENS = 128
 _BUSY = 0.8
 """the share of a core from which the client measures itself"""
 
@@ -57,11 +58,11 @@ async def measure(settings: BenchServeSettings) -> dict[str, Any]:
     entry = next((m for m in listed if settings.model is None or m.get("id") == settings.model), None)
     if entry is None and settings.model is None:
         raise LoadError(f"{settings.url} lists no models; name one with --model")
-    shape = Shape(
+    shape = Traffic(
         model=settings.model or str(entry and entry["id"]),
-        lengths=settings.lengths,
-        prompt_tokens=settings.prompt_tokens,
-        max_tokens=settings.max_tokens,
+        lengths=settings.chosen_lengths,
+        prompt_tokens=settings.prompt_tokens or _TOKENS,
+        max_tokens=settings.max_tokens or _TOKENS,
         temperature=settings.temperature,
         seed=settings.seed,
         longest=entry.get("max_model_len") if entry is not None else None,
@@ -70,17 +71,17 @@ async def measure(settings: BenchServeSettings) -> dict[str, Any]:
     rows = []
     for users in settings.concurrency or ([] if settings.rate else [1, 8, 64]):
         bodies = shape.bodies(settings.num_requests or max(32, 2 * users))
-        progress = Progress(f"{users} users", len(bodies))
+        progress = CallsBar(f"{users} users", len(bodies))
         row = {"mode": "closed", "concurrency": users}
         rows.append(row | await _timed(closed_loop(endpoint, bodies, users, progress)))
     for rate in settings.rate:
         bodies = shape.bodies(settings.num_requests or 64)
-        progress = Progress(f"{rate:g} requests/s", len(bodies))
+        progress = CallsBar(f"{rate:g} requests/s", len(bodies))
         row = {"mode": "open", "rate": rate}
         rows.append(row | await _timed(open_loop(endpoint, bodies, rate, settings.seed, progress)))
-    load = {name: getattr(settings, name) for name in ("lengths", "temperature", "seed")}
-    if settings.lengths == "fixed":
-        load |= {"prompt_tokens": settings.prompt_tokens, "max_tokens": settings.max_tokens}
+    load = {"lengths": shape.lengths, "temperature": settings.temperature, "seed": settings.seed}
+    if shape.lengths == "fixed":
+        load |= {"prompt_tokens": shape.prompt_tokens, "max_tokens": shape.max_tokens}
     return {
         "url": settings.url,
         "model": shape.model,
@@ -93,7 +94,7 @@ async def measure(settings: BenchServeSettings) -> dict[str, Any]:
 async def _timed(loop: Any) -> dict[str, Any]:
     began = time.process_time()
     calls, elapsed = await loop
-    found: list[Call] = calls
+    found: list[TimedCall] = calls
     return summary(found, elapsed) | {"client_share_of_a_core": round((time.process_time() - began) / elapsed, 2)}
 
 

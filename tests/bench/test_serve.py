@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from gptq_api.bench.load import LONGEST, SHAREGPT, SHORTEST, Shape
+from gptq_api.bench.load import LONGEST, SHAREGPT, SHORTEST, Traffic
 from tests.support.server import Server
 
 
@@ -47,8 +47,8 @@ def test_both_loops_as_table_json_and_png(server: Server, tmp_path: Path) -> Non
 
 
 def test_lengths_are_those_of_sharegpt_and_fit_the_context() -> None:
-    def shape(longest: int | None) -> Shape:
-        return Shape("m", "sharegpt", 0, 0, 0.0, 3, longest=longest)
+    def shape(longest: int | None) -> Traffic:
+        return Traffic("m", "sharegpt", 0, 0, 0.0, 3, longest=longest)
 
     bodies = shape(None).bodies(4000)
     prompts = [len(body["messages"][0]["content"].split()) for body in bodies]
@@ -78,7 +78,7 @@ def test_a_server_with_a_key(strict_server: Server) -> None:
         ((), 2, "--url is missing"),
         (("--url", "x", "--concurrency", "0"), 2, "whole numbers from 1 to 4096"),
         (("--url", "x", "--rate", "0"), 2, "numbers above 0"),
-        (("--url", "x", "--max-tokens", "5"), 2, "--max-tokens does nothing without --lengths fixed"),
+        (("--url", "x", "--max-tokens", "5", "--lengths", "sharegpt"), 2, "--max-tokens does nothing beside --lengths"),
         (("--url", "http://127.0.0.1:9/v1", "--png", "/no/such/x.png"), 1, "/no/such/x.png cannot be written"),
     ],
 )
