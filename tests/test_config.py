@@ -230,17 +230,13 @@ GOES_WITH: dict[tuple[type[CommandSettings], str], set[str]] = (
 def as_flags(name: str, value: Any) -> list[str]:
     if isinstance(value, bool):
         return [flag(name) if value else "--no-" + flag(name)[2:]]
-    return [f"{flag(name)}={','.join(value) if isinstance(value, list) else value}"]
+    return [f"{flag(name)}={','.join(map(str, value)) if isinstance(value, list) else value}"]
 
 
 def as_text(value: Any) -> str:
-    return (
-        ",".join(map(str, value))
-        if isinstance(value, list)
-        else str(value).lower()
-        if isinstance(value, bool)
-        else str(value)
-    )
+    if isinstance(value, list):
+        return ",".join(map(str, value))
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 @pytest.mark.parametrize(
