@@ -126,6 +126,33 @@ class Abort(msgspec.Struct, frozen=True, tag="abort"):
     sequence_ids: tuple[int, ...]
 
 
+class ModelFacts(msgspec.Struct, frozen=True, kw_only=True):
+    """What a checkpoint is, from its headers, its config and what loading decided; `gptq-api inspect` says more."""
+
+    architecture: str
+    """as people call it: "LLaMA", "Qwen3" """
+    layout: str
+    """"one safetensors file", for one"""
+    layers: int
+    hidden_size: int
+    intermediate_size: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    parameters: int
+    """without biases; a tied head counts once"""
+    bits: dict[str, int]
+    """bits of a quantized module, "4" -> how many modules; empty where nothing is quantized"""
+    group_sizes: dict[str, int]
+    """"128" -> how many modules; "-1": one group"""
+    act_order: bool
+    """of the first layer's modules"""
+    kernels: dict[str, int]
+    """kernel -> how many Linears it takes"""
+    weight_bytes: int
+    kv_bytes_per_token: int
+
+
 class Ready(msgspec.Struct, frozen=True, tag="ready", kw_only=True):
     """Engine -> API, once, after the model is loaded and warm."""
 
@@ -139,6 +166,7 @@ class Ready(msgspec.Struct, frozen=True, tag="ready", kw_only=True):
     eos_token_ids: tuple[int, ...]
     description: str
     """One line for the log: the model, its quantization, the kernels in use, memory."""
+    facts: ModelFacts | None = None
     checkpoint: str = ""
     """A digest that another checkpoint has not."""
     checkpoint_written: int = 0

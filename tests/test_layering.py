@@ -58,7 +58,8 @@ MAY_IMPORT = {
 }
 IN_API_MAY_IMPORT = {
     "server": {"listener", "service", "traces"},
-    "listener": {"app", "service", "errors", "traces"},
+    "listener": {"app", "loading", "service", "errors", "traces"},
+    "loading": {"answers", "errors"},
     "app": {"document", "routes", "errors", "traces"},
     "body": {"service", "errors"},
     "routes": {"answers", "body", "document", "pages", "requests", "service", "metrics", "errors"},

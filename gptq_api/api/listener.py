@@ -11,6 +11,7 @@ from starlette.types import ASGIApp
 
 from gptq_api.api.app import build_app
 from gptq_api.api.errors import error_body
+from gptq_api.api.loading import Loading
 from gptq_api.api.service import Service
 from gptq_api.api.traces import Traces
 from gptq_api.config import Settings
@@ -34,7 +35,8 @@ class Server(uvicorn.Server):
     def __init__(self, settings: Settings, auth: Authenticator, traces: Traces | None = None) -> None:
         self.host = settings.host
         self._app = build_app(settings, auth, traces)
-        app: ASGIApp = self._app
+        self._loading = Loading(self._app)
+        app: ASGIApp = self._loading
         if settings.cors_origin:
             app = CorsMiddleware(app, settings.cors_origin, error_body)
         if not settings.has_keys:
@@ -60,9 +62,9 @@ class Server(uvicorn.Server):
             )
         )
 
-    async def open(self, sockets: list[socket.socket], service: Service) -> None:
-        """Accept connections. Raises PortError where another server listens since we bound."""
-        self._app.state.service = service
+    async def open(self, sockets: list[socket.socket]) -> None:
+        """Accept connections; until `begin` is called they are told that the model loads. Raises PortError where
+        another server listens since we bound."""
         self.config.load()
         self.lifespan = self.config.lifespan_class(self.config)
         asyncio.get_running_loop().set_exception_handler(self.protocol.crowd.on_loop_error)
@@ -72,6 +74,11 @@ class Server(uvicorn.Server):
                 sock.listen(BACKLOG)
         except OSError:
             raise in_use(self.host, sockets[0].getsockname()[1]) from None
+
+    def begin(self, service: Service) -> None:
+        """From now on everything is answered."""
+        self._app.state.service = service
+        self._loading.done = True
 
     def drain(self) -> None:
         for connection in self.server_state.connections:

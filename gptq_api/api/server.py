@@ -1,6 +1,6 @@
-"""`run(settings)`: start, open the port, serve, drain, leave with the right exit status.
+"""`run(settings)`: open the port, load, serve, drain, leave with the right exit status.
 
-loading ──ready──> serving ──signal──> draining ──all done──> 0
+loading ──ready──> serving ──signal──> draining ──all done──> 0       (loading: the port is open, see loading.py)
    │ failed ──> 1     │ engine died        │ drain_timeout_s: the rest get an error event ──> 0
    │ SIGTERM ──> 0    └──> 70              └ second signal: the same, at once ──> 128 + signal
    └ ^C ──> 130
@@ -89,7 +89,7 @@ async def _run(settings: Settings, auth: Authenticator, traces: Traces | None) -
     signals = _Signals()
     sockets = bind(settings.host, settings.port)  # taken now, so that a port in use is no surprise after the loading
     engine = EngineClient(settings, settings.restart_engine, kill_stalled=settings.on_engine_stall == "kill")
-    loading = asyncio.ensure_future(_load(settings, engine, auth, traces))
+    loading = asyncio.ensure_future(_load(settings, engine, auth, traces, sockets))
     stopped = asyncio.ensure_future(signals.first())
     await asyncio.wait({loading, stopped}, return_when=asyncio.FIRST_COMPLETED)
     if not loading.done():
@@ -121,25 +121,29 @@ async def _stop_loading(loading: asyncio.Future[tuple[Service, Server]], signals
 
 
 async def _load(
-    settings: Settings, engine: EngineClient, auth: Authenticator, traces: Traces | None
+    settings: Settings, engine: EngineClient, auth: Authenticator, traces: Traces | None, sockets: list[socket.socket]
 ) -> tuple[Service, Server]:
-    """The weights and the tokenizer, in processes of their own, and what answers here, at the same time."""
+    """The weights and the tokenizer, in processes of their own, and what answers here, at the same time; the port opens
+    as soon as that is there."""
     folder = checkpoint_folder(settings.model_path)
     name = settings.served_model_name or ("demo" if settings.model_path == "demo" else folder.resolve().name)
     log.info(f"loading {name}", version=__version__)
 
     text = TextProcess(folder, template=settings.chat_template, model_name=name)
     starting = asyncio.ensure_future(engine.start())
-    preparing = asyncio.ensure_future(asyncio.to_thread(_prepared, settings, auth, traces))
+    opening = asyncio.ensure_future(_open(settings, auth, traces, sockets))
     try:
         await asyncio.sleep(0)  # the engine takes longest: its process comes first
         tokens, template = await text.start()
-        server = await preparing
+        server = await opening
         await starting
     except BaseException:
         starting.cancel()
-        preparing.cancel()
-        await asyncio.gather(starting, preparing, return_exceptions=True)
+        opened = opening.done() and not opening.cancelled() and opening.exception() is None
+        opening.cancel()
+        await asyncio.gather(starting, opening, return_exceptions=True)
+        if opened:
+            await _within(CLOSE_S, opening.result().close())
         if engine.alive:
             await engine.stop(STOP_S)
         text.close()
@@ -147,6 +151,15 @@ async def _load(
     from gptq_api.api.service import Service
 
     return Service(settings, engine, text, tokens, template, name, auth, traces), server
+
+
+async def _open(
+    settings: Settings, auth: Authenticator, traces: Traces | None, sockets: list[socket.socket]
+) -> Server:
+    """Raises PortError."""
+    server = await asyncio.to_thread(_prepared, settings, auth, traces)
+    await server.open(sockets)
+    return server
 
 
 def _prepared(settings: Settings, auth: Authenticator, traces: Traces | None) -> Server:
@@ -161,7 +174,7 @@ def _prepared(settings: Settings, auth: Authenticator, traces: Traces | None) ->
 async def _serve(
     service: Service, server: Server, sockets: list[socket.socket], signals: _Signals, load_time: str
 ) -> int:
-    await server.open(sockets, service)
+    server.begin(service)
     host, port = service.settings.host, sockets[0].getsockname()[1]
     shown = f"[{host}]" if ":" in host else host
     if "*" in service.settings.cors_origin and not service.settings.has_keys:

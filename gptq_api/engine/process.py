@@ -160,6 +160,7 @@ def _serve(sock: socket.socket, inbox: Inbox, told: EngineOptions) -> int:
         dtype=runner.dtype,
         eos_token_ids=runner.eos_token_ids,
         description=runner.description,
+        facts=runner.facts,
         checkpoint=checkpoint.digest,
         checkpoint_written=checkpoint.written,
     )

@@ -39,6 +39,7 @@ from gptq_api.runner.draft_model import (
     refused_by_name,
 )
 from gptq_api.runner.drafter import DraftRunner
+from gptq_api.runner.facts import model_facts
 from gptq_api.runner.loaded import LoadedRunner
 from gptq_api.runner.memory import NOTHING_BESIDE, Beside, CacheOwner, host_memory, longest_text
 from gptq_api.runner.options import LoadOptions
@@ -156,6 +157,7 @@ def make_runner(options: LoadOptions, checkpoint: Checkpoint, device: torch.devi
     if device.type == "cpu" and threads > 1 and (note := numa_note(allowed_cpus())):
         facts += f"; {note}"
     packed = ", as packed by an earlier start" if report.num_kept == sum(report.kernels.values()) else ""
+    runner.facts = model_facts(checkpoint, config, report.kernels, runner)
     runner.description = f"{name}: {facts}; loaded in {seconds:.1f} s{packed}"
     return runner
 

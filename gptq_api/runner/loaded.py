@@ -7,6 +7,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from gptq_api.step import Drafter, Runner, Step
+from gptq_api.types import ModelFacts
 
 
 class LoadedRunner(Runner[Any], Protocol):
@@ -29,6 +30,8 @@ class LoadedRunner(Runner[Any], Protocol):
     eos_token_ids: tuple[int, ...]
     description: str
     """one line for the log"""
+    facts: ModelFacts | None
+    """the same by itself, once it is loaded"""
     drafter: Drafter | None
     """a draft model beside it, whose cache has the same blocks"""
 

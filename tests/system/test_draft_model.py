@@ -1,4 +1,4 @@
-"""`serve --draft-model` over HTTP: the same answers; and what cannot draft is refused before the port opens."""
+"""`serve --draft-model` over HTTP: the same answers; and what cannot draft is refused at the start."""
 
 from __future__ import annotations
 

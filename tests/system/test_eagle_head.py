@@ -1,5 +1,5 @@
 """`serve --draft-model` with an EAGLE-3 head over the model in the package: random weights cost time only; and what is
-no head for it is refused before the port opens."""
+no head for it is refused at the start."""
 
 from __future__ import annotations
 

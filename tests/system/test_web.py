@@ -4,8 +4,16 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import math
 import re
 
+from safetensors import safe_open
+
+from gptq_api.cli.inspect import inspect
+from gptq_api.config import InspectSettings
+from gptq_api.demo import DEMO_PATH
+from gptq_api.model.config import read_config
+from gptq_api.model.modules import all_modules
 from tests.support.openapi import check_documented
 from tests.support.server import Server, check_error
 
@@ -87,6 +95,25 @@ def test_it_needs_no_key_and_tells_nothing_that_needs_one(strict_server: Server)
     check_error(strict_server.http.get("/server_info", headers=nobody), 401)
     told = strict_server.http.get("/server_info").json()
     assert told["model"] == "strict" and told["max_num_seqs"] == 2 and "4-bit" in told["description"]
+
+
+def test_server_info_says_what_inspect_says(server: Server) -> None:
+    told = server.http.get("/server_info").json()
+    facts = inspect(InspectSettings(model_path="demo"))
+    checkpoint, architecture, quantization = told["checkpoint"], facts["architecture"], facts["quantization"]
+    for name in ("layers", "hidden_size", "intermediate_size", "heads", "kv_heads", "head_dim"):
+        assert checkpoint[name] == architecture[name], name
+    assert checkpoint["architecture"] == architecture["name"] and checkpoint["layout"] == facts["layout"]
+    assert checkpoint["bits"] == {str(bits): count for bits, count in quantization["bits"].items()}
+    assert checkpoint["group_sizes"] == {str(size): count for size, count in quantization["group_size"].items()}
+    assert checkpoint["act_order"] is True and quantization["act_order_modules"] == quantization["modules"]
+    assert f"weights {checkpoint['weight_bytes'] / 2**20:.0f} MiB" in told["description"]
+    assert checkpoint["kv_bytes_per_token"] == facts["kv_bytes_per_token"]
+    assert sum(checkpoint["kernels"].values()) >= 4 * architecture["layers"] and told["device"] == facts["device"]
+    with safe_open(DEMO_PATH / "model.safetensors", "pt") as file:
+        rest = [file.get_slice(name).get_shape() for name in file.keys() if name.endswith(".weight")]  # noqa: SIM118
+    linears = sum(module.in_features * module.out_features for _, module in all_modules(read_config(DEMO_PATH)))
+    assert checkpoint["parameters"] == linears + sum(math.prod(shape) for shape in rest)
 
 
 def test_a_page_that_is_somebody_elses_name_for_us_is_refused(server: Server) -> None:

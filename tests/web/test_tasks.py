@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.loading import LoadingServer
 from tests.support.server import Server, wait_for
 from tests.web.conftest import Chat, Open
 
@@ -295,7 +296,8 @@ def test_what_the_checkpoint_is_and_what_runs(chat: Chat) -> None:
     chat.tab.click("#model")
     chat.tab.wait("document.querySelector('#now').innerText.includes('KV cache in use')")
     shown = chat.tab.js("document.querySelector('#passport').innerText")
-    assert "demo" in shown and "1,024 tokens" in shown and "4-bit GPTQ" in shown and "cpu" in shown
+    assert "demo" in shown and "1,024 tokens" in shown and "GPTQ, 4 bits, groups of 32, act-order" in shown
+    assert "LLaMA, 8 layers of 384" in shown and "cpu" in shown
     chat.tab.press("Escape")
     assert chat.tab.js("document.activeElement.id") == "model", "the keyboard is back where it came from"
 
@@ -326,3 +328,22 @@ def test_by_keyboard_alone(chat: Chat) -> None:
         chat.tab.press("Tab")
         reached.append(chat.tab.js("document.activeElement.textContent.trim() || document.activeElement.id"))
     assert {"New chat", "Export", "Import", "Settings", "Probabilities", "Regenerate", "Continue", "Edit"} <= {*reached}
+
+
+def test_it_opens_while_the_model_loads_and_says_so(open_chat: Open, tmp_path: Path) -> None:
+    with LoadingServer(tmp_path) as loading:
+        chat = open_chat(loading, expects=("503",))
+        chat.tab.wait("document.querySelector('#banner').innerText.includes('being loaded')")
+        assert chat.tab.js("document.querySelector('#send').disabled")
+        assert "being loaded" in chat.tab.js("document.querySelector('#greeting').textContent")
+        chat.tab.fill("#input", "Count from 1 to 10.")
+        chat.tab.press("Enter")
+        assert chat.tab.js("document.querySelector('#input').value") == "Count from 1 to 10.", "it is kept"
+        loading.go()
+        chat.ready()
+        assert chat.said() == ""
+        chat.set(temperature=0)
+        chat.tab.click("#send")
+        chat.tab.wait("document.querySelector('.message')")
+        chat.done()
+        assert "10" in chat.texts()[-1]

@@ -77,6 +77,24 @@ _PROMPT_IDS = {"prompt_token_ids": array(COUNT)}
 _MESSAGE = shape(role=const("assistant"), content=TEXT, refusal=NULL)
 _DELTA = shape({"role": const("assistant"), "content": TEXT})
 _USAGE_OR_NULL = either(ref("Usage"), NULL)
+_COUNTS: Schema = {"type": "object", "additionalProperties": COUNT}
+_CHECKPOINT = shape(
+    architecture=TEXT,
+    layout=TEXT,
+    layers=COUNT,
+    hidden_size=COUNT,
+    intermediate_size=COUNT,
+    heads=COUNT,
+    kv_heads=COUNT,
+    head_dim=COUNT,
+    parameters=COUNT,
+    bits=_COUNTS | {"description": "bits of a quantized module -> how many modules"},
+    group_sizes=_COUNTS | {"description": "-1: one group"},
+    act_order=FLAG | {"description": "of the first layer's modules"},
+    kernels=_COUNTS | {"description": "kernel -> how many Linears it takes"},
+    weight_bytes=COUNT,
+    kv_bytes_per_token=COUNT,
+)
 _MODEL = shape(id=TEXT, object=const("model"), created=TIME, owned_by=TEXT, max_model_len=COUNT)
 
 SHAPES: dict[str, Schema] = {
@@ -181,6 +199,7 @@ SHAPES: dict[str, Schema] = {
         max_model_len=COUNT,
         max_num_seqs=COUNT,
         kv_cache_tokens=COUNT,
+        checkpoint=either(_CHECKPOINT, NULL),
     ),
     "OpenApi": {"type": "object", "required": ["openapi", "info", "paths"]},
     "Version": shape(version=TEXT),

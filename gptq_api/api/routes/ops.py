@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 from fastapi import Request, Response
 
 from gptq_api import __version__
@@ -53,7 +54,7 @@ async def version() -> Response:
 
 @router.get("/server_info", **answers("ServerInfo"))
 async def server_info(service: ServiceDep) -> Response:
-    """What is served, and how."""
+    """What is served, and how: what the checkpoint is, by its tensors, and what it runs on."""
     ready = service.engine.ready
     answer = {
         "version": __version__,
@@ -65,6 +66,7 @@ async def server_info(service: ServiceDep) -> Response:
         "max_model_len": service.max_tokens,
         "max_num_seqs": ready.max_num_seqs,
         "kv_cache_tokens": ready.num_blocks * ready.block_size,
+        "checkpoint": None if ready.facts is None else msgspec.structs.asdict(ready.facts),
     }
     return json_response(answer)
 

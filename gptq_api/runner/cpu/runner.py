@@ -15,7 +15,7 @@ from gptq_api.runner.cpu.native_forward import NativeLlama
 from gptq_api.runner.cpu.prompt_logprobs import SLICE_ROWS, in_torch, packed, scored
 from gptq_api.runner.seats import Seat, Seats
 from gptq_api.step import DeviceMemoryError, Drafter, Masks, PromptCosts, PromptRows, Sampled, Step
-from gptq_api.types import PromptLogprobs, TokenLogprobs
+from gptq_api.types import ModelFacts, PromptLogprobs, TokenLogprobs
 
 _NO_MEMORY = "DefaultCPUAllocator"
 """in what torch says where the system gives it no memory, as a plain RuntimeError"""
@@ -82,6 +82,7 @@ class CpuRunner:
         self.row_cost = ROW_COST if self.weight_bytes > SMALL_MODEL_BYTES else SMALL_MODEL_ROW_COST
         self.eos_token_ids = model.config.eos_token_ids
         self.description = ""
+        self.facts: ModelFacts | None = None
         self.drafter: Drafter | None = None
 
     @torch.inference_mode()

@@ -34,7 +34,7 @@ from gptq_api.runner.inputs import (
     write_idle,
 )
 from gptq_api.step import Admission, DeviceMemoryError, Drafter, Masks, PromptCosts, Sampled, Step
-from gptq_api.types import TokenLogprobs
+from gptq_api.types import ModelFacts, TokenLogprobs
 
 _log = logging.getLogger(__name__)
 _NUM_STAGES = 3
@@ -103,6 +103,7 @@ class CudaRunner:
         self.weight_bytes, self.workspace_bytes = model.num_bytes, workspace_bytes
         self.eos_token_ids = model.config.eos_token_ids
         self.description = ""
+        self.facts: ModelFacts | None = None
         device, max_blocks = model.device, -(-max_model_len // cache.block_size)
         self.max_draft_rows = model.max_draft_rows if drafts_for is None else 0
         self.drafter: Drafter | None = None
