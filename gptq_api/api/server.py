@@ -153,9 +153,7 @@ async def _load(
     return Service(settings, engine, text, tokens, template, name, auth, traces), server
 
 
-async def _open(
-    settings: Settings, auth: Authenticator, traces: Traces | None, sockets: list[socket.socket]
-) -> Server:
+async def _open(settings: Settings, auth: Authenticator, traces: Traces | None, sockets: list[socket.socket]) -> Server:
     """Raises PortError."""
     server = await asyncio.to_thread(_prepared, settings, auth, traces)
     await server.open(sockets)
