@@ -59,7 +59,17 @@ GROUPS: dict[str, tuple[str, ...]] = {
         *("url", "host", "port", "api_key", "api_key_file", "allow_unauthenticated", "allowed_host", "cors_origin"),
         *("sse_ping_s", "web_page", "kv_events", "kv_events_replay", "kv_events_topic"),
     ),
-    "Log and files": ("log_level", "log_json", "trace", "json_output", "json_file", "png", "yes", "config"),
+    "Log and files": (
+        "log_level",
+        "log_json",
+        "trace",
+        "otel_traces",
+        "json_output",
+        "json_file",
+        "png",
+        "yes",
+        "config",
+    ),
 }
 """the groups of all commands in the order of the page; what is in none of them stands below, under More"""
 
