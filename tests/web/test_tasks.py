@@ -298,6 +298,7 @@ def test_what_the_checkpoint_is_and_what_runs(chat: Chat) -> None:
     shown = chat.tab.js("document.querySelector('#passport').innerText")
     assert "demo" in shown and "1,024 tokens" in shown and "GPTQ, 4 bits, groups of 32, act-order" in shown
     assert "LLaMA, 8 layers of 384" in shown and "cpu" in shown
+    chat.tab.wait("!/Generated\\s+0 tokens/.test(document.querySelector('#now').innerText)")
     chat.tab.press("Escape")
     assert chat.tab.js("document.activeElement.id") == "model", "the keyboard is back where it came from"
 
