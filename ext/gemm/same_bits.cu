@@ -31,10 +31,9 @@ constexpr SameBitsTime kTiles[] = {{static_cast<int>(SameBitsTile::k128x16), 8, 
                                    {static_cast<int>(SameBitsTile::k128x32), 8, 32, 145, 0},
                                    {static_cast<int>(SameBitsTile::k128x64), 8, 64, 100, 8}};
 
-// Of two tiles of the widest for each SM; where there is wgmma, of one of 192 x 96.
+// Of two tiles of 128 x 64 for each SM or, by wgmma, of one of 128 x 128.
 size_t partial_bytes(const Device& device) {
-  const size_t sums = device.capability == 90 ? size_t{192} * 96 : size_t{2} * 128 * 64;
-  return sums * sizeof(float) * kPieceSlots * device.sms;
+  return size_t{128} * 128 * sizeof(float) * kPieceSlots * device.sms;
 }
 
 int slot_bytes(const SameBitsTime& t, int chunk) { return (t.tokens * kChunkK * 2 + t.strips * chunk + 127) / 128 * 128; }

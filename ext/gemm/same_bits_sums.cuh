@@ -76,6 +76,14 @@ __device__ __forceinline__ void leave(float4* to, const float (&d)[COUNT]) {
 #pragma unroll
   for (int i = 0; i < COUNT; i += 4) __stcg(to + i * 8, make_float4(d[i], d[i + 1], d[i + 2], d[i + 3]));
 }
+template <int COUNT>
+__device__ __forceinline__ void read_left(float (&d)[COUNT], const float4* from) {
+#pragma unroll
+  for (int i = 0; i < COUNT; i += 4) {
+    const float4 v = __ldcg(from + i * 8);
+    d[i] = v.x, d[i + 1] = v.y, d[i + 2] = v.z, d[i + 3] = v.w;
+  }
+}
 // d += what was left there.
 template <int COUNT>
 __device__ __forceinline__ void add_left(float (&d)[COUNT], const float4* from) {
@@ -99,7 +107,8 @@ __device__ __forceinline__ void set_zero(float (&v)[COUNT]) {
 // The tiles of this block. multiply(segment, chain, sums): adds the chain's chunks, one after the other. store(tile, sums): the tile's.
 // A block that has a tile's first chain keeps what it has of a segment, adds up complete ones before it in the workspace, and at last what
 // others have left; those leave each chain of a segment that was begun by another by itself, and the sum of what else they have of one.
-template <int COUNT, class Total, class Multiply, class Store>
+// AHEAD: while one of those is added, the next is on its way to registers.
+template <int COUNT, bool AHEAD = false, class Total, class Multiply, class Store>
 __device__ __forceinline__ void add_up(const SameBitsParams& p, int warps, int warp, Total& total, const Multiply& multiply,
                                        const Store& store) {
   const int lane = threadIdx.x & 31, mine = p.clusters - 1 - blockIdx.x;
@@ -159,22 +168,53 @@ __device__ __forceinline__ void add_up(const SameBitsParams& p, int warps, int w
     close(s.last - 1);
     if (s.last < p.chunks) {
       const int tile_end = (s.tile + 1) * p.chunks;
-#pragma unroll 1
-      for (int i = mine + 1; split_begin(p, i) < tile_end; i++) {
+      const auto wait_for = [&](int i) {
         int* flag = p.flags + i * kSameBitsWarps + warp;
         if (lane == 0) {
           while (!flag_is_set(flag)) __nanosleep(20);
           *flag = 0;  // ready for the next launch on this stream
         }
         __syncwarp();
-        const int first = split_begin(p, i) - s.tile * p.chunks, last = min(split_begin(p, i + 1) - s.tile * p.chunks, p.chunks);
-        const int its_whole_from = (first + kChains - 1) / kChains * kChains;
-        piece = 0;
+      };
+      if constexpr (AHEAD) {
+        int i = mine, last = s.last, chain = s.last - 1;
+        const auto next = [&]() -> const float4* {  // the sums of what ends with `chain`, or null
+          if (++chain == last) {
+            if (split_begin(p, ++i) >= tile_end) return nullptr;
+            last = min(split_begin(p, i + 1) - s.tile * p.chunks, p.chunks);
+            piece = 0;
+            wait_for(i);
+          }
+          const int first = split_begin(p, i) - s.tile * p.chunks;
+          if (chain >= (first + kChains - 1) / kChains * kChains) chain = min(chain / kChains * kChains + kChains, last) - 1;
+          return piece_of(i, piece++);
+        };
+        float now[COUNT], ahead[COUNT];
+        const float4* from = next();
+        read_left(now, from);
 #pragma unroll 1
-        for (int chain = first; chain < last; chain++) {
-          if (chain >= its_whole_from) chain = min(chain / kChains * kChains + kChains, last) - 1;
-          add_left(sum, piece_of(i, piece++));
-          close(chain);
+        while (from != nullptr) {
+          const int its_chain = chain;
+          from = next();
+          if (from != nullptr) read_left(ahead, from);
+          add(sum, now);
+          close(its_chain);
+#pragma unroll
+          for (int j = 0; j < COUNT; j++) now[j] = ahead[j];
+        }
+      } else {
+#pragma unroll 1
+        for (int i = mine + 1; split_begin(p, i) < tile_end; i++) {
+          wait_for(i);
+          const int first = split_begin(p, i) - s.tile * p.chunks, last = min(split_begin(p, i + 1) - s.tile * p.chunks, p.chunks);
+          const int its_whole_from = (first + kChains - 1) / kChains * kChains;
+          piece = 0;
+#pragma unroll 1
+          for (int chain = first; chain < last; chain++) {
+            if (chain >= its_whole_from) chain = min(chain / kChains * kChains + kChains, last) - 1;
+            add_left(sum, piece_of(i, piece++));
+            close(chain);
+          }
         }
       }
     }

@@ -18,14 +18,14 @@ struct SameBitsParams : MmaParams {
 // Output rows x tokens of a block's tile.
 enum class SameBitsTile : int { k128x16 = 1, k128x32, k128x64, kLast = k128x64 };
 
-enum class HopperTile : int { k128x16 = 1, k128x32, k128x64, k192x96, k128x128, kLast = k128x128 };
+enum class HopperTile : int { k128x16 = 1, k128x32, k128x64, k128x96, k128x128, kLast = k128x128 };
 
 // Tiles of sums that a block can leave in the workspace: chains of its first, incomplete segment each by itself (no more than kChains - 1),
 // then whole segments. One more is for the block itself.
 constexpr int kPieces = kChains, kPieceSlots = kPieces + 1;
 constexpr int kLongestCut = 2 * kChains - 1;  // chains of a block, so that the pieces suffice
 constexpr int kSameBitsDepth = 4;             // slots of the ring at most
-constexpr int kSameBitsWarps = 12;            // that hold sums, in a block at most
+constexpr int kSameBitsWarps = 8;             // that hold sums, in a block at most
 
 struct SameBitsKernel {
   const void* function;

@@ -1,10 +1,10 @@
 // The GEMM in the GEMV's order for sm_90a: wgmma gives the bits that mma.sync gives, so a Hopper has the order of same_bits.cu at the speed
 // of its tensor cores.
 //
-// A block owns tiles of 128 or 192 output rows x 16 to 128 tokens. Its first warpgroups own 64 rows each, and multiply as those of the
-// wgmma GEMM do (wgmma.cu), but with weights as the GEMV expands them. Of one more warpgroup a thread feeds the ring, and three warps
-// compute the sums of x of each chunk, for all. Where tiles are wide, sums of a segment wait in shared memory while a chain is added up,
-// but for those that registers have room for.
+// A block owns tiles of 128 output rows x 16 to 128 tokens. Two warpgroups own 64 rows each, and multiply as those of the wgmma GEMM do
+// (wgmma.cu), but with weights as the GEMV expands them; with 64 tokens in turns. Of one more warpgroup a thread feeds the ring, and three
+// warps compute the sums of x, each of every third chunk, for all. Where tiles are wide, sums of a segment wait in shared memory while a
+// chain is added up, but for those that registers have room for.
 #include "gemm/same_bits_wgmma.h"
 
 #include <algorithm>
@@ -18,11 +18,12 @@
 namespace gptq {
 namespace {
 
-constexpr SameBitsTime kTiles[] = {{static_cast<int>(HopperTile::k128x16), 8, 16, 302, 10},
-                                   {static_cast<int>(HopperTile::k128x32), 8, 32, 266, 10},
-                                   {static_cast<int>(HopperTile::k128x64), 8, 64, 134, 2},
-                                   {static_cast<int>(HopperTile::k192x96), 12, 96, 100, 6},
-                                   {static_cast<int>(HopperTile::k128x128), 8, 128, 113, 8}};
+// By an H200; 128x96 by its neighbours, and somewhat more. The first two each serve alone, whatever they take.
+constexpr SameBitsTime kTiles[] = {{static_cast<int>(HopperTile::k128x16), 8, 16, 100, 10},
+                                   {static_cast<int>(HopperTile::k128x32), 8, 32, 100, 10},
+                                   {static_cast<int>(HopperTile::k128x64), 8, 64, 105, 12},
+                                   {static_cast<int>(HopperTile::k128x96), 8, 96, 110, 18},
+                                   {static_cast<int>(HopperTile::k128x128), 8, 128, 100, 18}};
 constexpr int kMaxStages = 8, kBarriers = 3 * 8;  // of a slot, in bytes
 
 }  // namespace

@@ -139,9 +139,11 @@ HEAD_WGMMA = (
 
 
 SAME_BITS_WGMMA = (
-    Line(r"Lb1ELi(16|32|64|128)E", 168, Loop(8, 340), "HGMMA", spills=170, why="what feeds the ring has few registers"),
-    Line(r"Lb1ELi96E", 168, Loop(8, 300), "HGMMA", spills=400, why="as above; and where a chain ends"),
-    Line(r"Lb0ELi", 168, Loop(8, 960), "HGMMA", spills=460, why="as above"),
+    Line(r"Lb1ELi(16|32)E", 80, Loop(8, 190), "HGMMA", spills=80, why="where a chain ends, and what feeds the ring"),
+    Line(r"Lb1ELi64E", 168, Loop(8, 230), "HGMMA"),
+    Line(r"Lb1ELi(96|128)E", 168, Loop(8, 300), "HGMMA"),
+    Line(r"Lb0ELi(16|32)E", 80, Loop(8, 375), "HGMMA", spills=115, why="as above"),
+    Line(r"Lb0ELi", 168, Loop(8, 820), "HGMMA", spills=70, why="what feeds the ring and sums up x has few registers"),
 )
 
 
@@ -203,6 +205,7 @@ def over(kernel: str, lines: tuple[Line, ...], usage: Usage, compiled: Compiled)
 def test_each_kernel_is_within_its_budget(source: str, arch: str, compiled: Compiler) -> None:
     done = compiled(source, arch)
     assert done.usage
+    assert "wgmma.mma_async instructions are serialized" not in done.log
     too_much = {
         kernel: said for kernel, usage in done.usage.items() if (said := over(kernel, TABLE[source, arch], usage, done))
     }
