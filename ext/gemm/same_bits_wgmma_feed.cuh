@@ -125,7 +125,8 @@ __device__ __forceinline__ void feed_ring(const CUtensorMap* weight_map, const C
 }
 
 // The sums of x of each chunk, by mma.sync beside the others' wgmma: x is the A operand, 16 tokens of it, and each column of the product
-// the same. The warps take chunks in turn, since the products of a group depend on one another.
+// the same. The warps take chunks in turn, since the products of a group depend on one another. Each waits for every chunk and lets it go:
+// a barrier tells only two phases apart, and copies may end in another order than they began in.
 template <class S>
 __device__ __forceinline__ void sum_tokens(const SameBitsParams& p, const HopperRing<S>& ring, int warp) {
   constexpr int kAtOnce = S::kSumsAtOnce;
@@ -136,8 +137,8 @@ __device__ __forceinline__ void sum_tokens(const SameBitsParams& p, const Hopper
   int slot = 0, turn = 0;
   uint32_t parity = 0;
   for (ChunkWalk walk(p); walk.more; walk.step(p)) {
+    mbar_wait(ring.full + 8 * slot, parity);
     if (turn == warp) {
-      mbar_wait(ring.full + 8 * slot, parity);
       uint32_t tokens = ring.tokens + slot * S::kTokenBytes + places, to = ring.sums + slot * ring.slot_s_bytes + (lane >> 2) * 4;
 #pragma unroll 1
       for (int pair = 0; pair < S::kPairs; pair += kAtOnce, tokens += kAtOnce * 16 * 128, to += kAtOnce * 64) {
@@ -162,9 +163,9 @@ __device__ __forceinline__ void sum_tokens(const SameBitsParams& p, const Hopper
         }
       }
       if ((lane & 3) == 0) mbar_arrive(ring.summed + 8 * slot);  // each for itself, as in the GEMV
-      __syncwarp();
-      if (lane == 0) mbar_arrive(ring.empty + 8 * slot);
     }
+    __syncwarp();
+    if (lane == 0) mbar_arrive(ring.empty + 8 * slot);
     if (++turn == kSumWarps) turn = 0;
     if (++slot == p.stages) slot = 0, parity ^= 1;
   }

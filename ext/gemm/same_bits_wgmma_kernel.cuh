@@ -80,8 +80,9 @@ __device__ __forceinline__ void consume(const SameBitsParams& p, const HopperRin
     for (int c = at.first; c < at.end; c += kChains) {
       const bool more = c + kChains < at.end || chain + 1 < s.last;  // of this tile
       const uint32_t here = __reduce_max_sync(0xffffffffu, tokens);  // the same in all lanes, and now in a uniform register
-      const uint32_t sums = ring.sums + slot * ring.slot_s_bytes + (lane & 3) * 8, summed = ring.summed + 8 * slot;
-      const uint32_t empty = ring.empty + 8 * slot, now_parity = parity;
+      const uint32_t sums = ring.sums + slot * ring.slot_s_bytes + (lane & 3) * 8;
+      const auto summed = ring.summed + 8 * slot, empty = ring.empty + 8 * slot;
+      const uint32_t now_parity = parity;
       if constexpr (S::kTurns) {
         named_sync(1 + group, 32 * kMultiplyWarps);
         multiply_step(a[0], here, 0, 0);
@@ -153,7 +154,7 @@ __global__ void __launch_bounds__(kThreads, S::kMinBlocks)
   if (threadIdx.x == 0) {
     for (int i = 0; i < p.stages; i++) {
       mbar_init(ring.full + 8 * i, 1);
-      mbar_init(ring.empty + 8 * i, kMultiplyWarps + 1);
+      mbar_init(ring.empty + 8 * i, kMultiplyWarps + kSumWarps);
       mbar_init(ring.summed + 8 * i, 8);
     }
     mbar_init_fence();

@@ -110,6 +110,20 @@ def test_every_tile_cut_along_k_and_whole(
             assert buffer.isnan().all(), (dtype, m, tile, split)
 
 
+def test_every_call_gives_them(kernel: str, by_tile: Launch) -> None:
+    """However copies into the ring overtake one another: the memory that they come from is cold, and then it is not."""
+    w, _ = weight(28672, 528, 128, asym=True)
+    x = activations(130, 28672, torch.float16)
+    alone, cold = rows_alone(x, w, 4), torch.empty(1 << 28, dtype=torch.uint8, device="cuda")
+    for tile in KERNELS[kernel].values():
+        for call in range(100):
+            y = torch.empty_like(alone)
+            if call % 2 == 0:
+                cold.zero_()
+            by_tile(x, w, y, tile, 0)
+            assert torch.equal(bits(y), bits(alone)), (tile, call)
+
+
 @pytest.mark.parametrize("dtype", BOUND, ids=str)
 @pytest.mark.parametrize(("k", "group_size", "asym"), [(2048, 128, False), (13824, 32, True)])
 @pytest.mark.usefixtures("kernel")
