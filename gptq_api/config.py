@@ -203,6 +203,13 @@ class Settings(EngineSettings):
     """Other names that requests may give the model, separated by commas; answers have its own."""
     accept_any_model: bool = False
     """Serve requests for any model, for programs that have the name of another one written into them."""
+    batch_dir: Path | None = None
+    """Folder in which /v1/files and /v1/batches are kept, also when the server is killed; made where it is not there.
+    Without it there are no such routes: what clients send is kept on no disk unless you say where."""
+    batch_disk_mib: int = Field(10240, ge=1, le=2**24)
+    """Most that files and answers of batches take in --batch-dir, MiB. Then uploads get 413, and batches wait."""
+    batch_file_mib: int = Field(200, ge=1, le=2**11)
+    """Largest file of requests, MiB. It has at most 50,000 lines, each as long as a body may be."""
     host: str = Field("127.0.0.1", min_length=1)
     """Address to listen on. Anything but loopback needs --api-key or --allow-unauthenticated."""
     port: int = Field(8000, ge=0, le=65535)
@@ -512,6 +519,28 @@ class QuantizeSettings(CommandSettings):
             )
 
 
+class RunBatchSettings(EngineSettings):
+    """Answer the requests of a file, as OpenAI's batches have them: a line each with custom_id, method, url and body. A
+    run that was stopped or killed goes on when it is started again."""
+
+    positional: ClassVar[tuple[str, ...]] = ("requests", "out")
+    examples: ClassVar[tuple[str, ...]] = (
+        "gptq-api run-batch requests.jsonl answers.jsonl --model-path /models/vicuna-7B-GPTQ",
+    )
+
+    requests: Path
+    """JSONL file of requests to /v1/chat/completions, /v1/completions, /v1/responses and /v1/messages."""
+    out: Path
+    """File to write, a line for each request, in their order; it must not exist. Work in progress is kept in
+    OUT.partial."""
+    model_alias: list[str] = []
+    """Other names that requests may give the model, separated by commas; answers have its own."""
+    accept_any_model: bool = False
+    """Answer requests for any model, for files that have the name of another one."""
+    strict_params: bool = False
+    """Answer 400 to requests with unknown fields."""
+
+
 class BenchSettings(CommandSettings):
     """Memory, perplexity and seconds per token of GPTQ checkpoints beside the unquantized model, on this machine."""
 
@@ -724,6 +753,7 @@ COMMANDS: dict[str, type[CommandSettings]] = {
     "chat": ChatSettings,
     "inspect": InspectSettings,
     "quantize": QuantizeSettings,
+    "run-batch": RunBatchSettings,
     "bench": BenchSettings,
     "bench serve": BenchServeSettings,
     "verify": VerifySettings,

@@ -10,7 +10,17 @@ from gptq_api.settings_words import option_lines
 
 GROUPS: dict[str, tuple[str, ...]] = {
     "Model": (
-        *("model_path", "models", "out", "revision", "gptq_ckpt", "gptq_wbits", "gptq_groupsize", "gptq_act_order"),
+        *(
+            "requests",
+            "model_path",
+            "models",
+            "out",
+            "revision",
+            "gptq_ckpt",
+            "gptq_wbits",
+            "gptq_groupsize",
+            "gptq_act_order",
+        ),
         *(
             "draft_model",
             "model",
@@ -54,6 +64,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         *("header_timeout_s", "body_timeout_s", "send_timeout_s", "drain_timeout_s", "engine_timeout_s"),
         *("drain_delay_s",),
         *("on_engine_stall", "restart_engine", "timeout_s"),
+        *("batch_dir", "batch_disk_mib", "batch_file_mib"),
     ),
     "Network": (
         *("url", "host", "port", "api_key", "api_key_file", "allow_unauthenticated", "allowed_host", "cors_origin"),

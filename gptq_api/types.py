@@ -17,6 +17,11 @@ FinishReason = Literal["stop", "length", "error", "too_complex"]
 a limit. Neither is sent to a client as such."""
 
 
+BACKGROUND = 10_000
+"""Levels from here on are those of work that nobody waits for: it gives way at once to any below, and has what those
+leave. No caller's level and priority add up to as much."""
+
+
 def pack_ids(ids: Iterable[int]) -> bytes:
     """Token ids -> packed int32, little-endian on every platform we run on."""
     return array("i", ids).tobytes()

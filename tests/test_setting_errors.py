@@ -174,16 +174,16 @@ def test_what_a_setting_takes(kind: type[CommandSettings], name: str, words: str
         ("inspect --port 1", "--port is not an option of gptq-api inspect; gptq-api serve has it"),
         (
             "inspect --no-strict-params",
-            "--no-strict-params is not an option of gptq-api inspect; gptq-api serve has it",
+            "--no-strict-params is not an option of gptq-api inspect; gptq-api serve and run-batch have it",
         ),
         ("serve --temperature 1", "--temperature is not an option of gptq-api serve; gptq-api chat has it"),
         (
             "quantize a b --served-model-name x",
-            "--served-model-name is not an option of gptq-api quantize; gptq-api serve and chat",
+            "--served-model-name is not an option of gptq-api quantize; gptq-api serve, chat and run-batch",
         ),
         (
             "bench --gptq-wbits 4",
-            "--gptq-wbits is not an option of gptq-api bench; gptq-api serve, chat and inspect have",
+            "--gptq-wbits is not an option of gptq-api bench; gptq-api serve, chat, inspect and run-batch have",
         ),
         ("serve --no-port", "--no-port is not an option of gptq-api serve; did you mean --port?"),
         (
@@ -207,7 +207,11 @@ def test_command_lines_that_cannot_be(command: str, words: str, capsys: pytest.C
         ("Inspect", "Inspect is not a command; did you mean gptq-api inspect?"),
         ("quantise", "quantise is not a command; did you mean gptq-api quantize?"),
         ("--port", "--port comes before the command; options stand behind it, as in gptq-api serve --port"),
-        ("sing", "sing is not a command: serve, chat, inspect, quantize, bench are; gptq-api --help says what they do"),
+        (
+            "sing",
+            "sing is not a command: serve, chat, inspect, quantize, run-batch, bench, bench serve, verify, pull, list, "
+            "rm are; gptq-api --help says what they do",
+        ),
         ("\x1b[31m", r"\x1b[31m is not a command"),
     ],
 )

@@ -10,7 +10,19 @@ from starlette.exceptions import HTTPException
 from gptq_api import __version__
 from gptq_api.api.document.openapi import openapi_document
 from gptq_api.api.errors import on_exception, on_http_exception, on_validation_error
-from gptq_api.api.routes import chat, completions, docs, messages, models, ops, responses, tokens, web
+from gptq_api.api.routes import (
+    batches,
+    chat,
+    completions,
+    docs,
+    files,
+    messages,
+    models,
+    ops,
+    responses,
+    tokens,
+    web,
+)
 from gptq_api.api.routes.guard import PublicRoute
 from gptq_api.api.traces import NO_TELEMETRY, Traces
 from gptq_api.config import Settings
@@ -29,6 +41,8 @@ ROUTERS = (
     messages.router,
     tokens.router,
 )
+WITH_A_FOLDER = (files.router, batches.router)
+"""where there is a place to keep things"""
 
 
 def build_app(settings: Settings, auth: Authenticator, traces: Traces | None = None) -> FastAPI:
@@ -49,7 +63,9 @@ def build_app(settings: Settings, auth: Authenticator, traces: Traces | None = N
         },
     )
     routers = [router for router in ROUTERS if settings.web_page or router is not web.public]
+    routers += WITH_A_FOLDER if settings.batch_dir is not None else ()
     routes = [route for router in routers for route in router.routes if isinstance(route, APIRoute)]
+    app.state.routes = routes
     app.state.paths = [route.path.partition("{")[0] for route in routes if route.path != "/"]  # nobody means that one
     app.state.document = openapi_document(
         routes,

@@ -188,20 +188,24 @@ async def on_http_exception(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     if isinstance(error, ApiError):
         return error_response(request, error.status_code, error.error, error.headers)
-    path = request.scope["path"][:200]
+    path, headers = request.scope["path"][:200], error.headers
     if path == "*":  # OPTIONS * asks for the server as a whole
-        return Response(status_code=204, headers={"allow": "GET, HEAD, POST, OPTIONS"})
+        return Response(status_code=204, headers={"allow": "GET, HEAD, POST, DELETE, OPTIONS"})
     if error.status_code == 404:
         message, code = unknown_url(request.method, path, request.app.state.paths)
         body = error_object(404, message, code=code)
     elif error.status_code == 405:
-        allowed = (error.headers or {}).get("Allow", "")
+        # the router knows those of the first route alone
+        allowed = ", ".join(
+            sorted({m for r in request.app.state.routes if r.path_regex.match(path) for m in r.methods})
+        )
+        headers = {"allow": allowed}
         body = error_object(
             405, f"{request.method} is not allowed for {path}; use {allowed}.", code="method_not_allowed"
         )
     else:
         body = error_object(error.status_code, HTTPStatus(error.status_code).phrase)
-    return error_response(request, error.status_code, body, error.headers)
+    return error_response(request, error.status_code, body, headers)
 
 
 async def on_validation_error(request: Request, error: Exception) -> Response:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 
 
@@ -42,7 +42,8 @@ class Gate:
             await turn
         except asyncio.CancelledError:
             if turn.cancelled():
-                lane.waiting.remove(turn)
+                with suppress(ValueError):  # somebody who left at the same moment has passed it over
+                    lane.waiting.remove(turn)
             else:
                 self._leave(owner, lane)  # the turn came at the same moment: it is the next one's
             raise

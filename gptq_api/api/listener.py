@@ -10,6 +10,7 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from gptq_api.api.app import build_app
+from gptq_api.api.batches import Batches
 from gptq_api.api.errors import error_body
 from gptq_api.api.loading import Loading
 from gptq_api.api.service import Service
@@ -75,9 +76,10 @@ class Server(uvicorn.Server):
         except OSError:
             raise in_use(self.host, sockets[0].getsockname()[1]) from None
 
-    def begin(self, service: Service) -> None:
+    def begin(self, service: Service, batches: Batches | None = None) -> None:
         """From now on everything is answered."""
         self._app.state.service = service
+        self._app.state.batches = batches
         self._loading.done = True
 
     def drain(self) -> None:

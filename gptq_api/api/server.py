@@ -20,12 +20,15 @@ import signal
 import socket
 import sys
 import time
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Coroutine
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import structlog
 
 from gptq_api import __version__, exits
 from gptq_api.api.traces import Traces
+from gptq_api.batch.folder import BatchFolder
+from gptq_api.batch.store import Store
 from gptq_api.config import Settings
 from gptq_api.edge.auth import Authenticator
 from gptq_api.edge.keys import KeyFile
@@ -36,9 +39,14 @@ from gptq_api.text.folder import checkpoint_folder
 from gptq_api.text.process import TextProcess
 
 if TYPE_CHECKING:
+    from starlette.types import ASGIApp
+
+    from gptq_api.api.batches import Batches
     from gptq_api.api.listener import Server
     from gptq_api.api.service import Service
+    from gptq_api.batch.records import BatchRecord, End
 
+T = TypeVar("T")
 log = structlog.get_logger()
 
 SWITCH_S = 0.001
@@ -87,16 +95,29 @@ def _authenticator(settings: Settings) -> Authenticator:
 async def _run(settings: Settings, auth: Authenticator, traces: Traces | None) -> int:
     started = time.monotonic()
     signals = _Signals()
+    store = None if settings.batch_dir is None else Store(BatchFolder(settings.batch_dir))
     sockets = bind(settings.host, settings.port)  # taken now, so that a port in use is no surprise after the loading
     engine = EngineClient(settings, settings.restart_engine, kill_stalled=settings.on_engine_stall == "kill")
-    loading = asyncio.ensure_future(_load(settings, engine, auth, traces, sockets))
+    loading = asyncio.ensure_future(
+        load(
+            settings,
+            engine,
+            auth,
+            lambda: _open(settings, auth, traces, sockets),
+            traces,
+            close=lambda one: one.close(),
+        )
+    )
     stopped = asyncio.ensure_future(signals.first())
     await asyncio.wait({loading, stopped}, return_when=asyncio.FIRST_COMPLETED)
     if not loading.done():
         return await _stop_loading(loading, signals)
     stopped.cancel()
     service, server = loading.result()
+    batches = None
     try:
+        if store is not None:
+            batches = new_batches(store, service, server.requests, settings.batch_disk_mib)
         gc.collect()
         gc.freeze()  # what lives as long as the server is not looked at again in the middle of streams
         seconds = f"{time.monotonic() - started:.1f} s"
@@ -104,8 +125,11 @@ async def _run(settings: Settings, auth: Authenticator, traces: Traces | None) -
         log.info(service.template.source)
         if warning := service.tokenizer.without_rows(engine.ready.vocab_size):
             log.warning(warning)
-        return await _serve(service, server, sockets, signals, seconds)
+        return await _serve(service, server, batches, sockets, signals, seconds)
     finally:
+        if batches is not None:
+            await batches.stop()
+            batches.close()
         service.close()
         await engine.stop(STOP_S if signals.num_received > 1 or engine.fault else EXIT_S)
 
@@ -120,37 +144,55 @@ async def _stop_loading(loading: asyncio.Future[tuple[Service, Server]], signals
     return status
 
 
-async def _load(
-    settings: Settings, engine: EngineClient, auth: Authenticator, traces: Traces | None, sockets: list[socket.socket]
-) -> tuple[Service, Server]:
-    """The weights and the tokenizer, in processes of their own, and what answers here, at the same time; the port opens
-    as soon as that is there."""
+async def load(
+    settings: Settings,
+    engine: EngineClient,
+    auth: Authenticator,
+    opened: Callable[[], Coroutine[Any, Any, T]],
+    traces: Traces | None = None,
+    close: Callable[[T], Coroutine[Any, Any, None]] | None = None,
+) -> tuple[Service, T]:
+    """The weights and the tokenizer, in processes of their own, and what is `opened` here at the same time, such as the
+    port; `close`: what becomes of that where the model cannot be loaded."""
     folder = checkpoint_folder(settings.model_path)
     name = settings.served_model_name or ("demo" if settings.model_path == "demo" else folder.resolve().name)
     log.info(f"loading {name}", version=__version__)
 
     text = TextProcess(folder, template=settings.chat_template, model_name=name)
     starting = asyncio.ensure_future(engine.start())
-    opening = asyncio.ensure_future(_open(settings, auth, traces, sockets))
+    opening = asyncio.ensure_future(opened())
     try:
         await asyncio.sleep(0)  # the engine takes longest: its process comes first
         tokens, template = await text.start()
-        server = await opening
+        rest = await opening
         await starting
     except BaseException:
         starting.cancel()
-        opened = opening.done() and not opening.cancelled() and opening.exception() is None
+        is_open = opening.done() and not opening.cancelled() and opening.exception() is None
         opening.cancel()
         await asyncio.gather(starting, opening, return_exceptions=True)
-        if opened:
-            await _within(CLOSE_S, opening.result().close())
+        if is_open and close is not None:
+            await _within(CLOSE_S, close(opening.result()))
         if engine.alive:
             await engine.stop(STOP_S)
         text.close()
         raise
     from gptq_api.api.service import Service
 
-    return Service(settings, engine, text, tokens, template, name, auth, traces), server
+    return Service(settings, engine, text, tokens, template, name, auth, traces), rest
+
+
+def new_batches(
+    store: Store,
+    service: Service,
+    app: ASGIApp,
+    disk_mib: int,
+    finish: Callable[[Store, BatchRecord, End], None] = Store.finish,
+) -> Batches:
+    """`app`: with its middlewares; `disk_mib`: that files and answers may take; `finish`: as in Batches."""
+    from gptq_api.api.batches import Batches
+
+    return Batches(store, service, app, disk_mib * 2**20, finish)
 
 
 async def _open(settings: Settings, auth: Authenticator, traces: Traces | None, sockets: list[socket.socket]) -> Server:
@@ -170,9 +212,16 @@ def _prepared(settings: Settings, auth: Authenticator, traces: Traces | None) ->
 
 
 async def _serve(
-    service: Service, server: Server, sockets: list[socket.socket], signals: _Signals, load_time: str
+    service: Service,
+    server: Server,
+    batches: Batches | None,
+    sockets: list[socket.socket],
+    signals: _Signals,
+    load_time: str,
 ) -> int:
-    server.begin(service)
+    server.begin(service, batches)
+    if batches is not None:
+        await batches.start()
     host, port = service.settings.host, sockets[0].getsockname()[1]
     shown = f"[{host}]" if ":" in host else host
     if "*" in service.settings.cors_origin and not service.settings.has_keys:
@@ -185,6 +234,8 @@ async def _serve(
         await _leave(service, signals, dead)
     until = time.monotonic() + service.settings.drain_timeout_s
     if not dead.done():
+        if batches is not None:
+            await batches.stop()  # they go on when the server is started again
         server.drain()
         await _drain(service, server, signals, dead)
     status = exits.DONE

@@ -11,7 +11,7 @@ from pathlib import Path
 from gptq_api import __version__, exits
 from gptq_api.checkpoint.files import candidates
 from gptq_api.cli.output import fail, prepare, with_output
-from gptq_api.config import COMMANDS, ChatSettings, CommandSettings, ModelSettings, Settings
+from gptq_api.config import COMMANDS, ChatSettings, CommandSettings, ModelSettings, RunBatchSettings, Settings
 from gptq_api.errors import ConfigError, UserError, printable
 from gptq_api.hub import with_local_model
 from gptq_api.logs import configure
@@ -23,6 +23,7 @@ _HELP = {
     "chat": "chat with a GPTQ checkpoint in the terminal",
     "inspect": "say what a checkpoint is, without loading its weights",
     "quantize": "make a GPTQ checkpoint of an FP16 model",
+    "run-batch": "answer the requests of a file, without a server",
     "bench": "memory, perplexity and speed of GPTQ checkpoints beside FP16",
     "bench serve": "load a running OpenAI server: tokens/s, time to the first token, between tokens",
     "verify": "compare a checkpoint's logits on this machine with transformers'",
@@ -40,7 +41,7 @@ def usage() -> str:
             "usage: gptq-api COMMAND [MODEL] [OPTIONS]",
             "",
             "MODEL is a GPTQ checkpoint folder or a name on the Hugging Face hub; without one, the demo model in the",
-            "package. quantize takes MODEL OUT, bench any number of models.",
+            "package. quantize takes MODEL OUT, bench any number of models, run-batch REQUESTS OUT.",
             "",
             *lines,
             "",
@@ -77,7 +78,7 @@ def _main(args: list[str]) -> int:
     except ConfigError as error:
         fail(name, error)
         return exits.WRONG_USE
-    if isinstance(settings, Settings):
+    if isinstance(settings, (Settings, RunBatchSettings)):
         configure(settings.log_level, settings.log_json)
     stopped = "stopped; the same command goes on with what is missing"
     try:
@@ -85,7 +86,8 @@ def _main(args: list[str]) -> int:
             settings = with_local_model(settings)
             refuse_without_weights(settings)
         stopped = "stopped"
-        run: Callable[[CommandSettings], int] = importlib.import_module(f"gptq_api.cli.{name.replace(' ', '_')}").run
+        module = name.replace(" ", "_").replace("-", "_")
+        run: Callable[[CommandSettings], int] = importlib.import_module(f"gptq_api.cli.{module}").run
         return run(settings)
     except UserError as error:
         fail(name, error)

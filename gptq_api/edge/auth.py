@@ -8,13 +8,14 @@ import ipaddress
 import os
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from starlette.datastructures import Headers
 
 from gptq_api.edge.hosts import is_loopback
-from gptq_api.edge.keys import Key, KeyFile, Role, digest_of, plain_keys
+from gptq_api.edge.keys import HIGHEST_LEVEL, Key, KeyFile, Role, digest_of, plain_keys
 from gptq_api.edge.limits import Account
+from gptq_api.types import BACKGROUND
 
 IPV6_PREFIX = 64
 """bits of an IPv6 address that are one network's: whoever has one address there has all of them"""
@@ -22,8 +23,12 @@ IPV6_PREFIX = 64
 
 @dataclass(slots=True, frozen=True, eq=False)
 class Caller:
-    """Whose request it is, and what they may. Owner and salt may be stored: neither tells the key or the address."""
+    """Whose request it is, and what they may. Owner, salt and identity may be stored: none tells the key or the
+    address."""
 
+    identity: str = ""
+    """of the key, today and tomorrow: whose things are whose. The name of one that has a name; "" without keys, where
+    all is everybody's"""
     owner: bytes = b""
     """16 bytes, of the key or without keys of the address: who shares the server with whom"""
     salt: bytes = b""
@@ -71,10 +76,18 @@ class Authenticator:
     def check(self, headers: Headers, address: str) -> Caller | None:
         """None where the key is missing or wrong. All keys are compared, whatever the first comparison said."""
         if not self._callers:
-            return Caller(self._owner(_network(address)))
+            return Caller(owner=self._owner(_network(address)))
         presented = {digest_of(key) for key in _presented(headers)}
         found = {digest for digest in presented for known in self._callers if hmac.compare_digest(digest, known)}
         return self._callers[found.pop()] if len(found) == 1 else None
+
+    def in_background(self, identity: str) -> Caller | None:
+        """Who works for a caller while that is away, behind everybody; None where nobody has the key any more."""
+        caller = NOBODY if not self._callers else self._identities.get(identity)
+        if caller is None or caller.identity != identity:
+            return None
+        owner = self._owner(b"background" + identity.encode())
+        return replace(caller, owner=owner, level=BACKGROUND + HIGHEST_LEVEL + caller.level)
 
     async def watch(self, on_change: Callable[[], None]) -> None:
         """Follows the file, where there is one, until it is cancelled. Requests that run go on as they are."""
@@ -100,11 +113,14 @@ class Authenticator:
             accounts[key.name] = account
         callers = {key.digest: self._caller(key, accounts) for key in (*self._fixed, *keys)}
         self._callers, self.accounts = callers, accounts
+        self._identities = {caller.identity: caller for caller in callers.values()}
 
     def _caller(self, key: Key, accounts: dict[str, Account]) -> Caller:
         whose = key.digest if key.name is None else key.name.encode()
         account = None if key.name is None else accounts[key.name]
-        return Caller(self._owner(whose), hashlib.sha256(key.digest).digest()[:8], key.role, key.level, account)
+        salt = hashlib.sha256(key.digest).digest()[:8]
+        identity = f"key {hashlib.sha256(b'identity' + key.digest).hexdigest()}" if key.name is None else key.name
+        return Caller(identity, self._owner(whose), salt, key.role, key.level, account)
 
     def _owner(self, what: bytes) -> bytes:
         return hashlib.blake2b(what, digest_size=16, key=self._secret).digest()

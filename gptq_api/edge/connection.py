@@ -128,6 +128,16 @@ class EdgeProtocol(H11Protocol, asyncio.BufferedProtocol):
             self._probe.cancel()
         self._unset_keepalive_if_required()  # uvicorn leaves the timer armed after a reset
 
+    def allow_body(self, seconds: float) -> None:
+        """The body that is arriving may take so long, where that is longer than usual: it is a large one."""
+        if (more := seconds - self.body_timeout) > 0 and self._awaiting == "body":
+            if self._deadline is not None:
+                self._seconds_left = self._deadline.when() - self.loop.time()
+                self._deadline.cancel()
+                self._deadline = None
+            self._seconds_left += more
+            self._watch()
+
     def send_chunk(self, data: bytes) -> bool:
         """Write a piece of the running answer at once, as one HTTP chunk. False where that cannot be: the peer does
         not take more now, or does not know chunks. What is sent to a peer that has gone is gone.

@@ -46,7 +46,8 @@ POLL_S = 1.0
 _TABLE = re.compile(r"^\s*\[", re.MULTILINE)
 _Name = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9._@-]{1,64}$")]
 _Limit = Annotated[int, msgspec.Meta(ge=1, le=10**12)]
-_Level = Annotated[int, msgspec.Meta(ge=-1000, le=1000)]
+HIGHEST_LEVEL = 1000
+_Level = Annotated[int, msgspec.Meta(ge=-HIGHEST_LEVEL, le=HIGHEST_LEVEL)]
 
 
 class KeyFileError(UserError):

@@ -101,6 +101,14 @@ class Account:
         if self._tokens is not None:
             self._tokens.give_back(reserved - prompt_tokens - generation_tokens, now)
 
+    def has_spare(self, now: float) -> bool:
+        """Whether a request in the background may come, which leaves half of each limit to others."""
+        most = self._most_concurrent
+        if most is not None and self.num_concurrent >= max(1, most // 2):
+            return False
+        buckets = (bucket for bucket in (self._requests, self._tokens) if bucket is not None)
+        return all(bucket.level(now) >= bucket.per_minute / 2 for bucket in buckets)
+
     def headers(self, now: float) -> list[tuple[bytes, bytes]]:
         """x-ratelimit-*, as OpenAI spells them."""
         headers = []

@@ -37,6 +37,8 @@ class RequestRecord:
     """what the API adds to the line: how much work it was"""
     at_end: ExitStack = field(default_factory=ExitStack)
     """closed when the answer is sent, or will not be"""
+    in_background: bool = False
+    """whether it is one of many that nobody waits for, of which the log has a line each at level debug"""
     outcome: str | None = None
     """why it did not end well: disconnect, slow_reader, engine_dead ..."""
     error: str | None = None
@@ -112,7 +114,8 @@ class RequestMiddleware:
             "outcome": record.outcome,
             "request_id": record.request_id,
         }
-        log.info(_line(scope), **{name: value for name, value in fields.items() if value is not None})
+        tell = log.debug if record.in_background else log.info
+        tell(_line(scope), **{name: value for name, value in fields.items() if value is not None})
 
 
 def _line(scope: Scope) -> str:

@@ -27,7 +27,7 @@ from enum import Enum, auto
 from gptq_api.scheduler.blocks import BlockManager, CacheListener, block_hash
 from gptq_api.scheduler.sequence import Sequence
 from gptq_api.scheduler.shared_steps import SharedSteps
-from gptq_api.scheduler.shares import who_leaves_a_seat, who_leaves_blocks, who_loses_its_blocks
+from gptq_api.scheduler.shares import in_background, who_leaves_a_seat, who_leaves_blocks, who_loses_its_blocks
 from gptq_api.scheduler.speculation import Speculation
 from gptq_api.scheduler.step_budget import StepBudget
 from gptq_api.scheduler.waiting import WaitingQueue
@@ -187,7 +187,8 @@ class Scheduler:
     def _choose(self, kind: _Kind) -> Step:
         taken: dict[Sequence, int] = {}
         has_room = kind is not _Kind.ANSWERS and self._make_room()
-        decoding, prompts = self._pending(kind)
+        decoding, all_prompts = self._pending(kind)
+        prompts = [pair for pair in all_prompts if not in_background(pair[0])] or all_prompts
         self._shared_steps.begin_step(self.waiting.num_owners)
         decoding = self._shared_steps.chosen(decoding, beside_prompts=has_room or bool(prompts))
         drafts: dict[Sequence, list[int]] = {}
@@ -238,7 +239,7 @@ class Scheduler:
             self._commit(step, seq, n)  # only now: until here any of them could still be preempted
         self._num_drafted_steps += bool(step.drafts)
 
-        unfinished = {seq.owner for seq, num in prompts if taken.get(seq, 0) < num}
+        unfinished = {seq.owner for seq, num in all_prompts if taken.get(seq, 0) < num}
         open_to_all = kind is not _Kind.ANSWERS and not preempted and not step.drafts
         while open_to_all and budget and len(self.running) < self.max_num_seqs:
             first = self.waiting.first()
@@ -325,7 +326,9 @@ class Scheduler:
             return 0
         if any(prompt.owner == seq.owner or prompt.rank[0] < seq.rank[0] for prompt, _ in prompts):
             return 0
-        return max(0, min(len(seq.token_ids), budget // (len(prompts) + 1)))
+        behind = not in_background(seq) and in_background(prompts[0][0])  # where one is, all are
+        part = budget - len(prompts) if behind else budget // (len(prompts) + 1)
+        return max(0, min(len(seq.token_ids), part))
 
     def _grow_for_drafts(self, seq: Sequence, num_tokens: int) -> bool:
         """Where that takes no block that somebody who decodes might need in this step."""

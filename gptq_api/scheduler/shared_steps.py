@@ -2,12 +2,14 @@
 
 A step takes as long as its rows are many, on a CPU nearly in proportion, and whoever comes waits for the step that runs
 and for its own. So while there are several owners, and for a while after, a step has no more rows than pay. Each owner
-gets the same part of those that decode, or as many as it has, and its sequences take turns.
+gets the same part of those that decode, or as many as it has, and its sequences take turns. Who is in the background
+gets what the others leave.
 """
 
 from __future__ import annotations
 
 from gptq_api.scheduler.sequence import Sequence
+from gptq_api.scheduler.shares import in_background
 
 Decoding = list[tuple[Sequence, int]]
 """with the tokens that each has to compute: one"""
@@ -47,19 +49,27 @@ class SharedSteps:
         most = max(1, self._most // BESIDE_PROMPTS) if beside_prompts else self._most
         if len(decoding) <= most:
             return decoding
-        by_owner: dict[bytes, list[Sequence]] = {}
-        for seq, _ in decoding:
-            by_owner.setdefault(seq.owner, []).append(seq)
-        left, num_left = most, len(by_owner)
-        in_step: set[Sequence] = set()
-        for own in sorted(by_owner.values(), key=len):  # who has few leaves the rest to the others
-            own.sort(key=_last_turn)
-            part = own[: max(1, left // num_left)]
-            in_step.update(part)
-            left, num_left = left - len(part), num_left - 1
+        in_step = _in_turn([seq for seq, _ in decoding if not in_background(seq)], most)
+        if (left := most - len(in_step)) > 0:
+            in_step |= _in_turn([seq for seq, _ in decoding if in_background(seq)], left)
         for seq in in_step:
             seq.last_turn = self._num_steps
         return [(seq, num) for seq, num in decoding if seq in in_step]
+
+
+def _in_turn(decoding: list[Sequence], most: int) -> set[Sequence]:
+    """So many of these, and one of each owner at least."""
+    by_owner: dict[bytes, list[Sequence]] = {}
+    for seq in decoding:
+        by_owner.setdefault(seq.owner, []).append(seq)
+    left, num_left = most, len(by_owner)
+    in_step: set[Sequence] = set()
+    for own in sorted(by_owner.values(), key=len):  # who has few leaves the rest to the others
+        own.sort(key=_last_turn)
+        part = own[: max(1, left // num_left)]
+        in_step.update(part)
+        left, num_left = left - len(part), num_left - 1
+    return in_step
 
 
 def _last_turn(seq: Sequence) -> int:

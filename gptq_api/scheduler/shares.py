@@ -8,6 +8,12 @@ from collections.abc import Callable, Iterable
 from gptq_api.scheduler.blocks import BlockManager
 from gptq_api.scheduler.sequence import Sequence
 from gptq_api.scheduler.waiting import rank
+from gptq_api.types import BACKGROUND
+
+
+def in_background(seq: Sequence) -> bool:
+    """Whether nobody waits for it."""
+    return seq.rank[0] >= BACKGROUND
 
 
 def _seats(seq: Sequence) -> int:
@@ -42,7 +48,10 @@ def _youngest_of_the_richest(running: list[Sequence], num: Callable[[Sequence], 
 
 
 def who_leaves_a_seat(seq: Sequence, running: list[Sequence], num_owners: int, max_num_seqs: int) -> Sequence | None:
-    """For `seq`, which waits and with which its owner would stay within its share."""
+    """For `seq`, which waits and with which its owner would stay within its share; in the background, for any that is
+    not, the youngest."""
+    if not in_background(seq) and (idle := [other for other in running if in_background(other)]):
+        return max(idle, key=rank)
     share = max(1, max_num_seqs // num_owners)
     if num_owners == 1 or _held(running, _seats)[seq.owner] >= share:
         return None
@@ -53,7 +62,9 @@ def who_leaves_blocks(
     seq: Sequence, running: list[Sequence], num_owners: int, blocks: BlockManager, missing: int
 ) -> Sequence | None:
     """For `seq`, which waits for `missing` blocks, and with all of which its owner would stay within its share. None
-    where those that are over theirs do not hold as many."""
+    where those that are over theirs do not hold as many. Who is in the background gives way to any that is not."""
+    if not in_background(seq) and (idle := [other for other in running if in_background(other)]):
+        return max(idle, key=rank)
     share = blocks.num_blocks // num_owners
     held = _held(running, _blocks)
     wanted = -(-len(seq.token_ids) // blocks.block_size)

@@ -65,6 +65,17 @@ async def test_whoever_gives_up_leaves_its_turn_to_the_next(too_late: bool) -> N
     assert not crowd.gate._lanes
 
 
+async def test_whoever_gives_up_while_another_leaves_is_passed_over() -> None:
+    crowd = Crowd(1)
+    await crowd.come("a0", "a1", "a2")
+    crowd.doors["a0"].set()
+    crowd.tasks["a1"].cancel()  # a0 leaves first, and sees that a1 has gone
+    await asyncio.wait([crowd.tasks["a0"], crowd.tasks["a1"]])
+    assert crowd.tasks["a1"].cancelled()
+    await crowd.let_go("a2")
+    assert crowd.entered == ["a0", "a2"] and not crowd.gate._lanes
+
+
 async def test_an_error_inside_is_no_stay() -> None:
     gate = Gate(1)
     for _ in range(3):

@@ -16,7 +16,7 @@ from gptq_api import exits
 
 DRIVER = """
 import atexit, json, os, signal, sys
-from gptq_api.cli import bench, chat, inspect, main, quantize, serve, verify
+from gptq_api.cli import bench, chat, inspect, main, quantize, run_batch, serve, verify
 import gptq_api.checkpoint.dense, gptq_api.checkpoint.summary, gptq_api.model.plan, gptq_api.quantize.driver
 import gptq_api.quantize.card, gptq_api.quantize.output, gptq_api.runner.load, gptq_api.verify.ours
 for case in json.load(sys.stdin):
@@ -34,7 +34,7 @@ for case in json.load(sys.stdin):
     print(os.waitstatus_to_exitcode(status), flush=True)
 """
 """One interpreter with everything imported, and a process for each case: a fresh one would take a second each"""
-COMMANDS = ("serve", "chat", "inspect", "quantize", "bench", "verify")
+COMMANDS = ("serve", "chat", "inspect", "quantize", "run-batch", "bench", "verify")
 """those that read a checkpoint; tests/test_hub.py has those of the hub"""
 REST: dict[str, list[str]] = {"quantize": ["OUT", "--nearest"]}
 """what stands behind the model"""
@@ -42,10 +42,13 @@ Nonsense = Callable[[str, Path], tuple[list[str], dict[str, str]]]
 
 
 def _of_model(model: Callable[[Path], str]) -> Nonsense:
-    return lambda command, folder: (
-        [command, model(folder), *(str(folder / "out") if word == "OUT" else word for word in REST.get(command, []))],
-        {},
-    )
+    def make(command: str, folder: Path) -> tuple[list[str], dict[str, str]]:
+        if command == "run-batch":  # whose arguments are files
+            return [command, str(folder / "in.jsonl"), str(folder / "out.jsonl"), f"--model-path={model(folder)}"], {}
+        rest = (str(folder / "out") if word == "OUT" else word for word in REST.get(command, []))
+        return [command, model(folder), *rest], {}
+
+    return make
 
 
 def _with(*more: str, env: dict[str, str] | None = None) -> Nonsense:
@@ -125,6 +128,10 @@ OF_ONE = (
     "quantize /no/model OUT --calibration /no/text",
     "quantize demo OUT --nearest",
     "quantize demo /no/such/folder/out --nearest",
+    "run-batch /no/requests OUT",
+    "run-batch / OUT",
+    "run-batch /etc/hostname OUT",
+    "run-batch /etc/hostname /no/such/folder/out",
     "bench --text /no/such/text",
     "bench --text / ",
     "bench --json /no/such/folder/x.json",

@@ -16,6 +16,7 @@ import pytest
 
 from gptq_api.demo import DEMO_PATH
 from gptq_api.edge.keys import KeyFile
+from tests.support.batches import count_to, jsonl, request
 from tests.support.checkpoints import Recipe, random_model, write_checkpoint
 from tests.support.float_models import random_folder
 from tests.support.server import Server
@@ -203,6 +204,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "wiki.txt").write_text(README)
     lines = (json.dumps({"messages": [{"role": "user", "content": part}]}) for part in README.split("\n\n"))
     (folder / "chats.jsonl").write_text("\n".join(lines))
+    (folder / "requests.jsonl").write_bytes(jsonl([request("a", count_to(3, model="gpt-9", max_tokens=2))]))
     return folder
 
 
@@ -258,4 +260,12 @@ def test_its_commands_make_a_checkpoint_and_measure_it(models: Path) -> None:
     (verify,) = (words for words in OURS if words[1] == "verify")
     done = run_here(verify, models)
     assert done.returncode == 0 and "transformers" in done.stdout, done.stderr
-    assert {words[1] for words in OURS} == {"serve", "chat", "inspect", "quantize", "verify", "bench"}
+    assert {words[1] for words in OURS} == {"serve", "chat", "inspect", "quantize", "verify", "bench", "run-batch"}
+
+
+def test_it_answers_a_file_of_requests(models: Path) -> None:
+    (words,) = (words for words in OURS if words[1] == "run-batch")
+    done = run_here(words, models)
+    assert done.returncode == 0, done.stderr
+    (line,) = (models / "answers.jsonl").read_text().splitlines()
+    assert json.loads(line)["custom_id"] == "a" and json.loads(line)["response"]["status_code"] == 200

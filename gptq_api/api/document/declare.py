@@ -14,7 +14,7 @@ MEANING = {
     400: "The request is wrong: the error names the field and the remedy.",
     401: "No key was sent, or none that this server knows.",
     403: "The key's role does not allow it.",
-    404: "That model is not served here.",
+    404: "That model is not served here, or there is no such thing of this key.",
     408: "The body did not arrive in time.",
     413: "The body is too large.",
     415: "The body is compressed.",

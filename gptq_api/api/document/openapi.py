@@ -52,7 +52,8 @@ def openapi_document(
         for operation in operations.values():
             error = "MessagesError" if path.startswith(MESSAGES) else "Error"
             guarded = (401, 403) if with_roles else (401,)
-            _finish(operation, guarded if keyed and path not in public else (), any_model=any_model, error=error)
+            no_name_is_wrong = any_model and not path.startswith(("/v1/files", "/v1/batches"))
+            _finish(operation, guarded if keyed and path not in public else (), any_model=no_name_is_wrong, error=error)
         if "get" in operations:
             operations["head"] = _head_of(operations["get"])
     return document

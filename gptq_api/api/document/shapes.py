@@ -6,6 +6,7 @@ A route names its shape where it is declared (`declare.answers`); a new one is a
 from __future__ import annotations
 
 from gptq_api.api.document.agents import AGENT_SHAPES
+from gptq_api.api.document.batches import BATCH_SHAPES
 from gptq_api.api.document.primitives import (
     BYTE,
     COUNT,
@@ -204,5 +205,6 @@ SHAPES: dict[str, Schema] = {
     "OpenApi": {"type": "object", "required": ["openapi", "info", "paths"]},
     "Version": shape(version=TEXT),
     **AGENT_SHAPES,
+    **BATCH_SHAPES,
 }
 """by the name under which /openapi.json has them"""

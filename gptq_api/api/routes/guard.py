@@ -13,6 +13,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.routing import APIRoute
 from pydantic import BaseModel
 
+from gptq_api.api import in_process
 from gptq_api.api.body import JsonRequest
 from gptq_api.api.errors import wrong_key, wrong_role
 from gptq_api.api.service import get_record, get_service
@@ -45,10 +46,15 @@ class GuardedRoute(_Route):
 
         async def guarded(request: Request) -> Response:
             service = get_service(request)
-            caller = service.auth.check(request.headers, request.client.host if request.client else "")
+            behalf = in_process.behalf_of(request.scope)
+            if behalf is not None:
+                caller = service.auth.in_background(behalf)
+            else:
+                caller = service.auth.check(request.headers, request.client.host if request.client else "")
             if caller is None:
-                raise wrong_key(why_refused(request.headers))
+                raise wrong_key(why_refused(request.headers) if behalf is None else "Its key is not known any more")
             record = get_record(request)
+            record.in_background = behalf is not None
             record.caller = caller
             if caller.account is not None:
                 record.notes["key"] = caller.account.name
