@@ -32,7 +32,7 @@ _PROTOCOLS = ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL
 
 
 @dataclass(frozen=True, slots=True)
-class Answered:
+class TracedAnswer:
     """What a trace says of an answer."""
 
     operation: str
@@ -118,7 +118,7 @@ class Traces:
 
         return get_current()
 
-    def answered(self, parent: Any, answered: Answered, phases: Phases, ended: float) -> None:
+    def answered(self, parent: Any, answered: TracedAnswer, phases: Phases, ended: float) -> None:
         """An answer has ended, at `ended` (time.monotonic()). `parent`: what `current` said when it began."""
         from opentelemetry.trace import StatusCode, set_span_in_context
 

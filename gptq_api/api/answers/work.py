@@ -16,7 +16,7 @@ from gptq_api.api.errors import ApiError, deadline_exceeded, unavailable
 from gptq_api.api.metrics import Phases
 from gptq_api.api.service import Service
 from gptq_api.api.terms import Terms
-from gptq_api.api.traces import Answered
+from gptq_api.api.traces import TracedAnswer
 from gptq_api.edge.limits import Account, LimitReached
 from gptq_api.edge.request_log import RequestRecord
 from gptq_api.engine.client import EngineDead, EngineStalled, Prompt
@@ -224,9 +224,9 @@ class Work:
             self.submitted_at, min(admitted, default=None), min(firsts, default=None), max(lasts, default=None)
         )
 
-    def _told(self) -> Answered:
+    def _told(self) -> TracedAnswer:
         """What a trace says of it."""
-        return Answered(
+        return TracedAnswer(
             operation=self.operation,
             model=self.service.model_name,
             params=self.prompts[0].params[0],
