@@ -566,10 +566,16 @@ class BenchSettings(CommandSettings):
     """Tokens per window of the text. Default: 2048, or the model's context where that is shorter."""
     num_windows: int | None = Field(None, ge=1)
     """Windows of the text that are measured. Default: all."""
-    prompt_tokens: int = Field(128, ge=1)
-    """Tokens in the cache when timing begins."""
+    prompt_tokens: int | None = Field(None, ge=1)
+    """Tokens in the cache when timing begins. Default: 128, or a quarter of the context where that is less."""
     num_tokens: int | None = Field(None, ge=1)
-    """Tokens decoded one by one; their median time is shown. Default: 128, and of random weights on the CPU 32."""
+    """Tokens decoded one by one; their median time is shown. Default: 128, or what the context leaves, and of random
+    weights on the CPU 32."""
+    batch: list[int] = Field([], examples=[["1", "8", "64"]])
+    """Sequences that get a token in one step, separated by commas. Default: of 1, 8 and 64 those whose cache takes no
+    more than a quarter of the memory; above 1B weights on the CPU 1 and 8."""
+    repeats: int = Field(3, ge=1, le=1000)
+    """How often each is timed, with new sequences; the table shows the median and how far the repeats are apart."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the models run."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -584,6 +590,13 @@ class BenchSettings(CommandSettings):
     """Write the table as a chart to this file; needs matplotlib."""
     config: Path | None = None
     """TOML file with any of these settings."""
+
+    @field_validator("batch")
+    @classmethod
+    def _batches(cls, value: list[int]) -> list[int]:
+        if not all(1 <= size <= 1024 for size in value):
+            raise ValueError("is a list of whole numbers from 1 to 1024, such as 1,8,64")
+        return value
 
     @field_validator("models")
     @classmethod

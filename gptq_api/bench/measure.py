@@ -18,12 +18,13 @@ import msgspec
 import torch
 from torch.nn import functional
 
-from gptq_api.bench.row import EXIT_NO_ROOM, EXIT_TOLD, Job, Row, TooLargeError
+from gptq_api.bench.row import EXIT_NO_ROOM, EXIT_TOLD, Decoding, Job, Row, TooLargeError
 from gptq_api.bench.synthetic import synthetic_checkpoint
 from gptq_api.checkpoint.checkpoint import Checkpoint, CheckpointError, open_checkpoint
 from gptq_api.checkpoint.dense import dequantized, open_dense
 from gptq_api.checkpoint.summary import summarise
 from gptq_api.errors import UserError
+from gptq_api.model.config import LlamaConfig
 from gptq_api.model.modules import config_of
 from gptq_api.runner.load import backend_of, make_runner, resolve_device
 from gptq_api.runner.loaded import LoadedRunner
@@ -40,6 +41,11 @@ _CHUNK = 512
 """tokens computed at once: logits of all of them are in memory"""
 _WARM_UP = 4
 _TOKENS, _FEW_TOKENS = 128, 32
+_BATCHES = (1, 8, 64)
+_FEW_STEPS = 32
+"""of batches, whose steps are longer"""
+_LONG_STEP = 10**9
+"""weights from which 64 sequences on a CPU take minutes"""
 _BLOCK_SIZE = 16
 _GREEDY = SamplingParams(max_tokens=1, temperature=0)
 
@@ -89,18 +95,23 @@ def _measure(job: Job, source: Checkpoint, checkpoint: Checkpoint) -> Row:
     config = config_of(checkpoint)
     limit = config.max_position_embeddings
     window = job.context or min(_LONGEST_WINDOW, limit)
-    num_tokens = job.num_tokens or (_FEW_TOKENS if job.synthetic and _on_cpu(device) else _TOKENS)
-    longest = max(job.prompt_tokens + num_tokens + _WARM_UP, window if job.text else 0)
+    prompt_tokens = job.prompt_tokens or max(1, min(_TOKENS, limit // 4))
+    few = job.synthetic is not None and _on_cpu(device)
+    num_tokens = job.num_tokens or min(_FEW_TOKENS if few else _TOKENS, max(1, limit - prompt_tokens - _WARM_UP))
+    decoded = prompt_tokens + num_tokens + _WARM_UP
+    longest = max(decoded, window if job.text else 0)
     if longest > limit:
         raise CheckpointError(
             f"{job.name} has a context of {limit} tokens, and {longest} are asked for; lower --context, "
             "--prompt-tokens or --num-tokens"
         )
-    options = replace(options, num_blocks=-(-longest // _BLOCK_SIZE))
+    batches = sorted(set(job.batches or _batches(config, device, decoded)))
+    num_blocks = max(-(-longest // _BLOCK_SIZE), max(batches) * -(-decoded // _BLOCK_SIZE))
+    options = replace(options, num_blocks=num_blocks, max_num_seqs=max(batches))
     texts = _texts(job, checkpoint.folder, window, config.vocab_size)
     runner = make_runner(options, checkpoint, device)
     load_seconds = time.monotonic() - started
-    seconds = _decode(runner, job, num_tokens)
+    decoding = [_decoding(runner, job, batch, prompt_tokens, num_tokens) for batch in batches]
     perplexity, predicted = _perplexity(runner, texts) if texts else (None, 0)
     bits, sizes, act_order = _quantization(source, job.kind)
     resident, peak = backend_of(device).memory_in_use(device)
@@ -118,12 +129,14 @@ def _measure(job: Job, source: Checkpoint, checkpoint: Checkpoint) -> Row:
         resident_mib=resident / 2**20,
         peak_mib=peak / 2**20,
         load_seconds=load_seconds,
-        seconds_per_token=seconds,
+        seconds_per_token=decoding[0].seconds_per_step / decoding[0].batch,
         decoded_tokens=num_tokens,
-        context_tokens=job.prompt_tokens,
+        context_tokens=prompt_tokens,
         perplexity=perplexity,
         perplexity_tokens=predicted,
         window=window if job.text else None,
+        repeats=job.repeats,
+        decoding=decoding,
     )
 
 
@@ -147,40 +160,64 @@ def _texts(job: Job, folder: Path, window: int, num_rows: int) -> list[list[int]
     return found if job.num_windows is None else spread(found, min(job.num_windows, len(found)))
 
 
-def _solo(token_ids: list[int], num_tokens: int) -> Solo:
-    """With a block table of its own: nobody else is in the cache."""
-    return Solo(token_ids, _GREEDY, block_table=list(range(-(-num_tokens // _BLOCK_SIZE))))
+def _batches(config: LlamaConfig, device: torch.device, num_tokens: int) -> list[int]:
+    """1, 8 and 64, as far as their caches take no more than a quarter of the memory; 64 only where a step is short."""
+    sequence = config.kv_elements_per_token * 4 * num_tokens
+    on_cpu = _on_cpu(device)
+    room = (host_memory() or 2**40) if on_cpu else torch.cuda.mem_get_info(device)[1]
+    parameters = config.num_hidden_layers * config.hidden_size * (4 * config.hidden_size + 3 * config.intermediate_size)
+    most = 8 if on_cpu and parameters > _LONG_STEP else 64
+    return [batch for batch in _BATCHES if batch == 1 or (batch <= most and batch * sequence <= room // 4)]
 
 
-def _decode(runner: LoadedRunner, job: Job, num_tokens: int) -> float:
-    """Median seconds of one step at batch 1, sampling included."""
-    prompt = [i * 7919 % runner.vocab_size for i in range(1, job.prompt_tokens + 1)]
-    total = job.prompt_tokens + num_tokens + _WARM_UP
-    solo = _solo(prompt, total)
-    tokens: list[int] = []
-    while solo.num_pending_tokens:
-        tokens = runner.collect(runner.launch(step_of([solo], [min(_CHUNK, solo.num_pending_tokens)]))).tokens
+def _solo(token_ids: list[int], num_tokens: int, seat: int = 0) -> Solo:
+    """With a block table of its own: nobody else is in its part of the cache."""
+    blocks = -(-num_tokens // _BLOCK_SIZE)
+    return Solo(token_ids, _GREEDY, list(range(seat * blocks, (seat + 1) * blocks)), seat)
+
+
+def _decoding(runner: LoadedRunner, job: Job, batch: int, prompt_tokens: int, num_tokens: int) -> Decoding:
+    """Steps of a batch, sampling included; each repeat begins with new sequences."""
+    steps = num_tokens if batch == 1 else max(min(num_tokens, _FEW_STEPS), 1)
+    repeats = [_steps(runner, job, batch, prompt_tokens, steps) for _ in range(job.repeats)]
+    medians = [statistics.median(seconds) for seconds in repeats]
+    middle = statistics.median(itertools.chain(*repeats))
+    return Decoding(batch, middle, (max(medians) - min(medians)) / middle)
+
+
+def _steps(runner: LoadedRunner, job: Job, batch: int, prompt_tokens: int, num_tokens: int) -> list[float]:
+    """Seconds of each step, without those that warm up."""
+    solos, tokens = [], []
+    for seat in range(batch):
+        prompt = [(i + 131 * seat) * 7919 % runner.vocab_size for i in range(1, prompt_tokens + 1)]
+        solo = _solo(prompt, prompt_tokens + num_tokens + _WARM_UP, seat)
+        found: list[int] = []
+        while solo.num_pending_tokens:
+            found = runner.collect(runner.launch(step_of([solo], [min(_CHUNK, solo.num_pending_tokens)]))).tokens
+        solos.append(solo)
+        tokens += found
     times = []
     launched: deque[Any] = deque()
     for step in range(num_tokens + _WARM_UP):
         if step == 0 or not runner.lookahead:
-            _append(solo, tokens, job)
+            _append(solos, tokens, job)
         # A runner that looks ahead has the token before we do, as in the engine.
-        launched.append(runner.launch(step_of([solo], [1])))
+        launched.append(runner.launch(step_of(solos, [1] * batch)))
         if len(launched) > runner.lookahead:
             tokens = runner.collect(launched.popleft()).tokens
             times.append(time.perf_counter())
             if runner.lookahead:
-                _append(solo, tokens, job)
+                _append(solos, tokens, job)
     while launched:
         runner.collect(launched.popleft())
-    return statistics.median(b - a for a, b in itertools.pairwise(times[_WARM_UP - 1 :]))
+    return [b - a for a, b in itertools.pairwise(times[_WARM_UP - 1 :])]
 
 
-def _append(solo: Solo, tokens: list[int], job: Job) -> None:
+def _append(solos: list[Solo], tokens: list[int], job: Job) -> None:
     if min(tokens) < 0:
         raise CheckpointError(f"{job.name}: the logits are not finite; the weights are corrupt")
-    solo.token_ids += tokens
+    for solo, token in zip(solos, tokens, strict=True):
+        solo.token_ids.append(token)
 
 
 def _perplexity(runner: LoadedRunner, texts: list[list[int]]) -> tuple[float, int]:

@@ -22,6 +22,20 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Kind = Literal["gptq", "dense", "dequantized"]
 
 
+class Decoding(msgspec.Struct, frozen=True):
+    """Steps in which so many sequences get a token each."""
+
+    batch: int
+    seconds_per_step: float
+    """median of the steps of all repeats"""
+    spread: float
+    """of the repeats' medians: (largest - smallest) / median"""
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.batch / self.seconds_per_step
+
+
 class Job(msgspec.Struct, frozen=True):
     """One row of the table to be."""
 
@@ -33,9 +47,10 @@ class Job(msgspec.Struct, frozen=True):
     text: str | None
     context: int | None
     num_windows: int | None
-    prompt_tokens: int
+    prompt_tokens: int | None
+    """None: 128, or a quarter of the context where that is less"""
     num_tokens: int | None
-    """None: 128, and of random weights on the CPU, where the large ones are slow, 32"""
+    """None: 128, or what the context leaves; of random weights on the CPU, where the large ones are slow, 32"""
     device: Device
     dtype: Dtype
     num_threads: int
@@ -45,6 +60,9 @@ class Job(msgspec.Struct, frozen=True):
     """of random weights; -1: one group"""
     act_order: bool = False
     kv_cache_dtype: Literal["auto", "fp8"] = "auto"
+    batches: list[int] | None = None
+    """None: of 1, 8 and 64 what memory and patience allow"""
+    repeats: int = 1
 
 
 class Row(msgspec.Struct, frozen=True):
@@ -79,3 +97,6 @@ class Row(msgspec.Struct, frozen=True):
     """predicted tokens it is the mean over"""
     window: int | None
     """tokens of context perplexity was measured with"""
+    repeats: int
+    decoding: list[Decoding]
+    """the smallest batch first"""

@@ -103,6 +103,8 @@ def _synthetic_jobs(settings: BenchSettings) -> list[Job]:
             group_size=group_size,
             act_order=act_order,
             kv_cache_dtype=settings.kv_cache_dtype,
+            batches=settings.batch or None,
+            repeats=settings.repeats,
         )
 
     return [
@@ -143,6 +145,8 @@ def _model_jobs(settings: BenchSettings) -> list[Job]:
             dtype=settings.dtype,
             num_threads=settings.num_threads or _default_threads(next(iter(folders.values()))),
             kv_cache_dtype=settings.kv_cache_dtype,
+            batches=settings.batch or None,
+            repeats=settings.repeats,
         )
 
     if settings.fp16 is not None:
@@ -192,12 +196,21 @@ def _measure(job: Job) -> Row:
 
 
 def as_json(row: Row, reference: Row) -> dict[str, Any]:
-    return {**msgspec.to_builtins(row), "speed_up": speed_up(row, reference)}
+    by_batch = {str(batch): ratio for batch, ratio in _ratios(row, reference).items()}
+    return {**msgspec.to_builtins(row), "speed_up": speed_up(row, reference), "speed_up_by_batch": by_batch}
 
 
 def speed_up(row: Row, reference: Row) -> float | None:
     """None where the two are not the same model in size."""
     return reference.seconds_per_token / row.seconds_per_token if row.shape == reference.shape else None
+
+
+def _ratios(row: Row, reference: Row) -> dict[int, float]:
+    """By batch: how many times as fast as the reference, where both were measured and are of one size."""
+    if row.shape != reference.shape:
+        return {}
+    theirs = {found.batch: found.seconds_per_step for found in reference.decoding}
+    return {d.batch: theirs[d.batch] / d.seconds_per_step for d in row.decoding if d.batch in theirs}
 
 
 def _label(row: Row) -> str:
@@ -206,7 +219,7 @@ def _label(row: Row) -> str:
     return f"{row.name} ({'unquantized' if row.kind == 'dense' else 'dequantized'}, {row.dtype})"
 
 
-def _cells(row: Row, reference: Row) -> list[str]:
+def _cells(row: Row, reference: Row, batches: list[int]) -> list[str]:
     faster = speed_up(row, reference)
     return [
         _label(row),
@@ -218,15 +231,31 @@ def _cells(row: Row, reference: Row) -> list[str]:
         "-" if row.perplexity is None else f"{row.perplexity:.4f}",
         f"{row.seconds_per_token:.6f}",
         "-" if faster is None else f"{faster:.2f}x",
+        f"{row.decoding[0].spread:.1%}",
+        *(_at(row, reference, batch) for batch in batches[1:]),
     ]
 
 
+def _at(row: Row, reference: Row, batch: int) -> str:
+    """Tokens a second of a batch, and how many times the reference's that is."""
+    rate = _rate(row, batch)
+    if rate is None:
+        return "-"
+    ratio = _ratios(row, reference).get(batch)
+    return f"{rate:,.0f}" + (f" ({ratio:.2f}x)" if ratio is not None else "")
+
+
+def _batches_of(rows: list[Row]) -> list[int]:
+    return sorted({decoding.batch for row in rows for decoding in row.decoding})
+
+
 def _table(rows: list[Row]) -> Table:
-    table = Table(*_COLUMNS)
+    more = [f"tokens/s x {batch}" for batch in _batches_of(rows)[1:]]
+    table = Table(*_COLUMNS, "spread", *more)
     for column in table.columns[1:]:
         column.justify = "right"
     for row in rows:
-        table.add_row(*map(Text, _cells(row, rows[0])))  # a name may look like markup
+        table.add_row(*map(Text, _cells(row, rows[0], _batches_of(rows))))  # a name may look like markup
     return table
 
 
@@ -235,7 +264,9 @@ def _notes(rows: list[Row], settings: BenchSettings) -> list[str]:
     machine = f"the CPU, threads: {first.threads}" if first.device == "cpu" else first.device
     notes = [
         f"on {machine}, activations {'/'.join(dict.fromkeys(row.dtype for row in rows))}; s/token: median of "
-        f"{first.decoded_tokens} tokens at batch 1 after {first.context_tokens}"
+        f"{first.decoded_tokens} tokens at batch {first.decoding[0].batch} after {first.context_tokens}, in "
+        f"{first.repeats} repeats; spread: how far the repeats' medians are apart",
+        _machine_line(first),
     ]
     if first.kind == "dequantized":
         notes.append(
@@ -247,6 +278,11 @@ def _notes(rows: list[Row], settings: BenchSettings) -> list[str]:
             f"perplexity: {first.perplexity_tokens} tokens of {settings.text.name} in windows of {first.window}"
         )
     return notes
+
+
+def _machine_line(row: Row) -> str:
+    found = _machine(row)
+    return f"measured on {found['cpu']}, {found['cores']} cores, torch {found['torch']}, {found['date']}"
 
 
 def _machine(row: Row) -> dict[str, Any]:
@@ -266,6 +302,10 @@ def _machine(row: Row) -> dict[str, Any]:
     }
 
 
+def _rate(row: Row, batch: int) -> float | None:
+    return next((decoding.tokens_per_s for decoding in row.decoding if decoding.batch == batch), None)
+
+
 def _chart(rows: list[Row], file: Path) -> None:
     """Bars of memory, time and, where it was measured, perplexity; the numbers stand on them."""
     from matplotlib.figure import Figure
@@ -273,6 +313,7 @@ def _chart(rows: list[Row], file: Path) -> None:
     quantities: list[tuple[str, list[float | None], str]] = [
         ("weights, MiB", [row.weights_mib for row in rows], "{:.0f}"),
         ("median ms/token, batch 1", [1000 * row.seconds_per_token for row in rows], "{:.3f}"),
+        *((f"tokens/s, batch {b}", [_rate(row, b) for row in rows], "{:.0f}") for b in _batches_of(rows)[1:]),
     ]
     if any(row.perplexity is not None for row in rows):
         quantities.append(("perplexity", [row.perplexity for row in rows], "{:.3f}"))
@@ -286,4 +327,5 @@ def _chart(rows: list[Row], file: Path) -> None:
         axes.set_xticks([])
         axes.margins(x=0.35)
         axes.set_title(title)
+    figure.suptitle(f"{_machine_line(rows[0])}; {rows[0].repeats} repeats", fontsize=9)
     figure.savefig(file, dpi=150, format="png")

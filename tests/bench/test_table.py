@@ -40,7 +40,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def settings(**values: Any) -> BenchSettings:
-    small = {"device": "cpu", "num_threads": 1, "prompt_tokens": 8, "num_tokens": 8, "dtype": "float32"}
+    small = {"device": "cpu", "num_threads": 1, "prompt_tokens": 8, "num_tokens": 8, "dtype": "float32", "batch": [1]}
     return BenchSettings.model_construct(**{**small, **values})
 
 
@@ -80,6 +80,40 @@ def test_rows_against_transformers_and_both_files(
     assert cells[:4] == ["tiny-gptq", "4", "32", "yes"] and cells[6] == f"{second['perplexity']:.4f}"
     assert cells[8] == f"{second['speed_up']:.2f}x"
     assert "tokens of LICENSE in windows of 100" in out
+
+
+def test_batches_repeats_and_the_ratio_of_both(
+    folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = {"json_file": tmp_path / "bench.json", "png": tmp_path / "bench.png"}
+    models = [str(folders["gptq"])]
+    assert run(settings(models=models, fp16=folders["fp16"], batch=[8, 1, 3], repeats=2, **files)) == 0
+    report = json.loads(files["json_file"].read_text())
+    first, second = report["rows"]
+    for row in (first, second):
+        assert [found["batch"] for found in row["decoding"]] == [1, 3, 8] and row["repeats"] == 2
+        assert row["seconds_per_token"] == row["decoding"][0]["seconds_per_step"]
+        assert all(found["seconds_per_step"] > 0 and found["spread"] >= 0 for found in row["decoding"])
+    ratios = second["speed_up_by_batch"]
+    assert ratios["8"] == pytest.approx(
+        first["decoding"][2]["seconds_per_step"] / second["decoding"][2]["seconds_per_step"]
+    )
+    assert set(ratios) == {"1", "3", "8"} and ratios["1"] == second["speed_up"]
+    out = capsys.readouterr().out
+    for words in ("spread", "tokens/s x 3", "tokens/s x 8", "in 2 repeats", report["machine"]["cpu"], " UTC"):
+        assert words in " ".join(out.split()), words
+    assert f"({ratios['8']:.2f}x)" in out
+
+
+def test_defaults_fit_the_model(folders: dict[str, Path], tmp_path: Path) -> None:
+    """The context is one of 128 tokens."""
+    file = tmp_path / "bench.json"
+    models = [str(folders["gptq"])]
+    found = BenchSettings.model_construct(models=models, device="cpu", num_threads=1, repeats=1, json_file=file)
+    assert run(found) == 0
+    row = json.loads(file.read_text())["rows"][1]
+    assert row["context_tokens"] == 32 and row["context_tokens"] + row["decoded_tokens"] + 4 <= 128
+    assert [found["batch"] for found in row["decoding"]] == [1, 8, 64]
 
 
 def test_the_demo_model_alone_says_what_its_first_row_is(tmp_path: Path) -> None:
