@@ -110,6 +110,7 @@ def perplexity(model: str, text: Path, dtype: Dtype, num_windows: int | None = N
             device="cpu",
             dtype=dtype,
             num_threads=torch.get_num_threads(),
+            batches=[1],
         )
     )
     return {"perplexity": round(row.perplexity or 0.0, 5), "tokens": row.perplexity_tokens}

@@ -573,7 +573,8 @@ class BenchSettings(CommandSettings):
     weights on the CPU 32."""
     batch: list[int] = Field([], examples=[["1", "8", "64"]])
     """Sequences that get a token in one step, separated by commas. Default: of 1, 8 and 64 those whose cache takes no
-    more than a quarter of the memory; above 1B weights on the CPU 1 and 8."""
+    more than a quarter of the memory and that take no more than about a minute each; above 1B weights on the CPU 1
+    and 8."""
     repeats: int = Field(3, ge=1, le=1000)
     """How often each is timed, with new sequences; the table shows the median and how far the repeats are apart."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

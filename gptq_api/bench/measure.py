@@ -44,6 +44,8 @@ _TOKENS, _FEW_TOKENS = 128, 32
 _BATCHES = (1, 8, 64)
 _FEW_STEPS = 32
 """of batches, whose steps are longer"""
+_PATIENCE_S = 60.0
+"""for one batch that nobody asked for"""
 _LONG_STEP = 10**9
 """weights from which 64 sequences on a CPU take minutes"""
 _BLOCK_SIZE = 16
@@ -111,7 +113,12 @@ def _measure(job: Job, source: Checkpoint, checkpoint: Checkpoint) -> Row:
     texts = _texts(job, checkpoint.folder, window, config.vocab_size)
     runner = make_runner(options, checkpoint, device)
     load_seconds = time.monotonic() - started
-    decoding = [_decoding(runner, job, batch, prompt_tokens, num_tokens) for batch in batches]
+    decoding: list[Decoding] = []
+    for batch in batches:
+        began = time.monotonic()
+        decoding.append(_decoding(runner, job, batch, prompt_tokens, num_tokens))
+        if job.batches is None and 8 * (time.monotonic() - began) > _PATIENCE_S:
+            break  # the next one takes eight times as long, where the work and not the weights take the time
     perplexity, predicted = _perplexity(runner, texts) if texts else (None, 0)
     bits, sizes, act_order = _quantization(source, job.kind)
     resident, peak = backend_of(device).memory_in_use(device)
@@ -177,32 +184,35 @@ def _solo(token_ids: list[int], num_tokens: int, seat: int = 0) -> Solo:
 
 
 def _decoding(runner: LoadedRunner, job: Job, batch: int, prompt_tokens: int, num_tokens: int) -> Decoding:
-    """Steps of a batch, sampling included; each repeat begins with new sequences."""
-    steps = num_tokens if batch == 1 else max(min(num_tokens, _FEW_STEPS), 1)
-    repeats = [_steps(runner, job, batch, prompt_tokens, steps) for _ in range(job.repeats)]
+    """Steps of a batch, sampling included; each repeat begins behind the same prompts, which are computed once."""
+    steps = num_tokens if batch == 1 else min(num_tokens, _FEW_STEPS)
+    total = prompt_tokens + steps + _WARM_UP
+    prompts, first = [], []
+    for seat in range(batch):
+        prompts.append([(i + 131 * seat) * 7919 % runner.vocab_size for i in range(1, prompt_tokens + 1)])
+        solo, found = _solo(prompts[-1], total, seat), []
+        while solo.num_pending_tokens:
+            found = runner.collect(runner.launch(step_of([solo], [min(_CHUNK, solo.num_pending_tokens)]))).tokens
+        first += found
+    repeats = [_steps(runner, job, prompts, first, steps) for _ in range(job.repeats)]
     medians = [statistics.median(seconds) for seconds in repeats]
     middle = statistics.median(itertools.chain(*repeats))
     return Decoding(batch, middle, (max(medians) - min(medians)) / middle)
 
 
-def _steps(runner: LoadedRunner, job: Job, batch: int, prompt_tokens: int, num_tokens: int) -> list[float]:
-    """Seconds of each step, without those that warm up."""
-    solos, tokens = [], []
-    for seat in range(batch):
-        prompt = [(i + 131 * seat) * 7919 % runner.vocab_size for i in range(1, prompt_tokens + 1)]
-        solo = _solo(prompt, prompt_tokens + num_tokens + _WARM_UP, seat)
-        found: list[int] = []
-        while solo.num_pending_tokens:
-            found = runner.collect(runner.launch(step_of([solo], [min(_CHUNK, solo.num_pending_tokens)]))).tokens
-        solos.append(solo)
-        tokens += found
-    times = []
+def _steps(runner: LoadedRunner, job: Job, prompts: list[list[int]], first: list[int], num_tokens: int) -> list[float]:
+    """Seconds of each step, without those that warm up; the prompts are in the cache, and `first` follows them."""
+    total = len(prompts[0]) + num_tokens + _WARM_UP
+    solos = [_solo(list(prompt), total, seat) for seat, prompt in enumerate(prompts)]
+    for solo in solos:
+        solo.num_computed_tokens = len(solo.token_ids)
+    tokens, times = first, []
     launched: deque[Any] = deque()
     for step in range(num_tokens + _WARM_UP):
         if step == 0 or not runner.lookahead:
             _append(solos, tokens, job)
         # A runner that looks ahead has the token before we do, as in the engine.
-        launched.append(runner.launch(step_of(solos, [1] * batch)))
+        launched.append(runner.launch(step_of(solos, [1] * len(solos))))
         if len(launched) > runner.lookahead:
             tokens = runner.collect(launched.popleft()).tokens
             times.append(time.perf_counter())

@@ -268,6 +268,9 @@ def _notes(rows: list[Row], settings: BenchSettings) -> list[str]:
         f"{first.repeats} repeats; spread: how far the repeats' medians are apart",
         _machine_line(first),
     ]
+    left_out = [_label(row) for row in rows if len(row.decoding) < len(_batches_of(rows))]
+    if left_out:
+        notes.append(f"-: a batch that would take {', '.join(left_out)} more than a minute; --batch measures it")
     if first.kind == "dequantized":
         notes.append(
             f"the first row is {first.name} itself with its weights dequantized at load, so its perplexity is that of "
