@@ -571,7 +571,7 @@ class BenchSettings(CommandSettings):
     num_tokens: int | None = Field(None, ge=1)
     """Tokens decoded one by one; their median time is shown. Default: 128, or what the context leaves, and of random
     weights on the CPU 32."""
-    batch: list[int] = Field([], examples=[["1", "8", "64"]])
+    batch: list[int] = Field([], examples=[[1, 8, 64]])
     """Sequences that get a token in one step, separated by commas. Default: of 1, 8 and 64 those whose cache takes no
     more than a quarter of the memory and that take no more than about a minute each; above 1B weights on the CPU 1
     and 8."""

@@ -169,6 +169,8 @@ SMALL = {
     "GPTQ_API_NUM_WINDOWS": "2",
     "GPTQ_API_PROMPT_TOKENS": "8",
     "GPTQ_API_NUM_TOKENS": "4",
+    "GPTQ_API_BATCH": "1",
+    "GPTQ_API_REPEATS": "1",
     "HF_HUB_OFFLINE": "1",
 }
 """what the commands leave to the environment"""
