@@ -193,10 +193,10 @@ class Settings(EngineSettings):
     """The server for 4-bit GPTQ LLaMA checkpoints. Every option is also a GPTQ_API_* variable and a TOML key."""
 
     examples: ClassVar[tuple[str, ...]] = (
-        "gptq-api serve                                       # the demo model",
+        "gptq-api serve",
         "gptq-api serve /models/vicuna-7B-GPTQ --port 9000",
         "gptq-api serve TheBloke/vicuna-7B-1.1-GPTQ --revision gptq-4bit-128g-actorder_True",
-        "gptq-api serve --model-path m --gptq-wbits 4 --gptq-groupsize 128    # as FastChat spells it",
+        "gptq-api serve --model-path /models/vicuna --gptq-wbits 4 --gptq-groupsize 128",
     )
 
     model_alias: list[str] = []
@@ -820,6 +820,8 @@ def _items(value: object) -> object:
     items = [item.strip() if isinstance(item, str) else item for item in items]
     if "" in items:
         raise ValueError("holds an empty item")
+    if any(isinstance(item, bool) for item in items):
+        raise ValueError("holds true or false, which is none of its values; they are separated by commas")
     return items
 
 

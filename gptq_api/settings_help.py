@@ -105,7 +105,8 @@ def page(cls: type[CommandSettings], prog: str, everything: bool = False) -> str
     width = min(shutil.get_terminal_size().columns, 100)
     lines = [f"usage: {usage(cls, prog)}", "", *textwrap.wrap(" ".join((cls.__doc__ or "").split()), width), ""]
     for number, example in enumerate(cls.examples):
-        lines.append(f"{'examples:' if number == 0 else '':10}{example}")
+        parts = textwrap.wrap(example, width - 16, break_long_words=False, break_on_hyphens=False)
+        lines.append(f"{'examples:' if number == 0 else '':10}" + f" \\\n{'':14}".join(parts))
     if cls.examples:
         lines.append("")
     hidden = frozenset() if everything else cls.seldom & cls.model_fields.keys()
