@@ -63,6 +63,7 @@ class SimulatedRunner:
     vocab_size = VOCAB_SIZE
     device, dtype = "cuda", "float16"
     eos_token_ids = (1,)
+    facts = None
     description = "a simulated device: nothing is computed"
 
     def __init__(self, now: Callable[[], float] = time.monotonic, sleep: Callable[[float], None] = time.sleep) -> None:
