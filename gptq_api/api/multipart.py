@@ -6,12 +6,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from email.message import Message
 
+from gptq_api.errors import UserError
+
 MAX_PARTS = 32
 MAX_HEADER_BYTES = 4096
 """of one part"""
 
 
-class MultipartError(ValueError):
+class MultipartError(UserError):
     """The body is none; half a sentence that says why."""
 
 

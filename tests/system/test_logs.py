@@ -86,13 +86,16 @@ def unheard_server(stderr: int, env: dict[str, str]) -> Iterator[tuple[Server, h
     with Server(port=port, env=env, wait=False, stderr=stderr) as server:  # steps are counted
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
 
-        def listens() -> bool:
+        def is_ready() -> bool:
             with contextlib.suppress(ConnectionRefusedError):
-                connection.connect()
-                return True
+                connection.request("GET", "/ready")
+                response = connection.getresponse()
+                response.read()
+                return response.status == 200
+            connection.close()
             return False
 
-        wait_for(listens, START_S)
+        wait_for(is_ready, START_S)
         yield server, connection
         connection.close()
 
