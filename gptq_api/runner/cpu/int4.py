@@ -26,8 +26,8 @@ GROUP_SIZES = (256, 128, 64, 32)
 _DENSE_MIN_ROWS = 128
 _DENSE_MIN_ELEMENTS = 2**21
 _PACK_ROWS = 1024
-_PANEL = 64
-"""outputs the operator packs together; a multiple of what every instruction set uses"""
+_PANELS = (64, 32)
+"""outputs the operator packs together: with AVX-512, and with AVX2"""
 
 
 def refusal(in_features: int, out_features: int, group_size: int) -> str | None:
@@ -108,7 +108,7 @@ class Int4Weight:
     def _dense(self, x: Tensor) -> Tensor:
         """The same product through panels of dequantized weights and a dense bfloat16 product."""
         out = x.new_empty(x.shape[0], self.out_features)
-        for start in range(0, self.out_features, _PANEL):
+        for start in range(0, self.out_features, _panel()):
             panel = self._planes[0].panel(start)
             for plane in self._planes[1:]:
                 panel += plane.panel(start)
@@ -130,9 +130,9 @@ class _Plane:
         return product
 
     def panel(self, start: int) -> Tensor:
-        """The outputs from `start` on, dequantized: bfloat16 [K, 64] or what is left."""
+        """A panel of outputs from `start` on, or what is left, dequantized: bfloat16 [K, outputs]."""
         num_outputs, in_features = self._packed.shape[0], self._packed.shape[1] * 2
-        width = min(_PANEL, num_outputs - start)
+        width = min(_panel(), num_outputs - start)
         data = self._packed[start : start + width].view(in_features, width // 2)
         columns = torch.cat((data & 15, data >> 4), 1)
         order = _panel_columns(width)
@@ -164,9 +164,21 @@ def _pack(qweight: Tensor, bits: int, low_bit: int, order: Tensor | None) -> Ten
 
 
 @functools.cache
+def _panel() -> int:
+    """The outputs of a panel: packed alone, each number of an output is there once."""
+    return next(width for width in _PANELS if _places(width).unique().numel() == width)
+
+
+@functools.cache
 def _panel_columns(width: int) -> Tensor | None:
     """Where output n of a panel lies among its low nibbles followed by its high nibbles: int64 [width];
-    None where that is in order.
+    None where that is in order."""
+    place = _places(width)
+    return None if bool((place[1:] > place[:-1]).all()) else torch.argsort(place)
+
+
+def _places(width: int) -> Tensor:
+    """The outputs in the order in which their nibbles lie, low ones first: int64 [width].
 
     The arrangement depends on the instruction set torch found at run time, so it is read off by packing the numbers
     of the outputs, in two passes of four bits.
@@ -177,4 +189,4 @@ def _panel_columns(width: int) -> Tensor | None:
         packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(((numbers >> shift) & 15).contiguous(), 2)
         first = packed.view(32, width // 2)[0].to(torch.int64)
         place |= torch.cat((first & 15, first >> 4)) << shift
-    return None if bool((place[1:] > place[:-1]).all()) else torch.argsort(place)
+    return place
