@@ -166,7 +166,7 @@ def _pack(qweight: Tensor, bits: int, low_bit: int, order: Tensor | None) -> Ten
 @functools.cache
 def _panel() -> int:
     """The outputs of a panel: packed alone, each number of an output is there once."""
-    return next(width for width in _PANELS if _places(width).unique().numel() == width)
+    return next(width for width in _PANELS if len(set(_places(width).tolist())) == width)
 
 
 @functools.cache
