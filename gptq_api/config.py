@@ -35,6 +35,7 @@ class CommandSettings(BaseSettings):
         use_attribute_docstrings=True,
         allow_inf_nan=False,
         protected_namespaces=(),
+        defer_build=True,  # of all the commands' settings one is used
     )
     positional: ClassVar[tuple[str, ...]] = ("model_path",)
     """fields that leading arguments without a flag fill, in this order; a list takes all that are left"""

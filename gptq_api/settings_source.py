@@ -9,11 +9,10 @@ import tomllib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar, cast, get_args
+from typing import Any, TypeVar, get_args
 
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
-from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource
 
 from gptq_api.config import ALL_SETTINGS, COMMANDS, ENV_PREFIX, CommandSettings, flag, takes_list
 from gptq_api.errors import ConfigError
@@ -48,18 +47,9 @@ def load_settings(cls: type[S], args: Sequence[str] = (), *, prog: str = "gptq-a
     if named := command_line.values.get("config") or environment.values.get("config"):
         sources.append(_toml(cls, Path(named)))  # an empty name is refused with the other values
     written = {name: how for source in reversed(sources) for name, how in source.written.items()}
-
-    class Sourced(cls):  # type: ignore[valid-type, misc]
-        @classmethod
-        def settings_customise_sources(
-            cls, settings_cls: type[BaseSettings], init_settings: PydanticBaseSettingsSource, **others: Any
-        ) -> tuple[PydanticBaseSettingsSource, ...]:
-            return tuple(InitSettingsSource(settings_cls, source.values) for source in sources)
-
+    values = {name: value for source in reversed(sources) for name, value in source.values.items()}
     try:
-        found = Sourced()
-        values = {name: getattr(found, name) for name in cls.model_fields}
-        settings = cast(S, cls.model_construct(found.model_fields_set, **values))
+        settings = cls(**values)
     except ValidationError as error:
         raise ConfigError(_first_error(cls, prog, error, written)) from None
     settings.check_given(command_line.written, written)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache, partial
+
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
@@ -67,14 +69,18 @@ def build_app(settings: Settings, auth: Authenticator, traces: Traces | None = N
     routes = [route for router in routers for route in router.routes if isinstance(route, APIRoute)]
     app.state.routes = routes
     app.state.paths = [route.path.partition("{")[0] for route in routes if route.path != "/"]  # nobody means that one
-    app.state.document = openapi_document(
-        routes,
-        {route.path for route in routes if isinstance(route, PublicRoute)},
-        title=app.title,
-        version=app.version,
-        keyed=auth.has_keys,
-        with_roles=settings.api_key_file is not None,
-        any_model=settings.accept_any_model,
+    # made when somebody asks for it: a quarter of a second
+    app.state.document = cache(
+        partial(
+            openapi_document,
+            routes,
+            {route.path for route in routes if isinstance(route, PublicRoute)},
+            title=app.title,
+            version=app.version,
+            keyed=auth.has_keys,
+            with_roles=settings.api_key_file is not None,
+            any_model=settings.accept_any_model,
+        )
     )
     for router in routers:
         app.include_router(router)

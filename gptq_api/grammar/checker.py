@@ -14,6 +14,7 @@ from gptq_api.grammar.worker import LENGTH, MAX_S
 SILENCE_S = 30.0
 """A process that was stopped from outside is given up after this"""
 _START_TIMEOUT_S = 30.0
+_EXIT_S = 10.0
 _MAX_KEPT = 1024
 """answers that are remembered"""
 _NOBODY, _MEMORY = "nobody could try it out", "it takes too much memory to compile"
@@ -53,9 +54,9 @@ class GrammarChecker:
             self.close()
             return _NOBODY
         except (OSError, asyncio.IncompleteReadError):
-            ended = self._process
-            self.close()
-            if ended is not None and await ended.wait() == -signal.SIGPROF:
+            ended, self._process = self._process, None
+            # not killed, which would reap it beside asyncio's back, and how it ended would be lost
+            if ended is not None and await _ended(ended) == -signal.SIGPROF:
                 return f"it takes more than {MAX_S:g} s to compile"
             return _MEMORY
         except asyncio.CancelledError:  # who waits next must not read our answer
@@ -78,9 +79,24 @@ class GrammarChecker:
     def close(self) -> None:
         """End the process."""
         process, self._process = self._process, None
-        if process is not None and process.returncode is None:
-            with contextlib.suppress(ProcessLookupError):
-                process.kill()
+        if process is not None:
+            _kill(process)
+
+
+def _kill(process: asyncio.subprocess.Process) -> None:
+    if process.returncode is None:
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+
+
+async def _ended(process: asyncio.subprocess.Process) -> int:
+    """The exit status of a process that closed its end of the pipe."""
+    try:
+        async with asyncio.timeout(_EXIT_S):
+            return await process.wait()
+    except TimeoutError:
+        _kill(process)
+        return await process.wait()
 
 
 async def _exchange(process: asyncio.subprocess.Process, text: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import time
 from collections.abc import AsyncIterator
 
 import pytest
@@ -51,6 +52,25 @@ async def test_a_grammar_that_takes_too_long_costs_one_request(checker: GrammarC
     slow = grammars.json_schema({"properties": {f"k{i}": {"type": "string"} for i in range(9_000)}})
     assert await checker.check(slow) == "it takes more than 0.5 s to compile"
     assert await checker.check(grammars.regex("c")) == ""
+
+
+async def test_how_a_child_ended_is_known_however_late_it_is_reaped(
+    checker: GrammarChecker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By asyncio alone, which a busy machine keeps from it."""
+    wait = os.waitpid
+
+    def late(pid: int, options: int) -> tuple[int, int]:
+        if options == 0:
+            os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+            time.sleep(0.2)
+        return wait(pid, options)
+
+    monkeypatch.setattr(os, "waitpid", late)
+    assert await checker.check(grammars.regex("a")) == ""
+    os.kill(pid_of(checker), signal.SIGPROF)
+    os.waitid(os.P_PID, pid_of(checker), os.WEXITED | os.WNOWAIT)
+    assert await checker.check(grammars.regex("b")) == "it takes more than 0.5 s to compile"
 
 
 async def test_a_child_that_dies_costs_one_request(checker: GrammarChecker) -> None:

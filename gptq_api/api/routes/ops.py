@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import msgspec
 from fastapi import Request, Response
 
@@ -74,4 +76,4 @@ async def server_info(service: ServiceDep) -> Response:
 @router.get("/openapi.json", **answers("OpenApi"))
 async def openapi(request: Request) -> Response:
     """What this server takes and answers, as OpenAPI 3.2."""
-    return json_response(request.app.state.document)
+    return json_response(await asyncio.to_thread(request.app.state.document))
