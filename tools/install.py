@@ -1,6 +1,8 @@
 """The virtual environment of `make serve` and `make test`, and what is being done to it: what, how large, how long.
 
     python3 tools/install.py [--dev] [--venv .venv]
+    python3 tools/install.py --list-dependencies events,otel > requirements.txt     # for images, whose layers are
+    python3 tools/install.py --requirements requirements.txt --venv PLACE           # kept while these do not change
 
 Does nothing where the environment is there and as new as pyproject.toml and constraints.txt. One whose Python is gone,
 is too old or became another version is made anew. Where no GPU is seen torch's CPU build is installed: the one that pip
@@ -268,13 +270,50 @@ def install(venv: Path, dev: bool, must_be_mine: bool) -> None:
     talker.say(f"installed in {venv}: {sum(sizes(venv)) / 1e9:.2f} GB")
 
 
+def dependencies(extras: list[str]) -> list[str]:
+    """What pyproject.toml asks for, with those of `extras`. InstallError for one that is not there."""
+    import tomllib  # not before 3.11
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    optional = project["optional-dependencies"]
+    for extra in extras:
+        if extra not in optional:
+            raise InstallError(f"{extra!r} is no extra of gptq-api; there are {', '.join(sorted(optional))}")
+    return [*project["dependencies"], *(line for extra in extras for line in optional[extra])]
+
+
+def install_requirements(venv: Path, requirements: Path) -> None:
+    """torch, and what is listed, without gptq-api itself."""
+    refuse_old_python()
+    talker = Talker(venv)
+    python = venv / "bin" / "python"
+    talker.run(f"a virtual environment in {venv}", [sys.executable, "-m", "venv", str(venv)])
+    install_torch(talker, python)
+    talker.run(
+        f"the libraries of {requirements.name}",
+        [
+            *(str(python), "-m", "pip", "install", "--progress-bar", "off"),
+            *("--constraint", str(ROOT / "constraints.txt"), "--requirement", str(requirements)),
+        ],
+    )
+    talker.say(f"installed in {venv}: {sum(sizes(venv)) / 1e9:.2f} GB")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--venv", type=Path, default=ROOT / ".venv", help="the environment's folder")
     parser.add_argument("--dev", action="store_true", help="with what tests and linters need")
     parser.add_argument("--this-python", action="store_true", help="remake one that has another Python than this")
+    parser.add_argument("--list-dependencies", metavar="EXTRAS", help="print what pyproject.toml asks for, and leave")
+    parser.add_argument("--requirements", type=Path, help="install torch and what is listed there, not the package")
     options = parser.parse_args()
     try:
+        if options.list_dependencies is not None:
+            print(*dependencies([name for name in options.list_dependencies.split(",") if name]), sep="\n")
+            return 0
+        if options.requirements is not None:
+            install_requirements(options.venv, options.requirements)
+            return 0
         install(options.venv, options.dev, options.this_python)
     except InstallError as error:
         print(f"install: {error}", file=sys.stderr)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import math
-import os
-import shutil
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -13,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gptq_api.kernels import launcher
 from gptq_api.kernels.extension import compiled_for
 
 __all__ = ["TILE_ROWS", "Tiling", "prefill_attention", "refusal", "tiling", "unavailable_reason"]
@@ -66,7 +65,7 @@ def unavailable_reason() -> str | None:
     too late."""
     if importlib.util.find_spec("triton") is None:
         return "prefill attention needs triton, which the CUDA builds of torch bring; this torch came without"
-    if not os.environ.get("CC") and not any(map(shutil.which, ("gcc", "clang"))):
+    if launcher.compiler() is None and launcher.precompiled() is None:
         return (
             "triton builds its launcher with a C compiler and Python's headers; install gcc and python3-dev, or set CC"
         )
@@ -116,6 +115,7 @@ def prefill_attention(
             raise ValueError(f"{name} {list(tensor.shape)} {tensor.dtype}, expected int32 of {dims} dimensions")
     if tiles.shape[0] == 0:
         return out
+    launcher.use_precompiled()
     from gptq_api.kernels.prefill_attention_kernel import prefill_attention_kernel
 
     code, num_sms = _device(qkv.device)

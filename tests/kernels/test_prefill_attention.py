@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
+from importlib.machinery import ModuleSpec
 
 import pytest
 
@@ -14,7 +15,7 @@ def test_a_missing_triton_or_compiler_is_named(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     assert "needs triton" in (prefill_attention.unavailable_reason() or "")
-    monkeypatch.setattr(importlib.util, "find_spec", lambda _: object())
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: ModuleSpec(name, None))
     monkeypatch.setattr(shutil, "which", lambda _: None)
     assert "install gcc" in (prefill_attention.unavailable_reason() or "")
     monkeypatch.setattr(shutil, "which", lambda name: "/usr/bin/clang" if name == "clang" else None)
