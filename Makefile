@@ -14,7 +14,7 @@ GPTQ_API_CUDA ?= $(shell nvidia-smi >/dev/null 2>&1 && echo auto || echo off)
 export GPTQ_API_CUDA
 ARGS ?=
 
-.PHONY: serve chat test fast attack soak audit lint format compare gpu gpu-portable sanitize-cpu clients demo-model-test clean
+.PHONY: serve chat test fast attack soak audit lint format compare gpu gpu-portable sanitize-cpu clients demo-model-test image image-smoke clean
 
 serve: environment
 	$(VENV)/bin/gptq-api serve $(ARGS)
@@ -71,6 +71,15 @@ demo-model-test: environment-dev
 clients: environment-dev
 	$(VENV)/bin/python -m tests.clients.environments
 	$(VENV)/bin/python -m pytest tests/clients $(ARGS)
+
+# The container image, with docker, podman or buildah: `make image DEVICE=cuda BASE=debian-python:bookworm`.
+image:
+	$(PYTHON) tools/build_image.py $(if $(DEVICE),--device $(DEVICE)) $(if $(BASE),--base $(BASE)) $(ARGS)
+
+# The CPU image as a careful operator runs it, and what it measures; IMAGE names another than the one of `make image`.
+image-smoke: environment-dev
+	IMAGE=$(or $(IMAGE),localhost/gptq-api:cpu) $(VENV)/bin/python -m pytest tests/deploy/test_image.py
+	$(VENV)/bin/python benchmarks/image.py --out benchmarks/results/image-cpu.json $(ARGS)
 
 gpu: environment-dev
 	$(VENV)/bin/python -m pytest -m gpu $(ARGS)

@@ -116,3 +116,14 @@ def test_what_says_nothing_is_talked_about(
 def test_of_pip_s_lines_those_are_shown_that_say_what_it_is_at(line: str, shown: str | None) -> None:
     assert (install.TOLD.match(line) is not None) == (shown is not None)
     assert shown is None or install.shortened(line).startswith(shown)
+
+
+def test_what_pyproject_asks_for_is_listed() -> None:
+    command = [sys.executable, SCRIPT, "--list-dependencies"]
+    done = subprocess.run([*command, "events"], capture_output=True, text=True, timeout=60, check=True)
+    lines = done.stdout.splitlines()
+    assert any(line.startswith("torch>=") for line in lines) and any(line.startswith("pyzmq>=") for line in lines)
+    none = subprocess.run([*command, ""], capture_output=True, text=True, timeout=60, check=True)
+    assert none.stdout.splitlines() == [line for line in lines if not line.startswith("pyzmq")]
+    wrong = subprocess.run([*command, "evens"], capture_output=True, text=True, timeout=60, check=False)
+    assert wrong.returncode == 1 and wrong.stderr.startswith("install: 'evens' is no extra of gptq-api; there are ")
