@@ -1,6 +1,6 @@
 # syntax=docker/dockerfile:1
 # One file, two images; `make image` and `make image DEVICE=cuda` build them with docker, podman or buildah.
-#   docker build -t gptq-api:cpu  --build-arg DEVICE=cpu .      CPU: torch's CPU build
+#   docker build -t gptq-api:cpu --build-arg DEVICE=cpu .      CPU: torch's CPU build
 #   docker build -t gptq-api:cuda .                             GPU: kernels compiled, CUDA's runtime from torch's wheel
 #   docker run --gpus all -p 8000:8000 -v models:/cache -e GPTQ_API_API_KEY=secret gptq-api:cuda serve OWNER/NAME
 # From top to bottom in the order of how seldom it changes: a change of our sources installs no library again.

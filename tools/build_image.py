@@ -123,15 +123,12 @@ def build_command(name: str, options: argparse.Namespace, extra: list[str]) -> l
 
 def size_of(name: str, tag: str) -> int:
     """Bytes of the unpacked image."""
-    format_ = "{{.Size}}"
-    if name == "buildah":
+    if name == "buildah":  # which says it in words: 1.49 GB
         done = subprocess.run([name, "images", "--json", tag], capture_output=True, text=True, check=True)
-        told = str(json.loads(done.stdout)[0]["size"])
-    else:
-        command = [name, "image", "inspect", "--format", format_, tag]
-        told = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    number, unit = re.fullmatch(r"([\d.]+) ?([KMGT]?B)?", told, re.IGNORECASE).groups()  # type: ignore[union-attr]
-    return round(float(number) * 1000 ** " KMGT".index((unit or " B").upper()[0].replace("B", " ")))
+        number, unit = str(json.loads(done.stdout)[0]["size"]).split()
+        return round(float(number) * 1000 ** ("B", "KB", "MB", "GB", "TB").index(unit.upper()))
+    command = [name, "image", "inspect", "--format", "{{.Size}}", tag]
+    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
 def sees_gpu() -> bool:

@@ -119,7 +119,7 @@ def test_of_pip_s_lines_those_are_shown_that_say_what_it_is_at(line: str, shown:
 
 
 def test_what_pyproject_asks_for_is_listed() -> None:
-    command = [sys.executable, SCRIPT, "--list-dependencies"]
+    command = [sys.executable, str(SCRIPT), "--list-dependencies"]
     done = subprocess.run([*command, "events"], capture_output=True, text=True, timeout=60, check=True)
     lines = done.stdout.splitlines()
     assert any(line.startswith("torch>=") for line in lines) and any(line.startswith("pyzmq>=") for line in lines)
