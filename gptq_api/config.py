@@ -132,6 +132,9 @@ class ModelSettings(CommandSettings):
     decode. Default: 512 on the CPU, 2048 on CUDA."""
     num_threads: int | None = Field(None, ge=1, le=4096)
     """CPU threads of the engine. Default: the physical cores this process may use, and one for a small model."""
+    tensor_parallel_size: int = Field(1, ge=1, le=8)
+    """GPUs that share the model (FastChat's --num-gpus): each has a part of every Linear and of the KV cache. Answers
+    have the bits of one GPU. On the CPU, threads: to try it."""
     batch_invariant: bool = False
     """On CUDA: an answer's tokens and logprobs are the same bits whoever else is in the batch, in chunks, after
     preemption and behind a cached prefix, at the price of slower large batches. On the CPU they are so anyway."""
@@ -849,6 +852,10 @@ def _group_size(value: int) -> int:
     if value != -1 and value < 1:
         raise ValueError("is -1 (one group) or a positive number such as 128")
     return value
+
+
+ALIASES = {"num_gpus": "tensor_parallel_size"}
+"""other spellings of settings, in underscores: FastChat's"""
 
 
 def flag(name: str) -> str:

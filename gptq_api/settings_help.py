@@ -31,7 +31,8 @@ GROUPS: dict[str, tuple[str, ...]] = {
             "fp16",
             "synthetic",
         ),
-        *("device", "dtype", "num_threads", "lm_head_bits", "batch_invariant", "speculate", "packed_cache"),
+        *("device", "tensor_parallel_size", "dtype", "num_threads"),
+        *("lm_head_bits", "batch_invariant", "speculate", "packed_cache"),
     ),
     "Format": (
         *(

@@ -14,7 +14,7 @@ from typing import Any, TypeVar, get_args
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from gptq_api.config import ALL_SETTINGS, COMMANDS, ENV_PREFIX, CommandSettings, flag, takes_list
+from gptq_api.config import ALIASES, ALL_SETTINGS, COMMANDS, ENV_PREFIX, CommandSettings, flag, takes_list
 from gptq_api.errors import ConfigError
 from gptq_api.settings_help import page, usage
 from gptq_api.settings_words import taken, wrong_value
@@ -59,7 +59,8 @@ def load_settings(cls: type[S], args: Sequence[str] = (), *, prog: str = "gptq-a
 def _spellings(cls: type[CommandSettings]) -> dict[str, str]:
     """Every name of a setting, with underscores, -> its field: the field's own, and its flag's (`json`)."""
     of_flags = {flag(name).removeprefix("--").replace("-", "_"): name for name in cls.model_fields}
-    return of_flags | {name: name for name in cls.model_fields}
+    others = {alias: name for alias, name in ALIASES.items() if name in cls.model_fields}
+    return of_flags | others | {name: name for name in cls.model_fields}
 
 
 def _environment(cls: type[CommandSettings]) -> _Source:
@@ -118,7 +119,7 @@ def _source(found: Iterable[tuple[str, str, Any]]) -> _Source:
 def _command_line(cls: type[CommandSettings], args: Sequence[str], prog: str) -> _Source:
     """The flags, and leading arguments as those that they stand for. Of a flag that is repeated the last one counts,
     and lists add up. Raises ConfigError."""
-    fields = {flag(name): name for name in cls.model_fields}
+    fields = {flag(spelling): name for spelling, name in _spellings(cls).items()}
     opposites = {"--no-" + flag(name)[2:]: name for name in cls.model_fields if _is_bool(cls.model_fields[name])}
     rest, source = list(args), _Source()
 

@@ -7,14 +7,10 @@
 #include "common/launch.cuh"
 #include "common/ptx.cuh"
 #include "common/vector.cuh"
+#include "ops/rms_norm.cuh"
 
 namespace gptq {
 namespace {
-
-constexpr int kVector = 8;  // elements of one 16-byte access
-
-__device__ __forceinline__ uint4 load16(const uint16_t* p) { return *reinterpret_cast<const uint4*>(p); }
-__device__ __forceinline__ void store16(uint16_t* p, const uint4& v) { *reinterpret_cast<uint4*>(p) = v; }
 
 __device__ __forceinline__ void load_floats(float (&to)[8], const float* from) {
   const float4 a = *reinterpret_cast<const float4*>(from), b = *reinterpret_cast<const float4*>(from + 4);
@@ -35,82 +31,15 @@ __global__ void __launch_bounds__(512) embed_kernel(const EmbedArgs a) {
 }
 
 // ---- RMSNorm -----------------------------------------------------------------------------------------------------------------------
-__device__ __forceinline__ float sum_of_squares(const float (&v)[8]) {
-  float sum = 0;
-#pragma unroll
-  for (int i = 0; i < 8; i++) sum = __fmaf_rn(v[i], v[i], sum);
-  return sum;
-}
-
-// A block takes rows blockIdx.x, + gridDim.x, ...; N vectors of a row per thread. What does not depend on an earlier kernel (weights, and
-// the places to gather from) is in registers before the wait; one barrier per row, since consecutive rows use the two halves of shared
-// memory.
 template <bool BF, bool PERM, int N>
 __global__ void __launch_bounds__(512) rms_norm_kernel(const RmsNormArgs a) {
-  extern __shared__ __align__(16) uint16_t rows[];  // PERM: two rows of x
-  __shared__ float sums[2][16];
-  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, warps = blockDim.x >> 5;
-  uint4 weight[N] = {};
-  uint4 from[N] = {};  // eight indices of 16 bits
-#pragma unroll
-  for (int j = 0; j < N; j++) {
-    const int k = (j * blockDim.x + threadIdx.x) * kVector;
-    if (k >= a.H) continue;
-    if constexpr (PERM) {
-      const int4 p = *reinterpret_cast<const int4*>(a.perm + k), q = *reinterpret_cast<const int4*>(a.perm + k + 4);
-      from[j] = make_uint4(p.x | p.y << 16, p.z | p.w << 16, q.x | q.y << 16, q.z | q.w << 16);
-    }
-    weight[j] = load16(a.weight + k);
-  }
-  grid_launch_dependents();
-  grid_wait();
-  const auto load = [&](uint4 (&x)[N], int row) {
+  rms_norm_rows<BF, PERM, N>(a, [&](uint4(&x)[N], int row) {
 #pragma unroll
     for (int j = 0; j < N; j++) {
-      const int k = (j * blockDim.x + threadIdx.x) * kVector;
+      const int k = vector_at(j);
       x[j] = k < a.H && row < a.T ? load16(a.x + static_cast<size_t>(row) * a.ldx + k) : uint4{};
     }
-  };
-  uint4 next[N];
-  load(next, blockIdx.x);
-  int half = 0;
-  for (int row = blockIdx.x; row < a.T; row += gridDim.x, half ^= 1) {
-    uint4 x[N];
-    float sum = 0;
-#pragma unroll
-    for (int j = 0; j < N; j++) {
-      x[j] = next[j];
-      float v[8];
-      unpack8<BF>(v, x[j]);
-      sum += sum_of_squares(v);
-      const int k = (j * blockDim.x + threadIdx.x) * kVector;
-      if (PERM && k < a.H) store16(rows + half * a.H + k, x[j]);
-    }
-    load(next, row + gridDim.x);
-#pragma unroll
-    for (int step = 16; step; step >>= 1) sum += __shfl_xor_sync(0xffffffffu, sum, step);
-    if (lane == 0) sums[half][warp] = sum;
-    __syncthreads();
-    sum = 0;
-    for (int w = 0; w < warps; w++) sum += sums[half][w];
-    const float scale = rsqrtf(sum / static_cast<float>(a.H) + a.eps);
-#pragma unroll
-    for (int j = 0; j < N; j++) {
-      const int k = (j * blockDim.x + threadIdx.x) * kVector;
-      if (k >= a.H) continue;
-      if constexpr (PERM) {
-        const uint16_t* x0 = rows + half * a.H;
-        const auto two = [&](uint32_t i) { return static_cast<uint32_t>(x0[i & 0xffff]) | static_cast<uint32_t>(x0[i >> 16]) << 16; };
-        x[j] = make_uint4(two(from[j].x), two(from[j].y), two(from[j].z), two(from[j].w));
-      }
-      float v[8], w[8];
-      unpack8<BF>(v, x[j]);
-      unpack8<BF>(w, weight[j]);
-#pragma unroll
-      for (int i = 0; i < 8; i++) v[i] = v[i] * scale * w[i];
-      store16(a.out + static_cast<size_t>(row) * a.ldo + k, pack8<BF>(v));
-    }
-  }
+  });
 }
 
 // By value: a reference to one of two arrays would put both into local memory.
@@ -195,21 +124,19 @@ cudaError_t launch_op(dim3 grid, int threads, int smem, cudaStream_t stream, con
   return launch_kernel(function, {grid, threads, smem, stream}, device, args...);
 }
 
-int warps_for(int threads) { return (threads + 31) / 32 * 32; }
-
 template <bool BF, bool PERM, int N>
 cudaError_t norm(const RmsNormArgs& a, cudaStream_t stream) {
   Device device;
   if (const cudaError_t status = current_device(device); status != cudaSuccess) return status;
-  const int threads = warps_for((a.H / kVector + N - 1) / N), blocks = std::min(a.T, 4 * device.sms);
+  const int threads = norm_threads(a.H, N), blocks = std::min(a.T, 4 * device.sms);
   const int smem = PERM ? (a.T > blocks ? 4 : 2) * a.H : 0;  // a block with one row needs no second
   return launch_op<rms_norm_kernel<BF, PERM, N>>(dim3(blocks), threads, smem, stream, a);
 }
 
 template <bool BF, bool PERM>
 cudaError_t norm(const RmsNormArgs& a, cudaStream_t stream) {
-  if (a.H <= 256 * kVector) return norm<BF, PERM, 1>(a, stream);
-  if (a.H <= 2 * 512 * kVector) return norm<BF, PERM, 2>(a, stream);
+  if (a.H <= kOneVector) return norm<BF, PERM, 1>(a, stream);
+  if (a.H <= kTwoVectors) return norm<BF, PERM, 2>(a, stream);
   return norm<BF, PERM, 4>(a, stream);
 }
 

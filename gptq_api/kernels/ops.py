@@ -46,6 +46,18 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor, perm: Tensor | 
     x and out fp16 or bf16 [T, H], weight [H] of their type, perm int32 [H] or None. H is a multiple of 8, at most
     MAX_NORM_WIDTH. The bits of a row depend neither on T nor, places aside, on perm.
     """
+    check_norm(x, weight, out, perm)
+    rows, width = x.shape
+    if rows:
+        with torch.cuda.device(x.device):
+            addresses = (x.data_ptr(), weight.data_ptr(), 0 if perm is None else perm.data_ptr(), out.data_ptr())
+            strides = (x.stride(0), out.stride(0))
+            _cuda.rms_norm(*addresses, rows, width, *strides, eps, x.dtype == torch.bfloat16, _stream(x))
+    return out
+
+
+def check_norm(x: Tensor, weight: Tensor, out: Tensor, perm: Tensor | None) -> None:
+    """ValueError for what `rms_norm` does not take."""
     rows, width = x.shape
     if width > MAX_NORM_WIDTH:
         raise ValueError(f"{width} features; rms_norm takes at most {MAX_NORM_WIDTH}")
@@ -54,12 +66,6 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor, perm: Tensor | 
     _check_activations("weight", weight, (width,), like=x)
     if perm is not None:
         _check_indices("perm", perm, width, x)
-    if rows:
-        with torch.cuda.device(x.device):
-            addresses = (x.data_ptr(), weight.data_ptr(), 0 if perm is None else perm.data_ptr(), out.data_ptr())
-            strides = (x.stride(0), out.stride(0))
-            _cuda.rms_norm(*addresses, rows, width, *strides, eps, x.dtype == torch.bfloat16, _stream(x))
-    return out
 
 
 def rope_and_write(

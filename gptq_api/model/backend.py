@@ -25,6 +25,8 @@ class KernelChoice:
     """of the weight as the kernel holds it"""
     reason: str | None = None
     """why it is a slow one; None where it is not"""
+    orders_outputs: bool = False
+    """whether it keeps gate and up in the order in which down wants its inputs"""
 
     def __str__(self) -> str:
         return self.kind if self.reason is None else f"{self.kind}: {self.reason}"

@@ -4,7 +4,7 @@ it."""
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from gptq_api.model.layers.rotary import Rotary
 from gptq_api.model.merge import merge, merge_dense, mergeable
 from gptq_api.model.modules import Joint, Module, layer_prefix, parts
 from gptq_api.model.progress import LoadProgress
+from gptq_api.model.shard import UNIT, WHOLE, Shard, cut, cut_order, outputs
 from gptq_api.model.stored import (
     IGNORED,
     LAYER,
@@ -50,8 +51,9 @@ class LoadReport:
 
 
 class _Loader:
-    def __init__(self, checkpoint: Checkpoint, config: LlamaConfig, backend: Backend) -> None:
+    def __init__(self, checkpoint: Checkpoint, config: LlamaConfig, backend: Backend, shard: Shard) -> None:
         self.checkpoint, self.config, self.backend, self.device = checkpoint, config, backend, backend.device
+        self.shard, self.own = shard, shard.config(config)
         self.warnings = list(checkpoint.warnings)
         self.kernels: Counter[str] = Counter()
         self.num_kept = 0
@@ -69,7 +71,7 @@ class _Loader:
         q, k = (
             self.checkpoint.tensor(f"{layer}self_attn.{p}_norm.weight", (c.head_dim,)).to(self.device) for p in "qk"
         )
-        return HeadNorm(q, k, c.num_attention_heads, c.num_key_value_heads, c.rms_norm_eps)
+        return HeadNorm(q, k, self.own.num_attention_heads, self.own.num_key_value_heads, c.rms_norm_eps)
 
     def linear(self, layer: str, joint: Joint, role: Role = _PLAIN) -> Linear:
         """One Linear of the forward pass, of modules with the same input; merged where the tensors allow it."""
@@ -79,6 +81,7 @@ class _Loader:
         linear = self._kept(pairs)
         if linear is None:
             found = [(len(pairs) > 1 and self._kept([pair])) or self._read(*pair) for pair in pairs]
+            found, role = self._cut(found, table, role)
             linear = self._build(found, names, role)
         self.kernels[linear.kernel] += 1
         return linear
@@ -101,6 +104,29 @@ class _Loader:
         self.num_kept += linear is not None
         return linear
 
+    def _cut(
+        self, found: list[Linear | GPTQTensors | _Dense], table: list[Module], role: Role
+    ) -> tuple[list[Linear | GPTQTensors | _Dense], Role]:
+        """The rank's outputs of each, and what their Linear is to its neighbours then."""
+        if self.shard.is_whole:
+            return found, role
+        chosen = [outputs(self.config, module, self.shard) for module in table]
+        if role.half_order is not None and self._takes_order(found, len(torch.cat(chosen))):
+            chosen = cut_order(role.half_order, self.shard, table)
+        parts: list[Linear | GPTQTensors | _Dense] = []
+        for each, of_it in zip(found, chosen, strict=True):
+            assert isinstance(each, GPTQTensors | tuple), "nothing is kept of a part"
+            parts.append(cut(each, of_it))
+        return parts, replace(role, half_order=None)
+
+    def _takes_order(self, found: list[Linear | GPTQTensors | _Dense], num_outputs: int) -> bool:
+        """Whether these become a Linear whose outputs may have any order, so that `fed_by` takes them for sorted."""
+        quantized = [m for m in found if isinstance(m, GPTQTensors)]
+        if len(quantized) < len(found) or not mergeable(quantized):
+            return False
+        first = quantized[0]
+        return self.backend.kernel(first.bits, first.in_features, num_outputs, first.group_size).orders_outputs
+
     def _build(self, found: list[Linear | GPTQTensors | _Dense], names: list[str], role: Role) -> Linear:
         quantized = [m for m in found if isinstance(m, GPTQTensors)]
         if len(quantized) == len(found) and mergeable(quantized):
@@ -117,13 +143,17 @@ class _Loader:
             return self._tied(embedding, shape)
         if "lm_head" in self.checkpoint.modules:
             head = Module("lm_head", shape[1], shape[0], "o")
-            linear = self._kept([("lm_head", head)]) or self._one(self._read("lm_head", head), "lm_head", _HEAD)
+            linear = self._kept([("lm_head", head)])
+            if linear is None:
+                (found,), role = self._cut([self._read("lm_head", head)], [head], _HEAD)
+                linear = self._one(found, "lm_head", role)
             self.kernels[linear.kernel] += 1
             return linear
         return self._head(self.checkpoint.tensor("lm_head.weight", shape))
 
     def _head(self, weight: Tensor, *, tied: bool = False) -> Linear:
-        linear = self.backend.head(weight, tied=tied)
+        part = self.shard.of(len(weight), UNIT)
+        linear = self.backend.head(weight[part.start : part.stop], tied=tied)
         if not linear.kernel.startswith("dense"):
             self.kernels[linear.kernel] += 1
         return linear
@@ -182,21 +212,22 @@ def _joined(names: list[str]) -> str:
 
 
 def load_llama(
-    checkpoint: Checkpoint, config: LlamaConfig, max_model_len: int, backend: Backend
+    checkpoint: Checkpoint, config: LlamaConfig, max_model_len: int, backend: Backend, shard: Shard = WHOLE
 ) -> tuple[LlamaWeights, LoadReport]:
-    """Read every tensor once. CheckpointError names the first that is missing, misshapen or not finite.
+    """Read every tensor once. CheckpointError names the first that is missing, misshapen or not finite. `shard`: what
+    one rank keeps of them.
 
     The qkv and gate_up of a layer may have an InputOrder that the norms before them apply to what they write. No down
     and no head has one; an o may have one that it applies by itself.
     """
     with backend.reading(checkpoint) as read:
-        return _load(read, config, max_model_len, backend)
+        return _load(read, config, max_model_len, backend, shard)
 
 
 def _load(
-    checkpoint: Checkpoint, config: LlamaConfig, max_model_len: int, backend: Backend
+    checkpoint: Checkpoint, config: LlamaConfig, max_model_len: int, backend: Backend, shard: Shard
 ) -> tuple[LlamaWeights, LoadReport]:
-    load = _Loader(checkpoint, config, backend)
+    load = _Loader(checkpoint, config, backend, shard)
     prefetch = _Prefetch(checkpoint)
     prefetch.layer(0)
     embedding = checkpoint.tensor("model.embed_tokens.weight", (config.vocab_size, config.hidden_size))
@@ -224,7 +255,8 @@ def _load(
             )
             progress.advance()
     weights = LlamaWeights(
-        config=config,
+        config=load.own,
+        shard=shard,
         embedding=embedding,
         layers=layers,
         norm=load.norm("model.norm"),

@@ -10,6 +10,7 @@ from gptq_api.model.config import LlamaConfig
 from gptq_api.model.layers.linear import DenseLinear, Linear
 from gptq_api.model.layers.norm import HeadNorm, RMSNorm
 from gptq_api.model.layers.rotary import Rotary
+from gptq_api.model.shard import WHOLE, Shard
 
 
 @dataclass(frozen=True)
@@ -31,12 +32,15 @@ class LayerWeights:
 @dataclass(frozen=True)
 class LlamaWeights:
     config: LlamaConfig
+    """with the attention heads of this rank"""
     embedding: Tensor
     """[V, H]"""
     layers: list[LayerWeights]
     norm: RMSNorm
     lm_head: Linear
     rotary: Rotary
+    shard: Shard = WHOLE
+    """what is here of each Linear's outputs"""
 
     @property
     def windows(self) -> tuple[int | None, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -43,6 +44,8 @@ from gptq_api.runner.facts import model_facts
 from gptq_api.runner.loaded import LoadedRunner
 from gptq_api.runner.memory import NOTHING_BESIDE, Beside, CacheOwner, host_memory, longest_text
 from gptq_api.runner.options import LoadOptions
+from gptq_api.runner.parallel import ParallelRunner, rank_devices
+from gptq_api.runner.ranks import Rank, RankGroup
 from gptq_api.runner.solo import lone_step
 
 _log = logging.getLogger(__name__)
@@ -133,22 +136,29 @@ def make_runner(options: LoadOptions, checkpoint: Checkpoint, device: torch.devi
     started = time.monotonic()
     threads = 1
     if device.type == "cpu":
-        threads = options.num_threads or _default_threads(checkpoint)
+        # Each rank is a thread of its own.
+        threads = 1 if options.tensor_parallel_size > 1 else options.num_threads or _default_threads(checkpoint)
         torch.set_num_threads(threads)
         native.use_threads(threads)
     config = config_of(checkpoint)
-    backend = choose_backend(options, checkpoint, config, device)
-    backend.cache_dtype(options.kv_cache_dtype)  # a refusal comes before the weights are read
-    max_model_len = longest_text(options, config)
-    draft = None if options.draft_model is None else Draft.opened(options, config, backend, max_model_len)
-    with _enough_memory(checkpoint):
-        weights, report = load_llama(checkpoint, config, max_model_len, backend)
-    beside = NOTHING_BESIDE if draft is None else draft.load(weights)
-    runner = backend.runner(weights, options, max_model_len, beside)
+    runner: LoadedRunner
+    if options.tensor_parallel_size > 1:
+        draft = None
+        runner, report = load_ranks(options, checkpoint, config, rank_devices(options, config, device))
+    else:
+        backend = choose_backend(options, checkpoint, config, device)
+        backend.cache_dtype(options.kv_cache_dtype)  # a refusal comes before the weights are read
+        max_model_len = longest_text(options, config)
+        draft = None if options.draft_model is None else Draft.opened(options, config, backend, max_model_len)
+        with _enough_memory(checkpoint):
+            weights, report = load_llama(checkpoint, config, max_model_len, backend)
+        beside = NOTHING_BESIDE if draft is None else draft.load(weights)
+        runner = backend.runner(weights, options, max_model_len, beside)
     for warning in report.warnings:
         _log.warning("%s", warning)
     _self_check(runner, checkpoint)
-    backend.keep()
+    if options.tensor_parallel_size == 1:
+        backend.keep()
     name = "demo" if options.model_path == "demo" else checkpoint_path(options.model_path).name
     facts = _described(checkpoint, config, report, runner)
     if draft is not None:
@@ -160,6 +170,28 @@ def make_runner(options: LoadOptions, checkpoint: Checkpoint, device: torch.devi
     runner.facts = model_facts(checkpoint, config, report.kernels, runner)
     runner.description = f"{name}: {facts}; loaded in {seconds:.1f} s{packed}"
     return runner
+
+
+def load_ranks(
+    options: LoadOptions, checkpoint: Checkpoint, config: LlamaConfig, devices: list[torch.device]
+) -> tuple[ParallelRunner, LoadReport]:
+    """The model on several devices: each rank's thread loads its own shard."""
+    group = RankGroup(len(devices))
+    max_model_len = longest_text(options, config)
+    turn = threading.Lock()  # one at a time reads the checkpoint, which has one reader
+
+    def load(rank: int) -> tuple[LoadedRunner, LoadReport]:
+        if devices[rank].type == "cuda":
+            torch.cuda.set_device(devices[rank])
+        own = group.ranks[rank]
+        backend = choose_backend(options, checkpoint, config, devices[rank], rank=own)
+        backend.cache_dtype(options.kv_cache_dtype)
+        with turn, _enough_memory(checkpoint):
+            weights, report = load_llama(checkpoint, config, max_model_len, backend, own.shard)
+        return backend.runner(weights, options, max_model_len), report
+
+    loaded = group.run(load)
+    return ParallelRunner(group, [runner for runner, _ in loaded]), loaded[0][1]
 
 
 @contextmanager
@@ -247,10 +279,16 @@ class Draft:
 
 
 def choose_backend(
-    options: LoadOptions, checkpoint: Checkpoint, config: LlamaConfig, device: torch.device, *, drafts: bool = False
+    options: LoadOptions,
+    checkpoint: Checkpoint,
+    config: LlamaConfig,
+    device: torch.device,
+    *,
+    drafts: bool = False,
+    rank: Rank | None = None,
 ) -> RunnerBackend:
     """For this model on this device. ConfigError for a type that it does not compute in. `drafts`: it is a draft
-    model, with whose bits nobody has an answer."""
+    model, with whose bits nobody has an answer. `rank`: of several, which have a shard each."""
     dtype = resolve_dtype(options.dtype, device, checkpoint)
     if device.type == "cpu":
         if options.lm_head_bits != 16:
@@ -263,8 +301,9 @@ def choose_backend(
             dtype,
             rounds=options.dtype == "auto",
             dequantizes=enough,
-            packed_cache=options.packed_cache,
+            packed_cache="off" if options.tensor_parallel_size > 1 else options.packed_cache,
             drafts=drafts,
+            rank=rank,
         )
     reason = "it computes in float32" if dtype == torch.float32 else refusal(config, options.block_size)
     if reason is not None and options.batch_invariant:
@@ -276,12 +315,19 @@ def choose_backend(
         raise ConfigError(
             f"--lm-head-bits {options.lm_head_bits}: the CUDA kernels do not serve this model ({reason}); leave it out"
         )
+    if reason is not None and options.tensor_parallel_size > 1:
+        raise ConfigError(
+            f"--tensor-parallel-size {options.tensor_parallel_size}: the CUDA kernels do not serve this model "
+            f"({reason}), and only they work on several GPUs; leave it out"
+        )
     if dtype == torch.float32:
         return BACKENDS["cpu"](device, dtype)
     if reason is not None:
         _log.warning("the CUDA kernels do not serve this: %s. It runs slowly, in float32", reason)
         return BACKENDS["cpu"](device, torch.float32)
-    return CudaBackend(device, dtype, batch_invariant=options.batch_invariant, lm_head_bits=options.lm_head_bits)
+    return CudaBackend(
+        device, dtype, batch_invariant=options.batch_invariant, lm_head_bits=options.lm_head_bits, rank=rank
+    )
 
 
 def _default_threads(checkpoint: Checkpoint) -> int:

@@ -35,6 +35,10 @@ class LoadedRunner(Runner[Any], Protocol):
     drafter: Drafter | None
     """a draft model beside it, whose cache has the same blocks"""
 
+    @property
+    def missing_rank(self) -> int | None:
+        """That this one, of several, has waited for in vain."""
+
     def logits(self, step: Step, every_row: bool = False) -> tuple[Tensor, list[int]]:
         """Run the model without sampling: (float32 [S, V], the entries of the S sequences that would sample).
 

@@ -30,6 +30,7 @@ class LoadOptions:
     max_num_seqs: int = 256
     max_num_batched_tokens: int | None = None
     num_threads: int | None = None
+    tensor_parallel_size: int = 1
     batch_invariant: bool = False
     lm_head_bits: int = 16
     packed_cache: str = "auto"

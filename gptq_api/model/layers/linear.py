@@ -83,8 +83,8 @@ class DenseLinear:
         return self.weight.numel() * self.weight.element_size() + bias
 
     def shares(self, weight: Tensor) -> bool:
-        """Whether this is the same memory as `weight` (a head tied to the embedding)."""
-        return self.weight.data_ptr() == weight.data_ptr()
+        """Whether this is in the memory of `weight` (a head tied to the embedding, or a rank's part of one)."""
+        return self.weight.untyped_storage().data_ptr() == weight.untyped_storage().data_ptr()
 
     def forward(
         self, x: Tensor, out: Tensor | None = None, *, residual: Tensor | None = None, silu_mul: bool = False

@@ -32,6 +32,7 @@ from gptq_api.runner.features import Features
 from gptq_api.runner.loaded import LoadedRunner
 from gptq_api.runner.memory import NOTHING_BESIDE, Beside, does_not_fit, free_memory, gpu_knob, plan_cache
 from gptq_api.runner.options import LoadOptions
+from gptq_api.runner.ranks import Rank
 
 _log = logging.getLogger(__name__)
 _EXACT = "reference (exact)"
@@ -54,16 +55,17 @@ class CpuBackend:
         dequantizes: bool = True,
         packed_cache: str = "off",
         drafts: bool = False,
+        rank: Rank | None = None,
     ) -> None:
         """`rounds`: quantized products may round their activations to int8, where our kernels are there. `dequantizes`:
         where they are not, there is memory for bfloat16 weights of the modules that torch's int4 operator does not
         take. `packed_cache`: the setting of that name. `drafts`: unquantized Linears may be computed as the head is,
-        which for few rows is several times as fast as torch."""
+        which for few rows is several times as fast as torch. `rank`: the model is one of several ranks' shards."""
         self.device, self.dtype = device, dtype
         self._on_cpu, self._dequantizes = device.type == "cpu", dequantizes
         self._native = self._on_cpu and native.is_available()
         self._rounds = rounds and self._native and dtype == torch.bfloat16
-        self._packed_cache, self._drafts = packed_cache, drafts
+        self._packed_cache, self._drafts, self._rank = packed_cache, drafts, rank
         self._cache: PackedCache | None = None
         # bfloat16 logits have 8 bits, and the greedy token would be decided by rounding: sums are float32
         self.head_dtype = torch.float16 if self._native else torch.float32
@@ -188,7 +190,7 @@ class CpuBackend:
 
     def cache_memory(self, options: LoadOptions, to_come: int) -> int:
         if self._on_cpu:
-            return options.kv_cache_mib * 2**20
+            return options.kv_cache_mib * 2**20 // options.tensor_parallel_size
         return free_memory(self.device, options.gpu_memory_utilization, to_come)
 
     def memory_knob(self, options: LoadOptions) -> str:
@@ -200,7 +202,7 @@ class CpuBackend:
         config, size, features = weights.config, options.block_size, beside.features
         memory = self.cache_memory(options, beside.to_come)
         plan = plan_cache(options, config, self, max_model_len, memory, beside.token_bytes)
-        is_native = self._native and native_forward.takes(weights, size)
+        is_native = self._native and self._rank is None and native_forward.takes(weights, size)
         kv_heads, dim = config.num_key_value_heads, config.head_dim
         block = (kv_heads, 2, dim * size) if is_native else (size, 2, kv_heads, dim)
         try:
@@ -219,6 +221,7 @@ class CpuBackend:
                 KVCache(data),
                 shares_threads=self._native and native_forward.computes_all(weights),
                 features=features,
+                rank=self._rank,
             )
         )
         return CpuRunner(model, plan.max_model_len, self.dtype)

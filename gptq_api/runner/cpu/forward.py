@@ -15,6 +15,7 @@ from gptq_api.model.weights import LayerWeights, LlamaWeights
 from gptq_api.runner.cpu import native
 from gptq_api.runner.cpu.attention import Attention, KVCache, Plan, Span, plan_attention
 from gptq_api.runner.features import Features
+from gptq_api.runner.ranks import Rank
 
 _ROWS_FOR_THREADS = 64
 """Rows of a step from which on torch's own operations are worth several threads. With fewer they are short, and where
@@ -33,10 +34,11 @@ class PlainLlama:
         *,
         shares_threads: bool = False,
         features: Features | None = None,
+        rank: Rank | None = None,
     ) -> None:
         """`shares_threads`: short operations had better leave the cores to our own kernels and to others. `features`:
-        to be written for every token."""
-        self._features = features
+        to be written for every token. `rank`: where the weights are those of one of several."""
+        self._features, self._rank = features, rank
         self.weights, self.cache, self.config, self.embedding = weights, cache, weights.config, weights.embedding
         self.num_bytes, c = weights.num_bytes, weights.config
         self._queries_per_kv = c.num_attention_heads // c.num_key_value_heads
@@ -75,11 +77,16 @@ class PlainLlama:
         """float32 [len(rows), V] of these rows of what `forward` gave."""
         chosen = torch.tensor(rows, dtype=torch.int64).to(x.device)
         normed = self.weights.norm.forward(x.index_select(0, chosen))
-        return self.weights.lm_head.forward(normed).to(torch.float32)
+        return self._whole(self.weights.lm_head.forward(normed)).to(torch.float32)
+
+    def _whole(self, part: Tensor) -> Tensor:
+        """[M, N of each rank] -> [M, N]"""
+        return part if self._rank is None else self._rank.all_gather(part)
 
     def _layer(self, layer: LayerWeights, x: Tensor, cos: Tensor, sin: Tensor, index: int, plan: Plan) -> None:
         """x [M, H], updated in place."""
         qkv = layer.qkv.forward(layer.input_norm.forward(x))
-        x += layer.o.forward(self._attention[index].forward(qkv, cos, sin, index, self.cache, plan))
+        attended = self._attention[index].forward(qkv, cos, sin, index, self.cache, plan)
+        x += self._whole(layer.o.forward(self._whole(attended)))
         gate_up = layer.gate_up.forward(layer.post_attention_norm.forward(x)).to(x.dtype)
-        x += layer.down.forward(silu_and_multiply(gate_up))
+        x += self._whole(layer.down.forward(self._whole(silu_and_multiply(gate_up))))

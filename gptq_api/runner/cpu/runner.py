@@ -63,6 +63,7 @@ class CpuRunner:
     shared_rows: int | None = SHARED_ROWS
     prompts_apart = False
     wait_cost = 0.0
+    missing_rank: int | None = None
 
     def __init__(self, model: PlainLlama | NativeLlama, max_model_len: int, dtype: torch.dtype) -> None:
         self._model, self._seats, cache = model, Seats(), model.cache

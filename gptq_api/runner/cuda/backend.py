@@ -15,6 +15,7 @@ from torch import Tensor
 from gptq_api.checkpoint.checkpoint import Checkpoint, GPTQTensors
 from gptq_api.errors import ConfigError
 from gptq_api.kernels import decode_attention, gemm, ops, prefill_attention
+from gptq_api.kernels.exchange import Exchange, peer_refusal
 from gptq_api.kernels.layout import CHUNK_K, STRIP_ROWS, PackedLinear, chunk_bytes
 from gptq_api.kernels.planes import head_bytes, pack_bytes, pack_head
 from gptq_api.kernels.reference import ReferenceWeight
@@ -34,6 +35,7 @@ from gptq_api.runner.inputs import StepInputs, StepShape, num_words, write_idle
 from gptq_api.runner.loaded import LoadedRunner
 from gptq_api.runner.memory import NOTHING_BESIDE, Beside, does_not_fit, free_memory, gpu_knob, plan_cache
 from gptq_api.runner.options import LoadOptions
+from gptq_api.runner.ranks import Rank
 from gptq_api.step import MAX_ROWS_AGAIN
 
 _log = logging.getLogger(__name__)
@@ -62,10 +64,17 @@ class CudaBackend:
     draft_rows, draft_call_ms = 1024, 0.15
 
     def __init__(
-        self, device: torch.device, dtype: torch.dtype, *, batch_invariant: bool = False, lm_head_bits: int = 16
+        self,
+        device: torch.device,
+        dtype: torch.dtype,
+        *,
+        batch_invariant: bool = False,
+        lm_head_bits: int = 16,
+        rank: Rank | None = None,
     ) -> None:
         """`batch_invariant`: products give a row the same bits however many there are. `lm_head_bits`: of a head that
-        the checkpoint has in 16."""
+        the checkpoint has in 16. `rank`: the model is one of several ranks' shards, and this is its thread."""
+        self._rank = rank
         self.device, self.dtype, self.head_dtype = device, dtype, dtype
         self._same_bits, self._head_bits = batch_invariant, lm_head_bits
         # cuBLAS may add parts of a sum up in 16 bits where it cuts k: how exact a row is would depend on its company.
@@ -92,7 +101,8 @@ class CudaBackend:
             return KernelChoice("reference", packed + num_groups * out_features * 3 + in_features * 4, reason)
         # Zero points counted: the headers do not say whether there are any, and they are a hundredth of the weight.
         chunks = -(-in_features // CHUNK_K) * (out_features * bits // 4 // STRIP_ROWS)
-        return KernelChoice(KERNELS[bits], chunks * chunk_bytes(group_size, has_zeros=True) + in_features * 4)
+        held = chunks * chunk_bytes(group_size, has_zeros=True) + in_features * 4
+        return KernelChoice(KERNELS[bits], held, orders_outputs=True)
 
     def reading(self, checkpoint: Checkpoint) -> AbstractContextManager[Checkpoint]:
         return checkpoint.read_on(self.device)
@@ -199,8 +209,11 @@ class CudaBackend:
                 "depends on the batch; leave it out, or serve a checkpoint whose Linears all have 4 or 8 bits"
             )
         try:
-            model, taken, to_come = self._forward(weights, options, max_model_len, beside.features)
+            exchange = None if self._rank is None else _exchange(self._rank)
+            model, taken, to_come = self._forward(weights, options, max_model_len, beside.features, exchange)
             memory = self.cache_memory(options, GRAPH_BYTES + to_come + beside.to_come)
+            if self._rank is not None:
+                memory = min(self._rank.each(memory))  # blocks are the same on all ranks
             plan = plan_cache(options, config, self, max_model_len, memory, beside.token_bytes)
             cache = CudaKVCache(config, plan.num_blocks, options.block_size, kv_dtype, self.device)
             if (features := beside.features) is not None:
@@ -213,6 +226,8 @@ class CudaBackend:
         sizes = (options.max_num_seqs, self._num_rows(options), plan.max_model_len)
         runner = CudaRunner(model, cache, *sizes, taken + to_come)
         runner.warm_up()
+        if exchange is not None:
+            exchange.go_live()
         return runner
 
     def draft_runner(
@@ -271,12 +286,17 @@ class CudaBackend:
         return options.max_num_batched_tokens or self.default_batched_tokens
 
     def _forward(
-        self, weights: LlamaWeights, options: LoadOptions, max_model_len: int, features: Features | None = None
+        self,
+        weights: LlamaWeights,
+        options: LoadOptions,
+        max_model_len: int,
+        features: Features | None = None,
+        exchange: Exchange | None = None,
     ) -> tuple[CudaLlama, int, int]:
         """As `_sized`."""
 
         def build(rows: int, sequences: int, length: int) -> CudaLlama:
-            return CudaLlama(weights, rows, sequences, length, self.dtype, options.batch_invariant, features)
+            return CudaLlama(weights, rows, sequences, length, self.dtype, options.batch_invariant, features, exchange)
 
         return self._sized(build, weights.config, options, max_model_len)
 
@@ -293,9 +313,21 @@ class CudaBackend:
         kv_dtype, before = self.cache_dtype(options.kv_cache_dtype), torch.cuda.memory_allocated(self.device)
         sampled = max(num_seqs, MAX_DRAFT_ROWS)
         model = build(max(num_rows, sampled), sampled, max_model_len)
-        transient = _largest_step(model, config, options, num_rows, max_model_len, kv_dtype)
+        for turn in range(1 if self._rank is None else self._rank.shard.size):
+            if self._rank is None or self._rank.shard.rank == turn:  # whoever comes later finds all compiled
+                transient = _largest_step(model, config, options, num_rows, max_model_len, kv_dtype)
+            if self._rank is not None:
+                self._rank.meet()
         state = state_bytes(num_seqs, num_rows, max_model_len, options.block_size)
         return model, torch.cuda.memory_allocated(self.device) - before, transient + state
+
+
+def _exchange(rank: Rank) -> Exchange:
+    """ConfigError where the devices cannot write each other's memory. All ranks call it."""
+    reason = peer_refusal(rank.each(torch.cuda.current_device()))
+    if reason is not None:
+        raise ConfigError(f"--tensor-parallel-size {rank.shard.size}: {reason}; serve on one GPU")
+    return Exchange(rank.shard.rank, rank.shard.size, rank.each)
 
 
 @torch.inference_mode()

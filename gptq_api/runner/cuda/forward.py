@@ -8,6 +8,7 @@ writes a Linear's input; by the attention in decode steps of few rows only, othe
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,12 +16,14 @@ from torch import Tensor
 
 from gptq_api.kernels import gemm, ops
 from gptq_api.kernels.decode_attention import RotaryInputs, decode_attention, decode_attention_workspace
+from gptq_api.kernels.exchange import Exchange, Place
 from gptq_api.kernels.head import head as head_product
 from gptq_api.kernels.order import of_kernel, of_producer
 from gptq_api.kernels.prefill_attention import prefill_attention
 from gptq_api.kernels.row_groups import RowGroups
 from gptq_api.model.layers.linear import Linear
 from gptq_api.model.layers.norm import RMSNorm
+from gptq_api.model.shard import UNIT, Shard
 from gptq_api.model.weights import LayerWeights, LlamaWeights
 from gptq_api.runner.cuda.linear import CudaDenseLinear, PackedGateUp, PackedGPTQLinear, PackedHead
 from gptq_api.runner.features import Features
@@ -132,6 +135,71 @@ class Context:
         return cls(tables, inputs.positions + 1, rows, None, None)
 
 
+SCORED_ROWS = 64
+"""whose logits ranks exchange at a time, where they are not those that a step samples from"""
+
+
+class _Ranks:
+    """What the ranks of a model exchange within a step, and where each leaves its part of it."""
+
+    def __init__(
+        self, exchange: Exchange, x: Tensor, attended: Tensor, gated: Tensor, logits: Tensor, scored: list[Tensor]
+    ) -> None:
+        """Of all columns, on every rank. `attended` is in as many parts as there are ranks, the others as `Shard.of`
+        has it. `scored`: two, since one of them may still be read where the other is written."""
+        self._exchange, size = exchange, exchange.size
+
+        def place(matrix: Tensor, unit: int = UNIT) -> Place:
+            parts = [Shard(rank, size).of(matrix.shape[1], unit) for rank in range(size)]
+            return exchange.place(matrix, parts)
+
+        self._x, self._gated, self._logits = place(x), place(gated), place(logits)
+        self._attended = place(attended, attended.shape[1] // size)
+        self._scored = [place(each) for each in scored]
+
+    @property
+    def missing(self) -> int | None:
+        return self._exchange.who_is_missing()
+
+    def sorts(self, rows: int) -> bool:
+        """Whether `all_attended` brings so many rows into an order."""
+        return self._exchange.takes_index(self._attended, rows)
+
+    def all_attended(self, part: Tensor, order: Tensor | None) -> Tensor:
+        return self._exchange.all_gather(self._attended, part, order)
+
+    def own_part(self, x: Tensor) -> Tensor:
+        """This rank's columns of the stream."""
+        return self._part(self._x, len(x))
+
+    def all_of_stream(self, rows: int, norm: Tensor, eps: float, normed: Tensor, order: Tensor | None = None) -> Tensor:
+        """What the ranks have added to their columns of the stream goes to all of them, and the rows are normalized."""
+        return self._exchange.all_gather_norm(self._x, rows, norm, eps, normed, order)
+
+    def own_gated(self, rows: int) -> Tensor:
+        return self._part(self._gated, rows)
+
+    def all_gated(self, part: Tensor) -> Tensor:
+        return self._exchange.all_gather(self._gated, part)
+
+    def logits(self, head: Callable[[Tensor, Tensor], Tensor], normed: Tensor) -> Tensor:
+        """float32 [S, V] for a step to sample from. `head`: of [M, H], into this rank's columns."""
+        return self._exchange.all_gather(self._logits, head(normed, self._part(self._logits, len(normed))))
+
+    def scores(self, head: Callable[[Tensor, Tensor], Tensor], normed: Tensor, out: Tensor) -> Tensor:
+        """The same of any number of rows, into `out`."""
+        for begin in range(0, len(normed), SCORED_ROWS):
+            rows, here = normed[begin : begin + SCORED_ROWS], self._scored[0]
+            self._scored.reverse()
+            found = self._exchange.all_gather(here, head(rows, self._part(here, len(rows))))
+            out[begin : begin + len(rows)] = found
+        return out
+
+    def _part(self, place: Place, rows: int) -> Tensor:
+        columns = place.columns[self._exchange.rank]
+        return place.own[:rows, columns.start : columns.stop]
+
+
 class CudaLlama:
     """A Llama on the device with buffers for steps of up to `max_rows` tokens and `max_sequences` sequences."""
 
@@ -146,10 +214,11 @@ class CudaLlama:
         dtype: torch.dtype,
         batch_invariant: bool = False,
         features: Features | None = None,
+        exchange: Exchange | None = None,
     ) -> None:
         """`batch_invariant`: a row has the same bits in every step, unless `of_cublas` names something. Rows of prompts
         and rows of answers each have kernels of their own then, and are in different steps. `features`: to be written
-        for every token."""
+        for every token. `exchange`: where `model` is one rank's shard."""
         self.config, self.num_bytes, self.dtype = model.config, model.num_bytes, dtype
         self.batch_invariant, self._of_cublas = batch_invariant, of_cublas(model)
         self._embedding, self._lm_head, c = model.embedding, model.lm_head, model.config
@@ -172,6 +241,11 @@ class CudaLlama:
         self._gated = buffer(max_rows, c.intermediate_size)
         self._last = buffer(max_sequences, c.hidden_size)
         self._logits = buffer(max_sequences, c.vocab_size, torch.float32)
+        self._ranks = None
+        if exchange is not None:
+            attended = buffer(max_rows, heads * exchange.size)
+            scored = [buffer(SCORED_ROWS, c.vocab_size, torch.float32) for _ in range(2)]
+            self._ranks = _Ranks(exchange, self._x, attended, self._gated, self._logits, scored)
         self._workspace = decode_attention_workspace(c.num_attention_heads, c.num_key_value_heads, c.head_dim, device)
         self._features, self._taps = features, dict[int, Tensor]()
         if features is not None:
@@ -180,6 +254,16 @@ class CudaLlama:
             self._places = buffer(max_rows, 1, torch.int64).flatten()
             for i, layer in enumerate(features.taps):
                 self._taps[layer] = self._tapped[:, i * c.hidden_size : (i + 1) * c.hidden_size]
+
+    @property
+    def has_ranks(self) -> bool:
+        """Whether this is one of several."""
+        return self._ranks is not None
+
+    @property
+    def missing_rank(self) -> int | None:
+        """That this one, of several, has waited for in vain."""
+        return None if self._ranks is None else self._ranks.missing
 
     @property
     def max_draft_rows(self) -> int:
@@ -211,23 +295,48 @@ class CudaLlama:
         for i, (layer, kv) in enumerate(zip(self._prompt_layers if prompts else self._layers, cache, strict=True)):
             if i in self._taps:
                 self._taps[i][:rows].copy_(x)
-            ops.rms_norm(x, layer.input_norm, self._eps, normed, layer.input_order)
+            if self._ranks is None or i == 0:
+                ops.rms_norm(x, layer.input_norm, self._eps, normed, layer.input_order)
+            else:
+                self._ranks.all_of_stream(rows, layer.input_norm, self._eps, normed, layer.input_order)
             qkv = layer.qkv.forward(normed, self._qkv[:rows])
             index = layer.o_index if few else None
-            attended = self._attend(qkv, layer, kv, inputs, where, index, decode=decode, prompts=prompts)
-            (layer.o_sorted if few else layer.o).forward(attended, x, residual=x)
-            ops.rms_norm(x, layer.post_attention_norm, self._eps, normed, layer.gate_up_order)
-            gated = layer.gate_up.forward(normed, self._gated[:rows], silu_mul=True)
-            layer.down.forward(gated, x, residual=x)
+            if self._ranks is None:
+                attended = self._attend(qkv, layer, kv, inputs, where, index, decode=decode, prompts=prompts)
+                (layer.o_sorted if few else layer.o).forward(attended, x, residual=x)
+                ops.rms_norm(x, layer.post_attention_norm, self._eps, normed, layer.gate_up_order)
+                gated = layer.gate_up.forward(normed, self._gated[:rows], silu_mul=True)
+                layer.down.forward(gated, x, residual=x)
+            else:
+                attended = self._attend(qkv, layer, kv, inputs, where, None, decode=decode, prompts=prompts)
+                self._behind_attention(self._ranks, layer, attended, x, normed)
         if self._features is not None:
             self._put_features(self._features, x, inputs.slot_mapping)
+        if self._ranks is not None:
+            self._ranks.all_of_stream(rows, self._norm, self._eps, normed)
+            if every_row:
+                return self._any_logits(normed)
+            if not decode:
+                normed = torch.index_select(normed, 0, inputs.last_rows, out=self._last[: len(inputs.last_rows)])
+            return self._ranks.logits(self._head, normed)
         if every_row:
             ops.rms_norm(x, self._norm, self._eps, normed)
-            return self._head(normed, torch.empty(rows, self._logits.shape[1], device=x.device))
+            return self._any_logits(normed)
         if not decode:
             x = torch.index_select(x, 0, inputs.last_rows, out=self._last[: len(inputs.last_rows)])
         num = len(inputs.last_rows)
         return self._head(ops.rms_norm(x, self._norm, self._eps, self._normed[:num]), self._logits[:num])
+
+    def _behind_attention(self, ranks: _Ranks, layer: _Layer, attended: Tensor, x: Tensor, normed: Tensor) -> None:
+        """The rest of a layer, of which each rank has a part. `attended` [T, the rank's heads * D]; of x, which is all
+        of the stream, this rank's part is updated in place, and the norm that follows brings the others'."""
+        sorts = layer.o_index is not None and ranks.sorts(len(x))
+        heads = ranks.all_attended(attended, layer.o_index if sorts else None)
+        part = ranks.own_part(x)
+        (layer.o_sorted if sorts else layer.o).forward(heads, part, residual=part)
+        ranks.all_of_stream(len(x), layer.post_attention_norm, self._eps, normed, layer.gate_up_order)
+        gated = ranks.all_gated(layer.gate_up.forward(normed, ranks.own_gated(len(x)), silu_mul=True))
+        layer.down.forward(gated, part, residual=part)
 
     def _put_features(self, features: Features, x: Tensor, slots: Tensor) -> None:
         rows = len(x)
@@ -239,8 +348,12 @@ class CudaLlama:
     def logits(self, rows: Tensor) -> Tensor:
         """float32 [N, V] of any rows (int64 [N] on the device) of the last forward pass, in memory of their own."""
         x = torch.index_select(self._x, 0, rows)
-        out = torch.empty(len(rows), self._logits.shape[1], device=x.device)
-        return self._head(ops.rms_norm(x, self._norm, self._eps, torch.empty_like(x)), out)
+        return self._any_logits(ops.rms_norm(x, self._norm, self._eps, torch.empty_like(x)))
+
+    def _any_logits(self, normed: Tensor) -> Tensor:
+        """In memory of their own."""
+        out = torch.empty(len(normed), self._logits.shape[1], device=normed.device)
+        return self._head(normed, out) if self._ranks is None else self._ranks.scores(self._head, normed, out)
 
     def _attend(
         self,

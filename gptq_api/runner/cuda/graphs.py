@@ -19,6 +19,8 @@ _log = logging.getLogger(__name__)
 _SMALL_BATCHES = (1, 2, 4, 6, 8, 16, 24, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256)
 MAX_MIXED_ROWS = 512
 """larger steps keep the device busy for longer than the host needs to launch their kernels, without padding"""
+_NEARLY = 0.9
+"""of a full step's rows; fewer would be padded by too many"""
 _DRAFT_ROWS = (2, 4, 6, 8)
 _MIXED_ROWS = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 _MIXED_SEQUENCES = (8, 64)
@@ -41,14 +43,18 @@ class Buckets:
         max_blocks: int,
         tile_rows: int,
         max_draft_rows: int = 0,
+        full_steps: bool = False,
     ) -> None:
+        """`full_steps`: those that have nearly all the tokens that a step may have are padded as well: where one
+        process launches the kernels of several devices, not even they are long enough to do that meanwhile."""
         self._drafts = _capped(_DRAFT_ROWS, max_draft_rows) if max_draft_rows else []
         self._decode = _capped((*_SMALL_BATCHES, *range(384, max_num_seqs, 128)), max_num_seqs)
         most_rows = min(MAX_MIXED_ROWS, max_num_batched_tokens)
         self._mixed = _capped(_MIXED_ROWS, most_rows)
+        self._full = max_num_batched_tokens if full_steps else most_rows
         self._sequences = _capped(_MIXED_SEQUENCES, max_num_seqs)
         # Each sequence with tiles may waste all but one row of its last one.
-        self._tiles = _capped(_MIXED_TILES, most_rows // tile_rows + min(max_num_seqs, most_rows))
+        self._tiles = _capped(_MIXED_TILES, self._full // tile_rows + min(max_num_seqs, self._full))
         self._widths = _capped(_WIDTHS, max_blocks)
 
     @property
@@ -75,10 +81,10 @@ class Buckets:
         self, num_rows: int, num_sequences: int, num_tiles: int, num_blocks: int, prompts: bool = False
     ) -> StepShape | None:
         """None where the step is too large for a graph. `prompts`: they are apart."""
-        if num_rows > self._mixed[-1]:
+        if num_rows > self._mixed[-1] and not _NEARLY * self._full <= num_rows <= self._full:
             return None
         return StepShape(
-            _at_least(num_rows, self._mixed),
+            self._full if num_rows > self._mixed[-1] else _at_least(num_rows, self._mixed),
             _at_least(num_sequences, self._sequences),
             self._width(num_blocks),
             _at_least(num_tiles, self._tiles),

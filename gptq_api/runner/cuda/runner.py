@@ -132,13 +132,18 @@ class CudaRunner:
         )
         self._sampling = SamplingTable(max_num_seqs)
         limits = (max_num_seqs, max_num_batched_tokens, max_blocks, TILE_ROWS, self.max_draft_rows)
-        self._buckets = Buckets(*limits)
+        self._buckets = Buckets(*limits, full_steps=model.has_ranks)
         self._graphs = Graphs(self._forward_and_sample, kept=self._buckets.start_shapes)
 
     @property
     def stream(self) -> torch.cuda.Stream:
         """On which all work is."""
         return self._stream
+
+    @property
+    def missing_rank(self) -> int | None:
+        """That this one, of several, has waited for in vain."""
+        return self._model.missing_rank
 
     @property
     def num_graphs(self) -> int:
