@@ -126,7 +126,7 @@ def size_of(name: str, tag: str) -> int:
     if name == "buildah":  # which says it in words: 1.49 GB
         done = subprocess.run([name, "images", "--json", tag], capture_output=True, text=True, check=True)
         number, unit = str(json.loads(done.stdout)[0]["size"]).split()
-        return round(float(number) * 1000 ** ("B", "KB", "MB", "GB", "TB").index(unit.upper()))
+        return round(float(number) * {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}[unit.upper()])
     command = [name, "image", "inspect", "--format", "{{.Size}}", tag]
     return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
