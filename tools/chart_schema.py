@@ -16,9 +16,9 @@ from gptq_api.config import Settings
 
 FILE = Path(__file__).parents[1] / "deploy" / "chart" / "values.schema.json"
 ELSEWHERE = {
-    "host", "port", "config", "model_path", "revision", "device", "api_key", "api_key_file", "allow_unauthenticated",
-    "drain_delay_s", "drain_timeout_s",
-}  # fmt: skip
+    *("host", "port", "config", "model_path", "revision", "device", "tensor_parallel_size"),
+    *("api_key", "api_key_file", "allow_unauthenticated", "drain_delay_s", "drain_timeout_s"),
+}
 """settings that other values of the chart are for"""
 SIZE = r"^[0-9]+(\.[0-9]+)?(Ki|Mi|Gi|Ti|k|M|G|T)?$"
 
@@ -51,17 +51,18 @@ def settings() -> dict[str, Any]:
             key: value for kind in kinds for key, value in kind.items() if key not in ("title", "default", "examples")
         }
         kept.pop("format", None)
-        found[name] = {**kept, "description": field["description"]}
+        found[name] = {**kept, "description": " ".join(field["description"].split())}
     return closed(**found)
 
 
 def schema() -> dict[str, Any]:
+    ranks = Settings.model_json_schema()["properties"]["tensor_parallel_size"]
     count_or_share = {"type": ["integer", "string"]}
     values = closed(
         image=closed(repository=NAME, tag=TEXT, pullPolicy=of("string", enum=["Always", "IfNotPresent", "Never"])),
         imagePullSecrets=LIST,
         device=of("string", enum=["cpu", "cuda"]),
-        gpus=COUNT,
+        gpus=of("integer", minimum=ranks["minimum"], maximum=ranks["maximum"]),
         model=NAME,
         revision=TEXT,
         settings=settings(),

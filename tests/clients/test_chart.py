@@ -29,6 +29,7 @@ ALL: dict[str, Any] = {
         "log_json": True,
         "web_page": False,
     },
+    "gpus": 2,
     "drain": {"delaySeconds": 2.5, "timeoutSeconds": 100, "marginSeconds": 10},
     "autoscaling": {"enabled": True},
     "cache": {"accessModes": ["ReadWriteMany"], "storageClass": "shared", "size": "1Ti"},
@@ -102,7 +103,8 @@ def test_kubernetes_takes_what_is_made_and_the_server_its_settings(
     if settings.api_key_file is not None:
         assert str(settings.api_key_file.parent) in mounts and not settings.allow_unauthenticated
     gpus = container["resources"].get("limits", {}).get("nvidia.com/gpu")
-    assert gpus == (None if settings.device == "cpu" else 1)
+    assert gpus == (None if settings.device == "cpu" else settings.tensor_parallel_size)
+    assert settings.tensor_parallel_size == values.get("gpus", 1)
     labels = documents["Deployment models"]["spec"]["template"]["metadata"]["labels"]
     for selector in (
         documents["Deployment models"]["spec"]["selector"]["matchLabels"],
@@ -144,6 +146,8 @@ def test_another_setting_restarts_the_pods() -> None:
         ({**KEYS, "settings": {"port": 9000}}, "additional properties 'port' not allowed"),
         ({**KEYS, "device": "tpu"}, "at '/device': value must be one of 'cpu', 'cuda'"),
         ({**KEYS, "allowUnauthenticated": True}, "apiKeys.existingSecret and allowUnauthenticated say the opposite"),
+        ({**KEYS, "gpus": 9}, "at '/gpus': maximum: got 9, want 8"),
+        ({**KEYS, "device": "cpu", "gpus": 2}, "gpus is 2, and device is cpu"),
         ({**KEYS, "replicas": 2}, "cache.accessModes is ReadWriteOnce"),
         ({**KEYS, "cache": {"size": "big"}}, "at '/cache/size'"),
         (

@@ -27,6 +27,9 @@ helm.sh/chart: {{ .Chart.Name }}-{{ .Chart.Version }}
 {{- if not (or .Values.apiKeys.existingSecret .Values.allowUnauthenticated) -}}
 {{- fail "apiKeys.existingSecret is empty: name a Secret with a file of keys (kubectl create secret generic keys --from-file=keys.toml), or say allowUnauthenticated=true" -}}
 {{- end -}}
+{{- if and (ne .Values.device "cuda") (gt (int .Values.gpus) 1) -}}
+{{- fail (printf "gpus is %d, and device is %s, which has none; say device=cuda, or leave gpus out" (int .Values.gpus) .Values.device) -}}
+{{- end -}}
 {{- $many := or (gt (int .Values.replicas) 1) (and .Values.autoscaling.enabled (gt (int .Values.autoscaling.maxReplicas) 1)) -}}
 {{- if and $many .Values.cache.enabled (not .Values.cache.existingClaim) (not (has "ReadWriteMany" .Values.cache.accessModes)) -}}
 {{- fail (printf "cache.accessModes is %s, a disk for one node, and there may be several pods: take ReadWriteMany, a cache.existingClaim, or cache.enabled=false" (join "," .Values.cache.accessModes)) -}}
