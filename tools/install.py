@@ -288,6 +288,10 @@ def install_requirements(venv: Path, requirements: Path) -> None:
     talker = Talker(venv)
     python = venv / "bin" / "python"
     talker.run(f"a virtual environment in {venv}", [sys.executable, "-m", "venv", str(venv)])
+    if os.environ.get("TORCH") == "cuda" and not pip_takes_cuda(python):
+        raise InstallError(
+            "TORCH=cuda, and pip would take a build without CUDA here: look at its indexes and find-links"
+        )
     install_torch(talker, python)
     talker.run(
         f"the libraries of {requirements.name}",

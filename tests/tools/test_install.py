@@ -90,6 +90,19 @@ def test_pip_is_asked_which_torch_it_would_take(
     assert install.pip_takes_cuda(Path(sys.executable)) is cuda
 
 
+def test_an_image_for_a_gpu_gets_no_torch_without_cuda(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch_wheel(tmp_path, "")
+    for name in [name for name in os.environ if name.startswith("PIP_")]:
+        monkeypatch.delenv(name)
+    told = {"PIP_CONFIG_FILE": os.devnull, "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(tmp_path), "TORCH": "cuda"}
+    (tmp_path / "requirements.txt").touch()
+    where = ["--requirements", str(tmp_path / "requirements.txt"), "--venv", str(tmp_path / "venv")]
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), *where], capture_output=True, text=True, env={**os.environ, **told}, check=False
+    )
+    assert done.returncode == 1 and "would take a build without CUDA here" in done.stderr
+
+
 def test_what_says_nothing_is_talked_about(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
