@@ -78,7 +78,7 @@ image:
 
 # The CPU image as a careful operator runs it, and what it measures; IMAGE names another than the one of `make image`.
 image-smoke: environment-dev
-	IMAGE=$(or $(IMAGE),localhost/gptq-api:cpu) $(VENV)/bin/python -m pytest tests/deploy/test_image.py
+	IMAGE=$(or $(IMAGE),gptq-api:cpu) $(VENV)/bin/python -m pytest tests/deploy/test_image.py
 	$(VENV)/bin/python benchmarks/image.py --out benchmarks/results/image-cpu.json $(ARGS)
 
 gpu: environment-dev

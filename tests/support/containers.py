@@ -15,7 +15,7 @@ import httpx
 
 from tests.support.server import wait_for
 
-IMAGE = os.environ.get("IMAGE", "localhost/gptq-api:cpu")
+IMAGE = os.environ.get("IMAGE", "gptq-api:cpu")
 FEW = ("--ulimit", "nofile=1024:1024", "--ulimit", "nproc=4096:4096")
 """where this user may raise no limit, not even to what it is"""
 WAYS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
