@@ -1,18 +1,25 @@
-"""Servers that several test files share (starting one takes seconds), and marks that follow from what a test does."""
+"""Servers that several test files share (starting one takes seconds), marks that follow from what a test does, and
+tests in several processes."""
 
 from __future__ import annotations
 
+import os
 import subprocess
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from pathlib import Path
 from types import CodeType, FunctionType
 from typing import Any
 
 import pytest
 
 from tests.support.server import Server
+from tests.support.turns import turn
 
+WORKER = "PYTEST_XDIST_WORKER" in os.environ
+if WORKER:  # a core for each process
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 CLOCKS = {"monotonic", "perf_counter", "process_time"}
 
 
@@ -77,6 +84,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             seen: set[Any] = set()
             for mark in set().union(*(marks_of(function, seen) for function in (item.function, *fixtures))):
                 item.add_marker(mark)
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    if not WORKER:
+        return (yield)
+    of_all_workers = Path(item.config.getoption("basetemp")).parent
+    with turn(of_all_workers, alone=item.get_closest_marker("timing") is not None):
+        return (yield)
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

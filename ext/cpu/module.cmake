@@ -38,6 +38,7 @@ set_target_properties(_cpu PROPERTIES CXX_VISIBILITY_PRESET hidden)
 # A product and a sum are one rounding only where it is written so: the bits of a row are those of any tile.
 target_compile_options(_cpu PRIVATE $<$<NOT:$<CONFIG:Debug>>:-O3> -ffp-contract=off)
 target_link_options(_cpu PRIVATE $<$<NOT:$<CONFIG:Debug>>:-s> -static-libstdc++ -static-libgcc)
+set_source_files_properties(cpu/bindings.cpp PROPERTIES COMPILE_OPTIONS -O1)  # glue: a third of its compiler's time
 install(TARGETS _cpu DESTINATION gptq_api)
 
 # The sampler's arithmetic is the same bits on every processor: no products fused with sums.

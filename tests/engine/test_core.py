@@ -182,7 +182,7 @@ class World:
             assert sum(accepted for accepted, _ in told) == counters.accepted_tokens
 
 
-@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     seed=st.integers(0, 2**32),
     lookahead=st.sampled_from([0, 1, 1, 1]),

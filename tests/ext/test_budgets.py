@@ -12,11 +12,11 @@ from dataclasses import dataclass
 
 import pytest
 
-from tests.ext.sass import EXT, Compiled, Compiler, Usage, longest_by_products, needs_nvcc
+from tests.ext.sass import COMPILE_S, EXT, Compiled, Compiler, Usage, longest_by_products, needs_nvcc
 from tools.occupancy import REGISTERS, blocks_per_sm
 from tools.roofline import GEMV_INSTRUCTIONS
 
-pytestmark = needs_nvcc
+pytestmark = [needs_nvcc, pytest.mark.timeout(2 * COMPILE_S)]
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.ext.sass import EXT, NVCC, Compiler, needs_nvcc
+from tests.ext.sass import COMPILE_S, EXT, NVCC, Compiler, needs_nvcc
 from tools.cards import Card, find
 from tools.occupancy import LIMITS, blocks_per_sm
 
-pytestmark = needs_nvcc
+pytestmark = [needs_nvcc, pytest.mark.timeout(4 * COMPILE_S)]
 
 KERNELS = {
     "gemv_kernel": "gemv/gemv_fp16.cu",
@@ -64,11 +64,11 @@ def launches(tmp_path_factory: pytest.TempPathFactory) -> Launcher:
     for source in SOURCES:
         objects.append(str(folder / f"{Path(source).stem}.o"))
         command = [NVCC, *flags, "-O0", "-Xcicc", "-O0", "-c", "-o", objects[-1], str(EXT / source)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=110)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=COMPILE_S)
         assert done.returncode == 0, done.stderr
     program, main = str(folder / "pretend_card"), str(Path(__file__).parent / "pretend_card.cpp")
     command = [NVCC, "-std=c++17", f"-I{EXT}", "-cudart", "none", "-o", program, main, *objects]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=110)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=COMPILE_S)
     assert done.returncode == 0, done.stderr
 
     @cache
