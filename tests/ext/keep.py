@@ -1,4 +1,4 @@
-"""Stands between CMake and nvcc, and keeps the machine code of each source with what ptxas says of it, so that the tests
+"""Stands between CMake and nvcc, and keeps the machine code of each source with what ptxas says of it, so that tests
 of ext/ need not compile the same again: .ci/run builds the wheel so, and names the folder to the tests in GPTQ_KEPT.
 
     CMAKE_CUDA_COMPILER_LAUNCHER="python3;tests/ext/keep.py;FOLDER" pip wheel .
