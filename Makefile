@@ -35,9 +35,9 @@ test: environment-dev
 fast: environment-dev
 	$(VENV)/bin/python -m pytest -q -m 'not server and not timing and not slow and not gpu' $(ARGS)
 
-# The long forms of tests/attack: 20,000 bodies, 1,000 hang-ups, every bomb. Some 20 minutes.
+# The long forms: 20,000 bodies, 1,000 hang-ups, every bomb, what schemathesis thinks up. Some 20 minutes.
 attack: environment-dev
-	$(VENV)/bin/python -m pytest -m attack tests/attack $(ARGS)
+	$(VENV)/bin/python -m pytest -m attack $(ARGS)
 
 # Half an hour of everything at once: memory, descriptors and times, into benchmarks/results.
 soak: environment-dev

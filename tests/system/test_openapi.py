@@ -38,6 +38,8 @@ BODIES: dict[str, dict[str, Any]] = {
 """of every route that takes one: a body that is fine"""
 NAMED = {"/v1/models/{model}": "/v1/models/{}"}
 """places that hold the name of a model"""
+EXAMPLES = [8, pytest.param(50, marks=pytest.mark.attack)]
+"""that schemathesis makes for a part of each request"""
 USAGE = {"stream_options": {"include_usage": True, "continuous_usage_stats": True}}
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
     *((path, {}) for path in BODIES),
@@ -171,8 +173,9 @@ def _raw_status(server: Server, path: str, length: int, data: bytes) -> int:
         return int(sock.recv(4096).split()[1])
 
 
-@pytest.mark.timeout(400)
-def test_schemathesis_finds_nothing(tmp_path: Path) -> None:
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("examples", EXAMPLES)
+def test_schemathesis_finds_nothing(examples: int, tmp_path: Path) -> None:
     """All checks but one: a body may keep to the schema and be wrong for this model, such as an id beyond its
     vocabulary or a prompt longer than its context, and is answered 400 then. And a body may ask for a 504, by a timeout
     of a millisecond. The largest arrays that are made are longer than a body may be for this context."""
@@ -183,9 +186,9 @@ def test_schemathesis_finds_nothing(tmp_path: Path) -> None:
         code = "from schemathesis.cli import schemathesis; schemathesis()"
         command = [sys.executable, "-c", code, "run", f"http://127.0.0.1:{server.port}/openapi.json"]
         command += ["--header", "Authorization: Bearer key"]
-        command += ["--exclude-checks", "positive_data_acceptance", "--seed", "1", "--max-examples", "20"]
+        command += ["--exclude-checks", "positive_data_acceptance", "--seed", "1", "--max-examples", str(examples)]
         command += ["--generation-database", "none", "--no-color", "--request-timeout", "30", "--warnings", "off"]
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=1700, check=False)
         assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
         server.http.headers["authorization"] = "Bearer key"
         assert server.metric("vllm:generation_tokens_total") > 100, "it came past the key"

@@ -17,7 +17,7 @@ import pytest
 from tests.support.batches import CHAT, counting, jsonl
 from tests.support.openapi import check_documented
 from tests.support.server import RawStream, Server, chat_body, raw_request, wait_for
-from tests.system.test_openapi import document_of
+from tests.system.test_openapi import EXAMPLES, document_of
 
 KEPT = ("/v1/files", "/v1/batches")
 FORM = "Content-Type: multipart/form-data; boundary=b"
@@ -125,16 +125,17 @@ def _raw_status(server: Server, path: str, length: int, kind: str) -> int:
         return int(sock.recv(4096).split()[1])
 
 
-@pytest.mark.timeout(400)
-def test_schemathesis_finds_nothing(tmp_path: Path) -> None:
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("examples", EXAMPLES)
+def test_schemathesis_finds_nothing(examples: int, tmp_path: Path) -> None:
     """A window that is no time, a file there is not: what the schema allows may be refused."""
     flags = ("--batch-dir", str(tmp_path / "b"), "--api-key", "key")
     with Server("--max-model-len", "64", *flags) as server:
         code = "from schemathesis.cli import schemathesis; schemathesis()"
         command = [sys.executable, "-c", code, "run", f"http://127.0.0.1:{server.port}/openapi.json"]
         command += ["--header", "Authorization: Bearer key", "--include-path-regex", "^/v1/(files|batches)"]
-        command += ["--exclude-checks", "positive_data_acceptance", "--seed", "1", "--max-examples", "20"]
+        command += ["--exclude-checks", "positive_data_acceptance", "--seed", "1", "--max-examples", str(examples)]
         command += ["--generation-database", "none", "--no-color", "--request-timeout", "30", "--warnings", "off"]
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=1700, check=False)
         assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
         assert "Traceback" not in server.log()

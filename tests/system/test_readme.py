@@ -214,7 +214,7 @@ def run_here(words: list[str], models: Path) -> subprocess.CompletedProcess[str]
     command = [sys.executable, "-m", "gptq_api", *args]
     env = {name: value for name, value in os.environ.items() if not name.startswith("GPTQ_API_")} | SMALL
     return subprocess.run(
-        command, cwd=models, env=env, input="Hello\n", capture_output=True, text=True, timeout=110, check=False
+        command, cwd=models, env=env, input="Hello\n", capture_output=True, text=True, timeout=300, check=False
     )
 
 
@@ -250,6 +250,7 @@ def test_its_load_test_measures_a_server(server: Server, tmp_path: Path) -> None
     assert json.loads((tmp_path / "serve.json").read_text())["rows"] and (tmp_path / "serve.png").stat().st_size
 
 
+@pytest.mark.timeout(600)
 def test_its_commands_make_a_checkpoint_and_measure_it(models: Path) -> None:
     quantize, bench, _ = (words for words in OURS if words[1] in ("quantize", "bench"))
     done = run_here(quantize, models)
