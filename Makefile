@@ -25,7 +25,7 @@ chat: environment
 	$(VENV)/bin/gptq-api chat $(ARGS)
 
 # In as many processes as there are cores, up to four: one has a gigabyte, with the servers it starts. ARGS=-n0: in one.
-SIDE_BY_SIDE = -n auto --maxprocesses 4 --dist worksteal
+SIDE_BY_SIDE = -n auto --maxprocesses 4 --dist loadfile
 
 test: environment-dev
 	@echo "all tests take some thirteen minutes on two idle cores, and longer on busy ones; make fast takes two"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,17 +13,36 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from gptq_api.cli.main import main
 from gptq_api.verify.comparison import compare, limit_of
 from tests.support.checkpoints import Recipe, random_model, write_checkpoint
 from tests.support.text_tokenizers import byte_level
 
 SMALL = ("--device", "cpu", "--num-threads", "1", "--prompt-tokens", "24", "--num-tokens", "8")
+Verify = Callable[..., subprocess.CompletedProcess[str]]
 RECIPE = Recipe(vocab_size=512, act_order=True, sym=False, num_layers=3, tie=True)
 
 
 def verify(*args: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "gptq_api", "verify", *map(str, args)]
     return subprocess.run(command, capture_output=True, text=True, timeout=110, check=False)
+
+
+@pytest.fixture
+def verify_here(capsys: pytest.CaptureFixture[str]) -> Verify:
+    """The same in this interpreter, which has imported transformers."""
+
+    def verify(*args: object) -> subprocess.CompletedProcess[str]:
+        words = ["verify", *map(str, args)]
+        threads = torch.get_num_threads()
+        try:
+            status = main(words)
+        finally:
+            torch.set_num_threads(threads)
+        said = capsys.readouterr()
+        return subprocess.CompletedProcess(words, status, said.out, said.err)
+
+    return verify
 
 
 def checkpoint(folder: Path, recipe: Recipe = RECIPE) -> Path:
@@ -41,10 +61,10 @@ def test_the_demo_is_what_transformers_says() -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "phi3", "mistral"])
-def test_every_family_agrees_in_float32(family: str, tmp_path: Path) -> None:
+def test_every_family_agrees_in_float32(family: str, tmp_path: Path, verify_here: Verify) -> None:
     more = {"phi3": {"pad_token_id": 0}}.get(family, {})
     folder = checkpoint(tmp_path / "m", replace(RECIPE, family=family, more_config=more, tie=False))
-    done = verify(folder, "--dtype", "float32", *SMALL)
+    done = verify_here(folder, "--dtype", "float32", *SMALL)
     assert done.returncode == 0, done.stderr
     assert "off by 0.00% at most" in done.stdout
 
@@ -91,7 +111,7 @@ def test_logits_that_part_are_told_by_position() -> None:
         (("--num-tokens", "0"), "--num-tokens"),
     ],
 )
-def test_what_cannot_be_compared_is_one_sentence(args: tuple[str, ...], words: str) -> None:
-    done = verify("--device", "cpu", *args)
+def test_what_cannot_be_compared_is_one_sentence(args: tuple[str, ...], words: str, verify_here: Verify) -> None:
+    done = verify_here("--device", "cpu", *args)
     assert done.returncode in (1, 2) and words in done.stderr
     assert len(done.stderr.splitlines()) == 1 and not done.stdout

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.turns import turn
+
 EXT = Path(__file__).parents[2] / "ext"
 NVCC = shutil.which("nvcc")
 COMPILE_S = 400
@@ -57,8 +59,8 @@ class Instruction:
 
 
 class Compiler:
-    """Compiles each source once for each architecture that is asked for, into a folder; what a build of the module kept
-    (keep.py) is taken as it is."""
+    """Compiles each source once for each architecture that is asked for, into a folder that processes may share; what a
+    build of the module kept (keep.py) is taken as it is."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -82,9 +84,14 @@ class Compiler:
         out = self.folder / f"{Path(source).stem}.{arch}.cubin"
         flags = ["-O3", "-std=c++17", "--expt-relaxed-constexpr", f"-gencode=arch=compute_{arch},code=sm_{arch}"]
         command = [NVCC, *flags, f"-I{EXT}", "-Xptxas=-v", "-cubin", "-o", str(out), str(EXT / source)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=COMPILE_S)
-        assert done.returncode == 0, done.stderr
-        return Compiled(out, arch, done.stderr)
+        told, lock = out.with_suffix(".log"), out.with_suffix(".lock")
+        lock.mkdir(exist_ok=True)
+        with turn(lock, alone=True):
+            if not told.exists():
+                done = subprocess.run(command, capture_output=True, text=True, timeout=COMPILE_S)
+                assert done.returncode == 0, done.stderr
+                told.write_text(done.stderr)
+        return Compiled(out, arch, told.read_text())
 
 
 @dataclass(frozen=True)
