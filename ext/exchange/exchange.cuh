@@ -56,7 +56,8 @@ struct Round {
   uint32_t number;
   bool live;
   __device__ __forceinline__ explicit Round(const ExchangeState& state)
-      : number(*reinterpret_cast<const volatile uint32_t*>(&state.round) + 1), live(*reinterpret_cast<const volatile uint32_t*>(&state.live)) {}
+      : number(*reinterpret_cast<const volatile uint32_t*>(&state.round) + 1),
+        live(*reinterpret_cast<const volatile uint32_t*>(&state.live)) {}
 };
 
 // Whether this block is the last of its kernel to come here. One thread of each block asks, once.

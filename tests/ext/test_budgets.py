@@ -148,6 +148,8 @@ SAME_BITS_WGMMA = (
 
 
 DEQUANT = (Line("gather", 64), Line("dequant", 80))
+EXCHANGE = (Line("exchange_(rows|words)_kernel", 40),)
+EXCHANGE_NORM = (Line("exchange_norm_kernel", 128, spills=32, why="512 threads leave 128 registers"),)
 OPS = (Line("rope", 112), Line("rms_norm", 128), Line("embed", 24))
 TABLE: dict[tuple[str, str], tuple[Line, ...]] = {
     ("gemv/gemv_fp16.cu", "80"): gemv_portable(350),
@@ -175,6 +177,8 @@ TABLE: dict[tuple[str, str], tuple[Line, ...]] = {
     ("head/head_fp16.cu", "90"): head(160, 165, 170, 195, 255),
     ("head/head_fp16.cu", "120"): head(155, 165, 180, 225, 310),
     ("head/head_wgmma.cu", "90a"): HEAD_WGMMA,
+    **{("exchange/exchange.cu", arch): EXCHANGE for arch in ("80", "90", "120")},
+    **{("exchange/exchange_norm.cu", arch): EXCHANGE_NORM for arch in ("80", "90", "120")},
     ("ops/ops.cu", "80"): OPS,
     ("ops/ops.cu", "120"): OPS,
     **{("sampler/sampler.cu", arch): (Line("sample_kernel", 64),) for arch in ("80", "90", "120")},

@@ -13,7 +13,7 @@ import pytest
 
 from tests.ext.sass import EXT
 
-FOLDERS = {"cpu", "common", "gemv", "gemm", "attention", "head", "ops", "sampler"}
+FOLDERS = {"cpu", "common", "gemv", "gemm", "attention", "head", "exchange", "ops", "sampler"}
 MAX_COLUMNS = 140
 
 
