@@ -126,6 +126,32 @@ for num in (1, 8, COMPANY) if invariant else ():
 print("equal")
 """
 
+STOPPED = """
+import sys, time
+import torch
+from gptq_api.kernels import exchange
+from gptq_api.model.modules import config_of
+from gptq_api.runner.load import load_ranks, open_model
+from gptq_api.runner.options import LoadOptions
+from gptq_api.runner.ranks import RankError
+from gptq_api.runner.solo import lone_step
+
+options = LoadOptions(model_path="demo", device="cuda", num_blocks=100, max_num_seqs=4)
+checkpoint = open_model(options)
+devices = [torch.device("cuda", rank % torch.cuda.device_count()) for rank in range(2)]
+runner, _ = load_ranks(options, checkpoint, config_of(checkpoint), devices)
+runner.collect(runner.launch(lone_step(5, 3, runner.block_size)))
+exchange.PATIENT_LIMIT_S = exchange.LIMIT_S
+runner.ranks[1].launch = lambda step: None
+began = time.monotonic()
+try:
+    runner.collect(runner.launch(lone_step(5, 3, runner.block_size)))
+except RankError as error:
+    print(f"{time.monotonic() - began < 10} {error}", flush=True)
+import os
+os._exit(0)
+"""
+
 
 def run(code: str, *arguments: str, size: int = 2) -> str:
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
@@ -163,3 +189,7 @@ def test_random_models_have_the_bits_of_one_gpu(name: str, tmp_path: Path) -> No
     recipe = Recipe(**size, **more, max_position_embeddings=1024)  # type: ignore[arg-type]
     folder = write_checkpoint(tmp_path, random_model(recipe))
     assert run(BITS, str(folder), "invariant") == "equal"
+
+
+def test_a_rank_that_stops_is_told_by_name() -> None:
+    assert run(STOPPED) == "True rank 1 did not answer rank 0 in time, and has stopped"
