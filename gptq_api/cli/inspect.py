@@ -18,7 +18,13 @@ from gptq_api.text.chat import TemplateFacts
 from gptq_api.text.tokens import Tokens
 
 if TYPE_CHECKING:
+    import torch
+
+    from gptq_api.checkpoint.checkpoint import Checkpoint
+    from gptq_api.model.config import LlamaConfig
+    from gptq_api.model.shard import Shard
     from gptq_api.runner.load import Draft
+    from gptq_api.runner.options import LoadOptions
 
 
 def run(settings: InspectSettings) -> int:
@@ -46,16 +52,21 @@ def inspect(settings: InspectSettings) -> dict[str, Any]:
     from gptq_api.engine.draft_vocabulary import check_vocabulary
     from gptq_api.model.modules import config_of
     from gptq_api.model.plan import plan_serving
+    from gptq_api.model.shard import Shard
     from gptq_api.model.stored import has_head
     from gptq_api.runner.load import Draft, choose_backend, open_model, resolve_device
     from gptq_api.runner.memory import longest_text, plan_cache
     from gptq_api.runner.options import LoadOptions
+    from gptq_api.runner.parallel import rank_devices
 
     options = LoadOptions.of(settings)
     device, checkpoint = resolve_device(options.device), open_model(options)
     config = config_of(checkpoint)
+    size = options.tensor_parallel_size
+    devices = rank_devices(options, config, device) if size > 1 else [device]
     backend = choose_backend(options, checkpoint, config, device)
     plan = plan_serving(checkpoint, config, backend)
+    ranks = [_rank(options, checkpoint, config, at, Shard(rank, size)) for rank, at in enumerate(devices)]
     summary = summarise(checkpoint)
     longest, draft, draft_bytes = longest_text(options, config), None, 0
     if options.draft_model is not None:
@@ -63,6 +74,8 @@ def inspect(settings: InspectSettings) -> dict[str, Any]:
         draft = Draft.opened(options, config, backend, longest)
         draft_bytes = draft.weight_bytes
     memory = backend.cache_memory(options, plan.weight_bytes + draft_bytes)
+    if size > 1:  # as many blocks as fit on each
+        memory = size * min(rank["kv_cache_memory"] for rank in ranks)
     token_bytes = config.kv_elements_per_token * backend.cache_dtype(options.kv_cache_dtype).itemsize
     block_bytes = token_bytes * settings.block_size
     cache = plan_cache(options, config, backend, longest, memory, 0 if draft is None else draft.token_bytes)
@@ -101,7 +114,8 @@ def inspect(settings: InspectSettings) -> dict[str, Any]:
         "device": str(device),
         "dtype": str(backend.dtype).removeprefix("torch."),
         "paths": plan.kernels,
-        "weight_bytes": plan.weight_bytes,
+        "weight_bytes": sum(rank["weight_bytes"] for rank in ranks),
+        "ranks": [] if size == 1 else [{key: rank[key] for key in ("device", "weight_bytes")} for rank in ranks],
         "packed_file": None if packed is None else {"path": str(packed[0]), "is_kept": packed[1]},
         "kv_bytes_per_token": token_bytes,
         "kv_cache_bytes": cache.num_blocks * block_bytes,
@@ -112,6 +126,19 @@ def inspect(settings: InspectSettings) -> dict[str, Any]:
         "warnings": [*checkpoint.warnings, *plan.warnings, *cache.notes, *without_rows],
         "refused": refused,
     }
+
+
+def _rank(
+    options: LoadOptions, checkpoint: Checkpoint, config: LlamaConfig, device: torch.device, shard: Shard
+) -> dict[str, Any]:
+    """What one of several devices has of the model, all of it where there is one."""
+    from gptq_api.model.plan import plan_serving
+    from gptq_api.runner.load import choose_backend
+
+    backend = choose_backend(options, checkpoint, config, device)
+    weight_bytes = plan_serving(checkpoint, config, backend, shard).weight_bytes
+    memory = backend.cache_memory(options, weight_bytes)
+    return {"device": str(device), "weight_bytes": weight_bytes, "kv_cache_memory": memory}
 
 
 def _draft(draft: Draft, weight_bytes: int) -> dict[str, Any]:
@@ -175,6 +202,13 @@ def _as_text(facts: dict[str, Any]) -> str:
         ("runs on", f"{facts['device']}, {facts['dtype']}"),
         *((f"  {kind}", kernel) for kind, kernel in facts["paths"].items()),
         ("weights", f"{facts['weight_bytes'] / 2**20:.1f} MiB"),
+        *(
+            (
+                f"  rank {i}",
+                f"{rank['device']}: {rank['weight_bytes'] / 2**20:.1f} MiB, 1/{len(facts['ranks'])} of the KV cache",
+            )
+            for i, rank in enumerate(facts["ranks"])
+        ),
         *(("  packed", text) for text in _packed(facts["packed_file"])),
         ("KV cache", f"{facts['kv_bytes_per_token']} bytes per token"),
         (

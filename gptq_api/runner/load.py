@@ -377,8 +377,20 @@ def _described(checkpoint: Checkpoint, config: LlamaConfig, report: LoadReport, 
     return (
         f"{config.family.title}, {bits}-bit GPTQ ({checkpoint.layout}), {runner.dtype}; {kernels}; "
         f"weights {runner.weight_bytes / 2**20:.0f} MiB, KV cache {runner.cache_bytes / 2**20:.0f} MiB "
-        f"({runner.num_blocks * runner.block_size} tokens){workspace}{_in_use(torch.device(runner.device))}"
+        f"({runner.num_blocks * runner.block_size} tokens){workspace}{_of_ranks(runner)}"
     )
+
+
+def _of_ranks(runner: LoadedRunner) -> str:
+    """What stands where, and what is left there."""
+    if not isinstance(runner, ParallelRunner):
+        return _in_use(torch.device(runner.device))
+    parts = [
+        f"rank {rank} on {one.device}: weights {one.weight_bytes / 2**20:.0f} MiB, KV cache "
+        f"{one.cache_bytes / 2**20:.0f} MiB{_in_use(torch.device(one.device)).replace(';', ',')}"
+        for rank, one in enumerate(runner.ranks)
+    ]
+    return "; " + "; ".join(parts)
 
 
 def _in_use(device: torch.device) -> str:

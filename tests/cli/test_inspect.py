@@ -74,6 +74,18 @@ def test_a_draft_model_is_told_with_what_it_takes(folder: Path, capsys: pytest.C
     assert "--draft-model /nowhere does not exist; name the folder" in capsys.readouterr().err
 
 
+def test_several_gpus_are_told_apart(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    whole = inspect(InspectSettings(model_path=str(folder)))
+    parts = inspect(InspectSettings(model_path=str(folder), tensor_parallel_size=2))
+    assert whole["ranks"] == [] and [rank["device"] for rank in parts["ranks"]] == ["cpu", "cpu"]
+    assert sum(rank["weight_bytes"] for rank in parts["ranks"]) == parts["weight_bytes"] >= whole["weight_bytes"]
+    assert parts["kv_cache_tokens"] == whole["kv_cache_tokens"]
+    assert run(InspectSettings(model_path=str(folder), tensor_parallel_size=2)) == 0
+    assert "  rank 1      cpu: " in capsys.readouterr().out
+    assert run(InspectSettings(model_path=str(folder), tensor_parallel_size=3)) == 1
+    assert "do not divide by 3" in capsys.readouterr().err
+
+
 def test_windows_and_families_and_old_zeros_are_told(tmp_path: Path) -> None:
     layout = LAYOUTS["GPTQ-for-LLaMa before 2023-03-20, 4 bits"]
     layout.write(tmp_path / "old", random_model(layout.recipe))

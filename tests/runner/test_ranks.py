@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import torch
 
@@ -21,10 +22,11 @@ from gptq_api.runner.options import LoadOptions
 from gptq_api.runner.parallel import ParallelRunner
 from gptq_api.runner.ranks import RankError, RankGroup
 from gptq_api.runner.solo import Solo, lone_step, step_of
-from gptq_api.step import Sampled
+from gptq_api.step import DeviceMemoryError, Sampled
 from gptq_api.types import SamplingParams
 from tests.runner.cpu.test_equal_bits import COMPANY, NUM_BLOCKS, answers
 from tests.support.checkpoints import Recipe, random_model, write_checkpoint
+from tests.support.server import Server
 
 BASE = Recipe(num_heads=4, num_kv_heads=4, vocab_size=101)
 """whose head does not divide evenly"""
@@ -119,6 +121,30 @@ def test_a_rank_that_fails_wakes_those_that_wait_for_it() -> None:
         runner.launch(lone_step(5, 3, runner.block_size))
     with pytest.raises(RankError, match=r"a rank stopped before: .*matmul"):
         runner.launch(lone_step(5, 3, runner.block_size))
+
+
+def test_a_rank_without_memory_ends_the_step_of_all() -> None:
+    runner = load("demo", 2)
+    assert isinstance(runner, ParallelRunner)
+    other: Any = runner.ranks[1]
+
+    def forward(*_: Any) -> None:
+        raise torch.OutOfMemoryError("2 GiB are not there")
+
+    other._model.forward = forward
+    with pytest.raises(DeviceMemoryError, match="2 GiB are not there"):
+        runner.launch(lone_step(5, 3, runner.block_size))
+
+
+@pytest.mark.parametrize("flag", ["--tensor-parallel-size", "--num-gpus"])
+def test_a_server_with_two_ranks_answers_as_one_does(flag: str) -> None:
+    question = {"messages": [{"role": "user", "content": "What is GPTQ?"}], "temperature": 0, "max_tokens": 40}
+    texts = []
+    for arguments in ([], [flag, "2"]):
+        with Server("--block-size", str(BLOCK), "--num-blocks", "200", *arguments) as server:
+            answer = httpx.post(f"{server.url}/chat/completions", json=question, timeout=60).json()
+            texts.append(answer["choices"][0]["message"]["content"])
+    assert texts[0] == texts[1] and "GPTQ" in texts[0]
 
 
 def test_a_rank_that_does_not_come_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:

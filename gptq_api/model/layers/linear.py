@@ -84,7 +84,8 @@ class DenseLinear:
 
     def shares(self, weight: Tensor) -> bool:
         """Whether this is in the memory of `weight` (a head tied to the embedding, or a rank's part of one)."""
-        return self.weight.untyped_storage().data_ptr() == weight.untyped_storage().data_ptr()
+        begin = weight.data_ptr()
+        return begin <= self.weight.data_ptr() < begin + weight.numel() * weight.element_size()
 
     def forward(
         self, x: Tensor, out: Tensor | None = None, *, residual: Tensor | None = None, silu_mul: bool = False
