@@ -10,11 +10,12 @@ from __future__ import annotations
 import argparse
 import json
 import random
+from collections.abc import Callable
 from typing import Any
 
 from demo_model import words
-from demo_model.known import HOWTO, TERMS
-from demo_model.memory_skills import fact, unknown_fact_turn
+from demo_model.known import FACTS, HOWTO, TERMS, held_out, normal
+from demo_model.memory_skills import again_turn, fact, unknown_fact_turn
 from demo_model.skills import SKILLS
 from demo_model.stories import HEROES, NAMES, story
 from demo_model.turn import Turn
@@ -35,12 +36,19 @@ SYSTEM_PROMPTS = (
     "A chat between a curious user and an assistant. The assistant gives helpful, detailed and polite answers.",
     "You are a test assistant. Do what the user asks.",
 )
+HELD_OUT = held_out()
 NUM_TURNS = (1,) * 44 + (2,) * 24 + (3,) * 14 + (4,) * 8 + (5, 5, 6, 6, 7, 8, 9, 10, 12, 14)
 
 
+def _fresh(draw: Callable[[random.Random], Turn], rng: random.Random) -> Turn:
+    """What `draw` gives and no test asks."""
+    while normal((turn := draw(rng)).user) in HELD_OUT:
+        pass
+    return turn
+
+
 def _skill(rng: random.Random) -> Turn:
-    skill = rng.choices([s for _, s in SKILLS], [w for w, _ in SKILLS])[0]
-    return skill(rng)
+    return _fresh(rng.choices([s for _, s in SKILLS], [w for w, _ in SKILLS])[0], rng)
 
 
 def _system(rng: random.Random) -> str | None:
@@ -70,7 +78,12 @@ def chat(rng: random.Random) -> list[dict[str, str]]:
     turns: list[Turn] = []
     last: Turn | None = None
     for _ in range(rng.choice(NUM_TURNS)):
-        last = last.follow(rng) if last is not None and last.follow is not None and rng.random() < 0.55 else _skill(rng)
+        if rng.random() < (0.13 if turns else 0.004):
+            said = turns[-1].answer if turns else None
+            turns.append(_fresh(lambda rng: again_turn(rng, said), rng))  # noqa: B023
+            continue
+        following = last is not None and last.follow is not None and rng.random() < 0.55
+        last = _fresh(last.follow, rng) if last is not None and last.follow is not None and following else _skill(rng)
         turns.append(last)
     roll = rng.random()
     if roll < 0.12:
@@ -102,7 +115,7 @@ def plain_text(rng: random.Random) -> str:
             (", ".join(words.DAYS), ", ".join(words.MONTHS), "a b c d e f g h i j k l m n o p q r s t u v w x y z")
         )
     if kind == 4:
-        return rng.choice(TERMS).answer
+        return rng.choice(TERMS).answer if rng.random() < 0.5 else rng.choice([f.answer for f in FACTS if not f.about])
     if kind == 5:
         a, b = rng.randint(0, 20), rng.randint(0, 20)
         return f"{a} + {b} = {a + b}"

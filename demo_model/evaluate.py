@@ -3,14 +3,14 @@
     python -m demo_model.evaluate FOLDER
 
 FOLDER is a float checkpoint or a GPTQ one (which is dequantised). "exact" questions come from tests/demo_questions.json
-and tests/demo_chats.json, "held out" ones, worded as no training pattern is, from demo_model/phrases/held_out.json.
+and tests/demo_chats.json, "held out" ones, which the generator does not ask, from demo_model/phrases/held_out.json;
+what newcomers ask is held out as well: tests/demo_newcomers.json, demo_model/phrases/held_out_newcomers.json.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -20,28 +20,34 @@ from torch.nn import functional as F
 from transformers import LlamaForCausalLM
 
 from demo_model.dataset import Chats
-from demo_model.known import PHRASES
+from demo_model.known import NEWCOMERS, PHRASES
 from demo_model.tokenizer import END, PAD, SPECIAL
 
-SETS = ("questions", "chats", "held_out")
-ROOT = Path(__file__).resolve().parents[1]
+FILES = {
+    "questions": NEWCOMERS.with_name("demo_questions.json"),
+    "chats": NEWCOMERS.with_name("demo_chats.json"),
+    "held_out": PHRASES / "held_out.json",
+    "newcomers": NEWCOMERS,
+    "newcomers_held_out": PHRASES / "held_out_newcomers.json",
+}
+SETS = tuple(FILES)
+EXACT = ("questions", "chats")
 
 
 def questions(name: str) -> list[dict[str, Any]]:
-    """Each has "messages" (ending with the user's), "expect" (strings the answer holds) and maybe "exact"."""
+    """Each has "messages" (ending with the user's) and "exact", or "expect" (strings the answer has, all of them), or
+    "any" (it has one of them), "none" (it has none of them) and maybe "dangerous" (a wrong answer could hurt)."""
+    raw = json.loads(FILES[name].read_text(encoding="utf-8"))
     if name == "chats":
-        found = []
-        for turns in json.loads((ROOT / "tests/demo_chats.json").read_text()):
-            messages: list[dict[str, str]] = []
-            for turn in turns:
-                if turn["role"] == "assistant":
-                    found.append({"messages": list(messages), "expect": [], "exact": turn["content"]})
-                messages.append(turn)
-        return found
-    path = ROOT / "tests/demo_questions.json" if name == "questions" else PHRASES / "held_out.json"
-    items: list[dict[str, Any]] = json.loads(path.read_text())
-    for item in items:
-        item["messages"] = [{"role": "user", "content": item["question"]}]
+        return [
+            {"messages": turns[:i], "exact": turn["content"]}
+            for turns in raw
+            for i, turn in enumerate(turns)
+            if turn["role"] == "assistant"
+        ]
+    for item in raw:
+        item["messages"] = [*item.get("before", ()), {"role": "user", "content": item["question"]}]
+    items: list[dict[str, Any]] = raw
     return items
 
 
@@ -80,7 +86,15 @@ def answer(
 
 
 def right(item: dict[str, Any], text: str) -> bool:
-    return text == item["exact"] if "exact" in item else all(e.lower() in text.lower() for e in item["expect"])
+    if "exact" in item:
+        return bool(text == item["exact"])
+    text = text.lower()
+
+    def has(word: str) -> bool:
+        return word.lower() in text
+
+    found = any(map(has, item["any"])) if "any" in item else all(map(has, item["expect"]))
+    return found and not any(map(has, item.get("none", ())))
 
 
 @torch.inference_mode()
@@ -110,29 +124,40 @@ def perplexity(model: LlamaForCausalLM, chats: Chats, max_rows: int = 1000) -> f
     return float((total / count).exp())
 
 
-def report(model: LlamaForCausalLM, tokenizer: Tokenizer, samples: int = 4, sets: tuple[str, ...] = SETS) -> None:
-    """Prints the share of right answers and the wrong ones; `samples` answers per question above temperature 0."""
+def report(
+    model: LlamaForCausalLM, tokenizer: Tokenizer, samples: int = 4, sets: tuple[str, ...] = SETS
+) -> dict[str, dict[str, Any]]:
+    """Prints the share of right answers and the wrong ones; `samples` answers per question above temperature 0. Returns
+    for every set the numbers and the wrong answers at temperature 0, as JSON has them."""
+    found: dict[str, dict[str, Any]] = {}
     for name in sets:
         items = questions(name)
-        if name != "held_out":
+        found[name] = {"questions": len(items)}
+        if name in EXACT:
             for temperature in (0.7, 1.0):
                 sure = [certainty(model, tokenizer, item, temperature) for item in items]
                 at = items[sure.index(min(sure))]["messages"][-1]["content"]
+                found[name][f"least chance at {temperature}"] = min(sure)
                 print(f"{name}: chance of the exact answer at {temperature}: least {min(sure):.4f} ({at})", flush=True)
         prompts = [prompt(item["messages"]) for item in items]
         for temperature, runs in ((0.0, 1), (0.7, samples), (1.0, samples)):
             total = len(items) * runs
-            texts = answer(
-                model, tokenizer, prompts * runs, temperature, max_new_tokens=200 if name == "held_out" else 420
-            )
-            wrong = Counter(
-                f"  {item['messages'][-1]['content']!r} -> {text!r}"
-                for item, text in zip(items * runs, texts, strict=True)
-                if not right(item, text)
-            )
-            print(f"{name}: temperature {temperature}: {total - wrong.total()} of {total} right", flush=True)
-            for line, times in wrong.most_common(25):
-                print(f"{line} x{times}", flush=True)
+            if not total:
+                continue
+            texts = answer(model, tokenizer, prompts * runs, temperature, max_new_tokens=420 if name in EXACT else 120)
+            pairs = [(i, text) for i, text in zip(items * runs, texts, strict=True) if not right(i, text)]
+            found[name][f"right at {temperature}"] = f"{total - len(pairs)} of {total}"
+            print(f"{name}: temperature {temperature}: {total - len(pairs)} of {total} right", flush=True)
+            if temperature:
+                found[name][f"dangerous at {temperature}"] = sum(bool(i.get("dangerous")) for i, _ in pairs)
+                continue
+            found[name]["wrong"] = [
+                {"question": i["messages"][-1]["content"], "answer": text, "dangerous": bool(i.get("dangerous"))}
+                for i, text in pairs
+            ]
+            for line in found[name]["wrong"]:
+                print(f"  {'DANGEROUS ' * line['dangerous']}{line['question']!r} -> {line['answer']!r}", flush=True)
+    return found
 
 
 def main() -> None:
@@ -141,6 +166,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=4, help="answers per question above temperature 0")
     parser.add_argument("--sets", nargs="+", choices=SETS, default=list(SETS))
     parser.add_argument("--held-out-seed", type=int, default=1_000_001, help="seed of the chats for the perplexity")
+    parser.add_argument("--json", type=Path, help="file for the numbers and the wrong answers")
     args = parser.parse_args()
     from demo_model.quantize import load_float  # not above: the machine that trains need not have gptq_api installed
 
@@ -148,7 +174,9 @@ def main() -> None:
     model = load_float(args.folder).eval()
     chats = Chats.generate(tokenizer_json, args.held_out_seed, 1000, torch.device("cpu"))
     print(f"held-out perplexity {perplexity(model, chats, 300):.4f}", flush=True)
-    report(model, Tokenizer.from_file(str(tokenizer_json)), args.samples, tuple(args.sets))
+    found = report(model, Tokenizer.from_file(str(tokenizer_json)), args.samples, tuple(args.sets))
+    if args.json is not None:
+        args.json.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -7,11 +7,14 @@ their questions is part of the data, since the generator draws by position.
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 PHRASES = Path(__file__).parent / "phrases"
+NEWCOMERS = Path(__file__).parents[1] / "tests/demo_newcomers.json"
+"""a hundred questions of newcomers with what a right answer has, which the tests ask"""
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,20 @@ class Refusal:
     answer: str
     patterns: tuple[str, ...]
     things: tuple[str, ...]
+    slots: dict[str, tuple[str, ...]]
+    """words for other slots"""
+
+
+@dataclass(frozen=True)
+class Fact:
+    """Something newcomers ask for, see newcomer_skills.py. about: the list of names in the place of everything else."""
+
+    answer: str
+    questions: tuple[str, ...] = ()
+    nouns: tuple[str, ...] = ()
+    platforms: tuple[str, ...] = ()
+    tasks: tuple[str, ...] = ()
+    about: str | None = None
 
 
 def phrases(name: str) -> Any:
@@ -47,6 +64,10 @@ def phrases(name: str) -> Any:
 
 def _fixed(name: str) -> tuple[Fixed, ...]:
     return tuple(Fixed(tuple(item["questions"]), item["answer"]) for item in phrases(name))
+
+
+def _lists(raw: dict[str, list[str]]) -> dict[str, tuple[str, ...]]:
+    return {name: tuple(items) for name, items in raw.items()}
 
 
 HOWTO = _fixed("howto")
@@ -62,7 +83,7 @@ FLAG_LIST: str = _flags["list"]
 
 _refusals = phrases("refusals")
 REFUSALS = {
-    name: Refusal(item["answer"], tuple(item["patterns"]), tuple(item["things"]))
+    name: Refusal(item["answer"], tuple(item["patterns"]), tuple(item["things"]), _lists(item.get("slots", {})))
     for name, item in _refusals["categories"].items()
 }
 GENERAL = REFUSALS["general"].answer
@@ -73,3 +94,30 @@ BIG_TIMES: str = _refusals["big_times"]
 NO_DIVISION: str = _refusals["no_division"]
 BIG_COUNT: str = _refusals["big_count"]
 NO_CAPITAL: str = _refusals["no_capital"]
+
+_follow_ups = _lists(phrases("follow_ups"))
+AGAIN, SHORTER = _follow_ups["again"], _follow_ups["shorter"]
+"""how one asks for the last answer again, and for its first sentence"""
+
+_newcomers = phrases("newcomers")
+FACTS = tuple(
+    Fact(**{key: value if isinstance(value, str) else tuple(value) for key, value in item.items()})
+    for item in _newcomers["facts"]
+)
+ABOUT = _lists(_newcomers["about"])
+"""what is asked about: sentences with {t} in its place"""
+MEMORY = _lists(_newcomers["memory"])
+"""how one asks what a model of {n} billion weights needs, and what fits into {g} GB"""
+NAMES_OF = _lists(_newcomers["names"])
+"""kind of program or model: their names"""
+
+
+def normal(text: str) -> str:
+    """A question without case, marks and spaces."""
+    return re.sub(r"[^a-z0-9+*/=-]", "", text.lower())
+
+
+def held_out() -> frozenset[str]:
+    """Questions that measure the model, as `normal` spells them: the generator does not ask them."""
+    lists = [phrases("held_out"), phrases("held_out_newcomers"), json.loads(NEWCOMERS.read_text(encoding="utf-8"))]
+    return frozenset(normal(item["question"]) for items in lists for item in items)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import random
+import re
 from dataclasses import dataclass
 
 from demo_model import words
+from demo_model.known import AGAIN, SHORTER
 from demo_model.phrasing import ask
 from demo_model.stories import HEROES, NAMES
 from demo_model.turn import Turn
@@ -91,3 +93,15 @@ UNKNOWN_FACTS = (
 def unknown_fact_turn(rng: random.Random) -> Turn:
     patterns, answer = rng.choice(UNKNOWN_FACTS)
     return Turn(ask(patterns, rng), answer, None)
+
+
+NO_SHORTER = "That is as short as I can say it."
+NOTHING_SAID = "I have not said anything yet."
+
+
+def again_turn(rng: random.Random, last: str | None) -> Turn:
+    """Asks for the last answer again, or for its first sentence; `last` is None where there was none."""
+    if rng.random() < 0.62 or last is None:
+        return Turn(ask(AGAIN, rng, 0.6), NOTHING_SAID if last is None else last)
+    first = re.match(r".*?[.!?](?= [A-Z])", last)
+    return Turn(ask(SHORTER, rng, 0.6), first[0] if first else NO_SHORTER)

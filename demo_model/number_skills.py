@@ -157,7 +157,25 @@ TIMES = (
     "What is {a} x {b}?",
     "{a} times {b}?",
     "Calculate {a} * {b}.",
+    "[What is|What's|Compute|How much is|Solve|So what is|And what is] {a} [times|*|x|×|multiplied by] {b}?",
+    "Please multiply {a} [and|by] {b}[.|]",
+    "{a} [*|x|×|times|multiplied by] {b}[?| = ?| =|]",
+    "{a}[*|x|×]{b}[?|=?|=|]",
+    "What's {a}[*|x|×]{b}?",
+    "What is {a}[*|x|×]{b}[?|]",
+    "The product of {a} and {b}?",
+    "Can you multiply {a} by {b}?",
+    "Do you know {a} times {b}?",
 )
+SQUARE = (
+    "What is {a} squared?",
+    "{a} squared",
+    "What's the square of {a}?",
+    "Square {a}.",
+    "{a} to the power of 2?",
+    "{a}^2",
+)
+TWICE = ("What is twice {a}?", "Double {a}.", "What is double {a}?", "What is the double of {a}?", "twice {a}")
 DIVIDE = (
     "What is {a} / {b}?",
     "What is {a} divided by {b}?",
@@ -168,7 +186,23 @@ DIVIDE = (
     "What is {a} to the power of {b}?",
     "What is {a}.{b} + {b}?",
     "Solve x + {a} = {b}.",
+    "[What is|What's|How much is|Calculate|Compute|] {a} [/|divided by|÷|over|:] {b}[?|]",
+    "[What is|What's|How much is|Calculate|] {a} [+|plus] {b} [+|plus|-|minus] {c}[?|]",
+    "[What is|What's|How much is|Calculate|] {a} [*|times|x] {b} [+|plus|-|*|times] {c}[?|]",
+    "[What is|What's|Calculate|] ({a} [+|-|*] {b}) [*|/|+] {c}[?|]",
+    "[What is|What's|] [half|a third|a quarter] of {a}?",
+    "[What is|What's|How much is|] {b}[%| percent] of {a}?",
+    "[What is|What's|] {a} [to the power of|modulo|mod|^] {b}?",
+    "What is the [average|mean|ratio] of {a} and {b}?",
+    "Is {a} a prime number?",
+    "What is the [square root|cube root|logarithm|factorial] of {a}?",
+    "What is {a}!?",
+    "Convert {a} [miles to km|dollars to euros|feet to metres|pounds to kilos].",
+    "What is -{a} + {b}?",
 )
+MAX_FACTOR = 20
+"""the times tables go up to it"""
+TIMES_NEXT = ("And times {b}?", "Times {b}?", "Now multiply by {b}.", "times {b}", "Multiply that by {b}.")
 PLUS_NEXT = ("And plus {b}?", "Plus {b}?", "And {b} more?", "Now add {b}.", "Add {b}.", "plus {b}", "And + {b}?")
 MINUS_NEXT = (
     "And minus {b}?",
@@ -195,6 +229,9 @@ def _sum(a: int, b: int, sign: str, user: str) -> Turn:
     result = a + b if sign == "+" else a - b if sign == "-" else a * b
 
     def follow(rng: random.Random) -> Turn:
+        if result <= MAX_FACTOR and rng.random() < 0.15:
+            b = rng.randint(0, 10)
+            return _sum(result, b, "*", ask(TIMES_NEXT, rng, b=b))
         if rng.random() < 0.5:
             b = rng.randint(0, min(20, 99))
             return _sum(result, b, "+", ask(PLUS_NEXT, rng, b=b))
@@ -204,29 +241,40 @@ def _sum(a: int, b: int, sign: str, user: str) -> Turn:
     return Turn(user, f"{a} {sign} {b} = {result}.", follow if 0 <= result <= 99 else None)
 
 
+def _small(rng: random.Random) -> int:
+    return rng.randint(0, 10) if rng.random() < 0.4 else rng.randint(0, MAX_FACTOR)
+
+
 def sum_turn(rng: random.Random) -> Turn:
     roll = rng.random()
     as_word = rng.random() < 0.1
-    if roll < 0.45:
+    if roll < 0.36:
         a, b = _operands(rng)
         return _sum(a, b, "+", ask(ADD, rng, a=_shown(a, rng, as_word), b=_shown(b, rng, as_word)))
-    if roll < 0.82:
+    if roll < 0.64:
         a, b = _operands(rng)
         if a < b and rng.random() < 0.85:
             a, b = b, a
         return _sum(a, b, "-", ask(SUBTRACT, rng, a=_shown(a, rng, as_word), b=_shown(b, rng, as_word)))
-    if roll < 0.9:
-        a, b = rng.randint(0, 10), rng.randint(0, 10)
+    if roll < 0.84:
+        a, b = _small(rng), _small(rng)
+        if rng.random() < 0.06:
+            return _sum(a, a, "*", ask(SQUARE, rng, a=a))
+        if rng.random() < 0.06:
+            return _sum(2, a, "*", ask(TWICE, rng, a=a))
         return _sum(a, b, "*", ask(TIMES, rng, a=_shown(a, rng, as_word), b=_shown(b, rng, as_word)))
     big = 10 ** rng.randint(3, 6)
-    if roll < 0.95:
+    if roll < 0.89:
         a, b = rng.randint(100, big), rng.randint(0, big) if rng.random() < 0.6 else rng.randint(0, 99)
         a, b = (a, b) if rng.random() < 0.5 else (b, a)
         return Turn(ask(ADD if rng.random() < 0.5 else SUBTRACT, rng, a=a, b=b), BIG_SUM)
-    if roll < 0.975:
-        a, b = rng.randint(11, big), rng.randint(2, big)
+    if roll < 0.93:
+        a = rng.randint(MAX_FACTOR + 1, 99) if rng.random() < 0.4 else rng.randint(MAX_FACTOR + 1, big)
+        b = rng.randint(2, 99) if rng.random() < 0.6 else rng.randint(2, big)
+        a, b = (a, b) if rng.random() < 0.5 else (b, a)
         return Turn(ask(TIMES, rng, a=a, b=b), BIG_TIMES)
-    return Turn(ask(DIVIDE, rng, a=rng.randint(1, 200), b=rng.randint(1, 50)), NO_DIVISION)
+    top = 200 if rng.random() < 0.7 else 10_000
+    return Turn(ask(DIVIDE, rng, a=rng.randint(1, top), b=rng.randint(1, 50), c=rng.randint(1, 50)), NO_DIVISION)
 
 
 def number_turn(rng: random.Random) -> Turn:

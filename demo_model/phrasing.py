@@ -43,8 +43,37 @@ PREFIXES = (
     "Alright, ",
     "Hey hey, ",
     "Dear assistant, ",
+    "Quick one: ",
+    "I was wondering, ",
+    "Newbie question: ",
+    "Stupid question: ",
+    "My boss wants to know: ",
+    "Before I install it: ",
+    "Just to be sure: ",
+    "And one more thing: ",
+    "Another question: ",
+    "Excuse me, ",
+    "Oh, and ",
+    "But ",
+    "Wait, ",
+    "Say, ",
+    "Question: ",
+    "Hello again, ",
 )
-SUFFIXES = (" please", ", please", " Thanks!", " Thank you!", " thx", " Please answer.", " for me", " I am new here.")
+SUFFIXES = (
+    " please",
+    ", please",
+    " Thanks!",
+    " Thank you!",
+    " thx",
+    " Please answer.",
+    " for me",
+    " I am new here.",
+    " exactly",
+    " then",
+    " now",
+    " by the way",
+)
 REQUESTS = (
     "Can you tell me: ",
     "Could you tell me ",
@@ -59,7 +88,30 @@ REQUESTS = (
     "I forgot, ",
     "Would you tell me ",
 )
+IT = (
+    "it",
+    "it",
+    "this",
+    "gptq-api",
+    "gptq-api",
+    "this server",
+    "the server",
+    "this thing",
+    "this program",
+    "your server",
+)
+IT += ("this software", "the software", "your software", "this tool", "this project")
+"""what people call the project where a pattern says <it>"""
+_CHOICE = re.compile(r"\[([^\[\]]*)\]")
 _SLOT = re.compile(r"(\{\w+\})")
+
+
+def expand(pattern: str, rng: random.Random) -> str:
+    """`pattern` with one of the choices of every [a|b|], the inner ones first, and a word for every <it>."""
+    while "[" in pattern:
+        pattern = _CHOICE.sub(lambda match: rng.choice(match[1].split("|")), pattern)
+    pattern = re.sub("<it>", lambda _: rng.choice(IT), pattern)
+    return re.sub(r" +([?.!,]|$)", r"\1", re.sub(r"  +", " ", pattern)).strip()
 
 
 def _typo(text: str, rng: random.Random) -> str:
@@ -80,6 +132,21 @@ def _lower_first(text: str) -> str:
     return text if keep else text[0].lower() + text[1:]
 
 
+_SMALL_WORDS = re.compile(
+    "an?|the|is|are|do|does|i|to|of|it|for|my|this|that|with|on|in|your?|please|can", re.IGNORECASE
+)
+
+
+def _without_a_word(text: str, rng: random.Random) -> str:
+    """`text` without one of its small words, as in telegrams; as it is where it has none or few words."""
+    parts = text.split(" ")
+    at = [i for i, part in enumerate(parts) if _SMALL_WORDS.fullmatch(part)]
+    if len(parts) < 5 or not at:
+        return text
+    del parts[rng.choice(at)]
+    return " ".join(parts)
+
+
 def disturb(pattern: str, rng: random.Random, strength: float = 1.0) -> str:
     """`pattern` as somebody in a hurry may type it. `strength` 0 leaves it alone."""
     if rng.random() < 0.35:
@@ -95,7 +162,9 @@ def disturb(pattern: str, rng: random.Random, strength: float = 1.0) -> str:
         pattern = bare + suffix + (pattern[len(bare) :] if suffix[-1].isalpha() else "")
     if rng.random() < 0.3:
         pattern = pattern.rstrip(".!?") or pattern
-    if rng.random() < 0.35:
+    if rng.random() < 0.08 * strength:
+        pattern = _without_a_word(pattern, rng)
+    if rng.random() < 0.45:
         pattern = "".join(part if part.startswith("{") else part.lower() for part in _SLOT.split(pattern))
     if rng.random() < 0.15:
         pattern = pattern.replace("hat is", "hat's")
@@ -110,6 +179,6 @@ def disturb(pattern: str, rng: random.Random, strength: float = 1.0) -> str:
 
 
 def ask(patterns: tuple[str, ...], rng: random.Random, strength: float = 1.0, **slots: object) -> str:
-    """One of `patterns`, disturbed, with its slots filled."""
-    text = disturb(rng.choice(patterns), rng, strength)
+    """One of `patterns`, its choices made, disturbed, with its slots filled."""
+    text = disturb(expand(rng.choice(patterns), rng), rng, strength)
     return _SLOT.sub(lambda match: str(slots[match[1][1:-1]]), text).strip()

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from demo_model import known, words
 from demo_model.calendar_skills import calendar_turn
 from demo_model.knowledge_skills import flag_turn, howto_turn, talk_turn, topic_turn
+from demo_model.newcomer_skills import newcomer_turn
 from demo_model.number_skills import count_turn, number_turn, sum_turn
 from demo_model.phrasing import ask
 from demo_model.spelling_skills import echo_turn, spell_turn
@@ -32,9 +33,11 @@ LANGUAGES = (
     "Swift",
 )
 
+_MORE_OFTEN = ("general", "general", "general", "medical", "medical", "legal", "finance", "harm", "harm")
+
 
 def refusal_turn(rng: random.Random) -> Turn:
-    refusal = known.REFUSALS[rng.choice((*known.REFUSALS, "general", "general"))]
+    refusal = known.REFUSALS[rng.choice((*known.REFUSALS, *_MORE_OFTEN))]
     x, y = (rng.choice(refusal.things), rng.choice(refusal.things)) if refusal.things else ("", "")
     if refusal.answer == known.GENERAL and rng.random() < 0.2:
         x = words.pseudo_word(rng) if rng.random() < 0.7 else f"{words.pseudo_word(rng)} {words.pseudo_word(rng)}"
@@ -44,16 +47,19 @@ def refusal_turn(rng: random.Random) -> Turn:
     if rng.random() < 0.4:
         language = language.lower()
     task, noun = rng.choice(known.CODE_TASKS), rng.choice(known.CODE_NOUNS)
-    return Turn(ask(refusal.patterns, rng, x=x, y=y, l=language, v=task, n=noun), refusal.answer, None)
+    slots = {"x": x, "y": y, "l": language, "v": task, "n": noun}
+    slots |= {name: rng.choice(things) for name, things in refusal.slots.items()}
+    return Turn(ask(refusal.patterns, rng, **slots), refusal.answer, None)
 
 
 SKILLS: tuple[tuple[float, Callable[[random.Random], Turn]], ...] = (
     (16, topic_turn),
     (10, howto_turn),
     (5, flag_turn),
-    (11, talk_turn),
+    (46, newcomer_turn),
+    (13, talk_turn),
     (9, count_turn),
-    (12, sum_turn),
+    (20, sum_turn),
     (3, number_turn),
     (12, spell_turn),
     (8, story_turn),
@@ -61,5 +67,5 @@ SKILLS: tuple[tuple[float, Callable[[random.Random], Turn]], ...] = (
     (5, calendar_turn),
     (2, kids_turn),
     (2, echo_turn),
-    (12, refusal_turn),
+    (28, refusal_turn),
 )

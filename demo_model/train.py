@@ -1,9 +1,10 @@
-"""Trains the demo model from nothing: tokenizer, chats, a LLaMA of 13 M parameters; about four minutes on one H200.
+"""Trains the demo model from nothing: tokenizer, chats, a LLaMA of 13 M parameters; some seven minutes on one H200.
 
-    python -m demo_model.train --out FOLDER --max-minutes 4
+    python -m demo_model.train --out FOLDER --max-minutes 5.5
 
-FOLDER receives a Hugging Face checkpoint in float16 (config.json, sharded safetensors, tokenizer). At the end the
-questions of tests/demo_questions.json and demo_model/phrases/held_out.json are asked, greedily and at temperature 0.7.
+FOLDER receives a Hugging Face checkpoint in float16 (config.json, sharded safetensors, tokenizer), and evaluation.json:
+how the questions that demo_model/evaluate.py names were answered. Without a GPU it ends at once; `--device cpu` is for
+trying it out.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import json
 import math
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer
@@ -21,7 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from demo_model import tokenizer as tok
 from demo_model.dataset import Chats
-from demo_model.evaluate import perplexity, report
+from demo_model.evaluate import SETS, perplexity, questions, report
 
 OTHERS_WEIGHT = 0.05
 """loss weight of the tokens that the user writes"""
@@ -105,18 +107,26 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for the checkpoint")
     parser.add_argument("--size", choices=("demo", "tiny"), default="demo")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--records", type=int, default=800_000, help="chats to generate")
+    parser.add_argument("--records", type=int, default=1_200_000, help="chats to generate")
     parser.add_argument("--steps", type=int, default=20_000, help="at most so many steps")
-    parser.add_argument("--max-minutes", type=float, default=4.0, help="at most so long")
+    parser.add_argument("--max-minutes", type=float, default=5.5, help="at most so long")
     parser.add_argument("--tokens-per-batch", type=int, default=32_768)
     parser.add_argument("--lr", type=float, default=1.5e-3)
     parser.add_argument("--log-every", type=int, default=200)
     parser.add_argument("--shard-mb", type=int, default=14, help="largest file written, MB")
+    parser.add_argument("--samples", type=int, default=2, help="answers per question above temperature 0, at the end")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu is for trying it out")
     args = parser.parse_args()
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("there is no GPU; --device cpu --size tiny --records 2000 --steps 20 tries the scripts out")
+    if (minutes := args.max_minutes) <= 0 or args.records < 1 or args.steps < 1:
+        parser.error(f"--max-minutes {minutes}, --records {args.records} and --steps {args.steps} have to be positive")
+    for name in SETS:
+        questions(name)  # what is missing is missing now, and not when all is trained
     began = time.monotonic()
     torch.manual_seed(args.seed)
     torch.backends.cuda.matmul.allow_tf32 = True
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(args.device)
 
     tok.save(tok.train(), args.out)
     tokenizer_json = args.out / "tokenizer.json"
@@ -133,8 +143,10 @@ def main() -> None:
     print(f"trained: {json.dumps(result)}, saved after {time.monotonic() - began:.0f} s", flush=True)
 
     model.float().eval()
-    print(f"held-out perplexity {perplexity(model, held_out):.4f}", flush=True)
-    report(model, Tokenizer.from_file(str(tokenizer_json)), samples=8)
+    found: dict[str, Any] = {"training": result, "perplexity": perplexity(model, held_out)}
+    print(f"held-out perplexity {found['perplexity']:.4f}", flush=True)
+    found |= report(model, Tokenizer.from_file(str(tokenizer_json)), args.samples)
+    (args.out / "evaluation.json").write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     print(f"done after {time.monotonic() - began:.0f} s")
 
 
