@@ -91,7 +91,8 @@ class Chats:
             for b, length in enumerate(LENGTHS):
                 rows = (bucket == b).nonzero()[:, 0]
                 rows = rows[torch.randperm(len(rows), generator=generator)]
-                batches += [(part, length) for part in rows.split(max(1, tokens_per_batch // length))]
+                parts = rows.split(max(1, tokens_per_batch // length))  # one, and empty, where there are no rows
+                batches += [(part, length) for part in parts if len(part)]
             for i in torch.randperm(len(batches), generator=generator).tolist():
                 rows, length = batches[i]
                 yield self.batch(rows.to(self.ids.device), length)

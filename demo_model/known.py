@@ -106,6 +106,8 @@ FACTS = tuple(
 )
 ABOUT = _lists(_newcomers["about"])
 """what is asked about: sentences with {t} in its place"""
+CONTEXTS = tuple(_newcomers["contexts"])
+"""what some say before they ask"""
 MEMORY = _lists(_newcomers["memory"])
 """how one asks what a model of {n} billion weights needs, and what fits into {g} GB"""
 NAMES_OF = _lists(_newcomers["names"])

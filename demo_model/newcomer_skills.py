@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 
 from demo_model import words
-from demo_model.known import ABOUT, FACTS, MEMORY, NAMES_OF, Fact
+from demo_model.known import ABOUT, CONTEXTS, FACTS, MEMORY, NAMES_OF, Fact
 from demo_model.phrasing import ask, expand
 from demo_model.turn import Turn
 
@@ -61,4 +61,7 @@ def newcomer_turn(rng: random.Random) -> Turn:
     fact = rng.choice(FACTS)
     if fact.about is not None:
         return _about(fact, rng)
-    return Turn(ask((_text(fact, rng),), rng), fact.answer)
+    text = _text(fact, rng)
+    if rng.random() < 0.12 and len(text) > 12:
+        text = rng.choice(CONTEXTS) + (text[0].lower() + text[1:] if text[:2].istitle() else text)
+    return Turn(ask((text,), rng), fact.answer)

@@ -251,12 +251,12 @@ def sum_turn(rng: random.Random) -> Turn:
     if roll < 0.36:
         a, b = _operands(rng)
         return _sum(a, b, "+", ask(ADD, rng, a=_shown(a, rng, as_word), b=_shown(b, rng, as_word)))
-    if roll < 0.64:
+    if roll < 0.62:
         a, b = _operands(rng)
         if a < b and rng.random() < 0.85:
             a, b = b, a
         return _sum(a, b, "-", ask(SUBTRACT, rng, a=_shown(a, rng, as_word), b=_shown(b, rng, as_word)))
-    if roll < 0.84:
+    if roll < 0.80:
         a, b = _small(rng), _small(rng)
         if rng.random() < 0.06:
             return _sum(a, a, "*", ask(SQUARE, rng, a=a))
@@ -264,11 +264,11 @@ def sum_turn(rng: random.Random) -> Turn:
             return _sum(2, a, "*", ask(TWICE, rng, a=a))
         return _sum(a, b, "*", ask(TIMES, rng, a=_shown(a, rng, as_word), b=_shown(b, rng, as_word)))
     big = 10 ** rng.randint(3, 6)
-    if roll < 0.89:
+    if roll < 0.85:
         a, b = rng.randint(100, big), rng.randint(0, big) if rng.random() < 0.6 else rng.randint(0, 99)
         a, b = (a, b) if rng.random() < 0.5 else (b, a)
         return Turn(ask(ADD if rng.random() < 0.5 else SUBTRACT, rng, a=a, b=b), BIG_SUM)
-    if roll < 0.93:
+    if roll < 0.90:
         a = rng.randint(MAX_FACTOR + 1, 99) if rng.random() < 0.4 else rng.randint(MAX_FACTOR + 1, big)
         b = rng.randint(2, 99) if rng.random() < 0.6 else rng.randint(2, big)
         a, b = (a, b) if rng.random() < 0.5 else (b, a)
