@@ -106,6 +106,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for the checkpoint")
     parser.add_argument("--size", choices=("demo", "tiny"), default="demo")
+    parser.add_argument(
+        "--tokenizer", type=Path, help="tokenizer.json to keep; without it one is learnt from the chats"
+    )
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--records", type=int, default=1_200_000, help="chats to generate")
     parser.add_argument("--steps", type=int, default=20_000, help="at most so many steps")
@@ -121,6 +124,8 @@ def main() -> None:
         parser.error("there is no GPU; --device cpu --size tiny --records 2000 --steps 20 tries the scripts out")
     if (minutes := args.max_minutes) <= 0 or args.records < 1 or args.steps < 1:
         parser.error(f"--max-minutes {minutes}, --records {args.records} and --steps {args.steps} have to be positive")
+    if args.tokenizer is not None and not args.tokenizer.is_file():
+        parser.error(f"--tokenizer {args.tokenizer}: there is no such file")
     for name in SETS:
         questions(name)  # what is missing is missing now, and not when all is trained
     began = time.monotonic()
@@ -128,7 +133,7 @@ def main() -> None:
     torch.backends.cuda.matmul.allow_tf32 = True
     device = torch.device(args.device)
 
-    tok.save(tok.train(), args.out)
+    tok.save(tok.train() if args.tokenizer is None else Tokenizer.from_file(str(args.tokenizer)), args.out)
     tokenizer_json = args.out / "tokenizer.json"
     chats = Chats.generate(tokenizer_json, args.seed, args.records, device)
     held_out = Chats.generate(tokenizer_json, args.seed + 1_000_000, min(args.records, 1000), device)

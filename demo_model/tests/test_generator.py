@@ -49,9 +49,10 @@ def test_generator_is_reproducible_and_speaks_the_template() -> None:
 
 def test_the_phrases_are_the_ones_the_model_was_trained_on() -> None:
     """A changed phrase is a model to train again; then the numbers here follow."""
-    assert (len(TERMS), len(HOWTO), len(SMALL_TALK), len(FLAGS), len(REFUSALS)) == (52, 27, 21, 26, 10)
+    assert (len(TERMS), len(HOWTO), len(SMALL_TALK), len(FLAGS)) == (52, 28, 23, 26)
+    assert (len(REFUSALS), len(FACTS)) == (13, 101)
     digest = hashlib.sha256(json.dumps(records(1, 2000)).encode()).hexdigest()
-    assert digest == "a456daca7ccf280fa9d7627affe3513173314318bb1065c4051ec2432bcb7fd3"
+    assert digest == "179b37f3e1f2190e07ed1984ca1d9bdf0cd581ac60c9c3be146fd3cdfc9a3df2"
     assert sum(refusal.answer == GENERAL for refusal in REFUSALS.values()) == 2
 
 
