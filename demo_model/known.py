@@ -100,8 +100,9 @@ AGAIN, SHORTER = _follow_ups["again"], _follow_ups["shorter"]
 """how one asks for the last answer again, and for its first sentence"""
 
 _newcomers = phrases("newcomers")
+_KINDS = ("questions", "nouns", "platforms", "tasks")
 FACTS = tuple(
-    Fact(**{key: value if isinstance(value, str) else tuple(value) for key, value in item.items()})
+    Fact(item["answer"], *(tuple(item.get(kind, ())) for kind in _KINDS), item.get("about"))
     for item in _newcomers["facts"]
 )
 ABOUT = _lists(_newcomers["about"])

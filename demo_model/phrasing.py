@@ -100,7 +100,8 @@ IT = (
     "this program",
     "your server",
 )
-IT += ("this software", "the software", "your software", "this tool", "this project")
+    *("this software", "the software", "your software", "this tool", "this project"),
+)
 """what people call the project where a pattern says <it>"""
 _CHOICE = re.compile(r"\[([^\[\]]*)\]")
 _SLOT = re.compile(r"(\{\w+\})")

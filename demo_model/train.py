@@ -106,9 +106,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for the checkpoint")
     parser.add_argument("--size", choices=("demo", "tiny"), default="demo")
-    parser.add_argument(
-        "--tokenizer", type=Path, help="tokenizer.json to keep; without it one is learnt from the chats"
-    )
+    parser.add_argument("--tokenizer", type=Path, help="tokenizer.json to keep; otherwise one is learnt")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--records", type=int, default=1_200_000, help="chats to generate")
     parser.add_argument("--steps", type=int, default=20_000, help="at most so many steps")
