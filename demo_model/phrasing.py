@@ -89,18 +89,8 @@ REQUESTS = (
     "Would you tell me ",
 )
 IT = (
-    "it",
-    "it",
-    "this",
-    "gptq-api",
-    "gptq-api",
-    "this server",
-    "the server",
-    "this thing",
-    "this program",
-    "your server",
-)
-    *("this software", "the software", "your software", "this tool", "this project"),
+    *("it", "it", "this", "gptq-api", "gptq-api", "this server", "the server", "this thing", "this program"),
+    *("your server", "this software", "the software", "your software", "this tool", "this project"),
 )
 """what people call the project where a pattern says <it>"""
 _CHOICE = re.compile(r"\[([^\[\]]*)\]")

@@ -52,7 +52,7 @@ def test_the_phrases_are_the_ones_the_model_was_trained_on() -> None:
     assert (len(TERMS), len(HOWTO), len(SMALL_TALK), len(FLAGS)) == (52, 28, 23, 26)
     assert (len(REFUSALS), len(FACTS)) == (13, 101)
     digest = hashlib.sha256(json.dumps(records(1, 2000)).encode()).hexdigest()
-    assert digest == "179b37f3e1f2190e07ed1984ca1d9bdf0cd581ac60c9c3be146fd3cdfc9a3df2"
+    assert digest == "3b213626a22028b42079e0ad9804c5072d1674a9aa7a29c48ae57d7fd762a3eb"
     assert sum(refusal.answer == GENERAL for refusal in REFUSALS.values()) == 2
 
 
