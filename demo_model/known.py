@@ -100,11 +100,16 @@ AGAIN, SHORTER = _follow_ups["again"], _follow_ups["shorter"]
 """how one asks for the last answer again, and for its first sentence"""
 
 _newcomers = phrases("newcomers")
-_KINDS = ("questions", "nouns", "platforms", "tasks")
-FACTS = tuple(
-    Fact(item["answer"], *(tuple(item.get(kind, ())) for kind in _KINDS), item.get("about"))
-    for item in _newcomers["facts"]
-)
+
+
+def _fact(item: dict[str, Any]) -> Fact:
+    questions, nouns, platforms, tasks = (
+        tuple(item.get(kind, ())) for kind in ("questions", "nouns", "platforms", "tasks")
+    )
+    return Fact(item["answer"], questions, nouns, platforms, tasks, item.get("about"))
+
+
+FACTS = tuple(map(_fact, _newcomers["facts"]))
 ABOUT = _lists(_newcomers["about"])
 """what is asked about: sentences with {t} in its place"""
 CONTEXTS = tuple(_newcomers["contexts"])
