@@ -101,9 +101,3 @@ class RankGroup:
         except BaseException:
             self._barrier.abort()
             raise
-
-    def close(self) -> None:
-        """No rank has anything to do any more."""
-        self._barrier.abort()
-        for thread in self._threads:
-            thread.shutdown(wait=False, cancel_futures=True)
