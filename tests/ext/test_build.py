@@ -18,8 +18,9 @@ MAX_COLUMNS = 140
 
 
 def sources() -> dict[str, str]:
-    """path in ext/ -> text."""
-    return {str(path.relative_to(EXT)): path.read_text() for path in sorted(EXT.rglob("*")) if path.is_file()}
+    """path in ext/ -> text, but for what Python keeps of the build backend."""
+    files = (path for path in sorted(EXT.rglob("*")) if path.is_file() and "__pycache__" not in path.parts)
+    return {str(path.relative_to(EXT)): path.read_text() for path in files}
 
 
 def test_every_file_stands_in_a_folder_of_its_family() -> None:

@@ -3,6 +3,7 @@ SM holds, by the registers that the compiler took and the shared memory that a l
 
 from __future__ import annotations
 
+import re
 import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -86,6 +87,11 @@ def launches(tmp_path_factory: pytest.TempPathFactory) -> Launcher:
     return answer
 
 
+def plain(kernel: str) -> str:
+    """Its mangled name without the numbers of a namespace without a name, which depend on where the source is."""
+    return re.sub(r"\d+_GLOBAL__N__[0-9a-f]{8}_\d+_(\w+?)_cu_[0-9a-f]{8}", r"\1", kernel)
+
+
 @pytest.fixture
 def resident(launches: Launcher, compiled: Compiler) -> Callable[[str, str], tuple[int, int]]:
     """(card, call) -> (blocks of its one launch that an SM holds at once, blocks for each SM)."""
@@ -95,7 +101,7 @@ def resident(launches: Launcher, compiled: Compiler) -> Callable[[str, str], tup
         (launch,) = launches(card, call)
         source = next(source for kernel, source in KERNELS.items() if kernel in launch.kernel)
         arch = "90" if card.code == 100 else str(card.code)
-        usage = compiled(source, arch).usage[launch.kernel]
+        usage = {plain(kernel): usage for kernel, usage in compiled(source, arch).usage.items()}[plain(launch.kernel)]
         fit = blocks_per_sm(card.capability, launch.threads, usage.registers, usage.shared + launch.shared)
         return fit, -(-launch.grid // card.sms)
 
