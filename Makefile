@@ -28,7 +28,7 @@ chat: environment
 SIDE_BY_SIDE = -n auto --maxprocesses 4 --dist loadfile
 
 test: environment-dev
-	@echo "all tests take some thirteen minutes on two idle cores, and longer on busy ones; make fast takes two"
+	@echo "all tests take a quarter to half an hour on two cores, and longer on busy ones; make fast takes some minutes"
 	$(VENV)/bin/python -m pytest $(SIDE_BY_SIDE) $(ARGS)
 
 # What needs no process, no compiler, no clock and no patience: between two edits.
