@@ -295,7 +295,6 @@ PYBIND11_MODULE(_cuda, m, py::mod_gil_not_used()) {
   m.def("exchange_norm", &exchange_norm, free_gil, "full"_a, "words"_a, "states"_a, "stuck"_a, "begin"_a, "rank"_a, "capacity"_a,
         "limit_s"_a, "weight"_a, "perm"_a, "out"_a, "T"_a, "H"_a, "ldx"_a, "ldo"_a, "eps"_a, "bf16"_a, "stream"_a);
   m.attr("exchange_state_bytes") = sizeof(gptq::ExchangeState);
-  m.attr("exchange_max_ranks") = gptq::kMaxRanks;
   m.def("enable_peer_access", &enable_peer_access, free_gil, "peer"_a);
   m.def("attention_decode", &attention_decode, free_gil, "qkv"_a, "cache"_a, "block_tables"_a, "context_lens"_a, "query_start"_a, "out"_a,
         "out_index"_a, "groups"_a, "positions"_a, "slot_mapping"_a, "cos_sin"_a, "q_norm"_a, "k_norm"_a, "workspace"_a, "eps"_a, "scale"_a,

@@ -133,8 +133,8 @@ class ModelSettings(CommandSettings):
     num_threads: int | None = Field(None, ge=1, le=4096)
     """CPU threads of the engine. Default: the physical cores this process may use, and one for a small model."""
     tensor_parallel_size: int = Field(1, ge=1, le=8)
-    """GPUs that share the model (FastChat's --num-gpus): each has a part of every Linear and of the KV cache. With
-    --batch-invariant bits do not depend on how many. On the CPU, threads: to try it."""
+    """GPUs that share the model (FastChat's --num-gpus): each has a part of every Linear and of the KV cache. On the
+    CPU, threads: to try it."""
     batch_invariant: bool = False
     """On CUDA: an answer's tokens and logprobs are the same bits whoever else is in the batch, in chunks, after
     preemption and behind a cached prefix, at the price of slower large batches. On the CPU they are so anyway."""

@@ -73,11 +73,6 @@ class Exchange:
         torch.cuda.synchronize()
         self._states, self._buffers = each(self._state.data_ptr()), each(self._words.data_ptr())
 
-    @property
-    def num_bytes(self) -> int:
-        """That it takes on the device."""
-        return self._state.numel() * 4 + self._words.numel() * 8
-
     def place(self, matrix: Tensor, columns: list[range]) -> Place:
         """Every rank's `matrix` [rows, columns], of 16 or 32 bits, its rows side by side. All ranks call it."""
         if matrix.dim() != 2 or not matrix.is_contiguous() or matrix.shape[1] != columns[-1].stop:

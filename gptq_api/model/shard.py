@@ -1,9 +1,9 @@
 """How ranks share a model: each has some of the outputs of every Linear, and all of its inputs.
 
-No sum is cut, so an output has the bits that it has on one device, act-order or not: that orders inputs alone, and gate
-and up are cut in the order in which down wants them. What a rank computes it gives to all others before the next Linear
-reads it. q, k and v are cut into whole heads, so that each rank attends for its own and holds their part of the KV
-cache.
+No sum is cut, so an output can have the bits that it has on one device (docs/kernels.md says when), act-order or not:
+that orders inputs alone, and gate and up are cut in the order in which down wants them. What a rank computes it gives
+to all others before the next Linear reads it. q, k and v are cut into whole heads: each rank attends for its own, and
+holds their part of the KV cache.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ LISTED = """\
 :env:.timeout='180'
 global.cert='/etc/ssl/ours.pem'
 global.constraint='/etc/pip/constraints.txt'
-global.extra-index-url='file:///opt/simple https://user:word@packages.example.com/simple'
+global.extra-index-url='file:///nowhere/simple https://user:word@packages.example.com/simple'
 global.find-links='/nowhere {wheels}'
 global.index-url='https://mirror.example.com/simple'
 """
