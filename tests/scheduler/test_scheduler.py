@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import time
 from collections import Counter
 
 import pytest
@@ -15,6 +14,7 @@ from gptq_api.scheduler.scheduler import Progress, Scheduler
 from gptq_api.scheduler.sequence import Sequence
 from gptq_api.step import Sampled, Step
 from gptq_api.types import SamplingParams
+from tests.support.work import lines_run
 
 STOP = 0
 
@@ -320,17 +320,19 @@ def test_block_hashes_chain_and_are_salted() -> None:
     assert block_hash(b"", [1, 2]) == block_hash(b"", (1, 2))
 
 
-def test_a_step_of_256_sequences_costs_less_than_a_gpu_step() -> None:
-    world = World(256 * 4, 16, 256, 4096)
-    for i in range(256):
-        add(world.scheduler, i, [i + 1] * 8, 40)
-    elapsed: list[float] = []
-    for _ in range(20):
-        started = time.perf_counter()
-        step = world.scheduler.schedule()
-        world.scheduler.update(step, sampled(step))
-        elapsed.append(time.perf_counter() - started)
-    assert min(elapsed) < 0.002, f"{min(elapsed) * 1e3:.2f} ms"
+def test_a_step_costs_a_hundred_lines_a_sequence_however_many_there_are() -> None:
+    """Some 2 ms for 256, on a core that runs 12 million lines a second: less than a step of theirs takes on a GPU."""
+    for num in (16, 256):
+        world = World(num * 4, 16, num, 4096)
+        for i in range(num):
+            add(world.scheduler, i, [i + 1] * 8, 40)
+
+        def step(world: World = world) -> None:
+            step = world.scheduler.schedule()
+            world.scheduler.update(step, sampled(step))
+
+        lines = sorted(lines_run(step) / num for _ in range(20))
+        assert lines[10] < 100 and lines[-1] < 150, lines
 
 
 @pytest.mark.parametrize(("num_decoding", "prompt_tokens"), [(0, 64), (1, 46), (9, 30), (20, 16), (60, 4)])
