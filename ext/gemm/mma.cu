@@ -41,8 +41,10 @@ constexpr TileTime kTiles[] = {{MmaTile::k128x16, 8, 16, 200, 25, false},
                                {MmaTile::k128x64, 8, 64, 122, 6, false},
                                {MmaTile::k256x64, 16, 64, 118, 6, false},
                                {MmaTile::k256x128, 16, 128, 100, 6, true}};
-// Weights of a matrix from which operands may be rounded: their errors average out over many scales only.
+// Weights of a matrix from which operands may be rounded: their errors average out over many scales only. For one
+// order of sums the inputs alone decide: GPUs that share a model have some of a weight's outputs each.
 constexpr int64_t kFewWeights = 1 << 20;
+constexpr int kFewInputs = 2048;
 
 int slot_bytes(const TileTime& t, int chunk) { return (t.tokens * kChunkK * 2 + t.strips * chunk + 127) / 128 * 128; }
 int teams_of(const TileTime& t) { return 16 / t.strips; }
@@ -53,9 +55,9 @@ int depth_in(int smem, const TileTime& t, int chunk) {
 }
 
 // For one order of sums, the widest whose rings fit.
-const TileTime& one_order_tile(int n, int chunks, int chunk, const Device& device) {
+const TileTime& one_order_tile(int chunks, int chunk, const Device& device) {
   const TileTime &scaled = kTiles[4], &whole = kTiles[3];
-  return depth_in(device.smem, scaled, chunk) < 2 || int64_t{n} * chunks * kChunkK < kFewWeights ? whole : scaled;
+  return depth_in(device.smem, scaled, chunk) < 2 || chunks * kChunkK < kFewInputs ? whole : scaled;
 }
 
 // The tile that is done first among those whose rings fit; up to 32 tokens, where memory is the limit, the fewest padded tokens.
@@ -92,7 +94,7 @@ cudaError_t launch_mma(const MmaGemm& call, cudaStream_t stream) {
   p.chunks = (call.k + kChunkK - 1) / kChunkK;
   const TileTime& tile = call.tile ? kTiles[call.tile - 1]
                          : call.split == static_cast<int>(GemmSplit::kOneOrder)
-                             ? one_order_tile(call.n, p.chunks, p.chunk_bytes, device)
+                             ? one_order_tile(p.chunks, p.chunk_bytes, device)
                              : choose_tile(call.m, call.n, p.chunks, p.chunk_bytes, device);
   const MmaFormat format = call.groups != 1 ? MmaFormat::kAny : call.zeros ? MmaFormat::kOneGroupZeros : MmaFormat::kOneGroup;
   const MmaKernel kernel = (call.bf16 ? mma_bf16 : mma_fp16)(tile.tile, format);

@@ -49,15 +49,16 @@ constexpr int kCutCost = 8;              // chunks that cutting tiles along k ta
 constexpr int64_t kSmallWeight = 16000;  // chunks of all strips
 constexpr int kNarrowWeight = 5600;      // output rows
 // Weights of a matrix from which operands may be rounded: their errors average out over many scales only, and for fewer the exact tiles
-// cost nothing.
+// cost nothing. For one order of sums the inputs alone decide: GPUs that share a model have some of a weight's outputs each.
 constexpr int64_t kFewWeights = 1 << 20;
+constexpr int kFewInputs = 2048;
 
 // Up to 32 tokens memory and issue slots are the limit, and two blocks per SM hide most; small weights have no work for so many.
 // Above, the tile that is done first: fewer padded tokens, fuller waves, less to add up. For one order of sums, of those that scale sums or
 // of those that scale operands.
 Choice choose_tile(int m, int n, int chunks, int sms, bool one_order) {
   const int64_t units = static_cast<int64_t>(n / kStripRows) * chunks;
-  const bool few = units * kStripRows * kChunkK < kFewWeights;
+  const bool few = one_order ? chunks * kChunkK < kFewInputs : units * kStripRows * kChunkK < kFewWeights;
   if (m <= 32 && !one_order)
     return {m <= 16 ? WgmmaTile::k128x16 : WgmmaTile::k128x32,
             units > kSmallWeight || n > kNarrowWeight ? WgmmaSharing::kTwo : WgmmaSharing::kOne};
