@@ -4,6 +4,7 @@ tests in several processes."""
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import time
 from collections import Counter
@@ -20,6 +21,8 @@ from tests.support.turns import turn
 WORKER = "PYTEST_XDIST_WORKER" in os.environ
 if WORKER:  # a core for each process
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in the background of a shell; servers would inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 CLOCKS = {"monotonic", "perf_counter", "process_time"}
 
 

@@ -19,7 +19,9 @@ def socket() -> Iterator[Any]:
     """A subscriber that is connected to nothing yet."""
     zmq = pytest.importorskip("zmq", reason="pyzmq is not installed: pip install 'gptq-api[events]'")
     context = zmq.Context()
-    yield context.socket(zmq.SUB)
+    subscriber = context.socket(zmq.SUB)
+    subscriber.setsockopt(zmq.RECONNECT_IVL, 5)  # ms; by default it looks for a new server ten times a second
+    yield subscriber
     context.destroy(linger=0)
 
 
