@@ -131,6 +131,17 @@ class Abort(msgspec.Struct, frozen=True, tag="abort"):
     sequence_ids: tuple[int, ...]
 
 
+class LinearFacts(msgspec.Struct, frozen=True):
+    """Linears of the forward pass that are alike; one may be made of several modules, as of q, k and v."""
+
+    kernel: str
+    bits: str
+    """of the modules in the checkpoint: "4"; "4 + 8" where they differ, "" where they are not quantized"""
+    group_size: str
+    """the same; "-1": one group"""
+    num: int
+
+
 class ModelFacts(msgspec.Struct, frozen=True, kw_only=True):
     """What a checkpoint is, from its headers, its config and what loading decided; `gptq-api inspect` says more."""
 
@@ -154,6 +165,8 @@ class ModelFacts(msgspec.Struct, frozen=True, kw_only=True):
     """of the first layer's modules"""
     kernels: dict[str, int]
     """kernel -> how many Linears it takes"""
+    linears: tuple[LinearFacts, ...]
+    """the same, by bits and group size as well"""
     weight_bytes: int
     kv_bytes_per_token: int
 

@@ -143,6 +143,29 @@ ROWS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
         ),
     ),
     (
+        "Batches",
+        (
+            Panel(
+                "Batches", "short", (("{{status}}", gauge("gptq_api:batches", by="status")),), "Where --batch-dir is."
+            ),
+            Panel(
+                "Their requests",
+                "short",
+                (
+                    ("running", gauge("gptq_api:batch_requests_running")),
+                    ("waiting", gauge("gptq_api:batch_requests_waiting")),
+                ),
+                stacked=True,
+            ),
+            Panel(
+                "Their requests answered, a second",
+                "short",
+                (("{{outcome}}", rate("gptq_api:batch_requests_answered_total", "outcome")),),
+                stacked=True,
+            ),
+        ),
+    ),
+    (
         "Engine",
         (
             Panel(
@@ -180,6 +203,17 @@ ROWS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
                     ("log lines dropped", rate("gptq_api:log_lines_dropped_total")),
                     ("KV events dropped", rate("gptq_api:kv_events_dropped_total")),
                 ),
+            ),
+            Panel(
+                "Kernels",
+                "short",
+                (
+                    (
+                        "{{kernel}}, {{bits}} bits, groups of {{group_size}}",
+                        gauge("gptq_api:kernel_linears", "max", "kernel, bits, group_size"),
+                    ),
+                ),
+                "How many Linears each of them takes.",
             ),
         ),
     ),

@@ -52,6 +52,8 @@ class Desk(Protocol):
     app: ASGIApp
     slots: asyncio.Semaphore
     """for lines that are being answered"""
+    num_running: int
+    """of such lines"""
     finish: Callable[[Store, BatchRecord, End], None]
     """makes files of a batch's answers, and tells the store that it has ended"""
 
@@ -194,9 +196,11 @@ class BatchRun:
         return caller is not None and (caller.account is None or caller.account.has_spare(time.monotonic()))
 
     async def _ask_in_slot(self, asked: _LineAsked) -> None:
+        self._desk.num_running += 1
         try:
             await self._ask(asked)
         finally:
+            self._desk.num_running -= 1
             self._desk.slots.release()
 
     async def _ask(self, asked: _LineAsked) -> None:

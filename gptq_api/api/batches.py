@@ -17,6 +17,7 @@ from gptq_api.api.batch_run import BatchRun
 from gptq_api.api.service import Service
 from gptq_api.batch.records import BatchRecord, End
 from gptq_api.batch.store import Store
+from gptq_api.batch.tally import BatchLoad
 
 log = structlog.get_logger()
 
@@ -44,7 +45,8 @@ class Batches:
         self.num_at_once = max(1, min(engine.ready.max_num_seqs, engine.places.most // 2))
         """half of the places are for those that somebody waits for"""
         self.slots = asyncio.Semaphore(self.num_at_once)
-        self._store = store
+        self.num_running = 0
+        self._store, self._tallies = store, store.tallies()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="batches")
         self._turns: dict[str, asyncio.Lock] = {}
         self._runs: dict[str, BatchRun] = {}
@@ -53,7 +55,17 @@ class Batches:
 
     async def do(self, work: Callable[[Store], T]) -> T:
         """What `work` returns, in the thread of the store. Raises what it raises."""
-        return await asyncio.get_running_loop().run_in_executor(self._thread, work, self._store)
+        return await asyncio.get_running_loop().run_in_executor(self._thread, self._done, work)
+
+    def _done(self, work: Callable[[Store], T]) -> T:
+        try:
+            return work(self._store)
+        finally:
+            self._tallies = self._store.tallies()  # so that who asks how many there are need not wait for this thread
+
+    def load(self) -> BatchLoad:
+        """As of the last change."""
+        return BatchLoad(self._tallies, self.num_running, self._store.num_completed, self._store.num_failed)
 
     def turn_of(self, owner: str) -> asyncio.Lock:
         return self._turns.setdefault(owner, asyncio.Lock())

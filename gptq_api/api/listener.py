@@ -80,6 +80,8 @@ class Server(uvicorn.Server):
         """From now on everything is answered."""
         self._app.state.service = service
         self._app.state.batches = batches
+        if batches is not None:
+            service.metrics.watch_batches(batches.load)
         self._loading.done = True
 
     def drain(self) -> None:

@@ -7,7 +7,7 @@ import time
 
 import structlog
 
-from gptq_api.api.metrics import EngineLoad
+from gptq_api.api.collectors import EngineLoad
 from gptq_api.engine.client import EngineClient
 from gptq_api.types import StepOutput
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 Status = Literal["validating", "failed", "in_progress", "finalizing", "completed", "expired", "cancelling", "cancelled"]
+STATUSES: tuple[Status, ...] = get_args(Status)
 UNFINISHED_STATUSES = ("validating", "in_progress", "finalizing", "cancelling")
 End = Literal["completed", "expired", "cancelled"]
 

@@ -20,6 +20,7 @@ from gptq_api.batch.folder import BatchFolder, BatchFolderError, copied
 from gptq_api.batch.lines import InputLine
 from gptq_api.batch.records import UNFINISHED_STATUSES, BatchRecord, End, FileRecord, ListPage, PendingLine
 from gptq_api.batch.spelled import UNFINISHED, unanswered
+from gptq_api.batch.tally import BatchTallies, BatchTally
 
 VERSION = 1
 FORGOTTEN_S = 30 * 86400
@@ -62,6 +63,8 @@ class Store:
         self.folder = folder
         self.uploading = 0
         """bytes of files that are on their way and have no row yet"""
+        self.num_completed, self.num_failed = 0, 0
+        """requests that were answered since this was opened, well and otherwise"""
         try:
             self._db = sqlite3.connect(folder.database, isolation_level=None, check_same_thread=False)
             self._db.execute("PRAGMA journal_mode = WAL")
@@ -78,6 +81,7 @@ class Store:
             ) from None
         if version > VERSION:
             raise BatchFolderError(f"{folder.database} is of a newer version of gptq-api; name another folder")
+        self._tallies = BatchTallies(self._db)
         folder.keep_only(file_id for (file_id,) in self._db.execute("SELECT id FROM files"))
 
     def close(self) -> None:
@@ -98,6 +102,10 @@ class Store:
         (files,) = self._db.execute("SELECT coalesce(sum(bytes), 0) FROM files").fetchone()
         (answers,) = self._db.execute("SELECT coalesce(sum(answer_bytes), 0) FROM batches").fetchone()
         return int(files + answers + self.uploading)
+
+    def tallies(self) -> dict[str, BatchTally]:
+        """Of the batches by their status."""
+        return self._tallies.read()
 
     # Files
 
@@ -213,6 +221,15 @@ class Store:
 
     def answer(self, batch_id: str, number: int, *, good: bool, line: bytes) -> None:
         """The answer to a request, and that it has one; nothing where it has one already."""
+        if not self._answer(batch_id, number, good=good, line=line):
+            return
+        if good:
+            self.num_completed += 1
+        else:
+            self.num_failed += 1
+
+    def _answer(self, batch_id: str, number: int, *, good: bool, line: bytes) -> bool:
+        """Whether it had none."""
         with self._transaction():
             done = self._db.execute(
                 "INSERT OR IGNORE INTO answers (batch_id, number, good, line) VALUES (?, ?, ?, ?)",
@@ -224,6 +241,7 @@ class Store:
                     f"UPDATE batches SET {column} = {column} + 1, answer_bytes = answer_bytes + ? WHERE id = ?",
                     (len(line), batch_id),
                 )
+            return bool(done.rowcount)
 
     def died(self, batch_id: str, number: int) -> int:
         """The engine died over a request, or beside it; how many have by now."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from gptq_api.checkpoint.checkpoint import Checkpoint, CheckpointError, GPTQTensors
+from gptq_api.checkpoint.module import group_size_of
 from gptq_api.kernels.order import of_kernel
 from gptq_api.model.backend import Backend, PackError, Role
 from gptq_api.model.config import LlamaConfig
@@ -33,6 +34,7 @@ from gptq_api.model.stored import (
     unused_notes,
 )
 from gptq_api.model.weights import LayerWeights, LlamaWeights
+from gptq_api.types import LinearFacts
 
 _PLAIN, _HEAD = Role(), Role(head=True)
 _Dense = tuple[Tensor, Tensor | None]
@@ -44,10 +46,18 @@ class LoadReport:
     """What was decided while loading."""
 
     warnings: tuple[str, ...]
-    kernels: dict[str, int]
-    """kernel -> number of Linears that it takes"""
+    linears: tuple[LinearFacts, ...]
+    """a dense head is not among them"""
     num_kept: int
     """of those: made by an earlier start"""
+
+    @property
+    def kernels(self) -> dict[str, int]:
+        """kernel -> number of Linears that it takes"""
+        found: Counter[str] = Counter()
+        for linears in self.linears:
+            found[linears.kernel] += linears.num
+        return dict(found)
 
 
 class _Loader:
@@ -55,7 +65,8 @@ class _Loader:
         self.checkpoint, self.config, self.backend, self.device = checkpoint, config, backend, backend.device
         self.shard, self.own = shard, shard.config(config)
         self.warnings = list(checkpoint.warnings)
-        self.kernels: Counter[str] = Counter()
+        self.linears: Counter[tuple[str, str, str]] = Counter()
+        """by kernel, bits and group size"""
         self.num_kept = 0
         self.slow: dict[str, Counter[str]] = {}
         """why -> kinds of modules ("down_proj") that take the slow path for that reason"""
@@ -83,8 +94,15 @@ class _Loader:
             found = [(len(pairs) > 1 and self._kept([pair])) or self._read(*pair) for pair in pairs]
             found, role = self._cut(found, table, role)
             linear = self._build(found, names, role)
-        self.kernels[linear.kernel] += 1
+        self._count(linear, names)
         return linear
+
+    def _count(self, linear: Linear, names: list[str]) -> None:
+        """A Linear made of these modules."""
+        shapes = [self.checkpoint.modules[name] for name in names if name in self.checkpoint.modules]
+        bits = " + ".join(dict.fromkeys(str(shape.bits) for shape in shapes))
+        sizes = " + ".join(dict.fromkeys(str(group_size_of(shape)) for shape in shapes))
+        self.linears[linear.kernel, bits, sizes] += 1
 
     def mlp(self, layer: str) -> tuple[Linear, Linear]:
         """(gate_up, down). Where gate and up are packed in the order in which down wants its inputs, down need not
@@ -147,7 +165,7 @@ class _Loader:
             if linear is None:
                 (found,), role = self._cut([self._read("lm_head", head)], [head], _HEAD)
                 linear = self._one(found, "lm_head", role)
-            self.kernels[linear.kernel] += 1
+            self._count(linear, ["lm_head"])
             return linear
         return self._head(self.checkpoint.tensor("lm_head.weight", shape))
 
@@ -155,7 +173,7 @@ class _Loader:
         part = self.shard.of(len(weight), UNIT)
         linear = self.backend.head(weight[part.start : part.stop], tied=tied)
         if not linear.kernel.startswith("dense"):
-            self.kernels[linear.kernel] += 1
+            self._count(linear, [])
         return linear
 
     def _tied(self, embedding: Tensor, shape: tuple[int, int]) -> Linear:
@@ -204,7 +222,8 @@ class _Loader:
     def finish(self) -> LoadReport:
         check_layers(self.checkpoint, self.config)
         self.warnings += unused_notes(self.checkpoint, self.config) + slow_notes(self.slow)
-        return LoadReport(tuple(self.warnings), dict(self.kernels), self.num_kept)
+        linears = tuple(LinearFacts(*kind, num) for kind, num in self.linears.items())
+        return LoadReport(tuple(self.warnings), linears, self.num_kept)
 
 
 def _joined(names: list[str]) -> str:

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
 
 from gptq_api.checkpoint.checkpoint import Checkpoint
 from gptq_api.checkpoint.module import read_groups
 from gptq_api.model.config import LlamaConfig
+from gptq_api.model.loader import LoadReport
 from gptq_api.model.modules import all_modules, layer_prefix, norm_shapes
 from gptq_api.model.stored import has_head
 from gptq_api.runner.loaded import LoadedRunner
 from gptq_api.types import ModelFacts
 
 
-def model_facts(
-    checkpoint: Checkpoint, config: LlamaConfig, kernels: Mapping[str, int], runner: LoadedRunner
-) -> ModelFacts:
+def model_facts(checkpoint: Checkpoint, config: LlamaConfig, report: LoadReport, runner: LoadedRunner) -> ModelFacts:
     """From headers, and of the tensors the first layer's g_idx alone: who starts with packed weights does not read the
     checkpoint. CheckpointError for a g_idx that is none."""
     modules = checkpoint.modules
@@ -37,7 +35,8 @@ def model_facts(
         bits=dict(Counter(str(module.bits) for module in modules.values())),
         group_sizes=dict(sizes),
         act_order=act_order,
-        kernels=dict(kernels),
+        kernels=report.kernels,
+        linears=report.linears,
         weight_bytes=runner.weight_bytes,
         kv_bytes_per_token=runner.cache_bytes // (runner.num_blocks * runner.block_size),
     )

@@ -167,7 +167,7 @@ def make_runner(options: LoadOptions, checkpoint: Checkpoint, device: torch.devi
     if device.type == "cpu" and threads > 1 and (note := numa_note(allowed_cpus())):
         facts += f"; {note}"
     packed = ", as packed by an earlier start" if report.num_kept == sum(report.kernels.values()) else ""
-    runner.facts = model_facts(checkpoint, config, report.kernels, runner)
+    runner.facts = model_facts(checkpoint, config, report, runner)
     runner.description = f"{name}: {facts}; loaded in {seconds:.1f} s{packed}"
     return runner
 

@@ -249,4 +249,6 @@ async def test_metrics_and_the_speed_line_count_drafts(monkeypatch: pytest.Monke
         engine.die()
         text = service.metrics.render().decode()
         for name, value in (("drafts", 2), ("draft_tokens", 14), ("accepted_tokens", 9)):
-            assert f'vllm:spec_decode_num_{name}_total{{model_name="demo"}} {value}.0' in text, "they outlive an engine"
+            assert f'vllm:spec_decode_num_{name}_total{{engine="0",model_name="demo"}} {value}.0' in text, (
+                "they outlive an engine"
+            )

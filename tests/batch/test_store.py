@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import random
 import sqlite3
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import astuple
 from pathlib import Path
 
 import pytest
 
 from gptq_api.batch.folder import BatchFolder, BatchFolderError
-from gptq_api.batch.lines import read_input
-from gptq_api.batch.records import BatchRecord, FileRecord, ListPage
+from gptq_api.batch.lines import InputLine, read_input
+from gptq_api.batch.records import STATUSES, BatchRecord, FileRecord, ListPage
 from gptq_api.batch.store import FORGOTTEN_S, Store, new_batch_id, new_file_id
 from tests.support.batches import counting, files_in, jsonl
 
@@ -46,6 +49,18 @@ def begun(store: Store, owner: str = "", num: int = 10) -> BatchRecord:
     found = store.batch(batch.id)
     assert found is not None and found.total == num
     return found
+
+
+def validating(store: Store) -> BatchRecord:
+    batch = BatchRecord(new_batch_id(), "", "", kept_file(store).id, "24h", "null", 3600, 1, LATER)
+    store.add_batch(batch)
+    return batch
+
+
+def reopened(store: Store) -> Store:
+    store.close()
+    store.folder.close()
+    return Store(BatchFolder(store.folder.path))
 
 
 def test_an_answer_is_there_once_and_its_line_is_not_asked_again(store: Store) -> None:
@@ -201,3 +216,49 @@ def test_a_database_that_is_none_or_of_the_future(tmp_path: Path) -> None:
     with pytest.raises(BatchFolderError, match="newer version"):
         Store(folder)
     folder.close()
+
+
+def counted(store: Store) -> dict[str, tuple[int, int, int, int]]:
+    """What a connection that counts all rows finds."""
+    with closing(sqlite3.connect(store.folder.database)) as db:
+        rows = db.execute("SELECT status, count(*), sum(total), sum(completed), sum(failed) FROM batches GROUP BY 1")
+        return {status: tuple(counts) for status, *counts in rows}
+
+
+def tallied(store: Store) -> dict[str, tuple[int, ...]]:
+    told = store.tallies()
+    assert tuple(told) == STATUSES
+    return {status: astuple(tally) for status, tally in told.items() if tally.num}
+
+
+CHANGES: list[Callable[[Store, str, int], object]] = [
+    lambda store, batch, number: store.answer(batch, number, good=True, line=b"x"),
+    lambda store, batch, number: store.answer(batch, number, good=False, line=b"y"),
+    lambda store, batch, number: store.cancel(batch),
+    lambda store, batch, number: store.finalizing(batch),
+    lambda store, batch, number: store.ended(batch, "completed"),
+    lambda store, batch, number: store.ended(batch, "expired"),
+    lambda store, batch, number: store.fail(batch, "{}"),
+    lambda store, batch, number: store.forget(),
+]
+
+
+def test_how_many_there_are_is_known_without_counting_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Store(BatchFolder(tmp_path / "b"))
+    rng = random.Random(7)
+    batches = [begun(store, num=rng.randrange(1, 5)).id for _ in range(12)]
+    batches += [waiting.id for waiting in (validating(store), validating(store))]
+    for turn in range(300):
+        monkeypatch.setattr("gptq_api.batch.store._now", lambda turn=turn: 1000 + turn * FORGOTTEN_S // 60)
+        rng.choice(CHANGES)(store, rng.choice(batches), rng.randrange(1, 5))
+        assert tallied(store) == counted(store)
+    assert len(counted(store)) > 1 and sum(tally.num for tally in store.tallies().values()) < len(batches)
+    batch = validating(store)
+    before = tallied(store)
+    with pytest.raises(sqlite3.IntegrityError):
+        store.begin(batch.id, [InputLine(1, 0, 1, "a", "/v1/completions")] * 2)
+    assert tallied(store) == counted(store) == before, "what was rolled back did not happen"
+    again = reopened(store)
+    assert tallied(again) == before
+    again.close()
+    again.folder.close()

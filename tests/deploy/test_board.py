@@ -54,12 +54,12 @@ def test_panels_do_not_lie_on_each_other() -> None:
 
 
 def test_every_metric_exists(server: Server) -> None:
-    """Those of named keys are there where there are such keys, as below."""
+    """Those of named keys and of batches are there where there are any, as below."""
     server.chat(max_tokens=2)
     there = {re.split(r"[{ ]", line)[0] for line in server.http.get("/metrics").text.splitlines() if line[0] != "#"}
     asked = {name for _, query in QUERIES for name in re.findall(r"\b((?:vllm|gptq_api):\w+)", query)}
     assert len(asked) > 25
-    assert {name for name in asked - there if ":key_" not in name} == set()
+    assert {name for name in asked - there if not name.startswith(("gptq_api:key_", "gptq_api:batch"))} == set()
 
 
 def free_port() -> int:
@@ -123,7 +123,8 @@ def prometheus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]
         pytest.skip("prometheus is not here: apt-get install prometheus")
     folder = tmp_path_factory.mktemp("prometheus")
     (folder / "keys.toml").write_text(KEYS)
-    with Server("--api-key-file", str(folder / "keys.toml"), "--speculate", "auto") as server:
+    flags = ("--api-key-file", str(folder / "keys.toml"), "--batch-dir", str(folder / "batches"))
+    with Server(*flags, "--speculate", "auto") as server:
         running = Prometheus(f"127.0.0.1:{server.port}", folder)
         done = threading.Event()
         thread = threading.Thread(target=load, args=(server, done))

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from functools import partial
+from pathlib import Path
 
 from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry, Histogram, generate_latest
 
-from gptq_api.api.metrics import ManyValues
+from gptq_api.api.collectors import ManyValues
+from tests.support.checkpoints import Recipe, random_model, write_checkpoint
 from tests.support.server import RawStream, Server, chat_body, wait_for
+from tests.support.text_tokenizers import byte_level
 
 BUCKETS = (0.001, 0.5, 1, 10)
 
@@ -17,7 +21,8 @@ BUCKETS = (0.001, 0.5, 1, 10)
 @given(st.lists(st.lists(st.one_of(st.sampled_from(BUCKETS), st.floats(0, 100)), max_size=9), max_size=4))
 def test_many_values_read_like_the_librarys_histogram(lists: list[list[float]]) -> None:
     theirs, ours = CollectorRegistry(), CollectorRegistry()
-    histogram = Histogram("vllm:x", "Help.", ["model_name"], buckets=BUCKETS, registry=theirs).labels('a "model"')
+    histogram = Histogram("vllm:x", "Help.", ["model_name", "engine"], buckets=BUCKETS, registry=theirs)
+    histogram = histogram.labels('a "model"', "0")
     many = ManyValues("vllm:x", "Help.", 'a "model"', BUCKETS)
     ours.register(many)
     for values in lists:
@@ -50,6 +55,45 @@ def test_the_names_that_boards_and_routers_ask_for(server: Server) -> None:
     server.chat(max_tokens=3)
     found = {line.split("{")[0] for line in server.http.get("/metrics").text.splitlines() if not line.startswith("#")}
     assert not {f"vllm:{name}" for name in VLLMS.split()} - found
+
+
+def labels_of(line: str) -> dict[str, str]:
+    return dict(re.findall(r'(\w+)="([^"]*)"', line))
+
+
+def test_what_selects_by_vllms_labels_finds_every_series_of_its_names(server: Server) -> None:
+    server.chat(max_tokens=3)
+    lines = [line for line in server.http.get("/metrics").text.splitlines() if not line.startswith("#")]
+    for line in lines:
+        common = {"model_name": "demo", **({"engine": "0"} if line.startswith("vllm:") else {})}
+        assert common.items() <= labels_of(line).items(), line
+        assert line.startswith(("vllm:", "gptq_api:")) and ("engine" in labels_of(line)) == line.startswith("vllm:")
+
+
+def test_the_kernels_that_took_the_model_are_told(server: Server) -> None:
+    told = server.http.get("/server_info").json()
+    facts = told["checkpoint"]
+    ((kernel, num),) = facts["kernels"].items()
+    kind = {"kernel": kernel, "bits": "4", "group_size": next(iter(facts["group_sizes"]))}
+    runs = {"act_order": "true", "device": told["device"], "dtype": told["dtype"]}
+    assert facts["linears"] == [{**kind, "num": num}]
+    assert server.metric("gptq_api:kernel_info", model_name="demo", **kind, **runs) == 1
+    assert server.metric("gptq_api:kernel_linears", **kind) == num
+
+
+def test_a_model_with_several_kinds_of_linears_has_a_series_of_each(tmp_path: Path) -> None:
+    recipe = Recipe(mixed_bits={"down_proj": 8}, hidden_size=128, intermediate_size=256)
+    folder = byte_level(write_checkpoint(tmp_path / "mixed", random_model(recipe)))
+    with Server("--model-path", str(folder)) as server:
+        facts = server.http.get("/server_info").json()["checkpoint"]
+        lines = server.http.get("/metrics").text.splitlines()
+        info = [labels_of(line) for line in lines if line.startswith("gptq_api:kernel_info{")]
+        assert {(one["bits"], one["group_size"]) for one in info} >= {("4", "32"), ("8", "32")}
+        assert len(info) == len(facts["linears"]) > 1
+        assert sum(one["num"] for one in facts["linears"]) == sum(facts["kernels"].values())
+        for one in facts["linears"]:
+            kind = {name: one[name] for name in ("kernel", "bits", "group_size")}
+            assert server.metric("gptq_api:kernel_linears", **kind) == one["num"]
 
 
 def test_the_phases_of_requests_add_up(server: Server) -> None:

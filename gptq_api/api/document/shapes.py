@@ -93,6 +93,7 @@ _CHECKPOINT = shape(
     group_sizes=_COUNTS | {"description": "-1: one group"},
     act_order=FLAG | {"description": "of the first layer's modules"},
     kernels=_COUNTS | {"description": "kernel -> how many Linears it takes"},
+    linears=array(shape(kernel=TEXT, bits=TEXT, group_size=TEXT, num=COUNT)),
     weight_bytes=COUNT,
     kv_bytes_per_token=COUNT,
 )
