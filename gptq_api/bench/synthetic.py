@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +23,7 @@ from gptq_api.checkpoint.checkpoint import Checkpoint
 from gptq_api.checkpoint.device_reader import DeviceReader
 from gptq_api.checkpoint.files import WeightFiles
 from gptq_api.checkpoint.module import ModuleShape
+from gptq_api.checkpoint.parts import TensorPart
 from gptq_api.checkpoint.quant_config import QuantConfig
 from gptq_api.checkpoint.tensors import TensorStore
 from gptq_api.model.config import read_config
@@ -115,13 +116,17 @@ class SyntheticStore(TensorStore):
     def on(self, reader: DeviceReader) -> SyntheticStore:
         return SyntheticStore(self.weights, self._specs, reader.device, in_bytes=False)
 
-    def prefetch(self, names: Iterable[str]) -> None:
+    def prefetch(self, names: Iterable[str], parts: Mapping[str, TensorPart]) -> None:
         """Nothing is read."""
 
-    def own(self, name: str) -> Tensor:
-        return self.read(name)
+    def own(self, name: str, part: TensorPart | None = None) -> Tensor:
+        return self.read(name, part)
 
-    def read(self, name: str) -> Tensor:
+    def read(self, name: str, part: TensorPart | None = None) -> Tensor:
+        drawn = self._drawn(name)
+        return drawn if part is None else part.of(drawn).clone(memory_format=torch.contiguous_format)
+
+    def _drawn(self, name: str) -> Tensor:
         spec, device = self._specs[name], self._device
         generator = torch.Generator(device).manual_seed(zlib.crc32((spec.seed or name).encode()))
         if spec.kind == "qweight":

@@ -17,8 +17,9 @@ from gptq_api.checkpoint.device_reader import DeviceReader
 from gptq_api.checkpoint.errors import CheckpointError
 from gptq_api.checkpoint.files import WeightFiles, candidates
 from gptq_api.checkpoint.foreign import foreign_checkpoint
-from gptq_api.checkpoint.module import GPTQTensors, ModuleShape, module_shape, read_bias, read_module
+from gptq_api.checkpoint.module import GPTQTensors, ModuleShape, Outputs, module_shape, read_bias, read_module
 from gptq_api.checkpoint.packing import ZeroVersion
+from gptq_api.checkpoint.parts import TensorPart
 from gptq_api.checkpoint.quant_config import QuantConfig, read_quant_config
 from gptq_api.checkpoint.tensors import TensorStore
 
@@ -59,14 +60,14 @@ class Checkpoint:
     def has(self, name: str) -> bool:
         return name in self.store
 
-    def gptq(self, module: str) -> GPTQTensors:
-        """The decoded tensors of one quantized module."""
-        return read_module(self.store, module, self.modules[module], self.zero_version)
+    def gptq(self, module: str, outputs: Outputs | None = None) -> GPTQTensors:
+        """The decoded tensors of one quantized module, or of some of its outputs."""
+        return read_module(self.store, module, self.modules[module], self.zero_version, outputs)
 
-    def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """An unquantized tensor in memory of its own, finite, of the given shape."""
+    def tensor(self, name: str, shape: tuple[int, ...], rows: Outputs | None = None) -> Tensor:
+        """An unquantized tensor in memory of its own, finite, of the given shape. `rows`: of these alone."""
         self.check(name, shape)
-        tensor = self.store.own(name)
+        tensor = self.store.own(name, None if rows is None else TensorPart(0, rows))
         if not _is_finite(tensor):
             raise CheckpointError(
                 f"{self.store.file(name)}: tensor {name} holds NaN or infinity; download the file again"

@@ -12,6 +12,7 @@ from torch import Tensor
 from gptq_api.checkpoint.checkpoint import Checkpoint, CheckpointError
 from gptq_api.checkpoint.device_reader import DeviceReader
 from gptq_api.checkpoint.files import WeightFiles, candidates, read_json
+from gptq_api.checkpoint.module import Outputs
 from gptq_api.checkpoint.packing import unpack_qweight
 from gptq_api.checkpoint.quant_config import QuantConfig
 from gptq_api.checkpoint.tensors import TensorStore
@@ -73,16 +74,17 @@ class DequantizedCheckpoint(Checkpoint):
     def has(self, name: str) -> bool:
         return name in self.store or name.removesuffix(".weight") in self.source.modules
 
-    def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
+    def tensor(self, name: str, shape: tuple[int, ...], rows: Outputs | None = None) -> Tensor:
         module = name.removesuffix(".weight")
         if module == name or module not in self.source.modules:
-            return self.source.tensor(name, shape)
-        t = self.source.gptq(module)
-        if (t.out_features, t.in_features) != shape:
+            return self.source.tensor(name, shape, rows)
+        stored = self.source.modules[module]
+        if (stored.out_features, stored.in_features) != shape:
             raise CheckpointError(
-                f"{self.store.file(f'{module}.qweight')}: {module} is {(t.out_features, t.in_features)}, config.json "
-                f"gives {shape}; use the config.json of this model"
+                f"{self.store.file(f'{module}.qweight')}: {module} is {(stored.out_features, stored.in_features)}, "
+                f"config.json gives {shape}; use the config.json of this model"
             )
+        t = self.source.gptq(module, rows)
         groups = t.g_idx.long()
         centred = unpack_qweight(t.qweight, t.bits).float() - t.zeros.float()[groups]
         return centred.mul_(t.scales.float()[groups]).t().contiguous()

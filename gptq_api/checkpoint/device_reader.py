@@ -3,7 +3,6 @@ so that host memory holds a few pieces and never a tensor."""
 
 from __future__ import annotations
 
-import math
 import os
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,7 +13,8 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from gptq_api.checkpoint.safetensors_file import read_into
+from gptq_api.checkpoint.parts import Region, TensorPart
+from gptq_api.checkpoint.safetensors_file import Entry, read_into
 
 _PIECE = 8 * 2**20
 _MOST_THREADS = 8
@@ -25,6 +25,8 @@ _MOST_THREADS = 8
 class Fetch:
     """A tensor on its way."""
 
+    part: TensorPart | None
+    """that is read of it"""
     tensor: Tensor
     pieces: list[Future[None]]
 
@@ -51,26 +53,26 @@ class DeviceReader:
     ) -> None:
         self._pool.shutdown(cancel_futures=True)
 
-    def fetch(self, file: Path, name: str, begin: int, shape: tuple[int, ...], dtype: torch.dtype) -> Fetch:
-        """Begin to read the tensor that starts at byte `begin` of the file. `name`: for the error."""
-        tensor = torch.empty(shape, dtype=dtype, device=self.device)
-        num_bytes = math.prod(shape) * dtype.itemsize
-        data = tensor.view(-1).view(torch.uint8)
+    def fetch(self, file: Path, name: str, entry: Entry, part: TensorPart | None) -> Fetch:
+        """Begin to read a tensor of the file, or a part of it. `name`: for the error."""
+        shape, region = entry.shape if part is None else part.shape(entry.shape), entry.region(part)
+        tensor = torch.empty(shape, dtype=entry.dtype, device=self.device)
+        data, size = tensor.view(-1).view(torch.uint8), region.piece(_PIECE)
         # The allocator may have given memory that kernels already queued on this stream still read.
         usable = torch.cuda.current_stream(self.device).record_event()
         pieces = [
-            self._pool.submit(self._read, file, name, begin + at, data[at : at + _PIECE], usable)
-            for at in range(0, num_bytes, _PIECE)
+            self._pool.submit(self._read, file, name, region, at, data[at : at + size], usable)
+            for at in range(0, len(data), size)
         ]
-        return Fetch(tensor, pieces)
+        return Fetch(part, tensor, pieces)
 
-    def _read(self, file: Path, name: str, begin: int, target: Tensor, usable: torch.cuda.Event) -> None:
+    def _read(self, file: Path, name: str, region: Region, at: int, target: Tensor, usable: torch.cuda.Event) -> None:
         if not hasattr(self._of_thread, "buffer"):
             self._of_thread.buffer = torch.empty(_PIECE, dtype=torch.uint8, pin_memory=True)
             self._of_thread.stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
         buffer: Tensor = self._of_thread.buffer[: len(target)]
         stream: torch.cuda.Stream = self._of_thread.stream
-        read_into(file, name, begin, buffer.numpy().data)
+        read_into(file, name, region, at, buffer.numpy().data)
         with torch.cuda.stream(stream):
             stream.wait_event(usable)
             target.copy_(buffer, non_blocking=True)

@@ -12,6 +12,7 @@ from torch import Tensor
 from gptq_api.checkpoint.errors import CheckpointError
 from gptq_api.checkpoint.foreign import foreign_module
 from gptq_api.checkpoint.packing import SUPPORTED_BITS, ZeroVersion, unpack_qzeros, values_per_unit
+from gptq_api.checkpoint.parts import TensorPart
 from gptq_api.checkpoint.tensors import TensorStore
 from gptq_api.checkpoint.zeros import whole_zeros
 
@@ -177,22 +178,61 @@ def _check_g_idx(store: TensorStore, module: str, in_features: int) -> None:
     )
 
 
-def read_module(store: TensorStore, module: str, shape: ModuleShape, zero_version: ZeroVersion) -> GPTQTensors:
-    """Decode one module, its zero points as of `zero_version`, which is one for the checkpoint.
+Outputs = tuple[range, ...]
+"""of a Linear, one range behind another"""
+
+
+def parts_of(module: str, shape: ModuleShape, outputs: Outputs) -> dict[str, TensorPart]:
+    """What `read_module` reads of the module's tensors for these outputs; of those that are not named, all."""
+    if shape.float_zeros:
+        by_rows = TensorPart(0, outputs)
+        return {f"{module}.qweight": TensorPart(1, outputs), f"{module}.scales": by_rows, f"{module}.zeros": by_rows}
+    words = tuple(_zero_words(each, shape.bits) for each in outputs)
+    by_columns = TensorPart(1, outputs)
+    return {f"{module}.qweight": by_columns, f"{module}.scales": by_columns, f"{module}.qzeros": TensorPart(1, words)}
+
+
+def _zero_words(outputs: range, bits: int) -> range:
+    """The words of a row of qzeros that hold the zero points of these outputs, and maybe some of their neighbours."""
+    unit = values_per_unit(bits)
+    first, end = outputs.start // unit, -(-outputs.stop // unit)
+    return range(first * unit * bits // 32, end * unit * bits // 32)
+
+
+def _zeros_of(words: Tensor, bits: int, version: ZeroVersion, outputs: Outputs) -> Tensor:
+    """The zero points [G, N] of these outputs from their words."""
+    found, unit, at, ranges = unpack_qzeros(words, bits, version), values_per_unit(bits), 0, list[range]()
+    for each in outputs:
+        first = at + each.start % unit
+        ranges.append(range(first, first + len(each)))
+        at += len(_zero_words(each, bits)) * 32 // bits
+    return TensorPart(1, tuple(ranges)).of(found).contiguous()
+
+
+def read_module(
+    store: TensorStore, module: str, shape: ModuleShape, zero_version: ZeroVersion, outputs: Outputs | None = None
+) -> GPTQTensors:
+    """Decode one module, its zero points as of `zero_version`, which is one for the checkpoint. `outputs`: read these
+    alone; None: all.
 
     CheckpointError naming the tensor for non-finite scales, zero points that are none, g_idx out of range or
     unbalanced.
     """
-    scales = read_scales(store, module)
+    parts = {} if outputs is None else parts_of(module, shape, outputs)
+    scales = read_scales(store, module, parts.get(f"{module}.scales"))
     version = None if shape.float_zeros else zero_version
     if shape.float_zeros:
-        zeros = _read_float_zeros(store, module, shape, scales)
+        zeros = _read_float_zeros(store, module, shape, scales, parts.get(f"{module}.zeros"))
         scales = scales.t().contiguous()
     else:
-        zeros = unpack_qzeros(store.read(f"{module}.qzeros"), shape.bits, zero_version)
+        words = store.read(f"{module}.qzeros", parts.get(f"{module}.qzeros"))
+        if outputs is None:
+            zeros = unpack_qzeros(words, shape.bits, zero_version)
+        else:
+            zeros = _zeros_of(words, shape.bits, zero_version, outputs)
     g_idx, group_size, act_order = read_groups(store, module, shape)
     return GPTQTensors(
-        qweight=store.read(f"{module}.qweight"),
+        qweight=store.read(f"{module}.qweight", parts.get(f"{module}.qweight")),
         zeros=zeros,
         scales=scales,
         g_idx=g_idx,
@@ -201,13 +241,13 @@ def read_module(store: TensorStore, module: str, shape: ModuleShape, zero_versio
         act_order=act_order,
         sym=bool((zeros == 1 << (shape.bits - 1)).all()),
         zero_version=version,
-        bias=read_bias(store, module),
+        bias=read_bias(store, module, outputs),
     )
 
 
-def read_scales(store: TensorStore, module: str) -> Tensor:
+def read_scales(store: TensorStore, module: str, part: TensorPart | None = None) -> Tensor:
     """As in the file, and finite."""
-    scales = store.own(f"{module}.scales")
+    scales = store.own(f"{module}.scales", part)
     # A NaN survives minimum and maximum, and this is several times faster than isfinite on float16.
     low, high = scales.aminmax()
     if not bool(torch.isfinite(low) & torch.isfinite(high)):
@@ -215,8 +255,10 @@ def read_scales(store: TensorStore, module: str) -> Tensor:
     return scales
 
 
-def _read_float_zeros(store: TensorStore, module: str, shape: ModuleShape, scales: Tensor) -> Tensor:
-    zeros = store.read(f"{module}.zeros")
+def _read_float_zeros(
+    store: TensorStore, module: str, shape: ModuleShape, scales: Tensor, part: TensorPart | None
+) -> Tensor:
+    zeros = store.read(f"{module}.zeros", part)
     if not bool(torch.isfinite(zeros).all()):
         raise _bad(store, module, "zeros", "holds NaN or infinity; download the file again or quantize again")
     whole = whole_zeros(zeros, scales, shape.bits)
@@ -228,8 +270,9 @@ def _read_float_zeros(store: TensorStore, module: str, shape: ModuleShape, scale
     return whole
 
 
-def read_bias(store: TensorStore, module: str) -> Tensor | None:
-    """None where there is no bias or it is all zeros (AutoGPTQ wrote zeros for every module until March 2024)."""
+def read_bias(store: TensorStore, module: str, outputs: Outputs | None = None) -> Tensor | None:
+    """None where there is no bias or it is all zeros (AutoGPTQ wrote zeros for every module until March 2024), whatever
+    outputs are asked for."""
     if f"{module}.bias" not in store:
         return None
     if not store.is_float(f"{module}.bias"):
@@ -237,7 +280,9 @@ def read_bias(store: TensorStore, module: str) -> Tensor | None:
     bias = store.own(f"{module}.bias")
     if not bool(torch.isfinite(bias).all()):
         raise _bad(store, module, "bias", "holds NaN or infinity; download the file again")
-    return bias if bool(bias.any()) else None
+    if not bool(bias.any()):
+        return None
+    return bias if outputs is None else TensorPart(0, outputs).of(bias).contiguous()
 
 
 def infer_group_size(in_features: int, num_groups: int) -> int | None:

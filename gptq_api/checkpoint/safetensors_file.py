@@ -12,14 +12,17 @@ import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from gptq_api.checkpoint.errors import CheckpointError
 from gptq_api.checkpoint.files import refuse_unreadable
+from gptq_api.checkpoint.parts import Region, TensorPart
 from gptq_api.checkpoint.pieces import in_pieces
 from gptq_api.on_disk import cannot_be_read
 
@@ -28,6 +31,8 @@ _OS_ERROR = re.compile(
 )
 _OF_THE_SYSTEM = (errno.ENOMEM, errno.EACCES, errno.EPERM, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ESTALE)
 _PIECE = 4 * 2**20
+_ROOM = 2**20
+"""bytes of rows that are read whole, of which a part is kept: they are still in the processor's cache then"""
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -56,6 +61,11 @@ class Entry:
     def dtype(self) -> torch.dtype | None:
         """None for a type that GPTQ checkpoints do not use."""
         return _DTYPES.get(self.raw_dtype)
+
+    def region(self, part: TensorPart | None) -> Region:
+        """Where its data is, or that of a part. For types that `dtype` knows."""
+        assert self.dtype is not None
+        return Region.of(self.begin, self.shape, self.dtype.itemsize, part)
 
 
 def _plain_memory(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -88,13 +98,19 @@ class SafetensorsFile:
             for name, value in header.items()
         }
 
-    def read(self, name: str, memory: Callable[[tuple[int, ...], torch.dtype], Tensor] = _plain_memory) -> Tensor:
-        """The tensor in `memory` of its own. CheckpointError where the file has become shorter or cannot be read."""
+    def read(
+        self,
+        name: str,
+        memory: Callable[[tuple[int, ...], torch.dtype], Tensor] = _plain_memory,
+        part: TensorPart | None = None,
+    ) -> Tensor:
+        """The tensor, or a part of it, in `memory` of its own. CheckpointError where the file has become shorter or
+        cannot be read."""
         entry = self.entries[name]
         if entry.dtype is None:
             raise CheckpointError(f"{self.path}: tensor {name} is {entry.raw_dtype}, a type that is not read")
         try:
-            tensor = memory(entry.shape, entry.dtype)
+            tensor = memory(entry.shape if part is None else part.shape(entry.shape), entry.dtype)
         except (RuntimeError, MemoryError) as error:
             refused = system_error(error)
             if refused is None:
@@ -102,29 +118,55 @@ class SafetensorsFile:
             raise CheckpointError(cannot_be_read(self.path, refused)) from None
         if not tensor.numel():
             return tensor
-        read_into(self.path, name, entry.begin, tensor.view(-1).view(torch.uint8).numpy().data)
+        read_into(self.path, name, entry.region(part), 0, tensor.view(-1).view(torch.uint8).numpy().data)
         return tensor
 
 
-def read_into(path: Path, name: str, begin: int, target: memoryview) -> None:
-    """Fill `target` from byte `begin` of the file on, by several threads where it is large. CheckpointError, naming the
-    tensor, where that cannot be."""
-    in_pieces(target, _PIECE, lambda at, piece: _read_piece(path, name, begin + at, piece))
+def read_into(path: Path, name: str, region: Region, at: int, target: memoryview) -> None:
+    """Fill `target` with the bytes of a region from its `at`-th on, by several threads where they are many.
+    CheckpointError, naming the tensor, where that cannot be."""
+    in_pieces(target, region.piece(_PIECE), lambda begin, piece: _read_piece(path, name, region, at + begin, piece))
 
 
-def _read_piece(path: Path, name: str, begin: int, target: memoryview) -> None:
+def _read_piece(path: Path, name: str, region: Region, at: int, target: memoryview) -> None:
     try:
         with path.open("rb", buffering=0) as file:
-            file.seek(begin)
-            while target:
-                count = file.readinto(target)
-                if not count:
-                    raise CheckpointError(
-                        f"{path}: tensor {name} cannot be read (it has become shorter); download the file again"
-                    )
-                target = target[count:]
+            if region.reads_through and at % region.row_bytes == len(target) % region.row_bytes == 0:
+                _read_rows(file, region, at // region.row_bytes, target)
+                return
+            done = 0
+            for position, length in region.runs_from(at, len(target)):
+                _fill(file, position, target[done : done + length])
+                done += length
+    except EOFError:
+        raise CheckpointError(
+            f"{path}: tensor {name} cannot be read (it has become shorter); download the file again"
+        ) from None
     except OSError as error:
         raise CheckpointError(cannot_be_read(path, error)) from None
+
+
+def _read_rows(file: FileIO, region: Region, first: int, target: memoryview) -> None:
+    """The runs of rows that are read whole."""
+    kept = np.frombuffer(target, np.uint8).reshape(-1, region.row_bytes)
+    each = max(1, _ROOM // region.stride)
+    room = np.empty((min(each, len(kept)), region.stride), np.uint8)
+    for begin in range(0, len(kept), each):
+        rows = room[: len(kept) - begin]
+        _fill(file, region.begin + (first + begin) * region.stride, rows.reshape(-1).data)
+        column = 0
+        for where, length in region.runs:
+            kept[begin : begin + each, column : column + length] = rows[:, where : where + length]
+            column += length
+
+
+def _fill(file: FileIO, position: int, target: memoryview) -> None:
+    """EOFError where the file ends before."""
+    while target:
+        count = os.preadv(file.fileno(), [target], position)
+        if not count:
+            raise EOFError
+        target, position = target[count:], position + count
 
 
 def system_error(error: BaseException) -> OSError | None:

@@ -8,7 +8,7 @@ import math
 import re
 import warnings
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from gptq_api.checkpoint.device_reader import DeviceReader, Fetch
 from gptq_api.checkpoint.errors import CheckpointError
 from gptq_api.checkpoint.files import WeightFiles, refuse_unreadable
 from gptq_api.checkpoint.large_pages import weight_memory
+from gptq_api.checkpoint.parts import TensorPart
 from gptq_api.checkpoint.pickles import CodeError, NoTensorError, check_pickle
 from gptq_api.checkpoint.safetensors_file import SafetensorsFile, first_line, system_error
 from gptq_api.on_disk import cannot_be_read
@@ -88,34 +89,40 @@ class TensorStore:
             return file.entries[key].raw_dtype if dtype is None else str(dtype).removeprefix("torch.")
         return str(self._tensors[name][0].dtype).removeprefix("torch.")
 
-    def own(self, name: str) -> Tensor:
+    def own(self, name: str, part: TensorPart | None = None) -> Tensor:
         """As `read`, in memory for weights."""
         if self._reader is not None:
-            return self.read(name)
+            return self.read(name, part)
         if name in self._entries:
             file, key = self._entries[name]
-            return file.read(key, weight_memory)
-        tensor = self._tensors[name][0]
+            return file.read(key, weight_memory, part)
+        tensor = self._mapped(name, part)
         return weight_memory(tuple(tensor.shape), tensor.dtype).copy_(tensor)
 
-    def read(self, name: str) -> Tensor:
-        """The tensor on the CPU, contiguous. That of a pickle shares memory with the mapped file: `own` is for what is
-        kept. After `on`, in memory of its own on the reader's device.
+    def read(self, name: str, part: TensorPart | None = None) -> Tensor:
+        """The tensor or a part of it on the CPU, contiguous. That of a pickle shares memory with the mapped file:
+        `own` is for what is kept. After `on`, in memory of its own on the reader's device.
 
         KeyError for an unknown name (callers check); CheckpointError where the data cannot be read.
         """
-        if self._reader is not None:
-            self.prefetch([name])
-            if name in self._fetches:
-                return self._fetches.pop(name).wait()
-            return self.on_cpu(name).to(self._reader.device)
-        return self.on_cpu(name)
+        if self._reader is None:
+            return self.on_cpu(name, part)
+        if name in self._fetches and self._fetches[name].part != part:
+            self._fetches.pop(name).wait()  # something else of it is wanted than was foreseen
+        self.prefetch([name], {} if part is None else {name: part})
+        if name in self._fetches:
+            return self._fetches.pop(name).wait()
+        return self.on_cpu(name, part).to(self._reader.device)
 
-    def on_cpu(self, name: str) -> Tensor:
+    def on_cpu(self, name: str, part: TensorPart | None = None) -> Tensor:
         if name in self._entries:
             file, key = self._entries[name]
-            return file.read(key)
-        return self._tensors[name][0].contiguous()
+            return file.read(key, part=part)
+        return self._mapped(name, part).contiguous()
+
+    def _mapped(self, name: str, part: TensorPart | None) -> Tensor:
+        tensor = self._tensors[name][0]
+        return tensor if part is None else part.of(tensor)
 
     @property
     def device(self) -> torch.device:
@@ -128,16 +135,16 @@ class TensorStore:
         store._reader, store._fetches = reader, {}
         return store
 
-    def prefetch(self, names: Iterable[str]) -> None:
-        """Begin to read what will be asked for next. Nothing happens where nothing runs beside the caller: on the CPU,
-        and for pickles."""
+    def prefetch(self, names: Iterable[str], parts: Mapping[str, TensorPart]) -> None:
+        """Begin to read what will be asked for next, of some tensors a part. Nothing happens where nothing runs beside
+        the caller: on the CPU, and for pickles."""
         for name in names:
             if self._reader is None or name in self._fetches or name not in self._entries:
                 continue
             file, key = self._entries[name]
             entry = file.entries[key]
             if entry.dtype is not None:
-                self._fetches[name] = self._reader.fetch(file.path, key, entry.begin, entry.shape, entry.dtype)
+                self._fetches[name] = self._reader.fetch(file.path, key, entry, parts.get(name))
 
     def _open_safetensors(self, path: Path) -> None:
         file = SafetensorsFile(path)

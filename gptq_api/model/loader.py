@@ -4,13 +4,16 @@ it."""
 from __future__ import annotations
 
 from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from gptq_api.checkpoint.checkpoint import Checkpoint, CheckpointError, GPTQTensors
-from gptq_api.checkpoint.module import group_size_of
+from gptq_api.checkpoint.module import Outputs, group_size_of, is_permuted, parts_of
+from gptq_api.checkpoint.parts import TensorPart
 from gptq_api.kernels.order import of_kernel
 from gptq_api.model.backend import Backend, PackError, Role
 from gptq_api.model.config import LlamaConfig
@@ -18,7 +21,7 @@ from gptq_api.model.layers.linear import Linear, SplitLinear
 from gptq_api.model.layers.norm import HeadNorm, RMSNorm
 from gptq_api.model.layers.rotary import Rotary
 from gptq_api.model.merge import merge, merge_dense, mergeable
-from gptq_api.model.modules import Joint, Module, layer_prefix, parts
+from gptq_api.model.modules import Joint, Module, layer_prefix, modules, parts
 from gptq_api.model.progress import LoadProgress
 from gptq_api.model.shard import UNIT, WHOLE, Shard, cut, cut_order, outputs
 from gptq_api.model.stored import (
@@ -91,7 +94,11 @@ class _Loader:
         pairs = list(zip(names, table, strict=True))
         linear = self._kept(pairs)
         if linear is None:
-            found = [(len(pairs) > 1 and self._kept([pair])) or self._read(*pair) for pair in pairs]
+            chosen = self._chosen(table, role)
+            found = [
+                (len(pairs) > 1 and self._kept([pair])) or self._read(*pair, outputs_of_it)
+                for pair, outputs_of_it in zip(pairs, chosen, strict=True)
+            ]
             found, role = self._cut(found, table, role)
             linear = self._build(found, names, role)
         self._count(linear, names)
@@ -122,20 +129,51 @@ class _Loader:
         self.num_kept += linear is not None
         return linear
 
+    def _chosen(self, table: list[Module], role: Role) -> Sequence[Outputs | None]:
+        """What is to be read of each; None: all. In an order of down's a rank's outputs lie all over the tensors, and
+        are taken out of them on the device."""
+        if self.shard.is_whole or role.half_order is not None:
+            return [None] * len(table)
+        return [outputs(self.config, module, self.shard) for module in table]
+
     def _cut(
         self, found: list[Linear | GPTQTensors | _Dense], table: list[Module], role: Role
     ) -> tuple[list[Linear | GPTQTensors | _Dense], Role]:
-        """The rank's outputs of each, and what their Linear is to its neighbours then."""
-        if self.shard.is_whole:
+        """The rank's outputs of what was read whole, and what their Linear is to its neighbours then."""
+        if self.shard.is_whole or role.half_order is None:
             return found, role
-        chosen = [outputs(self.config, module, self.shard) for module in table]
-        if role.half_order is not None and self._takes_order(found, len(torch.cat(chosen))):
+        each = [outputs(self.config, module, self.shard) for module in table]
+        chosen = [torch.cat([torch.arange(r.start, r.stop) for r in ranges]) for ranges in each]
+        if self._takes_order(found, len(torch.cat(chosen))):
             chosen = cut_order(role.half_order, self.shard, table)
         parts: list[Linear | GPTQTensors | _Dense] = []
-        for each, of_it in zip(found, chosen, strict=True):
-            assert isinstance(each, GPTQTensors | tuple), "nothing is kept of a part"
-            parts.append(cut(each, of_it))
+        for whole, of_it in zip(found, chosen, strict=True):
+            assert isinstance(whole, GPTQTensors | tuple), "nothing is kept of a part"
+            parts.append(cut(whole, of_it))
         return parts, replace(role, half_order=None)
+
+    def parts(self, layer: str) -> dict[str, TensorPart]:
+        """What will be read of a layer's tensors; of those that are not named, all."""
+        found: dict[str, TensorPart] = {}
+        for module in () if self.shard.is_whole else modules(self.config):
+            name, chosen = layer + module.name, outputs(self.config, module, self.shard)
+            if module.joins == "gate_up" and self._orders(layer):
+                continue
+            if name in self.checkpoint.modules:
+                found |= parts_of(name, self.checkpoint.modules[name], chosen)
+            else:
+                found[f"{name}.weight"] = TensorPart(0, chosen)
+        return found
+
+    def _orders(self, layer: str) -> bool:
+        """Whether `mlp` will want gate and up in an order of down's."""
+        [down] = parts(self.config, "down")
+        shape = self.checkpoint.modules.get(layer + down.name)
+        if shape is None:
+            return False
+        num_outputs = sum(map(len, outputs(self.config, down, self.shard)))
+        choice = self.backend.kernel(shape.bits, shape.in_features, num_outputs, group_size_of(shape))
+        return choice.orders_outputs and is_permuted(self.checkpoint.store, layer + down.name, shape)
 
     def _takes_order(self, found: list[Linear | GPTQTensors | _Dense], num_outputs: int) -> bool:
         """Whether these become a Linear whose outputs may have any order, so that `fed_by` takes them for sorted."""
@@ -163,15 +201,19 @@ class _Loader:
             head = Module("lm_head", shape[1], shape[0], "o")
             linear = self._kept([("lm_head", head)])
             if linear is None:
-                (found,), role = self._cut([self._read("lm_head", head)], [head], _HEAD)
-                linear = self._one(found, "lm_head", role)
+                [chosen] = self._chosen([head], _HEAD)
+                linear = self._one(self._read("lm_head", head, chosen), "lm_head", _HEAD)
             self._count(linear, ["lm_head"])
             return linear
-        return self._head(self.checkpoint.tensor("lm_head.weight", shape))
+        return self._head(self.checkpoint.tensor("lm_head.weight", shape, self._rows_of_head))
+
+    @property
+    def _rows_of_head(self) -> Outputs | None:
+        return None if self.shard.is_whole else (self.shard.of(self.config.vocab_size, UNIT),)
 
     def _head(self, weight: Tensor, *, tied: bool = False) -> Linear:
-        part = self.shard.of(len(weight), UNIT)
-        linear = self.backend.head(weight[part.start : part.stop], tied=tied)
+        """Of this rank's rows."""
+        linear = self.backend.head(weight, tied=tied)
         if not linear.kernel.startswith("dense"):
             self._count(linear, [])
         return linear
@@ -179,24 +221,27 @@ class _Loader:
     def _tied(self, embedding: Tensor, shape: tuple[int, int]) -> Linear:
         check_head(self.checkpoint, self.config)
         self.warnings += head_notes(self.checkpoint, self.config)
+        part = self.shard.of(len(embedding), UNIT)
+        embedding = embedding[part.start : part.stop]
         if self.checkpoint.has("lm_head.weight"):
-            head = self.checkpoint.tensor("lm_head.weight", shape).to(device=embedding.device, dtype=embedding.dtype)
-            if not torch.equal(head, embedding):
+            head = self.checkpoint.tensor("lm_head.weight", shape, self._rows_of_head)
+            if not torch.equal(head.to(device=embedding.device, dtype=embedding.dtype), embedding):
                 self.warnings.append("lm_head.weight is not used: config.json ties the embedding to the head")
         return self._head(embedding, tied=True)
 
-    def _read(self, name: str, module: Module) -> GPTQTensors | _Dense:
+    def _read(self, name: str, module: Module, chosen: Outputs | None) -> GPTQTensors | _Dense:
+        """`chosen`: of these outputs; None: of all."""
         self._check(name, module)
         if name not in self.checkpoint.modules:
-            weight = self.checkpoint.tensor(f"{name}.weight", (module.out_features, module.in_features))
+            weight = self.checkpoint.tensor(f"{name}.weight", (module.out_features, module.in_features), chosen)
             bias = self.checkpoint.bias(name)
             if bias is not None and bias.shape != (module.out_features,):
                 raise CheckpointError(
                     f"{self.checkpoint.files[0]}: tensor {name}.bias is {tuple(bias.shape)}, config.json gives "
                     f"({module.out_features},); use the config.json of this model"
                 )
-            return weight, bias
-        return self.checkpoint.gptq(name)
+            return weight, bias if bias is None or chosen is None else TensorPart(0, chosen).of(bias).contiguous()
+        return self.checkpoint.gptq(name, chosen)
 
     def _check(self, name: str, module: Module) -> None:
         """What the headers tell."""
@@ -234,7 +279,7 @@ def load_llama(
     checkpoint: Checkpoint, config: LlamaConfig, max_model_len: int, backend: Backend, shard: Shard = WHOLE
 ) -> tuple[LlamaWeights, LoadReport]:
     """Read every tensor once. CheckpointError names the first that is missing, misshapen or not finite. `shard`: what
-    one rank keeps of them.
+    one rank keeps of them, and reads; ranks may load at the same time.
 
     The qkv and gate_up of a layer may have an InputOrder that the norms before them apply to what they write. No down
     and no head has one; an o may have one that it applies by itself.
@@ -247,7 +292,7 @@ def _load(
     checkpoint: Checkpoint, config: LlamaConfig, max_model_len: int, backend: Backend, shard: Shard
 ) -> tuple[LlamaWeights, LoadReport]:
     load = _Loader(checkpoint, config, backend, shard)
-    prefetch = _Prefetch(checkpoint)
+    prefetch = _Prefetch(checkpoint, load.parts)
     prefetch.layer(0)
     embedding = checkpoint.tensor("model.embed_tokens.weight", (config.vocab_size, config.hidden_size))
     tied = config.ties_head(has_head(checkpoint))
@@ -255,7 +300,8 @@ def _load(
     layers = []
     # A window that no text outgrows is none.
     windows = [None if w is None or w >= max_model_len else w for w in config.windows]
-    with LoadProgress("loading layers", len(windows)) as progress:
+    # Of ranks, which load together, one tells how far it is.
+    with LoadProgress("loading layers", len(windows)) if shard.rank == 0 else nullcontext() as progress:
         for index, window in enumerate(windows):
             prefetch.layer(index + 1)
             layer = layer_prefix(index)
@@ -272,7 +318,8 @@ def _load(
                     down=down,
                 )
             )
-            progress.advance()
+            if progress is not None:
+                progress.advance()
     weights = LlamaWeights(
         config=load.own,
         shard=shard,
@@ -288,8 +335,9 @@ def _load(
 class _Prefetch:
     """Lets the next layer be read while this one is checked and packed. What nothing will ask for is left out."""
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self._store = checkpoint.store
+    def __init__(self, checkpoint: Checkpoint, parts: Callable[[str], dict[str, TensorPart]]) -> None:
+        """`parts`: what is read of the tensors of a layer, by its prefix."""
+        self._store, self._parts = checkpoint.store, parts
         self._names: defaultdict[int, list[str]] = defaultdict(list)
         for name in sorted(self._store.names):
             layer = LAYER.match(name)
@@ -297,4 +345,5 @@ class _Prefetch:
                 self._names[int(layer[1])].append(name)
 
     def layer(self, index: int) -> None:
-        self._store.prefetch(self._names[index])
+        if names := self._names[index]:
+            self._store.prefetch(names, self._parts(layer_prefix(index)))

@@ -44,7 +44,7 @@ def plan_serving(checkpoint: Checkpoint, config: LlamaConfig, backend: Backend, 
     for name, module in all_modules(config):
         shape = checkpoint.modules.get(name)
         kind = name.rsplit(".", 1)[-1]
-        k, n = module.in_features, len(outputs(config, module, shard))
+        k, n = module.in_features, sum(map(len, outputs(config, module, shard)))
         if shape is None:
             checkpoint.check(f"{name}.weight", (module.out_features, k))
             dtype = backend.dtype

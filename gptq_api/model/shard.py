@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from gptq_api.checkpoint.checkpoint import GPTQTensors
+from gptq_api.checkpoint.module import Outputs
 from gptq_api.model.config import LlamaConfig
 from gptq_api.model.modules import Module
 
@@ -68,8 +69,8 @@ def refusal(config: LlamaConfig, size: int) -> str | None:
     return None
 
 
-def outputs(config: LlamaConfig, module: Module, shard: Shard) -> Tensor:
-    """int64: which outputs of a module a rank has, in their order. `config`: of the whole model."""
+def outputs(config: LlamaConfig, module: Module, shard: Shard) -> Outputs:
+    """Which outputs of a module a rank has. `config`: of the whole model."""
     if module.joins == "qkv":
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
         sections = {"q": (heads,), "k": (kv_heads,), "v": (kv_heads,)}.get(_part(module), (heads, kv_heads, kv_heads))
@@ -79,7 +80,7 @@ def outputs(config: LlamaConfig, module: Module, shard: Shard) -> Tensor:
         widths, unit = [config.intermediate_size] * 2 if stored_as_one else [module.out_features], UNIT
     starts = [sum(widths[:i]) for i in range(len(widths))]
     parts = [(start, shard.of(width, unit)) for start, width in zip(starts, widths, strict=True)]
-    return torch.cat([torch.arange(start + part.start, start + part.stop) for start, part in parts])
+    return tuple(range(start + part.start, start + part.stop) for start, part in parts)
 
 
 def _part(module: Module) -> str:
@@ -110,8 +111,8 @@ def _take(tensor: Tensor, chosen: Tensor, dim: int) -> Tensor:
 
 
 def cut_order(order: Tensor, shard: Shard, modules: Sequence[Module]) -> list[Tensor]:
-    """What `outputs` gives for gate and up, stored as one module or two, whose outputs are wanted in the order in which
-    down has its inputs: int [intermediate size]."""
+    """The outputs of gate and up, stored as one module or two, in the order in which down has its inputs, `order`: int
+    [intermediate size]."""
     part = shard.of(len(order))
     mine = order[part.start : part.stop].long()
     return [mine, mine] if len(modules) == 2 else [torch.cat((mine, mine + len(order)))]

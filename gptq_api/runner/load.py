@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import errno
 import logging
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -175,10 +175,9 @@ def make_runner(options: LoadOptions, checkpoint: Checkpoint, device: torch.devi
 def load_ranks(
     options: LoadOptions, checkpoint: Checkpoint, config: LlamaConfig, devices: list[torch.device]
 ) -> tuple[ParallelRunner, LoadReport]:
-    """The model on several devices: each rank's thread loads its own shard."""
+    """The model on several devices: each rank's thread reads and loads its own shard, all at the same time."""
     group = RankGroup(len(devices))
     max_model_len = longest_text(options, config)
-    turn = threading.Lock()  # one at a time reads the checkpoint, which has one reader
 
     def load(rank: int) -> tuple[LoadedRunner, LoadReport]:
         if devices[rank].type == "cuda":
@@ -186,12 +185,14 @@ def load_ranks(
         own = group.ranks[rank]
         backend = choose_backend(options, checkpoint, config, devices[rank], rank=own)
         backend.cache_dtype(options.kv_cache_dtype)
-        with turn, _enough_memory(checkpoint):
+        with _enough_memory(checkpoint):
             weights, report = load_llama(checkpoint, config, max_model_len, backend, own.shard)
         return backend.runner(weights, options, max_model_len), report
 
     loaded = group.run(load)
-    return ParallelRunner(group, [runner for runner, _ in loaded]), loaded[0][1]
+    # What one of them alone has seen is said as well.
+    warnings = tuple(dict.fromkeys(warning for _, report in loaded for warning in report.warnings))
+    return ParallelRunner(group, [runner for runner, _ in loaded]), replace(loaded[0][1], warnings=warnings)
 
 
 @contextmanager

@@ -11,6 +11,7 @@ import httpx
 import pytest
 import torch
 
+from gptq_api.checkpoint.checkpoint import CheckpointError
 from gptq_api.errors import ConfigError
 from gptq_api.model.config import read_config
 from gptq_api.model.modules import modules
@@ -85,8 +86,8 @@ def test_every_output_has_one_rank(tmp_path: Path) -> None:
         for module in modules(config):
             if module.joins == "qkv" and size == 3:
                 continue
-            parts = [outputs(config, module, Shard(rank, size)).tolist() for rank in range(size)]
-            assert sorted(i for part in parts for i in part) == list(range(module.out_features))
+            parts = [outputs(config, module, Shard(rank, size)) for rank in range(size)]
+            assert sorted(i for part in parts for each in part for i in each) == list(range(module.out_features))
     assert [len(Shard(rank, 4).of(11008)) for rank in range(4)] == [2752] * 4
     assert [len(Shard(rank, 3).of(4096)) for rank in range(3)] == [1360, 1360, 1376]
 
@@ -100,6 +101,26 @@ def test_what_cannot_be_shared_is_said(tmp_path: Path) -> None:
     small = replace(BASE, hidden_size=32, num_heads=8, num_kv_heads=8, intermediate_size=96)
     config = read_config(write_checkpoint(tmp_path / "small", random_model(small)))
     assert refusal(config, 4) == "32 outputs are less than 16 for each of 4 ranks"
+
+
+def test_what_one_rank_alone_reads_is_told(tmp_path: Path) -> None:
+    model = random_model(BASE)
+    tensors = model.tensors()
+    tensors["model.layers.1.mlp.up_proj.scales"][0, -1] = torch.nan
+    folder = write_checkpoint(tmp_path / "nan", model, tensors=tensors)
+    with pytest.raises(
+        CheckpointError, match=r"model\.safetensors: tensor model\.layers\.1\.mlp\.up_proj\.scales holds NaN"
+    ):
+        load(folder, 4)
+
+
+def test_a_warning_of_one_rank_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tied = random_model(replace(BASE, tie=True))
+    tensors = tied.tensors()
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    tensors["lm_head.weight"][-1] += 1
+    load(write_checkpoint(tmp_path, tied, tensors=tensors), 4)
+    assert caplog.text.count("lm_head.weight is not used: config.json ties the embedding to the head") == 1
 
 
 def test_ranks_that_differ_end_the_engine() -> None:

@@ -3,6 +3,7 @@ gathers. On the CPU the kernels are replaced by what `emulate` reads from the pa
 
 from __future__ import annotations
 
+from collections import Counter
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from gptq_api.checkpoint.checkpoint import Checkpoint, CheckpointError, open_checkpoint
-from gptq_api.checkpoint.device_reader import DeviceReader
+from gptq_api.checkpoint.device_reader import DeviceReader, Fetch
+from gptq_api.checkpoint.parts import TensorPart
+from gptq_api.checkpoint.safetensors_file import Entry, SafetensorsFile
 from gptq_api.errors import ConfigError
 from gptq_api.kernels import gemm
 from gptq_api.kernels.layout import PackedLinear
@@ -23,7 +26,9 @@ from gptq_api.kernels.probes import emulate
 from gptq_api.model import loader, plan
 from gptq_api.model.config import read_config
 from gptq_api.model.layers.linear import Linear, SplitLinear
+from gptq_api.model.modules import config_of
 from gptq_api.model.progress import LoadProgress
+from gptq_api.model.shard import Shard
 from gptq_api.model.weights import LayerWeights
 from gptq_api.runner.cpu.backend import CpuBackend
 from gptq_api.runner.cuda.backend import CudaBackend
@@ -251,7 +256,7 @@ def test_tensors_read_to_the_device_are_those_of_the_file(container: str, tmp_pa
     checkpoint = open_checkpoint(write_checkpoint(tmp_path, model, container=container))
     with DeviceReader(torch.device("cuda")) as reader:
         there = checkpoint.on(reader)
-        there.store.prefetch(checkpoint.store.names)
+        there.store.prefetch(checkpoint.store.names, {})
         for module in checkpoint.modules:
             here, found = checkpoint.gptq(module), there.gptq(module)
             for part in ("qweight", "zeros", "scales", "g_idx"):
@@ -260,6 +265,79 @@ def test_tensors_read_to_the_device_are_those_of_the_file(container: str, tmp_pa
             assert (here.act_order, here.group_size, here.sym) == (found.act_order, found.group_size, found.sym)
         name = "model.layers.0.self_attn.o_proj.weight"
         assert torch.equal(there.tensor(name, (128, 128)).cpu(), checkpoint.tensor(name, (128, 128)))
+
+
+class HostReader(DeviceReader):
+    """What is fetched comes to the CPU."""
+
+    def __init__(self) -> None:
+        super().__init__(CPU)
+        self.fetched: list[tuple[str, TensorPart | None]] = []
+
+    def fetch(self, file: Path, name: str, entry: Entry, part: TensorPart | None) -> Fetch:
+        self.fetched.append((name, part))
+        return Fetch(part, SafetensorsFile(file).read(name, part=part), [])
+
+
+class ReadOnCpu(OnCpu):
+    """As `OnCpu`, reading as for a device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reader = HostReader()
+
+    def reading(self, checkpoint: Checkpoint) -> AbstractContextManager[Checkpoint]:
+        return nullcontext(checkpoint.on(self.reader))
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("act_order", [False, True])
+def test_ranks_pack_their_part_of_what_one_would(packed: None, act_order: bool, fused: bool, tmp_path: Path) -> None:
+    """Of gate and up in the order in which down wants them. Nothing is fetched in vain, or as a whole where a part will
+    do."""
+    recipe = replace(RECIPE, act_order=act_order, family="phi3" if fused else "llama", num_layers=3)
+    recipe = replace(recipe, more_config={"pad_token_id": 0} if fused else {})
+    checkpoint = open_checkpoint(write_checkpoint(tmp_path, random_model(recipe)))
+    config = config_of(checkpoint)
+    whole, _ = loader.load_llama(checkpoint, config, 64, OnCpu())
+    for rank in range(2):
+        backend, shard = ReadOnCpu(), Shard(rank, 2)
+        part, _ = loader.load_llama(checkpoint, config, 64, backend, shard)
+        heads, rows, inner = (shard.of(*sizes) for sizes in ((128, 32), (128,), (208,)))
+        kv = shard.of(64, 32)
+        columns = {
+            "qkv": [*heads, *(128 + i for i in kv), *(192 + i for i in kv)],
+            "o": list(rows),
+            "gate_up": [*inner, *(208 + i for i in inner)],
+            "down": list(rows),
+        }
+        for mine, all_of_it in zip(part.layers, whole.layers, strict=True):
+            for name, chosen in columns.items():
+                found, expected = getattr(mine, name), getattr(all_of_it, name)
+                assert torch.equal(emulate(found._weight), emulate(expected._weight)[:, chosen]), name
+        fetched = Counter(name for name, _ in backend.reader.fetched)
+        twice = {name for name, count in fetched.items() if count > 1}
+        assert twice == {f"model.layers.{i}.mlp.down_proj.g_idx" for i in range(3)}  # which tells of gate and up
+        read_whole = {name for name, of_it in backend.reader.fetched if of_it is None and name.endswith("qweight")}
+        gates = {name for name in fetched if name.endswith(("gate_proj.qweight", "up_proj.qweight"))}
+        assert read_whole == (gates if act_order else set()) and gates
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not gemm.is_available(), reason=gemm.unavailable_reason() or "")
+def test_parts_read_to_the_device_are_those_of_the_file(tmp_path: Path) -> None:
+    """Rows of 16 KiB are read whole, those of 64 KiB in part."""
+    recipe = replace(RECIPE, intermediate_size=16384, num_layers=1, mixed_bits={"up_proj": 8})
+    checkpoint = open_checkpoint(write_checkpoint(tmp_path, random_model(recipe)))
+    ranges = (range(32, 4096), range(8192, 8200), range(12000, 16384))
+    with DeviceReader(torch.device("cuda")) as reader:
+        there = checkpoint.on(reader)
+        for name in ("gate_proj", "up_proj"):
+            module = f"model.layers.0.mlp.{name}"
+            there.store.prefetch([f"{module}.qweight"], {})  # something else than is asked for
+            found, here = there.gptq(module, ranges), checkpoint.gptq(module, ranges)
+            for part in ("qweight", "zeros", "scales", "g_idx"):
+                assert torch.equal(getattr(found, part).cpu(), getattr(here, part))
 
 
 @pytest.mark.gpu
