@@ -16,7 +16,7 @@ ARGS ?=
 # Every process of ours would compile the package anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: serve chat test fast attack soak audit lint format compare gpu gpu-portable sanitize-cpu clients demo-model-test image image-smoke clean
+.PHONY: serve chat test compiled fast attack soak audit lint format compare gpu gpu-portable sanitize-cpu clients demo-model-test image image-smoke clean
 
 serve: environment
 	$(VENV)/bin/gptq-api serve $(ARGS)
@@ -24,16 +24,18 @@ serve: environment
 chat: environment
 	$(VENV)/bin/gptq-api chat $(ARGS)
 
-# In as many processes as there are cores, up to four: one has a gigabyte, with the servers it starts. ARGS=-n0: in one.
-SIDE_BY_SIDE = -n auto --maxprocesses 4 --dist loadfile
-
+# tests/__main__.py: side by side, then one by one those that others would spoil. ARGS are pytest's; -n0: all in one process.
 test: environment-dev
-	@echo "all tests take a quarter to half an hour on two cores, and longer on busy ones; make fast takes some minutes"
-	$(VENV)/bin/python -m pytest $(SIDE_BY_SIDE) $(ARGS)
+	@echo "all tests take five to twenty minutes on two cores, and longer on busy ones; make fast takes some minutes"
+	$(VENV)/bin/python -m tests $(ARGS)
+
+# What nvcc, Triton and the sanitizers make of kernels, for who changes them: tests that compile.
+compiled: environment-dev
+	$(VENV)/bin/python -m pytest -m compiles -n auto --maxprocesses 4 --dist loadfile $(ARGS)
 
 # What needs no process, no compiler, no clock and no patience: between two edits.
 fast: environment-dev
-	$(VENV)/bin/python -m pytest -q -m 'not server and not timing and not slow and not gpu' $(ARGS)
+	$(VENV)/bin/python -m pytest -q -m 'not server and not timing and not slow and not compiles and not gpu' $(ARGS)
 
 # The long forms: 20,000 bodies, 1,000 hang-ups, every bomb, what schemathesis thinks up. Some 20 minutes.
 attack: environment-dev

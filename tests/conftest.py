@@ -1,5 +1,4 @@
-"""Servers that several test files share (starting one takes seconds), marks that follow from what a test does, and
-tests in several processes."""
+"""Servers that several test files share (starting one takes seconds), and marks that follow from what a test does."""
 
 from __future__ import annotations
 
@@ -8,18 +7,15 @@ import signal
 import subprocess
 import time
 from collections import Counter
-from collections.abc import Generator, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 from types import CodeType, FunctionType
 from typing import Any
 
 import pytest
 
 from tests.support.server import Server
-from tests.support.turns import turn
 
-WORKER = "PYTEST_XDIST_WORKER" in os.environ
-if WORKER:  # a core for each process
+if "PYTEST_XDIST_WORKER" in os.environ:  # a core for each process
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in the background of a shell; servers would inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -87,15 +83,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             seen: set[Any] = set()
             for mark in set().union(*(marks_of(function, seen) for function in (item.function, *fixtures))):
                 item.add_marker(mark)
-
-
-@pytest.hookimpl(wrapper=True, tryfirst=True)
-def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
-    if not WORKER:
-        return (yield)
-    of_all_workers = Path(item.config.getoption("basetemp")).parent
-    with turn(of_all_workers, alone=item.get_closest_marker("timing") is not None):
-        return (yield)
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

@@ -16,7 +16,7 @@ from tests.ext.sass import COMPILE_S, EXT, Compiled, Compiler, Usage, longest_by
 from tools.occupancy import REGISTERS, blocks_per_sm
 from tools.roofline import GEMV_INSTRUCTIONS
 
-pytestmark = [needs_nvcc, pytest.mark.timeout(2 * COMPILE_S)]
+pytestmark = [pytest.mark.compiles, needs_nvcc, pytest.mark.timeout(2 * COMPILE_S)]
 
 
 @dataclass(frozen=True)

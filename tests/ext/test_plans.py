@@ -16,7 +16,7 @@ from tests.ext.sass import COMPILE_S, EXT, NVCC, Compiler, needs_nvcc
 from tools.cards import Card, find
 from tools.occupancy import LIMITS, blocks_per_sm
 
-pytestmark = [needs_nvcc, pytest.mark.timeout(4 * COMPILE_S)]
+pytestmark = [pytest.mark.compiles, needs_nvcc, pytest.mark.timeout(4 * COMPILE_S)]
 
 KERNELS = {
     "gemv_kernel": "gemv/gemv_fp16.cu",

@@ -12,7 +12,7 @@ from gptq_api.runner.cpu import native
 from tests.kernels.sanitize_cpu import MEMORY, build_fuzz, instruction_sets, run_fuzz
 
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.compiles,
     pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++"),
     pytest.mark.skipif(not native.is_available(), reason=native.MISSING),
 ]

@@ -61,6 +61,7 @@ def usage(
     return int(found[1]), int(found[2]), int(done.metadata.shared)
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize("code", [80, 86, 89, 120])
 def test_without_wgmma_nothing_is_on_a_stack_and_programs_share_an_sm(
     code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -76,6 +77,7 @@ def test_without_wgmma_nothing_is_on_a_stack_and_programs_share_an_sm(
         assert programs * (shared + 1024) <= SM_SHARED[code] * 1024, case
 
 
+@pytest.mark.compiles
 def test_on_hopper_two_programs_share_an_sm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a stack of a few words, which costs less than one program alone."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))

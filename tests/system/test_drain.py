@@ -78,6 +78,7 @@ def test_a_reader_that_does_not_read_is_not_waited_for(reads: bool) -> None:
         raw.close()
 
 
+@pytest.mark.alone
 def test_a_server_that_leaves_is_not_ready_before_it_refuses_anything() -> None:
     with Server("--drain-delay-s", "3", "--drain-timeout-s", "5") as server:
         stream = RawStream(server, chat_body(ignore_eos=True, stream=True, max_tokens=900))

@@ -37,6 +37,7 @@ def read_all(sock: socket.socket) -> bytes:
     return data
 
 
+@pytest.mark.alone
 def test_slow_headers_and_bodies_are_cut(strict_server: Server) -> None:
     """Nothing, half a header, a byte at a time, a body that never ends: closed after the deadline as a whole."""
     half = raw_request("/v1/chat/completions", b"{" * 50, "Authorization: Bearer first-key")
@@ -61,6 +62,7 @@ def test_slow_headers_and_bodies_are_cut(strict_server: Server) -> None:
     assert strict_server.chat(max_tokens=1).status_code == 200
 
 
+@pytest.mark.alone
 def test_a_kept_alive_connection_has_the_deadlines_too(strict_server: Server) -> None:
     with connect(strict_server) as sock:
         sock.sendall(raw_request("/health", b"", method="GET"))
@@ -71,6 +73,7 @@ def test_a_kept_alive_connection_has_the_deadlines_too(strict_server: Server) ->
         assert time.monotonic() - started < 2.5
 
 
+@pytest.mark.alone
 def test_pings_and_slow_models_are_no_deadline(strict_server: Server) -> None:
     """A request whose answer takes longer than every client deadline is nobody's fault; comments keep it alive."""
     body = chat_body(max_tokens=200, stream=True, ignore_eos=True, n=2)
@@ -167,6 +170,7 @@ def head(path: str, *extra: bytes, method: str = "POST") -> bytes:
     return b"\r\n".join([f"{method} {path} HTTP/1.1".encode(), b"Host: localhost", *extra, ENDLESS])
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("flags", [(), ("--api-key", "key")])
 def test_tiny_chunks_do_not_stop_the_event_loop(flags: tuple[str, ...]) -> None:
     """A body of one-byte chunks, as fast as it is taken, where it is read and where the key is missing: with one sender

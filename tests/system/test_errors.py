@@ -185,6 +185,7 @@ def test_fields_that_contradict_each_other(server: Server) -> None:
         check_error(server.post(COMPLETIONS, {"prompt": "x", **fields}), 400, param)
 
 
+@pytest.mark.alone
 def test_too_long_for_the_context(server: Server) -> None:
     limit = server.http.get("/v1/models").json()["data"][0]["max_model_len"]
     ids = server.post("/tokenize", {"prompt": "x"}).json()["tokens"][-1:]
@@ -301,6 +302,7 @@ def test_head_is_get_without_a_body(server: Server) -> None:
     assert server.http.get("/health").json() == {"status": "ok"}, "the connection is still in step"
 
 
+@pytest.mark.alone
 def test_a_flood_of_wrong_items_costs_little(server: Server) -> None:
     body = json.dumps({"messages": [1] * 150_000}).encode()
     started = time.monotonic()

@@ -98,6 +98,7 @@ def test_a_client_that_waits_in_the_queue_may_send_no_more(server: Server) -> No
         assert "Traceback" not in single.log()
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_has_gone_is_noticed(server: Server, stream: bool) -> None:
     before = server.metric("gptq_api:requests_cancelled_total", cause="disconnect")
@@ -110,6 +111,7 @@ def test_a_client_that_has_gone_is_noticed(server: Server, stream: bool) -> None
     wait_for(lambda: server.metric("gptq_api:requests_cancelled_total", cause="disconnect") == before + 1, 5)
 
 
+@pytest.mark.alone
 def test_half_a_request_and_no_more_is_the_end(server: Server) -> None:
     body = ask(chat_body())
     for data in (b"", b"GET /v1/mod", body[:-5], body[:60], GET_MODELS.replace(b"Length: 0", b"Length: 5")):

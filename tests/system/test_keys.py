@@ -226,6 +226,7 @@ def first_token_s(server: Server, key: str, **fields: Any) -> float:
     raise AssertionError("no text")
 
 
+@pytest.mark.alone
 def test_a_second_key_does_not_wait_for_the_hundreds_of_requests_of_the_first() -> None:
     """Every request of the first has 300 tokens, four at a time: 30,000 tokens before the second one's turn, if it had
     to wait for them."""

@@ -186,6 +186,7 @@ class Reader(threading.Thread):
         self.raw.close()
 
 
+@pytest.mark.alone
 def test_sigterm_lets_running_requests_finish() -> None:
     with Server("--log-json") as server:
         engine = server.engine_pid
@@ -231,6 +232,7 @@ def test_at_the_deadline_the_rest_is_told() -> None:
         assert "Traceback" not in server.log()
 
 
+@pytest.mark.alone
 def test_a_second_signal_ends_it_within_a_second() -> None:
     with Server() as server:
         engine = server.engine_pid
@@ -248,6 +250,7 @@ def test_a_second_signal_ends_it_within_a_second() -> None:
         assert "Traceback" not in server.log()
 
 
+@pytest.mark.alone
 def test_two_servers_and_the_death_of_one_engine(server: Server) -> None:
     """Every stream of it ends with an error event, /health says so, the process leaves with 70; the other goes on."""
     with Server() as other:

@@ -43,6 +43,7 @@ def kill_engine(server: Server) -> None:
     wait_for(lambda: not alive(pid), 5)
 
 
+@pytest.mark.alone
 def test_streams_are_told_and_the_engine_comes_back() -> None:
     with Server("--restart-engine", "1", "--log-json") as server:
         expected = text(server)
@@ -130,6 +131,7 @@ def stall_engine(server: Server) -> None:
     assert chunks(reader.found)[-1]["error"]["code"] == "engine_stalled"
 
 
+@pytest.mark.alone
 def test_a_stalled_engine_can_be_killed() -> None:
     """And is then one that died: started again, or the end of the server."""
     flags = ("--engine-timeout-s", "1", "--on-engine-stall", "kill", "--restart-engine", "1")

@@ -78,6 +78,7 @@ def stopped(pid: int) -> Iterator[None]:
             os.kill(pid, signal.SIGCONT)
 
 
+@pytest.mark.alone
 def test_who_waits_is_told_and_who_comes_is_refused_until_it_speaks_again() -> None:
     count = chat_body("Count from one to ten.", max_tokens=16, ignore_eos=True, temperature=0)
     with Server("--engine-timeout-s", "1", "--log-json") as server:
@@ -150,6 +151,7 @@ def test_a_slow_reader_keeps_no_place() -> None:
         assert "Traceback" not in server.log()
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("when", ["stalled", "not yet stalled", "at the deadline"])
 def test_the_end_of_a_server_whose_engine_is_silent(when: str) -> None:
     """Whether the silence is known, comes out while the server drains, or never does."""

@@ -136,6 +136,7 @@ def test_what_a_template_costs_too_much_is_one_request_s_error(tmp_path: Path) -
     run(test())
 
 
+@pytest.mark.alone
 def test_a_bomb_takes_nobody_with_it_and_no_server_s_memory(tmp_path: Path) -> None:
     folder = set_template(byte_level(tmp_path), LOADED)
 
