@@ -3,6 +3,7 @@ prints them. Two packages of the `dev` extra bring cuobjdump and the nvdisasm th
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import shutil
@@ -14,7 +15,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.turns import turn
 
 EXT = Path(__file__).parents[2] / "ext"
 NVCC = shutil.which("nvcc")
@@ -84,9 +84,9 @@ class Compiler:
         out = self.folder / f"{Path(source).stem}.{arch}.cubin"
         flags = ["-O3", "-std=c++17", "--expt-relaxed-constexpr", f"-gencode=arch=compute_{arch},code=sm_{arch}"]
         command = [NVCC, *flags, f"-I{EXT}", "-Xptxas=-v", "-cubin", "-o", str(out), str(EXT / source)]
-        told, lock = out.with_suffix(".log"), out.with_suffix(".lock")
-        lock.mkdir(exist_ok=True)
-        with turn(lock, alone=True):
+        told = out.with_suffix(".log")
+        with out.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
             if not told.exists():
                 done = subprocess.run(command, capture_output=True, text=True, timeout=COMPILE_S)
                 assert done.returncode == 0, done.stderr
