@@ -15,7 +15,6 @@ from pathlib import Path
 
 import pytest
 
-
 EXT = Path(__file__).parents[2] / "ext"
 NVCC = shutil.which("nvcc")
 COMPILE_S = 400
