@@ -1,9 +1,10 @@
 """uvicorn's h11 protocol with what it lacks against slow and dead clients.
 
 uvicorn only times idle keep-alive connections: a client that sends half a header, or a byte of body per second, holds
-its socket for ever. Here headers and bodies have a deadline as a whole (not per byte). A peer that vanished without a
-FIN is noticed by the kernel (keep-alive probes, TCP_USER_TIMEOUT). How much is parsed at a time, and what becomes of a
-body that nobody wants any more, is EdgeTransport's business.
+its socket for ever. Here headers and bodies have a deadline as a whole (not per byte). What counts is the time in which
+we could have read (`patience.py`), and what has come is read before it is said that it did not. A peer that vanished
+without a FIN is noticed by the kernel (keep-alive probes, TCP_USER_TIMEOUT). How much is parsed at a time, and what
+becomes of a body that nobody wants any more, is EdgeTransport's business.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from uvicorn.server import ServerState
 from gptq_api.edge.accept import AT_ONCE, Crowd
 from gptq_api.edge.errors import ErrorBody
 from gptq_api.edge.framing import EdgeConnection
+from gptq_api.edge.patience import Patience
 from gptq_api.edge.transport import EdgeTransport
 from gptq_api.edge.turns import Turns
 
@@ -47,6 +49,7 @@ def edge_protocol(
     class Edge(EdgeProtocol):
         crowd = Crowd(num_allowed)
         turns = Turns()
+        patience = Patience()
         header_timeout = header_timeout_s
         body_timeout = body_timeout_s
         error_body = staticmethod(body_of)
@@ -57,6 +60,7 @@ def edge_protocol(
 class EdgeProtocol(H11Protocol, asyncio.BufferedProtocol):
     crowd: Crowd
     turns: Turns
+    patience: Patience
     header_timeout: float
     body_timeout: float
     error_body: ErrorBody
@@ -78,6 +82,8 @@ class EdgeProtocol(H11Protocol, asyncio.BufferedProtocol):
         """that the client has for what is awaited"""
         self._deadline: asyncio.TimerHandle | None = None
         """while these seconds run"""
+        self._until = 0.0
+        """when they are over, by `patience`"""
         self._probe: asyncio.TimerHandle | None = None
         self._num_unread = 0
         """bytes that waited for the peer at the last look, while the server is about to leave"""
@@ -131,10 +137,7 @@ class EdgeProtocol(H11Protocol, asyncio.BufferedProtocol):
     def allow_body(self, seconds: float) -> None:
         """The body that is arriving may take so long, where that is longer than usual: it is a large one."""
         if (more := seconds - self.body_timeout) > 0 and self._awaiting == "body":
-            if self._deadline is not None:
-                self._seconds_left = self._deadline.when() - self.loop.time()
-                self._deadline.cancel()
-                self._deadline = None
+            self._hold_time()
             self._seconds_left += more
             self._watch()
 
@@ -181,15 +184,30 @@ class EdgeProtocol(H11Protocol, asyncio.BufferedProtocol):
     def _watch(self) -> None:
         """Let the client's time run for what it owes us, while we read: what it has sent and we have not parsed is our
         delay."""
-        if self._deadline is not None:
-            self._seconds_left = self._deadline.when() - self.loop.time()
-            self._deadline.cancel()
-            self._deadline = None
+        self._hold_time()
         if (owed := self._owed()) != self._awaiting:
             self._awaiting = owed
             self._seconds_left = self.header_timeout if owed == "headers" else self.body_timeout
         if owed is not None and self.transport.reading:
-            self._deadline = self.loop.call_later(self._seconds_left, self._too_slow, owed)
+            self.patience.begin()
+            self._until = self.patience.now() + self._seconds_left
+            self._deadline = self.loop.call_later(self._seconds_left, self._at_deadline, owed)
+
+    def _hold_time(self) -> None:
+        if self._deadline is not None:
+            self._seconds_left = self._until - self.patience.now()
+            self._deadline.cancel()
+            self._deadline = None
+            self.patience.end()
+
+    def _at_deadline(self, awaiting: str) -> None:
+        """Late, where the server was slow: then there is time left. What has come and was not read is read first: the
+        event loop, which may have looked at its sockets long ago, looks again before this is called again."""
+        left = self._until - self.patience.now()
+        if left > 0 or (not self.transport.is_closing() and num_unread(self.transport.get_extra_info("socket"))):
+            self._deadline = self.loop.call_later(max(0.0, left), self._at_deadline, awaiting)
+        else:
+            self._too_slow(awaiting)
 
     def _see_off(self) -> None:
         """Of a client that sends no more, everything has been parsed: a request that is not complete never will be, and
@@ -281,8 +299,17 @@ def tune(sock: socket.socket) -> None:
 
 def in_kernel(sock: socket.socket) -> int:
     """Bytes that were sent and that the peer's kernel has not acknowledged; 0 where the system does not tell."""
+    return _asked(sock, termios.TIOCOUTQ)
+
+
+def num_unread(sock: socket.socket) -> int:
+    """Bytes that came and were not read; 0 where the system does not tell."""
+    return _asked(sock, termios.FIONREAD)
+
+
+def _asked(sock: socket.socket, request: int) -> int:
     try:
-        answer = fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, bytes(4))
+        answer = fcntl.ioctl(sock.fileno(), request, bytes(4))
     except OSError:
         return 0
     return int.from_bytes(answer, sys.byteorder)

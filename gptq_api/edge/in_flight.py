@@ -9,9 +9,10 @@ up to SHARE times what is left, so that nobody's bodies keep all others out.
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Callable
 from types import TracebackType
+
+from gptq_api.edge.patience import Patience
 
 SMALL = 64 * 1024
 """bytes up to which a body costs so little that nobody asks first"""
@@ -34,6 +35,8 @@ class Bodies:
         self.num_bytes = 0
         self.turn = asyncio.Lock()
         """for what occupies the event loop with a large body: one at a time"""
+        self.patience = Patience()
+        """runs while there are any"""
         self._stalled = stalled
         self._unfinished: dict[Arriving, None] = {}
         self._owned: dict[bytes, int] = {}  # bytes, by owner
@@ -48,11 +51,11 @@ class Bodies:
         return self.num_bytes + size <= self.most or self._idle_bytes() >= self.num_bytes + size - self.most
 
     def _idle_bytes(self) -> int:
-        since = time.monotonic() - STALLED_S
+        since = self.patience.now() - STALLED_S
         return sum(body.size for body in self._unfinished if body.grown_at < since)
 
     def _make_room(self, size: int) -> None:
-        since = time.monotonic() - STALLED_S
+        since = self.patience.now() - STALLED_S
         for body in [body for body in self._unfinished if body.size and body.grown_at < since]:
             if self.num_bytes + size <= self.most:
                 return
@@ -82,8 +85,8 @@ class Arriving:
         """`owner`: who shares the room with whom; None: nobody else may come."""
         self.size = 0
         self._owner = owner
-        self.grown_at = time.monotonic()
         self._bodies = bodies
+        self.grown_at = bodies.patience.now()
         self._error: Exception | None = None
 
     def __enter__(self) -> Arriving:
@@ -92,6 +95,7 @@ class Arriving:
         self._task = task
         self._cancelling = task.cancelling()
         self._bodies._unfinished[self] = None
+        self._bodies.patience.begin()
         return self
 
     def grow(self, size: int) -> None:
@@ -99,11 +103,13 @@ class Arriving:
         bodies = self._bodies
         bodies._take(size, bodies.most if self.size + size > SMALL else 2 * bodies.most, self._owner)
         self.size += size
-        self.grown_at = time.monotonic()
+        self.grown_at = bodies.patience.now()
 
     def finish(self) -> None:
         """All of it is here: it is not cut off any more."""
-        self._bodies._unfinished.pop(self, None)
+        if self in self._bodies._unfinished:
+            del self._bodies._unfinished[self]
+            self._bodies.patience.end()
 
     def cut(self, error: Exception) -> None:
         """Its room is free at once; whoever reads it is woken up."""
