@@ -3,11 +3,12 @@
     python benchmarks/all_reduce.py --out benchmarks/results        # all GPUs that torch sees, a minute
 
 Each figure is microseconds per call, the median over replays of a CUDA graph of many calls, on the rank that was
-faster: it did not wait for the other to begin. Ours is what a layer does, an all-gather of rows of which each rank has
-an equal part of the columns; NCCL's all-gather does the same, its all-reduce and the one-shot all-reduce of symmetric
-memory are what layers do whose sums are cut. Twice in a layer ours is one kernel with the RMSNorm behind it, which is
-there beside that norm alone. Rows are 16-bit. NVLink multicast is not used by any of them. `soak` is our exchange with
-random delays on each rank, every word compared.
+faster: it did not wait for the other to begin. Ours is what a layer does, an all-gather of rows of which each rank
+has an equal part of the columns; NCCL's all-gather does the same, its all-reduce and the one-shot all-reduce of
+symmetric memory are what layers do whose sums are cut. "Through the host" is ours as on cards that cannot write each
+other's memory. Twice in a layer ours is one kernel with the RMSNorm behind it, which is there beside that norm alone.
+Rows are 16-bit. NVLink multicast is not used by any of them. `soak` is our exchange with random delays on each rank,
+every word compared.
 """
 
 from __future__ import annotations
@@ -63,13 +64,14 @@ def per_call(calls: Callable[[], None], meet: Callable[[], None], stream: torch.
     return statistics.median(times)
 
 
-def ours(size: int) -> list[dict[str, Any]]:
-    group = RankGroup(size)
+def ours(size: int, through_host: bool) -> list[dict[str, Any]]:
+    """Straight from one GPU into another one, or as on cards that cannot."""
+    group, how = RankGroup(size), "ours, through the host" if through_host else "ours"
 
     def work(rank: int) -> list[tuple[str, int, int, float]]:
         torch.cuda.set_device(rank)
         own = group.ranks[rank]
-        exchange, stream, found = Exchange(rank, size, own.each), torch.cuda.Stream(), []
+        exchange, stream, found = Exchange(rank, size, own.each, through_host), torch.cuda.Stream(), []
         exchange.go_live()
         for width in WIDTHS:
             parts = [Shard(r, size).of(width) for r in range(size)]
@@ -81,7 +83,7 @@ def ours(size: int) -> list[dict[str, Any]]:
                     for _ in range(CALLS):
                         exchange.all_gather(place, part)
 
-                found.append(("ours", width, rows, per_call(calls, own.meet, stream)))
+                found.append((how, width, rows, per_call(calls, own.meet, stream)))
             weight = torch.ones(width, dtype=torch.float16, device="cuda")
             out = torch.empty_like(place.own)
             for rows in (rows for rows in ROWS if exchange.normalizes(place, rows)):
@@ -94,7 +96,7 @@ def ours(size: int) -> list[dict[str, Any]]:
                     for _ in range(CALLS):
                         ops.rms_norm(place.own[:rows], weight, 1e-5, out[:rows])
 
-                found.append(("ours, with RMSNorm", width, rows, per_call(both, own.meet, stream)))
+                found.append((f"{how}, with RMSNorm", width, rows, per_call(both, own.meet, stream)))
                 found.append(("RMSNorm alone", width, rows, per_call(norm, own.meet, stream)))
         return found
 
@@ -161,7 +163,7 @@ def others(size: int) -> list[dict[str, Any]]:
     return found
 
 
-def soak(size: int, seconds: float) -> dict[str, Any]:
+def soak(size: int, seconds: float, through_host: bool) -> dict[str, Any]:
     """Exchanges of 1 to 8 rows, word by word, in graphs of 200 with other delays on each rank."""
     group, stop = RankGroup(size), threading.Event()
     width = WIDTHS[1]
@@ -169,7 +171,7 @@ def soak(size: int, seconds: float) -> dict[str, Any]:
     def work(rank: int) -> tuple[int, int]:
         torch.cuda.set_device(rank)
         own, delays = group.ranks[rank], random.Random(rank)
-        exchange, stream = Exchange(rank, size, own.each), torch.cuda.Stream()
+        exchange, stream = Exchange(rank, size, own.each, through_host), torch.cuda.Stream()
         exchange.go_live()
         parts = [Shard(r, size).of(width) for r in range(size)]
         wrong = torch.zeros(1, dtype=torch.int64, device="cuda")
@@ -206,7 +208,8 @@ def soak(size: int, seconds: float) -> dict[str, Any]:
         return int(wrong), replays * 200
 
     found = group.run(work)
-    return {"how": "soak", "exchanges": found[0][1], "differences": sum(wrong for wrong, _ in found)}
+    how = "soak, through the host" if through_host else "soak"
+    return {"how": how, "exchanges": found[0][1], "differences": sum(wrong for wrong, _ in found)}
 
 
 def main() -> int:
@@ -219,8 +222,8 @@ def main() -> int:
     if size < 2:
         sys.exit(f"no benchmark: torch finds {size} CUDA devices, and an exchange takes two")
     os.environ.update(NO_MULTICAST)
-    rows = ours(size)
-    rows += [soak(size, args.soak_seconds)]
+    rows = [row for through_host in (False, True) for row in ours(size, through_host)]
+    rows += [soak(size, args.soak_seconds / 2, through_host) for through_host in (False, True)]
     rows += others(size)
     for row in rows:
         print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)

@@ -201,36 +201,37 @@ void wgmma(std::uintptr_t w, std::uintptr_t x, std::uintptr_t y, std::uintptr_t 
 
 using Addresses = std::vector<std::uintptr_t>;  // a rank each
 
-gptq::ExchangeArgs exchange_args(const Addresses& full, const Addresses& words, const Addresses& states, std::uintptr_t stuck,
+gptq::ExchangeArgs exchange_args(const Addresses& full, const Addresses& words, std::uintptr_t state, std::uintptr_t stuck,
                                  const std::vector<int>& begin, int rank, int rows, int capacity, double limit_s) {
   const std::size_t ranks = full.size();
-  if (ranks > gptq::kMaxRanks || words.size() != ranks || states.size() != ranks || begin.size() != ranks + 1)
+  if (ranks > gptq::kMaxRanks || words.size() != ranks || begin.size() != ranks + 1)
     throw std::invalid_argument("exchange: " + std::to_string(ranks) + " ranks, and not of each its addresses and columns");
   gptq::ExchangeArgs args{};
-  args.stuck = pointer<std::uint32_t>(stuck);
-  for (std::size_t i = 0; i < ranks; i++) {
+  args.state = pointer<gptq::ExchangeState>(state), args.stuck = pointer<std::uint32_t>(stuck);
+  for (std::size_t i = 0; i < ranks; i++)
     args.full[i] = pointer<std::uint32_t>(full[i]), args.words[i] = pointer<std::uint64_t>(words[i]);
-    args.state[i] = pointer<gptq::ExchangeState>(states[i]);
-  }
   for (std::size_t i = 0; i <= ranks; i++) args.begin[i] = begin[i];
   args.rank = rank, args.ranks = static_cast<int>(ranks), args.rows = rows, args.capacity = capacity;
   args.limit_ns = static_cast<std::uint64_t>(limit_s * 1e9);
   return args;
 }
 
-void exchange(std::uintptr_t source, const Addresses& full, const Addresses& words, const Addresses& states, std::uintptr_t index,
-              std::uintptr_t stuck, const std::vector<int>& begin, int rank, int rows, int lds, int ldf, int capacity, bool as_rows,
-              double limit_s, std::uintptr_t stream) {
-  gptq::ExchangeArgs args = exchange_args(full, words, states, stuck, begin, rank, rows, capacity, limit_s);
+void exchange(std::uintptr_t source, const Addresses& full, const Addresses& words, const Addresses& arrived, std::uintptr_t staged,
+              std::int64_t stage, std::uintptr_t state, std::uintptr_t index, std::uintptr_t stuck, const std::vector<int>& begin, int rank,
+              int rows, int lds, int ldf, int capacity, bool as_rows, double limit_s, std::uintptr_t stream) {
+  gptq::ExchangeArgs args = exchange_args(full, words, state, stuck, begin, rank, rows, capacity, limit_s);
+  if (arrived.size() != full.size()) throw std::invalid_argument("exchange: not of each rank where it is told that rows are there");
+  for (std::size_t i = 0; i < arrived.size(); i++) args.arrived[i] = pointer<std::uint32_t>(arrived[i]);
   args.source = pointer<const std::uint32_t>(source), args.index = pointer<const int>(index), args.lds = lds, args.ldf = ldf;
+  args.staged = pointer<std::uint32_t>(staged), args.stage = stage;
   raise_on((as_rows ? gptq::launch_exchange_rows : gptq::launch_exchange_words)(args, as_stream(stream)),
            shape("exchange", rows, begin.back(), 0));
 }
 
-void exchange_norm(const Addresses& full, const Addresses& words, const Addresses& states, std::uintptr_t stuck,
-                   const std::vector<int>& begin, int rank, int capacity, double limit_s, std::uintptr_t weight, std::uintptr_t perm,
-                   std::uintptr_t out, int T, int H, int ldx, int ldo, float eps, bool bf16, std::uintptr_t stream) {
-  const gptq::ExchangeArgs args = exchange_args(full, words, states, stuck, begin, rank, T, capacity, limit_s);
+void exchange_norm(const Addresses& full, const Addresses& words, std::uintptr_t state, std::uintptr_t stuck, const std::vector<int>& begin,
+                   int rank, int capacity, double limit_s, std::uintptr_t weight, std::uintptr_t perm, std::uintptr_t out, int T, int H,
+                   int ldx, int ldo, float eps, bool bf16, std::uintptr_t stream) {
+  const gptq::ExchangeArgs args = exchange_args(full, words, state, stuck, begin, rank, T, capacity, limit_s);
   const gptq::RmsNormArgs norm{reinterpret_cast<const std::uint16_t*>(args.full[rank]),
                                pointer<const std::uint16_t>(weight),
                                pointer<const int>(perm),
@@ -290,11 +291,12 @@ PYBIND11_MODULE(_cuda, m, py::mod_gil_not_used()) {
         "capacity"_a, "entries"_a, "masks"_a, "out"_a, "ldo"_a, "stream"_a);
   m.def("sample_logprobs", &sample_logprobs, free_gil, "logits"_a, "S"_a, "V"_a, "ldl"_a, "fields"_a, "ldf"_a, "tokens"_a, "out"_a,
         "stream"_a);
-  m.def("exchange", &exchange, free_gil, "source"_a, "full"_a, "words"_a, "states"_a, "index"_a, "stuck"_a, "begin"_a, "rank"_a, "rows"_a,
-        "lds"_a, "ldf"_a, "capacity"_a, "as_rows"_a, "limit_s"_a, "stream"_a);
-  m.def("exchange_norm", &exchange_norm, free_gil, "full"_a, "words"_a, "states"_a, "stuck"_a, "begin"_a, "rank"_a, "capacity"_a,
+  m.def("exchange", &exchange, free_gil, "source"_a, "full"_a, "words"_a, "arrived"_a, "staged"_a, "stage"_a, "state"_a, "index"_a,
+        "stuck"_a, "begin"_a, "rank"_a, "rows"_a, "lds"_a, "ldf"_a, "capacity"_a, "as_rows"_a, "limit_s"_a, "stream"_a);
+  m.def("exchange_norm", &exchange_norm, free_gil, "full"_a, "words"_a, "state"_a, "stuck"_a, "begin"_a, "rank"_a, "capacity"_a,
         "limit_s"_a, "weight"_a, "perm"_a, "out"_a, "T"_a, "H"_a, "ldx"_a, "ldo"_a, "eps"_a, "bf16"_a, "stream"_a);
   m.attr("exchange_state_bytes") = sizeof(gptq::ExchangeState);
+  m.attr("exchange_most_ranks") = gptq::kMaxRanks;
   m.def("enable_peer_access", &enable_peer_access, free_gil, "peer"_a);
   m.def("attention_decode", &attention_decode, free_gil, "qkv"_a, "cache"_a, "block_tables"_a, "context_lens"_a, "query_start"_a, "out"_a,
         "out_index"_a, "groups"_a, "positions"_a, "slot_mapping"_a, "cos_sin"_a, "q_norm"_a, "k_norm"_a, "workspace"_a, "eps"_a, "scale"_a,

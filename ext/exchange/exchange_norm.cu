@@ -12,7 +12,7 @@ namespace {
 
 template <bool BF, bool PERM, int N>
 __global__ void __launch_bounds__(512) exchange_norm_kernel(const __grid_constant__ ExchangeArgs e, const __grid_constant__ RmsNormArgs a) {
-  ExchangeState& state = *e.state[e.rank];
+  ExchangeState& state = *e.state;
   rms_norm_rows<BF, PERM, N>(a, [&](uint4(&x)[N], int row) {
 #pragma unroll
     for (int j = 0; j < N; j++) x[j] = uint4{};
@@ -80,7 +80,7 @@ cudaError_t launch(const ExchangeArgs& e, const RmsNormArgs& a, cudaStream_t str
 }  // namespace
 
 cudaError_t launch_exchange_norm(const ExchangeArgs& e, const RmsNormArgs& a, bool bf16, cudaStream_t stream) {
-  if (e.ranks < 2 || e.ranks > kMaxRanks || e.index != nullptr || a.H > kMaxWidth || a.H % kVector || a.ldx % kVector)
+  if (e.ranks < 2 || e.ranks > kMaxRanks || e.state == nullptr || e.index != nullptr || a.H > kMaxWidth || a.H % kVector || a.ldx % kVector)
     return cudaErrorInvalidValue;
   for (int rank = 0; rank < e.ranks; rank++) {
     const int words = e.begin[rank + 1] - e.begin[rank];

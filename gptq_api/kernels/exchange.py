@@ -1,7 +1,8 @@
 """Ranks on GPUs of one host give each other the columns that each has computed (ext/exchange/exchange.cu).
 
 Few rows go word by word, each word with the number of its round, so that nobody waits for a barrier or a fence; many
-go straight into place behind one flag. Both take part in programmatic dependent launch and may be captured into CUDA
+go straight into place behind one flag. Where GPUs cannot write each other's memory, words, flags and many rows go
+through the host's, by the same kernels. All take part in programmatic dependent launch and may be captured into CUDA
 graphs; every rank has to launch the same exchanges in the same order, each from a thread of its own. No multicast.
 """
 
@@ -23,6 +24,8 @@ CAPACITY = 1 << 18
 """words of each rank that may go one by one"""
 FEW = 1 << 16
 """up to so many do: with more, twice the bytes cost more than a fence"""
+STAGE = 1 << 23
+"""words of all ranks that go through the host's memory at a time, of many rows"""
 LIMIT_S = 2.0
 """that a rank is waited for in a step that is a CUDA graph on all of them"""
 PATIENT_LIMIT_S = 60.0
@@ -60,18 +63,27 @@ class Place:
 class Exchange:
     """One rank's side. The device is the current one of the thread, which makes it, connects it and launches."""
 
-    def __init__(self, rank: int, size: int, each: Callable[[Any], list[Any]]) -> None:
-        """`each`: gives what every rank has said, in order; all of them call it. RuntimeError where a device cannot
-        write another one's memory."""
+    def __init__(self, rank: int, size: int, each: Callable[[Any], list[Any]], through_host: bool = False) -> None:
+        """`each`: gives what every rank has said, in order; all of them call it. `through_host`: as devices have to
+        that cannot write each other's memory; without it, RuntimeError where one cannot."""
         self.rank, self.size, self._each = rank, size, each
         device = torch.cuda.current_device()
-        self._state = torch.zeros(_cuda.exchange_state_bytes // 4, dtype=torch.int32, device=device)
-        self._words = torch.zeros(2 * size * CAPACITY, dtype=torch.int64, device=device)
-        self._stuck = torch.zeros(1, dtype=torch.int32).pin_memory()
-        for peer in set(each(device)):
-            _cuda.enable_peer_access(peer)
+
+        def zeros(num: int, dtype: torch.dtype, on_host: bool) -> Tensor:
+            where: dict[str, Any] = {"pin_memory": True} if on_host else {"device": device}
+            return torch.zeros(num, dtype=dtype, **where)  # pinned, it has one address for the host and all devices
+
+        self._state = zeros(_cuda.exchange_state_bytes // 4, torch.int32, False)
+        self._stuck = zeros(1, torch.int32, True)
+        self._words = zeros(2 * size * CAPACITY, torch.int64, through_host)
+        self._arrived = zeros(_cuda.exchange_most_ranks, torch.int32, through_host)
+        self._staged = zeros(2 * STAGE, torch.int32, True) if through_host and rank == 0 else None
+        if not through_host:
+            for peer in set(each(device)):
+                _cuda.enable_peer_access(peer)
         torch.cuda.synchronize()
-        self._states, self._buffers = each(self._state.data_ptr()), each(self._words.data_ptr())
+        self._buffers, self._flags = each(self._words.data_ptr()), each(self._arrived.data_ptr())
+        self._stage: int = each(0 if self._staged is None else self._staged.data_ptr())[0]
 
     def place(self, matrix: Tensor, columns: list[range]) -> Place:
         """Every rank's `matrix` [rows, columns], of 16 or 32 bits, its rows side by side. All ranks call it."""
@@ -107,13 +119,15 @@ class Exchange:
             raise ValueError(f"part of strides {part.stride()}: its rows do not begin at whole words")
         if index is not None and (by_rows or index.dtype != torch.int32 or tuple(index.shape) != (own.shape[1],)):
             raise ValueError(f"index {list(index.shape)} {index.dtype} with {rows} rows of {own.shape[1]} columns")
-        if rows:
-            strides = (part.stride(0) * size // 4, own.stride(0) * size // 4)
+        lds, ldf = part.stride(0) * size // 4, own.stride(0) * size // 4
+        at_a_time = max(1, STAGE // ldf if by_rows and self._stage else rows)
+        for first in range(0, rows, at_a_time):
             with torch.cuda.device(own.device):
                 _cuda.exchange(
-                    *(part.data_ptr(), place.addresses, self._buffers, self._states),
+                    *(part[first:].data_ptr(), [address + 4 * ldf * first for address in place.addresses]),
+                    *(self._buffers, self._flags, self._stage, STAGE, self._state.data_ptr()),
                     *(0 if index is None else index.data_ptr(), self._stuck.data_ptr(), place.words),
-                    *(self.rank, rows, *strides, CAPACITY, by_rows, _limit_s()),
+                    *(self.rank, min(at_a_time, rows - first), lds, ldf, CAPACITY, by_rows, _limit_s()),
                     torch.cuda.current_stream(own.device).cuda_stream,
                 )
         return own[:rows]
@@ -132,7 +146,7 @@ class Exchange:
         if rows:
             with torch.cuda.device(own.device):
                 _cuda.exchange_norm(
-                    *(place.addresses, self._buffers, self._states, self._stuck.data_ptr(), place.words),
+                    *(place.addresses, self._buffers, self._state.data_ptr(), self._stuck.data_ptr(), place.words),
                     *(self.rank, CAPACITY, _limit_s(), weight.data_ptr(), 0 if perm is None else perm.data_ptr()),
                     *(out.data_ptr(), rows, own.shape[1], own.stride(0), out.stride(0), eps),
                     own.dtype == torch.bfloat16,

@@ -148,7 +148,7 @@ SAME_BITS_WGMMA = (
 
 
 DEQUANT = (Line("gather", 64), Line("dequant", 80))
-EXCHANGE = (Line("exchange_(rows|words)_kernel", 40),)
+EXCHANGE = (Line("(exchange_(rows|words)|pull_rows)_kernel", 40),)
 EXCHANGE_NORM = (Line("exchange_norm_kernel", 128, spills=32, why="512 threads leave 128 registers"),)
 OPS = (Line("rope", 112), Line("rms_norm", 128), Line("embed", 24))
 TABLE: dict[tuple[str, str], tuple[Line, ...]] = {

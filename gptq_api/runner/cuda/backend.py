@@ -323,11 +323,11 @@ class CudaBackend:
 
 
 def _exchange(rank: Rank) -> Exchange:
-    """ConfigError where the devices cannot write each other's memory. All ranks call it."""
+    """By way of the host's memory where the devices cannot write each other's. All ranks call it."""
     reason = peer_refusal(rank.each(torch.cuda.current_device()))
-    if reason is not None:
-        raise ConfigError(f"--tensor-parallel-size {rank.shard.size}: {reason}; serve on one GPU")
-    return Exchange(rank.shard.rank, rank.shard.size, rank.each)
+    if reason is not None and rank.shard.rank == 0:
+        _log.warning("%s: what they exchange goes through the host's memory, which is slower", reason)
+    return Exchange(rank.shard.rank, rank.shard.size, rank.each, through_host=reason is not None)
 
 
 @torch.inference_mode()

@@ -23,12 +23,13 @@ ROOT = Path(__file__).parents[3]
 EXCHANGES = """
 import random, sys, threading
 import torch
-from gptq_api.kernels import ops
+from gptq_api.kernels import exchange as kernels, ops
 from gptq_api.kernels.exchange import Exchange
 from gptq_api.model.shard import Shard
 from gptq_api.runner.ranks import RankGroup
 
-size, rounds = int(sys.argv[1]), int(sys.argv[2])
+size, rounds, through_host = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "through the host"
+kernels.STAGE = 1 << 19  # many rows go in several pieces
 group = RankGroup(size)
 devices = [rank % torch.cuda.device_count() for rank in range(size)]
 generator = torch.Generator().manual_seed(1)
@@ -43,7 +44,7 @@ steps = [(plan.choice(list(WIDTHS)), plan.choice([1, 2, 7, 8, 33, 96]), plan.ran
 
 def work(rank):
     torch.cuda.set_device(devices[rank])
-    exchange = Exchange(rank, size, group.ranks[rank].each)
+    exchange = Exchange(rank, size, group.ranks[rank].each, through_host)
     stream, delays = torch.cuda.Stream(), random.Random(rank)
     wrong = torch.zeros(1, dtype=torch.int64, device="cuda")
     with torch.cuda.stream(stream):
@@ -94,6 +95,7 @@ import hashlib, sys
 from pathlib import Path
 import torch
 from gptq_api.model.modules import config_of
+from gptq_api.runner.cuda import backend
 from gptq_api.runner.load import load_ranks, load_runner, open_model
 from gptq_api.runner.options import LoadOptions
 from gptq_api.runner.solo import Solo, step_of
@@ -101,6 +103,8 @@ from gptq_api.types import SamplingParams
 from tests.runner.cpu.test_equal_bits import COMPANY, NUM_BLOCKS, answers
 
 model, *flags = sys.argv[1:]
+if "host" in flags:
+    backend.peer_refusal = lambda devices: "as on cards without peer access"
 invariant, fp8 = "invariant" in flags, "fp8" in flags
 options = LoadOptions(model_path=model, device="cuda", num_threads=1, max_num_seqs=COMPANY, num_blocks=NUM_BLOCKS,
                       batch_invariant=invariant, kv_cache_dtype="fp8" if fp8 else "auto")
@@ -165,12 +169,13 @@ def run(code: str, *arguments: str, size: int = 2) -> str:
     return done.stdout.strip().splitlines()[-1]
 
 
+@pytest.mark.parametrize("how", ["straight", "through the host"])
 @pytest.mark.parametrize("size", [2, 3])
-def test_every_word_arrives(size: int) -> None:
-    assert run(EXCHANGES, str(size), "2000", size=size) == "0"
+def test_every_word_arrives(size: int, how: str) -> None:
+    assert run(EXCHANGES, str(size), "2000", how, size=size) == "0"
 
 
-@pytest.mark.parametrize("flags", [(), ("invariant",), ("invariant", "fp8")], ids=["default", "invariant", "fp8"])
+@pytest.mark.parametrize("flags", [(), ("invariant",), ("invariant", "fp8"), ("invariant", "host")], ids=" ".join)
 def test_the_demo_has_the_bits_of_one_gpu(flags: tuple[str, ...]) -> None:
     assert run(BITS, "demo", *flags) == "equal"
 
