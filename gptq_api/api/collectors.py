@@ -128,7 +128,6 @@ class EngineCollector(Collector):
         gauges = {
             "num_requests_running": ("Sequences being computed.", load.num_running),
             "num_requests_waiting": ("Sequences waiting for a place.", load.num_waiting),
-            "kv_cache_usage_perc": ("Share of the KV cache in use, 0 to 1.", load.cache_usage),
         }
         for name, (text, value) in gauges.items():
             gauge, common = gauge_of(f"vllm:{name}", text, self._model_name)
@@ -173,7 +172,12 @@ class EngineCollector(Collector):
             yield counter
 
     def _what_runs(self) -> Iterator[Metric]:
+        """Absent while there is no engine: one that is gone would be the emptiest of all to who balances load."""
         ready = self._engine.ready
+        text = "Share of the KV cache in use, 0 to 1."
+        usage, common = gauge_of("vllm:kv_cache_usage_perc", text, self._model_name)
+        usage.add_metric(common, EngineLoad.of(self._engine).cache_usage)
+        yield usage
         if ready.device.startswith("cuda"):
             graphs, common = gauge_of("gptq_api:cuda_graphs", "CUDA graphs that are kept.", self._model_name)
             graphs.add_metric(common, self._engine.stats.num_graphs)
