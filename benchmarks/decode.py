@@ -39,7 +39,8 @@ from gptq_api.engine.core import Engine
 from gptq_api.grammar.compile import json_schema
 from gptq_api.grammar.matchers import Grammars
 from gptq_api.grammar.vocabulary import vocabulary
-from gptq_api.runner.load import make_runner, token_budget
+from gptq_api.runner.backends import token_budget
+from gptq_api.runner.load import make_runner
 from gptq_api.runner.options import LoadOptions
 from gptq_api.scheduler.blocks import BlockManager
 from gptq_api.scheduler.scheduler import Scheduler

@@ -27,7 +27,8 @@ import torch
 
 from gptq_api.bench.synthetic import SHAPES, synthetic_checkpoint, write_eagle_head, write_folder
 from gptq_api.engine.core import Engine
-from gptq_api.runner.load import backend_of, make_runner, resolve_device
+from gptq_api.runner.backends import backend_of, resolve_device
+from gptq_api.runner.load import make_runner
 from gptq_api.runner.loaded import LoadedRunner
 from gptq_api.runner.options import LoadOptions
 from gptq_api.scheduler.blocks import BlockManager

@@ -29,7 +29,8 @@ from gptq_api.checkpoint.checkpoint import open_checkpoint
 from gptq_api.config import Settings
 from gptq_api.engine.core import Engine
 from gptq_api.kernels import sampling
-from gptq_api.runner.load import make_runner, token_budget
+from gptq_api.runner.backends import token_budget
+from gptq_api.runner.load import make_runner
 from gptq_api.runner.options import LoadOptions
 from gptq_api.scheduler.blocks import BlockManager
 from gptq_api.scheduler.scheduler import Scheduler

@@ -26,7 +26,8 @@ from gptq_api.checkpoint.summary import summarise
 from gptq_api.errors import UserError
 from gptq_api.model.config import LlamaConfig
 from gptq_api.model.modules import config_of
-from gptq_api.runner.load import backend_of, make_runner, resolve_device
+from gptq_api.runner.backends import backend_of, resolve_device
+from gptq_api.runner.load import make_runner
 from gptq_api.runner.loaded import LoadedRunner
 from gptq_api.runner.memory import host_memory
 from gptq_api.runner.options import LoadOptions

@@ -54,7 +54,8 @@ def inspect(settings: InspectSettings) -> dict[str, Any]:
     from gptq_api.model.plan import plan_serving
     from gptq_api.model.shard import Shard
     from gptq_api.model.stored import has_head
-    from gptq_api.runner.load import Draft, choose_backend, open_model, resolve_device
+    from gptq_api.runner.backends import choose_backend, resolve_device
+    from gptq_api.runner.load import Draft, open_model
     from gptq_api.runner.memory import longest_text, plan_cache
     from gptq_api.runner.options import LoadOptions
     from gptq_api.runner.parallel import rank_devices
@@ -133,7 +134,7 @@ def _rank(
 ) -> dict[str, Any]:
     """What one of several devices has of the model, all of it where there is one."""
     from gptq_api.model.plan import plan_serving
-    from gptq_api.runner.load import choose_backend
+    from gptq_api.runner.backends import choose_backend
 
     backend = choose_backend(options, checkpoint, config, device)
     weight_bytes = plan_serving(checkpoint, config, backend, shard).weight_bytes

@@ -50,7 +50,7 @@ def _run(settings: QuantizeSettings) -> None:
     from gptq_api.quantize.driver import Recipe, check_shapes, quantize_model
     from gptq_api.quantize.output import MAX_SHARD_BYTES, write_checkpoint
     from gptq_api.quantize.work import WorkFolder
-    from gptq_api.runner.load import backend_of, resolve_device, set_threads
+    from gptq_api.runner.backends import backend_of, resolve_device, set_threads
 
     console = Console(stderr=True, highlight=False, markup=False)
     folder = Path(local_model(settings.model_path, settings.revision, settings.gptq_ckpt))

@@ -53,7 +53,8 @@ def verify(settings: VerifySettings) -> tuple[dict[str, Any], str | None]:
     from gptq_api.checkpoint.checkpoint import CheckpointError
     from gptq_api.checkpoint.dense import dequantized
     from gptq_api.model.modules import config_of
-    from gptq_api.runner.load import backend_of, make_runner, open_model, resolve_device
+    from gptq_api.runner.backends import backend_of, resolve_device
+    from gptq_api.runner.load import make_runner, open_model
     from gptq_api.runner.options import LoadOptions
     from gptq_api.text.tokenizer import load_tokenizer
     from gptq_api.verify import ours

@@ -85,7 +85,8 @@ def _serve(sock: socket.socket, inbox: Inbox, told: EngineOptions) -> int:
     from gptq_api.engine.trace import Trace, TraceHead
     from gptq_api.grammar.matchers import Grammars
     from gptq_api.grammar.vocabulary import vocabulary
-    from gptq_api.runner.load import identify, load_runner, token_budget
+    from gptq_api.runner.backends import token_budget
+    from gptq_api.runner.load import identify, load_runner
     from gptq_api.scheduler.blocks import BlockManager
     from gptq_api.scheduler.scheduler import Scheduler
     from gptq_api.scheduler.speculation import speculation_of

@@ -1,5 +1,5 @@
 """What a device has to say while a model is loaded and planned: which kernel takes a Linear, in what type tensors are
-kept, how a Linear is made of them. The devices stand in runner/load.py."""
+kept, how a Linear is made of them. The devices stand in runner/backends.py."""
 
 from __future__ import annotations
 

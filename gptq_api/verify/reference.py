@@ -15,7 +15,7 @@ from gptq_api.checkpoint.dense import DequantizedCheckpoint
 from gptq_api.checkpoint.files import read_json
 from gptq_api.errors import UserError
 from gptq_api.model.modules import config_of
-from gptq_api.runner.load import backend_of
+from gptq_api.runner.backends import backend_of
 from gptq_api.runner.memory import host_memory
 
 _FUSED = {

@@ -198,7 +198,7 @@ def test_slow_modules_are_named(
     needed = 2 * sum(m.in_features * m.out_features for m in modules.values())
     why = "the slow path: groups of 8 in {} inputs (the int4 operator takes multiples of 32), and there is no memory"
     for room, told in ((2 * needed, True), (2 * needed + 1, False)):
-        monkeypatch.setattr("gptq_api.runner.load.host_memory", lambda room=room: room)
+        monkeypatch.setattr("gptq_api.runner.backends.host_memory", lambda room=room: room)
         caplog.clear()
         with caplog.at_level(logging.WARNING):
             load(folder, dtype="bfloat16")

@@ -187,7 +187,7 @@ def test_other_bits_take_the_same_kernel(bits: int, tmp_path: Path) -> None:
 def test_what_the_int4_operator_does_not_take_is_dequantized_where_there_is_room(
     room: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gptq_api.runner.load.host_memory", lambda: room)
+    monkeypatch.setattr("gptq_api.runner.backends.host_memory", lambda: room)
     model = random_model(Recipe(group_size=16, mixed_bits={"down_proj": 8}))
     runner = load(write_checkpoint(tmp_path, model), dtype="bfloat16")
     assert ("8 x dequantized bfloat16" if room is None else "reference: groups of 16") in runner.description

@@ -15,8 +15,9 @@ import torch
 from gptq_api.checkpoint.checkpoint import open_checkpoint
 from gptq_api.errors import ConfigError
 from gptq_api.model.modules import config_of
+from gptq_api.runner.backends import choose_backend
 from gptq_api.runner.cpu.runner import CpuRunner
-from gptq_api.runner.load import choose_backend, load_runner
+from gptq_api.runner.load import load_runner
 from gptq_api.runner.options import LoadOptions
 from gptq_api.runner.solo import Solo, step_of
 from gptq_api.step import PromptRows, Sampled
