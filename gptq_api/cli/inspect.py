@@ -56,7 +56,7 @@ def inspect(settings: InspectSettings) -> dict[str, Any]:
     from gptq_api.model.stored import has_head
     from gptq_api.runner.backends import choose_backend, resolve_device
     from gptq_api.runner.load import Draft, open_model
-    from gptq_api.runner.memory import longest_text, plan_cache
+    from gptq_api.runner.memory import bytes_of_block, longest_text, plan_cache
     from gptq_api.runner.options import LoadOptions
     from gptq_api.runner.parallel import rank_devices
 
@@ -67,19 +67,23 @@ def inspect(settings: InspectSettings) -> dict[str, Any]:
     devices = rank_devices(options, config, device) if size > 1 else [device]
     backend = choose_backend(options, checkpoint, config, device)
     plan = plan_serving(checkpoint, config, backend)
-    ranks = [_rank(options, checkpoint, config, at, Shard(rank, size)) for rank, at in enumerate(devices)]
     summary = summarise(checkpoint)
-    longest, draft, draft_bytes = longest_text(options, config), None, 0
+    longest, draft, beside = longest_text(options, config), None, 0
     if options.draft_model is not None:
         check_vocabulary(options)
         draft = Draft.opened(options, config, backend, longest)
-        draft_bytes = draft.weight_bytes
-    memory = backend.cache_memory(options, plan.weight_bytes + draft_bytes)
-    if size > 1:  # as many blocks as fit on each
-        memory = size * min(rank["kv_cache_memory"] for rank in ranks)
+        beside = draft.token_bytes
+    ranks = [
+        _rank(options, checkpoint, config, at, Shard(rank, size), draft if rank == 0 else None)
+        for rank, at in enumerate(devices)
+    ]
+    memory = ranks[0]["kv_cache_memory"]
+    if size > 1:
+        blocks = backend.blocks_of_ranks([(rank["kv_cache_memory"], rank["block_bytes"]) for rank in ranks])
+        memory = blocks * bytes_of_block(options, config, backend, beside)
     token_bytes = config.kv_elements_per_token * backend.cache_dtype(options.kv_cache_dtype).itemsize
     block_bytes = token_bytes * settings.block_size
-    cache = plan_cache(options, config, backend, longest, memory, 0 if draft is None else draft.token_bytes)
+    cache = plan_cache(options, config, backend, longest, memory, beside)
     packed = backend.packed_file(checkpoint)
     template, refused, without_rows = _text(checkpoint.folder, config.vocab_size)
     return {
@@ -122,7 +126,7 @@ def inspect(settings: InspectSettings) -> dict[str, Any]:
         "kv_cache_bytes": cache.num_blocks * block_bytes,
         "kv_cache_tokens": cache.num_blocks * settings.block_size,
         "max_model_len": cache.max_model_len,
-        "draft_model": None if draft is None else _draft(draft, draft_bytes),
+        "draft_model": None if draft is None else _draft(draft, str(devices[0])),
         "chat_template": template,
         "warnings": [*checkpoint.warnings, *plan.warnings, *cache.notes, *without_rows],
         "refused": refused,
@@ -130,19 +134,31 @@ def inspect(settings: InspectSettings) -> dict[str, Any]:
 
 
 def _rank(
-    options: LoadOptions, checkpoint: Checkpoint, config: LlamaConfig, device: torch.device, shard: Shard
+    options: LoadOptions,
+    checkpoint: Checkpoint,
+    config: LlamaConfig,
+    device: torch.device,
+    shard: Shard,
+    draft: Draft | None,
 ) -> dict[str, Any]:
-    """What one of several devices has of the model, all of it where there is one."""
+    """What one of several devices has of the model, all of it where there is one. `draft`: what is there as well."""
     from gptq_api.model.plan import plan_serving
     from gptq_api.runner.backends import choose_backend
+    from gptq_api.runner.memory import bytes_of_block
 
     backend = choose_backend(options, checkpoint, config, device)
     weight_bytes = plan_serving(checkpoint, config, backend, shard).weight_bytes
-    memory = backend.cache_memory(options, weight_bytes)
-    return {"device": str(device), "weight_bytes": weight_bytes, "kv_cache_memory": memory}
+    memory = backend.cache_memory(options, weight_bytes + (0 if draft is None else draft.weight_bytes))
+    of_block = bytes_of_block(options, shard.config(config), backend, 0 if draft is None else draft.token_bytes)
+    return {
+        "device": str(device),
+        "weight_bytes": weight_bytes,
+        "kv_cache_memory": memory,
+        "block_bytes": of_block,
+    }
 
 
-def _draft(draft: Draft, weight_bytes: int) -> dict[str, Any]:
+def _draft(draft: Draft, device: str) -> dict[str, Any]:
     config, checkpoint = draft.model.config, draft.model.checkpoint
     return {
         "path": str(checkpoint.folder),
@@ -150,7 +166,8 @@ def _draft(draft: Draft, weight_bytes: int) -> dict[str, Any]:
         "layers": config.num_hidden_layers,
         "hidden_size": config.hidden_size,
         "bits": sorted({module.bits for module in checkpoint.modules.values()}),
-        "weight_bytes": weight_bytes,
+        "device": device,
+        "weight_bytes": draft.weight_bytes,
         "kv_bytes_per_token": draft.token_bytes,
         "max_model_len": draft.model.max_model_len,
     }
@@ -217,21 +234,22 @@ def _as_text(facts: dict[str, Any]) -> str:
             f"{facts['kv_cache_tokens']} tokens in {facts['kv_cache_bytes'] / 2**20:.0f} MiB: "
             f"{lengths:.1f} sequences of {facts['max_model_len']}",
         ),
-        *(("draft model", text) for text in _drafts(facts["draft_model"])),
+        *(("draft model", text) for text in _drafts(facts["draft_model"], len(facts["ranks"]))),
         ("text", facts["chat_template"] or "cannot be served"),
         *(("warning", warning) for warning in facts["warnings"]),
     ]
     return "\n".join(f"{name:<14}{value}" for name, value in rows)
 
 
-def _drafts(draft: dict[str, Any] | None) -> list[str]:
+def _drafts(draft: dict[str, Any] | None, num_ranks: int) -> list[str]:
     if draft is None:
         return []
+    where = f" beside rank 0, on {draft['device']}" if num_ranks else ""
     bits = f"{'/'.join(map(str, draft['bits']))} bits" if draft["bits"] else "unquantized"
     return [
         f"{draft['path']}: {draft['name']}, {draft['layers']} layers, hidden {draft['hidden_size']}, {bits}, up to "
         f"{draft['max_model_len']} tokens; weights {draft['weight_bytes'] / 2**20:.1f} MiB, KV cache "
-        f"{draft['kv_bytes_per_token']} bytes per token"
+        f"{draft['kv_bytes_per_token']} bytes per token{where}"
     ]
 
 

@@ -142,14 +142,15 @@ def _open(path: Path) -> Checkpoint:
 
 
 def draft_options(options: LoadOptions, max_rows: int) -> LoadOptions:
-    """What loading the draft model is told: seats for few, steps of so many rows. The size of the cache is the served
-    model's, whatever these say."""
+    """What loading the draft model is told: seats for few, steps of so many rows, one device. The size of the cache is
+    the served model's, whatever these say."""
     return replace(
         options,
         max_model_len=None,
         max_num_seqs=MAX_SEQS,
         max_num_batched_tokens=max_rows,
         batch_invariant=False,
+        tensor_parallel_size=1,
         draft_model=None,
     )
 
@@ -182,14 +183,15 @@ def no_drafts(options: LoadOptions, why: str) -> ConfigError:
     )
 
 
-def described(draft: DraftModel, drafter: ModelDrafter, runner: DraftRunner) -> str:
-    """For the log."""
+def described(draft: DraftModel, drafter: ModelDrafter, runner: DraftRunner, where: str) -> str:
+    """For the log. `where`: beside which rank it is; empty where there is but one."""
+    name = draft.name + where
     if draft.head is not None:
-        return _head_described(draft.name, draft.head, drafter, runner)
+        return _head_described(name, draft.head, drafter, runner)
     bits = "/".join(str(b) for b in sorted({m.bits for m in draft.checkpoint.modules.values()}))
     short = "" if runner.max_model_len == draft.max_model_len else f" up to {runner.max_model_len} tokens"
     return (
-        f"draft model {draft.name}: {draft.config.family.title}, {f'{bits}-bit GPTQ' if bits else 'unquantized'}, "
+        f"draft model {name}: {draft.config.family.title}, {f'{bits}-bit GPTQ' if bits else 'unquantized'}, "
         f"{runner.dtype}{short}; weights {runner.weight_bytes / 2**20:.0f} MiB, KV cache "
         f"{runner.cache_bytes / 2**20:.0f} MiB; a token of it takes {drafter.step_cost:.2f} of a step"
     )

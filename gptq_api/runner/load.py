@@ -20,6 +20,7 @@ from gptq_api.model.eagle import check_head, load_head
 from gptq_api.model.loader import LoadReport, load_llama
 from gptq_api.model.modules import config_of
 from gptq_api.model.plan import plan_serving
+from gptq_api.model.shard import WHOLE, Shard
 from gptq_api.model.weights import LlamaWeights
 from gptq_api.runner.backends import RunnerBackend, choose_backend, resolve_device
 from gptq_api.runner.cpu import native
@@ -81,17 +82,13 @@ def make_runner(options: LoadOptions, checkpoint: Checkpoint, device: torch.devi
     config = config_of(checkpoint)
     runner: LoadedRunner
     if options.tensor_parallel_size > 1:
-        draft = None
-        runner, report = load_ranks(options, checkpoint, config, rank_devices(options, config, device))
+        runner, report, draft = load_ranks(options, checkpoint, config, rank_devices(options, config, device))
     else:
         backend = choose_backend(options, checkpoint, config, device)
         backend.cache_dtype(options.kv_cache_dtype)  # a refusal comes before the weights are read
         max_model_len = longest_text(options, config)
         draft = None if options.draft_model is None else Draft.opened(options, config, backend, max_model_len)
-        with _enough_memory(checkpoint):
-            weights, report = load_llama(checkpoint, config, max_model_len, backend)
-        beside = NOTHING_BESIDE if draft is None else draft.load(weights)
-        runner = backend.runner(weights, options, max_model_len, beside)
+        runner, report = _loaded(options, checkpoint, config, backend, draft)
     for warning in report.warnings:
         _log.warning("%s", warning)
     _self_check(runner, checkpoint)
@@ -112,25 +109,47 @@ def make_runner(options: LoadOptions, checkpoint: Checkpoint, device: torch.devi
 
 def load_ranks(
     options: LoadOptions, checkpoint: Checkpoint, config: LlamaConfig, devices: list[torch.device]
-) -> tuple[ParallelRunner, LoadReport]:
-    """The model on several devices: each rank's thread reads and loads its own shard, all at the same time."""
+) -> tuple[ParallelRunner, LoadReport, Draft | None]:
+    """The model on several devices: each rank's thread reads and loads its own shard, all at the same time. Beside the
+    first is the draft model, where there is one, on its way."""
     group = RankGroup(len(devices))
-    max_model_len = longest_text(options, config)
+    # Refusals come before the weights are read.
+    backends = [
+        choose_backend(options, checkpoint, config, device, rank=rank)
+        for device, rank in zip(devices, group.ranks, strict=True)
+    ]
+    backends[0].cache_dtype(options.kv_cache_dtype)
+    draft = None
+    if options.draft_model is not None:
+        draft = Draft.opened(options, config, backends[0], longest_text(options, config))
 
     def load(rank: int) -> tuple[LoadedRunner, LoadReport]:
         if devices[rank].type == "cuda":
             torch.cuda.set_device(devices[rank])
-        own = group.ranks[rank]
-        backend = choose_backend(options, checkpoint, config, devices[rank], rank=own)
-        backend.cache_dtype(options.kv_cache_dtype)
-        with _enough_memory(checkpoint):
-            weights, report = load_llama(checkpoint, config, max_model_len, backend, own.shard)
-        return backend.runner(weights, options, max_model_len), report
+        beside = draft if rank == 0 else None
+        return _loaded(options, checkpoint, config, backends[rank], beside, group.ranks[rank].shard)
 
     loaded = group.run(load)
     # What one of them alone has seen is said as well.
     warnings = tuple(dict.fromkeys(warning for _, report in loaded for warning in report.warnings))
-    return ParallelRunner(group, [runner for runner, _ in loaded]), replace(loaded[0][1], warnings=warnings)
+    report = replace(loaded[0][1], warnings=warnings)
+    return ParallelRunner(group, [runner for runner, _ in loaded]), report, draft
+
+
+def _loaded(
+    options: LoadOptions,
+    checkpoint: Checkpoint,
+    config: LlamaConfig,
+    backend: RunnerBackend,
+    draft: Draft | None,
+    shard: Shard = WHOLE,
+) -> tuple[LoadedRunner, LoadReport]:
+    """On one device, with room for the draft model."""
+    max_model_len = longest_text(options, config)
+    with _enough_memory(checkpoint):
+        weights, report = load_llama(checkpoint, config, max_model_len, backend, shard)
+    beside = NOTHING_BESIDE if draft is None else draft.load(weights)
+    return backend.runner(weights, options, max_model_len, beside), report
 
 
 @contextmanager
@@ -208,13 +227,14 @@ class Draft:
         assert self._make is not None
         if not served.max_draft_rows:
             raise no_drafts(self._options, "cuBLAS multiplies by a part of its weights")
-        runner = self._make(served)
+        ranks = served.ranks if isinstance(served, ParallelRunner) else []
+        runner = self._make(ranks[0] if ranks else served)
         with refused_by_name(self._options):
             _self_check(runner, self.model.checkpoint, runner.ahead)
         self.backend.keep()
         drafter = make_drafter(runner, served, self.backend.draft_rows, self.backend.draft_call_ms)
         served.drafter = drafter
-        return described(self.model, drafter, runner)
+        return described(self.model, drafter, runner, " beside rank 0" if ranks else "")
 
 
 def _default_threads(checkpoint: Checkpoint) -> int:

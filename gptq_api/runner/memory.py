@@ -25,6 +25,10 @@ class CacheOwner(Protocol):
     def cache_memory(self, options: LoadOptions, to_come: int) -> int:
         """Bytes the options leave for the KV cache; `to_come` bytes of other things are not on the device yet."""
 
+    def blocks_of_ranks(self, ranks: list[tuple[int, int]]) -> int:
+        """How many blocks fit on all ranks, which have the same ones, from (bytes for the cache, bytes of a block) of
+        each."""
+
     def memory_knob(self, options: LoadOptions) -> str:
         """The setting to turn where memory does not suffice, as it stands."""
 
@@ -77,8 +81,7 @@ def plan_cache(
 
     The length is cut to what the cache holds, unless the user asked for it; ConfigError names the knob to turn.
     """
-    dtype, knob = owner.cache_dtype(options.kv_cache_dtype), _knob(options, owner)
-    block_bytes = (config.kv_elements_per_token * dtype.itemsize + beside) * options.block_size
+    knob, block_bytes = _knob(options, owner), bytes_of_block(options, config, owner, beside)
     blocks_each = -(-max_model_len // options.block_size)
     most = options.max_num_seqs * blocks_each
     fitting = memory // block_bytes
@@ -103,6 +106,12 @@ def plan_cache(
             f"cache holds; raise {knob}"
         )
     return CachePlan(num_blocks, min(max_model_len, capacity), tuple(notes))
+
+
+def bytes_of_block(options: LoadOptions, config: LlamaConfig, owner: CacheOwner, beside: int = 0) -> int:
+    """With what a token takes `beside` it."""
+    itemsize = owner.cache_dtype(options.kv_cache_dtype).itemsize
+    return (config.kv_elements_per_token * itemsize + beside) * options.block_size
 
 
 def _knob(options: LoadOptions, owner: CacheOwner) -> str:

@@ -1,7 +1,8 @@
 """Several ranks as one runner: each steps its shard of the model, all sample, and all sample the same.
 
 Every rank has the whole logits of a step, the same bits, and draws by (seed, position, logits); so nothing of what is
-sampled is sent. That they agree is looked at with every step all the same.
+sampled is sent. That they agree is looked at with every step all the same. A draft model is beside rank 0 alone: what
+it guesses reaches all of them in the step that checks it, and nothing of theirs is under way while it is asked.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ class ParallelRunner:
     def __init__(self, group: RankGroup, runners: list[LoadedRunner]) -> None:
         self._group, self._runners = group, runners
         first = runners[0]
-        self.vocab_size, self.lookahead, self.max_draft_rows = first.vocab_size, first.lookahead, first.max_draft_rows
+        self.vocab_size, self.lookahead = first.vocab_size, first.lookahead
+        self.max_draft_rows = min(runner.max_draft_rows for runner in runners)
         self.row_cost, self.context_cost, self.wait_cost = first.row_cost, first.context_cost, first.wait_cost
         self.prompt_costs, self.prompts_apart = first.prompt_costs, first.prompts_apart
         self.row_multiple, self.shared_rows = first.row_multiple, first.shared_rows
@@ -93,11 +95,6 @@ def rank_devices(options: LoadOptions, config: LlamaConfig, first: torch.device)
     asked = f"--tensor-parallel-size {size}"
     if (reason := refusal(config, size)) is not None:
         raise ConfigError(f"{asked}: {reason}")
-    if options.draft_model is not None:
-        raise ConfigError(
-            f"--draft-model {options.draft_model} beside {asked}: a draft model is served on one device alone; leave "
-            "one of them out"
-        )
     if first.type == "cpu":
         return [first] * size
     there = torch.cuda.device_count()

@@ -82,6 +82,22 @@ def test_several_gpus_are_told_apart(folder: Path, capsys: pytest.CaptureFixture
     assert parts["kv_cache_tokens"] == whole["kv_cache_tokens"]
     assert run(InspectSettings(model_path=str(folder), tensor_parallel_size=2)) == 0
     assert "  rank 1      cpu: " in capsys.readouterr().out
+    whole, parts = (
+        inspect(
+            InspectSettings(model_path=str(folder), tensor_parallel_size=n, draft_model=str(folder), kv_cache_mib=1)
+        )
+        for n in (1, 2)
+    )
+    assert parts["draft_model"] == whole["draft_model"]
+    runner = load_runner(
+        LoadOptions(
+            model_path=str(folder), device="cpu", kv_cache_mib=1, tensor_parallel_size=2, draft_model=str(folder)
+        )
+    )
+    assert parts["kv_cache_tokens"] == whole["kv_cache_tokens"] == runner.num_blocks * runner.block_size
+    capsys.readouterr()
+    assert run(InspectSettings(model_path=str(folder), tensor_parallel_size=2, draft_model=str(folder))) == 0
+    assert " bytes per token beside rank 0, on cpu\n" in capsys.readouterr().out
     assert run(InspectSettings(model_path=str(folder), tensor_parallel_size=3)) == 1
     assert "do not divide by 3" in capsys.readouterr().err
 

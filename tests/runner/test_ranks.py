@@ -23,10 +23,15 @@ from gptq_api.runner.options import LoadOptions
 from gptq_api.runner.parallel import ParallelRunner
 from gptq_api.runner.ranks import RankError, RankGroup
 from gptq_api.runner.solo import Solo, lone_step, step_of
+from gptq_api.scheduler.drafts import DraftSource, PastAnswers, TextDrafts
+from gptq_api.scheduler.sequence import Sequence
 from gptq_api.step import DeviceMemoryError, Sampled
 from gptq_api.types import SamplingParams
-from tests.runner.cpu.test_equal_bits import COMPANY, NUM_BLOCKS, answers
+from tests.runner.cpu.test_equal_bits import COMPANY, NUM_BLOCKS, answers, requests
+from tests.support import draft_models as drafting
 from tests.support.checkpoints import Recipe, random_model, write_checkpoint
+from tests.support.draft_sources import Fickle, Garbage, Truth
+from tests.support.eagle_heads import HeadRecipe, random_head, write_head
 from tests.support.server import Server
 
 BASE = Recipe(num_heads=4, num_kv_heads=4, vocab_size=101)
@@ -72,12 +77,92 @@ def test_logits_have_the_bits_of_one_rank(name: str, dtype: str, tmp_path: Path)
         assert parts.num_blocks == whole.num_blocks and parts.vocab_size == whole.vocab_size
 
 
+SIZES: dict[str, Any] = {"num_blocks": NUM_BLOCKS * 3, "max_num_seqs": COMPANY, "max_model_len": None}
+
+
 def test_the_demo_and_its_texts_greedy_and_sampled() -> None:
-    """With drafts, preemption and a prefix cache, through the engine."""
-    sizes: dict[str, Any] = {"num_blocks": NUM_BLOCKS * 3, "max_num_seqs": COMPANY, "max_model_len": None}
-    expected, _ = answers(load("demo", 1, **sizes), range(8), budget=200)
-    found, _ = answers(load("demo", 2, **sizes), range(8), budget=200)
-    assert found == expected
+    """Through the engine, alone and preempted behind a cached prefix."""
+    expected, _ = answers(load("demo", 1, **SIZES), range(8), budget=200)
+    runner = load("demo", 2, **SIZES)
+    for ways in ({}, {"preempts": True, "caching": True, "times": 2}):
+        found, _ = answers(runner, range(8), budget=200, **ways)  # type: ignore[arg-type]
+        assert found == expected
+
+
+def test_what_texts_say_may_follow_is_checked_by_all_ranks() -> None:
+    """Drafts that are right, wrong, both, and those of the texts themselves."""
+    runner, asked = load("demo", 2, **SIZES), requests(load("demo", 1, **SIZES).vocab_size)
+    expected, _ = answers(load("demo", 1, **SIZES), range(4), budget=200)
+
+    def following(seq: Sequence, tokens: list[int]) -> int:
+        place, text = len(tokens) - seq.num_prompt_tokens, expected[seq.sequence_id].tokens
+        return text[place] if place < len(text) and tokens[: seq.num_prompt_tokens] == asked[seq.sequence_id][0] else -1
+
+    truth = Truth(following)
+    sources: list[DraftSource] = [truth, Fickle(truth, Garbage(runner.vocab_size)), TextDrafts(PastAnswers())]
+    for source in sources:
+        found, counters = answers(runner, range(4), budget=200, source=source, times=2)
+        assert found == expected and counters.draft_tokens > 0 and counters.accepted_tokens > 0
+        if source is truth:
+            assert counters.accepted_tokens == counters.draft_tokens
+
+
+SERVED = replace(BASE, num_layers=8, vocab_size=96, act_order=True)
+DRAFTS = {"itself": None, "another, dense": replace(BASE, vocab_size=96, seed=1, num_layers=1, dense=("_proj",))}
+ENGINE: dict[str, Any] = {"num_blocks": drafting.NUM_BLOCKS, "max_model_len": None}
+
+
+def draft_folder(name: str, served: Path, path: Path) -> Path:
+    if name == "a head":
+        return write_head(path, random_head(HeadRecipe(SERVED)))
+    recipe = DRAFTS[name]
+    return served if recipe is None else write_checkpoint(path, random_model(recipe))
+
+
+@pytest.mark.parametrize("how", ["plain", "preempted", "again"])
+@pytest.mark.parametrize("draft", ["itself", "another, dense", "a head"])
+def test_with_a_draft_model_beside_them_no_bit_changes(draft: str, how: str, tmp_path: Path) -> None:
+    """Greedy and sampled, with penalties and log-probabilities."""
+    served = write_checkpoint(tmp_path / "served", random_model(SERVED))
+    beside = draft_folder(draft, served, tmp_path / "draft")
+    ways: dict[str, Any] = {"preempts": how == "preempted", "times": 2 if how == "again" else 1}
+    plain, _, num_plain = drafting.answers(load(served, 1, **ENGINE), drafting.KINDS, **ways)
+    for size in (2, 4) if how == "plain" else (2,):
+        runner = load(served, size, draft_model=str(beside), **ENGINE)
+        drafted, scheduler, num_steps = drafting.answers(runner, drafting.KINDS, **ways)
+        assert drafted == plain
+        assert scheduler.counters.draft_tokens > 0
+        if draft == "itself" and how == "plain":
+            assert scheduler.counters.accepted_tokens == scheduler.counters.draft_tokens
+            assert num_steps < 0.6 * num_plain
+        name = beside.name
+        assert f"; draft model {name} beside rank 0: " in runner.description
+
+
+def test_caches_of_ranks_and_a_draft_model_share_the_memory_for_one(tmp_path: Path) -> None:
+    served = write_checkpoint(tmp_path / "served", random_model(SERVED))
+    head = write_head(tmp_path / "head", random_head(HeadRecipe(SERVED)))
+    settings: dict[str, Any] = {"num_blocks": None, "kv_cache_mib": 2, "max_num_seqs": 64, "max_model_len": None}
+    for draft in (served, head):
+        alone, both = (load(served, 2, draft_model=name, **settings) for name in (None, str(draft)))
+        one = load(served, 1, draft_model=str(draft), **settings)
+        drafter: Any = both.drafter
+        assert drafter._runner.num_blocks == both.num_blocks == one.num_blocks < alone.num_blocks
+        features = drafter._runner._model._store.num_bytes if draft == head else 0
+        assert 0.9 * 2**21 < both.cache_bytes + drafter._runner.cache_bytes + features <= 2**21 + 2 * 64
+
+
+def test_a_draft_model_that_cannot_be_loaded_is_said_by_name(tmp_path: Path) -> None:
+    """Nobody waits for a rank that found it out."""
+    served = write_checkpoint(tmp_path / "served", random_model(SERVED))
+    model = random_model(SERVED)
+    tensors = model.tensors()
+    tensors["model.norm.weight"][3] = torch.nan
+    broken = write_checkpoint(tmp_path / "broken", model, tensors=tensors)
+    with pytest.raises(ConfigError, match=r"--draft-model .*: .*tensor model\.norm\.weight holds NaN"):
+        load(served, 2, draft_model=str(broken))
+    with pytest.raises(ConfigError, match=r"--draft-model .*nowhere does not exist"):
+        load(served, 2, draft_model=str(tmp_path / "nowhere"))
 
 
 def test_every_output_has_one_rank(tmp_path: Path) -> None:
@@ -96,7 +181,7 @@ def test_what_cannot_be_shared_is_said(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path, random_model(Recipe(num_heads=6, num_kv_heads=2, hidden_size=96)))
     with pytest.raises(ConfigError, match=r"--tensor-parallel-size 3: 6 attention heads and 2 key-value.*1, 2 GPUs"):
         load(folder, 3)
-    with pytest.raises(ConfigError, match=r"--draft-model demo beside --tensor-parallel-size 2.*leave one of them out"):
+    with pytest.raises(ConfigError, match=r"--draft-model demo has a vocabulary of \d+, the served model of 96"):
         load(folder, 2, draft_model="demo")
     small = replace(BASE, hidden_size=32, num_heads=8, num_kv_heads=8, intermediate_size=96)
     config = read_config(write_checkpoint(tmp_path / "small", random_model(small)))
@@ -157,15 +242,37 @@ def test_a_rank_without_memory_ends_the_step_of_all() -> None:
         runner.launch(lone_step(5, 3, runner.block_size))
 
 
-@pytest.mark.parametrize("flag", ["--tensor-parallel-size", "--num-gpus"])
-def test_a_server_with_two_ranks_answers_as_one_does(flag: str) -> None:
-    question = {"messages": [{"role": "user", "content": "What is GPTQ?"}], "temperature": 0, "max_tokens": 40}
-    texts = []
-    for arguments in ([], [flag, "2"]):
+DRAFTED = "vllm:spec_decode_num_draft_tokens_total"
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--tensor-parallel-size", "2"),
+        ("--num-gpus", "2", "--speculate", "ngram"),
+        ("--num-gpus", "2", "--speculate", "ngram", "--draft-model", "demo"),
+    ],
+    ids=["", "prediction", "draft model"],
+)
+def test_a_server_with_two_ranks_answers_as_one_does(flags: tuple[str, ...]) -> None:
+    question: dict[str, Any] = {
+        "ignore_eos": True,
+        "messages": [{"role": "user", "content": "What is GPTQ?"}],
+        "max_tokens": 160,
+    }
+    questions = [{**question, "temperature": 0}, {**question, "temperature": 1, "seed": 5}]
+    texts: list[list[str]] = []
+    for arguments in ((), flags):
         with Server("--block-size", str(BLOCK), "--num-blocks", "200", *arguments) as server:
-            answer = httpx.post(f"{server.url}/chat/completions", json=question, timeout=60).json()
-            texts.append(answer["choices"][0]["message"]["content"])
-    assert texts[0] == texts[1] and "GPTQ" in texts[0]
+            found = []
+            for i, asked in enumerate(questions):
+                if "--draft-model" not in arguments and texts:
+                    asked = {**asked, "prediction": {"type": "content", "content": texts[0][i]}}
+                answer = httpx.post(f"{server.url}/chat/completions", json=asked, timeout=60).json()
+                found.append(answer["choices"][0]["message"]["content"])
+            texts.append(found)
+            assert (server.metric(DRAFTED) > 0) == ("--speculate" in arguments)
+    assert texts[0] == texts[1] and "GPTQ" in texts[0][0]
 
 
 def test_a_rank_that_does_not_come_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:

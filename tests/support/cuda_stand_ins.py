@@ -13,8 +13,10 @@ from torch import Tensor
 
 from gptq_api.kernels import ops, sampling
 from gptq_api.kernels.decode_attention import RotaryInputs
+from gptq_api.kernels.exchange import Place
 from gptq_api.kernels.sampling import SamplingInputs
 from gptq_api.runner.cuda import forward, graphs, runner
+from gptq_api.runner.ranks import Rank
 
 TILE_ROWS = 8
 
@@ -187,6 +189,35 @@ class _Nothing:
     def record(self) -> None: ...
 
     def synchronize(self) -> None: ...
+
+
+class HostExchange:
+    """What ranks that are threads of the CPU give each other, as `Exchange` does on GPUs. Nothing of a place but a
+    rank's own columns is right before an exchange has brought it."""
+
+    def __init__(self, rank: Rank) -> None:
+        self.rank, self.size, self._each = rank.shard.rank, rank.shard.size, rank.each
+
+    def place(self, matrix: Tensor, columns: list[range]) -> Place:
+        return Place(matrix, [], columns)
+
+    def takes_index(self, place: Place, rows: int) -> bool:
+        return rows <= 8
+
+    def all_gather(self, place: Place, part: Tensor, index: Tensor | None = None) -> Tensor:
+        rows = place.own[: len(part)]
+        whole = torch.cat(self._each(part.clone()), -1)
+        rows.copy_(whole) if index is None else rows.index_copy_(1, index.long(), whole)
+        return rows
+
+    def all_gather_norm(
+        self, place: Place, rows: int, weight: Tensor, eps: float, out: Tensor, perm: Tensor | None = None
+    ) -> Tensor:
+        columns = place.columns[self.rank]
+        x = self.all_gather(place, place.own[:rows, columns.start : columns.stop])
+        return rms_norm(x, weight, eps, out, perm)
+
+    def who_is_missing(self) -> None: ...
 
 
 def install(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,7 +30,15 @@ from gptq_api.runner.cpu.packed_file import Packed
 from gptq_api.runner.cpu.runner import CpuRunner
 from gptq_api.runner.features import Features
 from gptq_api.runner.loaded import LoadedRunner
-from gptq_api.runner.memory import NOTHING_BESIDE, Beside, does_not_fit, free_memory, gpu_knob, plan_cache
+from gptq_api.runner.memory import (
+    NOTHING_BESIDE,
+    Beside,
+    bytes_of_block,
+    does_not_fit,
+    free_memory,
+    gpu_knob,
+    plan_cache,
+)
 from gptq_api.runner.options import LoadOptions
 from gptq_api.runner.ranks import Rank
 
@@ -193,6 +201,10 @@ class CpuBackend:
             return options.kv_cache_mib * 2**20 // options.tensor_parallel_size
         return free_memory(self.device, options.gpu_memory_utilization, to_come)
 
+    def blocks_of_ranks(self, ranks: list[tuple[int, int]]) -> int:
+        """They have their memory in common."""
+        return sum(memory for memory, _ in ranks) // sum(size for _, size in ranks)
+
     def memory_knob(self, options: LoadOptions) -> str:
         return f"--kv-cache-mib {options.kv_cache_mib}" if self._on_cpu else gpu_knob(options)
 
@@ -201,6 +213,9 @@ class CpuBackend:
     ) -> CpuRunner:
         config, size, features = weights.config, options.block_size, beside.features
         memory = self.cache_memory(options, beside.to_come)
+        if self._rank is not None:
+            of_block = bytes_of_block(options, config, self, beside.token_bytes)
+            memory = of_block * self.blocks_of_ranks(self._rank.each((memory, of_block)))
         plan = plan_cache(options, config, self, max_model_len, memory, beside.token_bytes)
         is_native = self._native and self._rank is None and native_forward.takes(weights, size)
         kv_heads, dim = config.num_key_value_heads, config.head_dim
@@ -211,7 +226,7 @@ class CpuBackend:
                 features.data = self._zeros(features.shape(plan.num_blocks * size))
         except (RuntimeError, OSError, MemoryError):
             raise does_not_fit(options, self) from None
-        for note in plan.notes:
+        for note in plan.notes if self._rank is None or self._rank.shard.rank == 0 else ():
             _log.warning("%s", note)
         model = (
             NativeLlama(weights, BlockCache(data, size), features)

@@ -33,7 +33,15 @@ from gptq_api.runner.cuda.runner import CudaRunner, state_bytes
 from gptq_api.runner.features import Features
 from gptq_api.runner.inputs import StepInputs, StepShape, num_words, write_idle
 from gptq_api.runner.loaded import LoadedRunner
-from gptq_api.runner.memory import NOTHING_BESIDE, Beside, does_not_fit, free_memory, gpu_knob, plan_cache
+from gptq_api.runner.memory import (
+    NOTHING_BESIDE,
+    Beside,
+    bytes_of_block,
+    does_not_fit,
+    free_memory,
+    gpu_knob,
+    plan_cache,
+)
 from gptq_api.runner.options import LoadOptions
 from gptq_api.runner.ranks import Rank
 from gptq_api.step import MAX_ROWS_AGAIN
@@ -194,6 +202,10 @@ class CudaBackend:
     def cache_memory(self, options: LoadOptions, to_come: int) -> int:
         return free_memory(self.device, options.gpu_memory_utilization, to_come)
 
+    def blocks_of_ranks(self, ranks: list[tuple[int, int]]) -> int:
+        """Where the fewest fit; a draft model is on one of them alone."""
+        return min(memory // size for memory, size in ranks)
+
     def memory_knob(self, options: LoadOptions) -> str:
         return gpu_knob(options)
 
@@ -213,15 +225,16 @@ class CudaBackend:
             model, taken, to_come = self._forward(weights, options, max_model_len, beside.features, exchange)
             memory = self.cache_memory(options, GRAPH_BYTES + to_come + beside.to_come)
             if self._rank is not None:
-                memory = min(self._rank.each(memory))  # blocks are the same on all ranks
+                of_block = bytes_of_block(options, config, self, beside.token_bytes)
+                memory = of_block * self.blocks_of_ranks(self._rank.each((memory, of_block)))
             plan = plan_cache(options, config, self, max_model_len, memory, beside.token_bytes)
             cache = CudaKVCache(config, plan.num_blocks, options.block_size, kv_dtype, self.device)
             if (features := beside.features) is not None:
-                size = features.shape(plan.num_blocks * options.block_size)
-                features.data = torch.zeros(size, dtype=self.dtype, device=self.device)
+                shape = features.shape(plan.num_blocks * options.block_size)
+                features.data = torch.zeros(shape, dtype=self.dtype, device=self.device)
         except torch.cuda.OutOfMemoryError:
             raise does_not_fit(options, self) from None
-        for note in plan.notes:
+        for note in plan.notes if self._rank is None or self._rank.shard.rank == 0 else ():
             _log.warning("%s", note)
         sizes = (options.max_num_seqs, self._num_rows(options), plan.max_model_len)
         runner = CudaRunner(model, cache, *sizes, taken + to_come)

@@ -293,12 +293,12 @@ class CudaLlama:
         ops.embed(history, inputs.row_seat, inputs.positions, self._embedding, x)
         few = decode and rows <= SCATTER_MAX_ROWS
         for i, (layer, kv) in enumerate(zip(self._prompt_layers if prompts else self._layers, cache, strict=True)):
-            if i in self._taps:
-                self._taps[i][:rows].copy_(x)
             if self._ranks is None or i == 0:
                 ops.rms_norm(x, layer.input_norm, self._eps, normed, layer.input_order)
             else:
                 self._ranks.all_of_stream(rows, layer.input_norm, self._eps, normed, layer.input_order)
+            if i in self._taps:  # behind the norm, which brings what other ranks have added to the stream
+                self._taps[i][:rows].copy_(x)
             qkv = layer.qkv.forward(normed, self._qkv[:rows])
             index = layer.o_index if few else None
             if self._ranks is None:
@@ -310,10 +310,11 @@ class CudaLlama:
             else:
                 attended = self._attend(qkv, layer, kv, inputs, where, None, decode=decode, prompts=prompts)
                 self._behind_attention(self._ranks, layer, attended, x, normed)
+        if self._ranks is not None:
+            self._ranks.all_of_stream(rows, self._norm, self._eps, normed)
         if self._features is not None:
             self._put_features(self._features, x, inputs.slot_mapping)
         if self._ranks is not None:
-            self._ranks.all_of_stream(rows, self._norm, self._eps, normed)
             if every_row:
                 return self._any_logits(normed)
             if not decode:

@@ -111,7 +111,7 @@ options = LoadOptions(model_path=model, device="cuda", num_threads=1, max_num_se
 whole = load_runner(options)
 checkpoint = open_model(options)
 devices = [torch.device("cuda", rank % torch.cuda.device_count()) for rank in range(2)]
-parts, _ = load_ranks(options, checkpoint, config_of(checkpoint), devices)
+parts, *_ = load_ranks(options, checkpoint, config_of(checkpoint), devices)
 
 def logits(runner, rows):
     ids = [(7 * i) % (runner.vocab_size - 3) + 3 for i in range(rows)]
@@ -130,6 +130,30 @@ for num in (1, 8, COMPANY) if invariant else ():
 print("equal")
 """
 
+DRAFTS = """
+import sys
+import torch
+from gptq_api.model.modules import config_of
+from gptq_api.runner.load import load_ranks, load_runner, open_model
+from gptq_api.runner.options import LoadOptions
+from tests.support.draft_models import KINDS, NUM_BLOCKS, answers
+
+model, draft = sys.argv[1:]
+sizes = dict(device="cuda", num_threads=1, max_num_seqs=8, num_blocks=NUM_BLOCKS, batch_invariant=True)
+plain, _, _ = answers(load_runner(LoadOptions(model_path=model, **sizes)), KINDS)
+options = LoadOptions(model_path=model, draft_model=draft, **sizes)
+checkpoint = open_model(options)
+devices = [torch.device("cuda", rank % torch.cuda.device_count()) for rank in range(2)]
+runner, _, beside = load_ranks(options, checkpoint, config_of(checkpoint), devices)
+assert "beside rank 0" in beside.put_beside(runner)
+for times in (1, 2):  # the second time behind cached prefixes
+    drafted, scheduler, _ = answers(runner, KINDS, times=times)
+    assert drafted == plain and scheduler.counters.draft_tokens > 0
+if model == draft:
+    assert scheduler.counters.accepted_tokens > 0.9 * scheduler.counters.draft_tokens
+print("equal")
+"""
+
 STOPPED = """
 import sys, time
 import torch
@@ -143,7 +167,7 @@ from gptq_api.runner.solo import lone_step
 options = LoadOptions(model_path="demo", device="cuda", num_blocks=100, max_num_seqs=4)
 checkpoint = open_model(options)
 devices = [torch.device("cuda", rank % torch.cuda.device_count()) for rank in range(2)]
-runner, _ = load_ranks(options, checkpoint, config_of(checkpoint), devices)
+runner, *_ = load_ranks(options, checkpoint, config_of(checkpoint), devices)
 runner.collect(runner.launch(lone_step(5, 3, runner.block_size)))
 exchange.PATIENT_LIMIT_S = exchange.LIMIT_S
 runner.ranks[1].launch = lambda step: None
@@ -194,6 +218,18 @@ def test_random_models_have_the_bits_of_one_gpu(name: str, tmp_path: Path) -> No
     recipe = Recipe(**size, **more, max_position_embeddings=1024)  # type: ignore[arg-type]
     folder = write_checkpoint(tmp_path, random_model(recipe))
     assert run(BITS, str(folder), "invariant") == "equal"
+
+
+@pytest.mark.parametrize("draft", ["itself", "a head"])
+def test_a_draft_model_beside_rank_0_changes_no_bit(draft: str, tmp_path: Path) -> None:
+    """A head reads what both ranks have added to the stream."""
+    from tests.runner.cuda.test_eagle_head import HEAD, SERVED
+    from tests.support.checkpoints import random_model, write_checkpoint
+    from tests.support.eagle_heads import random_head, write_head
+
+    folder = write_checkpoint(tmp_path / "served", random_model(SERVED))
+    beside = folder if draft == "itself" else write_head(tmp_path / "head", random_head(HEAD))
+    assert run(DRAFTS, str(folder), str(beside)) == "equal"
 
 
 def test_a_rank_that_stops_is_told_by_name() -> None:
