@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import random
 import threading
+import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import httpx
 import pytest
@@ -25,7 +28,7 @@ from gptq_api.runner.ranks import RankError, RankGroup
 from gptq_api.runner.solo import Solo, lone_step, step_of
 from gptq_api.scheduler.drafts import DraftSource, PastAnswers, TextDrafts
 from gptq_api.scheduler.sequence import Sequence
-from gptq_api.step import DeviceMemoryError, Sampled
+from gptq_api.step import DeviceMemoryError, Sampled, Step
 from gptq_api.types import SamplingParams
 from tests.runner.cpu.test_equal_bits import COMPANY, NUM_BLOCKS, answers, requests
 from tests.support import draft_models as drafting
@@ -33,6 +36,7 @@ from tests.support.checkpoints import Recipe, random_model, write_checkpoint
 from tests.support.draft_sources import Fickle, Garbage, Truth
 from tests.support.eagle_heads import HeadRecipe, random_head, write_head
 from tests.support.server import Server
+from tests.support.soak import cycle, num_blocks
 
 BASE = Recipe(num_heads=4, num_kv_heads=4, vocab_size=101)
 """whose head does not divide evenly"""
@@ -206,6 +210,53 @@ def test_a_warning_of_one_rank_is_said_once(tmp_path: Path, caplog: pytest.LogCa
     tensors["lm_head.weight"][-1] += 1
     load(write_checkpoint(tmp_path, tied, tensors=tensors), 4)
     assert caplog.text.count("lm_head.weight is not used: config.json ties the embedding to the head") == 1
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_whatever_rank_is_late_every_step_has_its_bits(
+    size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A thousand steps of two ranks, each delayed at random before some of its exchanges."""
+    exchange, delays = RankGroup.exchange, [random.Random(rank) for rank in range(size)]
+
+    def late(group: RankGroup, rank: int, value: Any) -> list[Any]:
+        if delays[rank].random() < 0.02:
+            time.sleep(delays[rank].random() * 1e-3)
+        return exchange(group, rank, value)
+
+    steps = cycle(50, 101, BLOCK)
+    folder = write_checkpoint(tmp_path, random_model(replace(BASE, act_order=True)))
+    whole, parts = (load(folder, num, num_blocks=num_blocks(50, BLOCK)) for num in (1, size))
+    assert isinstance(parts, ParallelRunner)
+    expected = with_logits(whole, [whole], steps)
+    monkeypatch.setattr(RankGroup, "exchange", late)
+    for _ in range(40 // size):
+        for i, (tokens, logits) in enumerate(with_logits(parts, parts.ranks, steps)):
+            assert tokens == expected[i][0], i
+            assert len(logits) == size and all(torch.equal(one, expected[i][1][0]) for one in logits), i
+
+
+def with_logits(
+    runner: LoadedRunner, ranks: list[LoadedRunner], steps: list[Step]
+) -> list[tuple[list[int], list[torch.Tensor]]]:
+    """What each step sampled, and the logits that it sampled from on each rank."""
+    kept: list[torch.Tensor | None] = [None] * len(ranks)
+    originals = [rank._model.logits for rank in cast("list[Any]", ranks)]
+
+    def keeping(i: int, x: torch.Tensor, rows: list[int]) -> torch.Tensor:
+        logits: torch.Tensor = originals[i](x, rows)
+        kept[i] = logits.clone()
+        return logits
+
+    found = []
+    for i, rank in enumerate(cast("list[Any]", ranks)):
+        rank._model.logits = partial(keeping, i)
+    for step in steps:
+        tokens = runner.collect(runner.launch(step)).tokens
+        found.append((tokens, [each for each in kept if each is not None]))
+    for rank, original in zip(cast("list[Any]", ranks), originals, strict=True):
+        rank._model.logits = original
+    return found
 
 
 def test_ranks_that_differ_end_the_engine() -> None:

@@ -154,6 +154,44 @@ if model == draft:
 print("equal")
 """
 
+SOAK = """
+import random, sys
+from pathlib import Path
+import torch
+from gptq_api.bench import synthetic
+from gptq_api.kernels.exchange import Exchange
+from gptq_api.model.modules import config_of
+from gptq_api.runner.load import load_ranks
+from gptq_api.runner.options import LoadOptions
+from tests.support.soak import cycle, num_blocks, repeated
+
+folder, num_layers, layers, steps = Path(sys.argv[1]), int(sys.argv[2]), 16, 64
+shape = dict(hidden_size=1024, intermediate_size=2816, num_hidden_layers=layers, num_attention_heads=8,
+             num_key_value_heads=4, vocab_size=2048)
+synthetic.SHAPES["narrow"] = {**synthetic.SHAPES["llama-7b"], **shape}
+checkpoint = synthetic.synthetic_checkpoint("narrow", folder, act_order=True)
+delays = [random.Random(rank) for rank in range(2)]
+
+def late(method):
+    def delayed(exchange, *args, **named):
+        # What is captured keeps its delays, which are others in each graph and on each rank.
+        if delays[exchange.rank].random() < 0.05:
+            torch.cuda._sleep(delays[exchange.rank].randrange(100_000))
+        return method(exchange, *args, **named)
+    return delayed
+
+def before(rank):
+    if delays[rank].random() < 0.1:
+        torch.cuda._sleep(delays[rank].randrange(400_000))
+
+Exchange.all_gather, Exchange.all_gather_norm = late(Exchange.all_gather), late(Exchange.all_gather_norm)
+options = LoadOptions(model_path=str(folder), device="cuda", max_num_seqs=8, num_blocks=num_blocks(steps, 16))
+devices = [torch.device("cuda", rank) for rank in range(2)]
+runner, *_ = load_ranks(options, checkpoint, config_of(checkpoint), devices)
+done, wrong = repeated(runner, cycle(steps, runner.vocab_size, runner.block_size), num_layers // layers, before)
+print(f"{done * layers >= num_layers} {wrong}")
+"""
+
 STOPPED = """
 import sys, time
 import torch
@@ -181,14 +219,14 @@ os._exit(0)
 """
 
 
-def run(code: str, *arguments: str, size: int = 2) -> str:
+def run(code: str, *arguments: str, size: int = 2, limit_s: float = 110) -> str:
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     env = {**os.environ, "PYTHONPATH": path}
     if torch.cuda.device_count() < size:
         # A kernel that is loaded when it is first used waits until the device is idle, and so for what waits for it.
         env |= {"GPTQ_CUDA_OVERLAP": "0", "CUDA_MODULE_LOADING": "EAGER"}
     command = [sys.executable, "-c", code, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=110, cwd=ROOT)
+    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=limit_s, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip().splitlines()[-1]
 
@@ -230,6 +268,12 @@ def test_a_draft_model_beside_rank_0_changes_no_bit(draft: str, tmp_path: Path) 
     folder = write_checkpoint(tmp_path / "served", random_model(SERVED))
     beside = folder if draft == "itself" else write_head(tmp_path / "head", random_head(HEAD))
     assert run(DRAFTS, str(folder), str(beside)) == "equal"
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="ranks that share a GPU take turns by kernels")
+def test_a_million_layers_have_their_bits_whichever_rank_is_late(tmp_path: Path) -> None:
+    """Decode steps of one to eight sequences, and now and then their prompts: a minute or two."""
+    assert run(SOAK, str(tmp_path), "1000000", limit_s=300) == "True 0"
 
 
 def test_a_rank_that_stops_is_told_by_name() -> None:

@@ -3,6 +3,8 @@ with a draft model or an EAGLE-3 head beside the first."""
 
 from __future__ import annotations
 
+import random
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,10 +36,11 @@ from tests.support.checkpoints import Recipe, random_model, write_checkpoint
 from tests.support.cuda_stand_ins import HostExchange
 from tests.support.draft_models import NUM_BLOCKS, answers
 from tests.support.eagle_heads import HeadRecipe, random_head, write_head
+from tests.support.soak import NUM_SEQS, cycle, repeated
 
 SERVED = Recipe(num_layers=8, num_kv_heads=4, max_position_embeddings=256)
 HEAD = HeadRecipe(SERVED)
-BLOCK, ROWS, SEQS = 16, 64, 2
+BLOCK, ROWS = 16, 160
 CPU = torch.device("cpu")
 KINDS: list[dict[str, Any]] = [{"temperature": 0.0}, {"temperature": 0.8, "top_p": 0.9}, {"temperature": 1.2}]
 
@@ -51,8 +54,8 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
 class Served:
     """On so many ranks, float32; 0: without any."""
 
-    def __init__(self, folder: Path, size: int, head: Path | None = None) -> None:
-        self._folder, self._head = folder, head
+    def __init__(self, folder: Path, size: int, head: Path | None = None, num_seqs: int = 2) -> None:
+        self._folder, self._head, self._num_seqs = folder, head, num_seqs
         self._config = read_config(folder)
         self._length = self._config.max_position_embeddings
         self._features: Features | None = None
@@ -79,7 +82,7 @@ class Served:
         exchange: Any = None if rank is None else HostExchange(rank)
         sizes = (ROWS, MAX_DRAFT_ROWS, self._length, torch.float32)
         forward = CudaLlama(weights, *sizes, features=features, exchange=exchange)
-        return CudaRunner(forward, self._cache(weights.config), SEQS, ROWS, self._length, 0)
+        return CudaRunner(forward, self._cache(weights.config), self._num_seqs, ROWS, self._length, 0)
 
     def _cache(self, config: Any) -> CudaKVCache:
         return CudaKVCache(config, NUM_BLOCKS, BLOCK, torch.float32, CPU)
@@ -110,6 +113,26 @@ def test_texts_are_those_of_one(draft: str, size: int, tmp_path: Path) -> None:
     assert scheduler.counters.draft_tokens > 0
     if draft == "itself":
         assert scheduler.counters.accepted_tokens == scheduler.counters.draft_tokens
+
+
+def test_whichever_rank_is_late_every_step_has_its_bits(tmp_path: Path) -> None:
+    """How a million layers are run on GPUs; and that it would tell of a rank that computes something else."""
+    folder, delays = write_checkpoint(tmp_path / "served", random_model(SERVED)), [random.Random(i) for i in range(2)]
+    runner: Any = Served(folder, 2, num_seqs=NUM_SEQS).runner
+    steps, num_calls = cycle(20, SERVED.vocab_size, BLOCK), 0
+
+    def before(rank: int) -> None:
+        time.sleep(delays[rank].random() * 1e-3)
+
+    def broken(rank: int) -> None:
+        nonlocal num_calls
+        num_calls += rank
+        if num_calls == 30 and rank:
+            runner.ranks[1]._model._norm[5] += 0.01
+
+    assert repeated(runner, steps, 100, before) == (100, 0)
+    done, wrong = repeated(runner, steps, 40, broken)
+    assert done == 40 and wrong > 0
 
 
 KEY = "eagle_aux_hidden_state_layer_ids"
