@@ -11,9 +11,12 @@ from __future__ import annotations
 
 import asyncio
 import fcntl
+import select
 import socket
 import sys
 import termios
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from http import HTTPStatus
 from typing import Any
 
@@ -156,6 +159,27 @@ class EdgeProtocol(H11Protocol, asyncio.BufferedProtocol):
         assert cycle.response_started and not cycle.response_complete
         self.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
         return True
+
+    @contextmanager
+    def waiting_for_reader(self, seconds: float, give_up: Callable[[], object]) -> Iterator[None]:
+        """Around waiting until the peer has taken what was sent. It is called where that takes longer: of the time in
+        which we could have sent it more (`patience.py`), and when the kernel takes nothing from us now."""
+        self.patience.begin()
+        until, timers = self.patience.now() + seconds, list[asyncio.TimerHandle]()
+
+        def look() -> None:
+            left = until - self.patience.now()
+            if left > 0 or (not self.transport.is_closing() and can_send(self.transport.get_extra_info("socket"))):
+                timers[:] = [self.loop.call_later(max(0.0, left), look)]
+            else:
+                give_up()
+
+        timers.append(self.loop.call_later(seconds, look))
+        try:
+            yield
+        finally:
+            timers[0].cancel()
+            self.patience.end()
 
     def drain(self) -> None:
         """The server is about to leave: from now on a peer that does not read is not waited for."""
@@ -305,6 +329,13 @@ def in_kernel(sock: socket.socket) -> int:
 def num_unread(sock: socket.socket) -> int:
     """Bytes that came and were not read; 0 where the system does not tell."""
     return _asked(sock, termios.FIONREAD)
+
+
+def can_send(sock: socket.socket) -> bool:
+    """Whether the kernel takes more of what the peer is to get, and the peer has not gone."""
+    poll = select.poll()
+    poll.register(sock.fileno(), select.POLLOUT)
+    return poll.poll(0) == [(sock.fileno(), select.POLLOUT)]
 
 
 def _asked(sock: socket.socket, request: int) -> int:

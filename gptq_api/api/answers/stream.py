@@ -79,8 +79,8 @@ class StreamResponse(EventSourceResponse):
             ping=settings.sse_ping_s,
             sep="\n",  # with CRLF some readers never find the end of an event
             ping_message_factory=lambda: shape.ping,
-            send_timeout=settings.send_timeout_s,
         )
+        self._send_timeout_s = settings.send_timeout_s
         self._owned = owned
         self._work = work
         self._filler = shape.ping.encode()
@@ -100,8 +100,12 @@ class StreamResponse(EventSourceResponse):
 
     async def _send_with_timeout(self, send: Send, message: Message) -> None:
         """The library's timer and all that lies between here and the socket are for a peer that makes us wait."""
-        if not (message["body"] and self._connection.send_chunk(message["body"])):
-            await super()._send_with_timeout(send, message)
+        if message["body"] and self._connection.send_chunk(message["body"]):
+            return
+        with anyio.CancelScope() as scope, self._connection.waiting_for_reader(self._send_timeout_s, scope.cancel):
+            await send(message)
+        if scope.cancel_called:
+            raise SendTimeoutError
 
     async def _listen_for_exit_signal_with_grace(self) -> None:
         """The library would cut every stream at SIGTERM, and poll for it twice a second for ever; server.py drains.
