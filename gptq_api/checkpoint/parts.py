@@ -9,9 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_GAP = 8 * 2**10
-"""Bytes that are read and dropped sooner than that a read begins anew behind them: a read of its own takes as long as
-copying some 10 KiB out of the page cache, and what lies so close has mostly been fetched from the disk anyway."""
+_GAP = 32 * 2**10
+"""Bytes that are read and dropped sooner than that a read begins anew behind them. A read of its own takes 3 us,
+however many threads read, since Python runs one of them at a time; in that time two cores copy some 32 KiB out of the
+page cache (docs/kernels.md), and more cores more."""
 _ROW = 2**20
 """bytes of a row that is worth reading whole"""
 

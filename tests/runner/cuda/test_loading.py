@@ -326,10 +326,10 @@ def test_ranks_pack_their_part_of_what_one_would(packed: None, act_order: bool, 
 @pytest.mark.gpu
 @pytest.mark.skipif(not gemm.is_available(), reason=gemm.unavailable_reason() or "")
 def test_parts_read_to_the_device_are_those_of_the_file(tmp_path: Path) -> None:
-    """Rows of 16 KiB are read whole, those of 64 KiB in part."""
-    recipe = replace(RECIPE, intermediate_size=16384, num_layers=1, mixed_bits={"up_proj": 8})
+    """Rows of 64 KiB are read whole, those of 128 KiB in part."""
+    recipe = replace(RECIPE, intermediate_size=32768, num_layers=1, mixed_bits={"up_proj": 8})
     checkpoint = open_checkpoint(write_checkpoint(tmp_path, random_model(recipe)))
-    ranges = (range(32, 4096), range(8192, 8200), range(12000, 16384))
+    ranges = (range(32, 4096), range(12000, 12008))
     with DeviceReader(torch.device("cuda")) as reader:
         there = checkpoint.on(reader)
         for name in ("gate_proj", "up_proj"):
