@@ -1,11 +1,11 @@
-"""The CPU image as a careful operator runs it: how large it is, how soon it is ready, how soon it ends.
+"""An image as a careful operator runs it: how large it is, how soon it is ready, how soon it ends.
 
     python benchmarks/image.py --out benchmarks/results/image-cpu.json
 
-`make image` builds it. Size: the files in it, and what the engine says. Start: from the engine's `run`, with nothing to
-write on and no rights, until /ready says 200; and the processor time of all its processes until then, which others on
-the machine disturb less. End: from SIGTERM until the engine says that it is gone, at rest and with
-a stream that is on its way.
+`make image` builds it, IMAGE names another than gptq-api:cpu. Size: the files in it, and what the engine says. Start:
+from the engine's `run`, with nothing to write on and no rights, until /ready says 200; and the processor time of all
+its processes until then, which others on the machine disturb less. End: from SIGTERM until the engine says that it is
+gone, at rest and with a stream that is on its way.
 """
 
 from __future__ import annotations
