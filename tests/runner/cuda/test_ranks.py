@@ -134,17 +134,21 @@ DRAFTS = """
 import sys
 import torch
 from gptq_api.model.modules import config_of
-from gptq_api.runner.load import load_ranks, load_runner, open_model
+from gptq_api.runner.load import load_ranks, open_model
 from gptq_api.runner.options import LoadOptions
 from tests.support.draft_models import KINDS, NUM_BLOCKS, answers
 
 model, draft = sys.argv[1:]
-sizes = dict(device="cuda", num_threads=1, max_num_seqs=8, num_blocks=NUM_BLOCKS, batch_invariant=True)
-plain, _, _ = answers(load_runner(LoadOptions(model_path=model, **sizes)), KINDS)
-options = LoadOptions(model_path=model, draft_model=draft, **sizes)
-checkpoint = open_model(options)
 devices = [torch.device("cuda", rank % torch.cuda.device_count()) for rank in range(2)]
-runner, _, beside = load_ranks(options, checkpoint, config_of(checkpoint), devices)
+
+def loaded(**more):
+    options = LoadOptions(model_path=model, device="cuda", num_threads=1, max_num_seqs=8, num_blocks=NUM_BLOCKS,
+                          batch_invariant=True, **more)
+    checkpoint = open_model(options)
+    return load_ranks(options, checkpoint, config_of(checkpoint), devices)
+
+plain, _, _ = answers(loaded()[0], KINDS)
+runner, _, beside = loaded(draft_model=draft)
 assert "beside rank 0" in beside.put_beside(runner)
 for times in (1, 2):  # the second time behind cached prefixes
     drafted, scheduler, _ = answers(runner, KINDS, times=times)
