@@ -13,14 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from gptq_api import __version__, exits
 from gptq_api.bench.row import EXIT_NO_ROOM, EXIT_TOLD, Job, Kind, Row, TooLargeError
 from gptq_api.checkpoint.files import candidates
-from gptq_api.cli.output import fail
+from gptq_api.cli.output import fail, table_console
 from gptq_api.config import BenchSettings
 from gptq_api.errors import UserError, writing
 from gptq_api.hub import is_hub_name, local_model
@@ -50,7 +49,7 @@ def run(settings: BenchSettings) -> int:
 
 
 def _report(settings: BenchSettings, rows: list[Row]) -> None:
-    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False, markup=False)
+    console = table_console()
     console.print(_table(rows))
     for note in _notes(rows, settings):
         console.print(note, soft_wrap=True)

@@ -13,14 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from gptq_api import __version__, exits
 from gptq_api.bench.http_client import Endpoint, LoadError, TimedCall
 from gptq_api.bench.load import CallsBar, Traffic, closed_loop, open_loop, summary
-from gptq_api.cli.output import fail
+from gptq_api.cli.output import fail, table_console
 from gptq_api.config import BenchServeSettings
 from gptq_api.errors import UserError, writing
 
@@ -125,7 +124,7 @@ def _check_outputs(settings: BenchServeSettings) -> None:
 
 
 def _report(settings: BenchServeSettings, result: dict[str, Any]) -> None:
-    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False, markup=False)
+    console = table_console()
     table = Table(
         "load", "requests", "failed", "tokens/s", "requests/s", "first token ms", "between tokens ms", "whole s"
     )

@@ -7,10 +7,13 @@ import errno
 import os
 import sys
 from collections.abc import Callable
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from gptq_api.errors import printable
 from gptq_api.logs import last_words
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 _OUTPUT = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF}
 """what writing to an open file ends with; whoever writes to files of their own names them"""
@@ -53,6 +56,13 @@ def with_output(command: str, work: Callable[[], int]) -> int:
             fail(command, f"standard output cannot be written: {error.strerror}")
         return 1
     return status
+
+
+def table_console() -> Console:
+    """Standard output for tables: a terminal's width, and in a pipe or file, which have none, what a table takes."""
+    from rich.console import Console  # which most commands do without
+
+    return Console(width=None if sys.stdout.isatty() else 10_000, highlight=False, markup=False)
 
 
 def _discard() -> None:

@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from rich.table import Table
 
 from gptq_api.cli.bench import run
+from gptq_api.cli.output import table_console
 from gptq_api.config import BenchSettings
 from gptq_api.text.samples import encode_documents, read_documents, windows
 from gptq_api.text.tokenizer import load_tokenizer
@@ -140,6 +142,14 @@ def test_the_demo_model_alone_says_what_its_first_row_is(tmp_path: Path) -> None
     assert shown[0][:2] == ["demo (dequantized, bfloat16)", "16"] and shown[1][:4] == ["demo", "4", "32", "yes"]
     assert [row[6] for row in shown] == ["-", "-"]
     assert "--fp16 FOLDER measures the original" in done.stdout
+
+
+def test_no_cell_is_broken_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    """However wide a busy machine makes the figures."""
+    table = Table("row", "s/token")
+    table.add_row("demo (dequantized, bfloat16)", "0.12345 ± 0.12345 " * 12)
+    table_console().print(table)
+    assert len(capsys.readouterr().out.splitlines()) == 5
 
 
 def refused(capsys: pytest.CaptureFixture[str], **values: Any) -> str:
