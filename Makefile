@@ -26,7 +26,7 @@ chat: environment
 
 # tests/__main__.py: side by side, then one by one those that others would spoil. ARGS are pytest's; -n0: all in one process.
 test: environment-dev
-	@echo "all tests take five to twenty minutes on two cores, and longer on busy ones; make fast takes some minutes"
+	@echo "all tests take ten to twenty-five minutes on two cores, and longer on busy ones; make fast takes some minutes"
 	$(VENV)/bin/python -m tests $(ARGS)
 
 # What nvcc, Triton and the sanitizers make of kernels, for who changes them: tests that compile.

@@ -1,8 +1,8 @@
 """All tests of `make test`: `python -m tests [arguments for pytest]`.
 
-First in twice as many processes as there are cores, since half of the tests wait for something, up to six: one takes a
-gigabyte, with the servers it starts. A file's tests stay together, so that its servers are started once. Then, one by
-one, those that others on the same cores would spoil (marker `alone`).
+First in as many processes as there are cores, up to four: one takes a gigabyte, with the servers it starts. A file's
+tests stay together, so that its servers are started once. Then, one by one, those that others on the same cores would
+spoil (marker `alone`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ NOTHING_CHOSEN = 5  # pytest's exit status where no test is left
 
 def main(arguments: Sequence[str]) -> int:
     """The exit status: pytest's own, of the first of both runs that did not pass."""
-    processes = min(2 * len(os.sched_getaffinity(0)), 6)
+    processes = min(len(os.sched_getaffinity(0)), 4)
     runs = [
         ["-m", "not attack and not compiles and not alone", "-n", str(processes), "--dist", "loadfile"],
         ["-m", "alone and not attack and not compiles"],
