@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parents[1]
 OLDEST = (3, 11)
 SILENCE_S = 5.0
 """the longest time without a line"""
-SIZES = {"cpu": ("190 MB", "1.2 GB"), "cuda": ("2.7 GB", "6 GB")}
+SIZES = {"cpu": ("190 MB", "1 GB"), "cuda": ("2.7 GB", "6 GB")}
 """of torch's build, with what it asks for: to download, and with all else on disk"""
 TOLD = re.compile(
     r"\s*((?:Downloading|Using cached) .*\.(?:whl|gz)|Building (?:editable|wheel) for .*started|Preparing .*started"
@@ -38,6 +38,13 @@ TOLD = re.compile(
     r"|ERROR|WARNING: Retrying|Cannot|Collecting \S+)"
 )
 """those of pip's lines that say what it is at; all are in install.log"""
+
+
+UNCOMPILED = "--no-compile"
+"""pip would compile all modules of all libraries: 200 MB, of which a server imports a tenth"""
+IMPORTED = ("gptq_api.api.server", "gptq_api.engine.process", "gptq_api.runner.load", "gptq_api.text.worker")
+"""by the processes of a server"""
+IMPORTING = "importing what a server does, which compiles it"
 
 
 class InstallError(Exception):
@@ -134,7 +141,7 @@ class Talker:
 
     def on_disk(self) -> str:
         """How much is there."""
-        if self.doing.startswith("installing"):
+        if self.doing.startswith(("installing", IMPORTING)):
             return f"{sum(sizes(self.venv / 'lib')) / 1e6:.0f} MB installed"
         return f"{sum(sizes(self.temporary)) / 1e6:.0f} MB fetched or built"
 
@@ -191,8 +198,9 @@ def pip_takes_cuda(python: Path) -> bool:
     return any(name.startswith(("nvidia-", "cuda-")) for name in wants)
 
 
-def install_torch(talker: Talker, python: Path) -> None:
-    """The build that suits the machine. InstallError rather than CUDA's libraries where there is no GPU."""
+def install_torch(talker: Talker, python: Path, *options: str) -> None:
+    """The build that suits the machine, with more of pip's options. InstallError rather than CUDA's libraries where
+    there is no GPU."""
     build = os.environ.get("TORCH") or ("cuda" if sees_gpu() else "cpu")
     if build not in ("cpu", "cuda"):
         raise InstallError(f"TORCH={build} is neither cpu nor cuda; leave it out to take what the machine needs")
@@ -203,6 +211,7 @@ def install_torch(talker: Talker, python: Path) -> None:
         f"TORCH={'cuda' if build == 'cpu' else 'cpu'} takes the other build"
     )
     pip = [str(python), "-m", "pip", "install", "--constraint", str(ROOT / "constraints.txt"), "--progress-bar", "off"]
+    pip += options
     index = os.environ.get("TORCH_INDEX")
     if index:
         more = " ".join(filter(None, (os.environ.get("PIP_EXTRA_INDEX_URL"), index)))
@@ -254,17 +263,19 @@ def install(venv: Path, dev: bool, must_be_mine: bool) -> None:
     if not python.exists():
         talker.run(f"a virtual environment in {venv}", [sys.executable, "-m", "venv", str(venv)])
     if not is_fresh(venv / ".installed"):
-        install_torch(talker, python)
+        install_torch(talker, python, UNCOMPILED)
     what = f"{ROOT}[dev]" if dev else str(ROOT)
     kernels = {} if sees_gpu() else {"GPTQ_API_CUDA": os.environ.get("GPTQ_API_CUDA", "off")}
     talker.run(
         "gptq-api and the libraries it needs" + (", and those of its tests (500 MB more on disk)" if dev else ""),
         [
-            *(str(python), "-m", "pip", "install", "--progress-bar", "off"),
+            *(str(python), "-m", "pip", "install", "--progress-bar", "off", UNCOMPILED),
             *("--constraint", str(ROOT / "constraints.txt"), "--editable", what),
         ],
         kernels,
     )
+    import_all = [str(python), "-c", f"import {', '.join(IMPORTED)}"]
+    talker.run(IMPORTING, import_all, {"PYTHONDONTWRITEBYTECODE": ""})
     for made in (stamp, venv / ".installed"):
         made.touch()
     talker.say(f"installed in {venv}: {sum(sizes(venv)) / 1e9:.2f} GB")
