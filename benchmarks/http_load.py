@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import multiprocessing
 import random
 import sys
@@ -16,7 +17,19 @@ from gptq_api.bench.http_client import Endpoint as Server
 from gptq_api.bench.http_client import TimedCall as Call
 from gptq_api.bench.load import percentiles, summary
 
-__all__ = ["Bar", "Call", "Load", "Run", "Server", "closed_loop", "from_several", "open_loop", "percentiles", "summary"]
+__all__ = [
+    "Bar",
+    "Call",
+    "Load",
+    "Run",
+    "Server",
+    "beside_a_long_prompt",
+    "closed_loop",
+    "from_several",
+    "open_loop",
+    "percentiles",
+    "summary",
+]
 
 
 @dataclass
@@ -34,8 +47,10 @@ class Load:
     def __init__(self, args: argparse.Namespace, model: str, client: int = 0) -> None:
         self.args, self.model, self.rng = args, model, random.Random(args.seed + client)
 
-    def body(self) -> dict[str, Any]:
+    def body(self, prompt_tokens: int | None = None) -> dict[str, Any]:
+        """`prompt_tokens`: so many random ids, whatever the others have."""
         args = self.args
+        prompt_tokens = args.prompt_tokens if prompt_tokens is None else prompt_tokens
         common = {
             "model": self.model,
             "stream": True,
@@ -44,8 +59,8 @@ class Load:
             "max_tokens": args.max_tokens,
             "ignore_eos": True,
         }
-        if args.prompt_tokens:
-            ids = [self.rng.randrange(10, args.vocab_size) for _ in range(args.prompt_tokens)]
+        if prompt_tokens:
+            ids = [self.rng.randrange(10, args.vocab_size) for _ in range(prompt_tokens)]
             return common | {"prompt": ids}
         return common | {"messages": [{"role": "user", "content": f"{args.prompt} ({self.rng.randrange(10**6)})"}]}
 
@@ -100,6 +115,33 @@ async def open_loop(server: Server, load: Load, rate: float, requests: int, bar:
         await asyncio.sleep(max(0.0, started + due - time.perf_counter()))
         tasks.append(asyncio.create_task(one(load.body())))
     return list(await asyncio.gather(*tasks)), time.perf_counter() - started
+
+
+async def beside_a_long_prompt(
+    server: Server, load: Load, answers: int, length: int
+) -> tuple[list[Call], dict[str, float]]:
+    """(the call with the prompt of `length` tokens, alone in a list; percentiles of the others' time between tokens
+    from its sending to its first token, in milliseconds). SystemExit if one of the others did not write all that
+    time."""
+
+    async def one() -> tuple[float, Call]:
+        began = time.perf_counter()
+        return began, await server.complete(load.body())
+
+    writing = [asyncio.create_task(one()) for _ in range(answers)]
+    await asyncio.sleep(0.5)
+    sent = time.perf_counter()
+    call = await server.complete(load.body(length) | {"max_tokens": 1})
+    first = sent + (call.ttft or call.total)
+    gaps = []
+    for began, other in await asyncio.gather(*writing):
+        arrivals = [began + at for at in other.arrivals]
+        if other.error or not arrivals or not arrivals[0] < sent < first < arrivals[-1]:
+            raise LookupError(
+                f"an answer did not last as long as the prompt beside it: more --max-tokens ({other.error})"
+            )
+        gaps += [b - a for a, b in itertools.pairwise(arrivals) if b > sent and a < first]
+    return [call], percentiles(gaps)
 
 
 class Bar:

@@ -4,10 +4,12 @@
     python benchmarks/serve.py --rate 4 --requests 64              # open loop: Poisson arrivals per second
 
 Closed loop: N users, each sends its next request when the last one ended. Open loop: requests arrive at a rate whatever
-the server does. Plain HTTP/1.1 over asyncio sockets, one connection per request, and many users in several processes,
-so that the client costs little beside the server; works against any OpenAI-compatible server. `--spawn` starts the
-server itself and stops it again; the demo and random weights repeat themselves, which `--speculate off` among its
-options leaves out of the figures. `--in-process` holds the rates against those of the same load without HTTP:
+the server does. Beside a long prompt: some answers are being written when another user sends that prompt; the row has
+its time to the first token, and the time between tokens of the others until then. Plain HTTP/1.1 over asyncio sockets,
+one connection per request, and many users in several processes, so that the client costs little beside the server;
+works against any OpenAI-compatible server. `--spawn` starts the server itself and stops it again; the demo and random
+weights repeat themselves, which `--speculate off` among its options leaves out of the figures. `--in-process` holds the
+rates against those of the same load without HTTP:
 
     python benchmarks/decode.py --synthetic llama-13b --variants g128 --parts closed --out results
     python benchmarks/serve.py --spawn "--model-path /models/llama-13b" --prompt-tokens 128 --max-tokens 128 \
@@ -32,7 +34,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from http_load import Bar, Load, Server, closed_loop, from_several, open_loop, summary
+from http_load import Bar, Load, Server, beside_a_long_prompt, closed_loop, from_several, open_loop, summary
 
 USERS_PER_CLIENT = 32
 
@@ -133,6 +135,10 @@ async def run(args: argparse.Namespace) -> dict[str, Any]:
             name = f"{rate:g} requests/s"
             calls, elapsed = await open_loop(server, Load(args, model), rate, args.requests, Bar(name, args.requests))
             result["rows"].append({"mode": "open", "rate": rate} | summary(calls, elapsed))
+        for length in args.beside:
+            calls, others = await beside_a_long_prompt(server, Load(args, model), args.answers, length)
+            row = {"mode": "beside", "long_prompt": length, "answers": args.answers} | summary(calls, calls[0].total)
+            result["rows"].append(row | {"inter_token_ms": others})
         if process:
             result["resident_mib"] = resident_mib(process.pid)
         shape = ("prompt", "prompt_tokens", "max_tokens", "temperature", "seed")
@@ -148,7 +154,11 @@ def table(result: dict[str, Any]) -> str:
     lines.append("| load | requests | failed | tok/s | of in-process | TTFT p50 / p99 ms | inter-token p50 / p99 ms |")
     lines.append("|---|---|---|---|---|---|---|")
     for row in result["rows"]:
-        name = f"{row['concurrency']} users" if row["mode"] == "closed" else f"{row['rate']:g} req/s"
+        name = {
+            "closed": "{concurrency} users",
+            "open": "{rate:g} req/s",
+            "beside": "{long_prompt} tokens beside {answers} answers",
+        }[row["mode"]].format(**row)
         ttft, itl = row["ttft_ms"], row["inter_token_ms"]
         share = f"{row['share']:.1%}" if "share" in row else "-"
         lines.append(
@@ -172,6 +182,8 @@ def main() -> int:
     parser.add_argument("--clients", type=int, default=0, help="processes of the closed loop; default: by its users")
     parser.add_argument("--in-process", type=Path, help="a result of benchmarks/decode.py with the part `closed`")
     parser.add_argument("--rate", type=numbers(float), default=[], help="open loop: requests per second, by commas")
+    parser.add_argument("--beside", type=numbers(int), default=[], help="tokens of a long prompt, by commas")
+    parser.add_argument("--answers", type=int, default=4, help="of --max-tokens, that are written beside that prompt")
     parser.add_argument("--requests", type=int, default=32, help="requests per row (at least two per user)")
     parser.add_argument("--max-tokens", type=int, default=64)
     parser.add_argument("--prompt", default="Tell me a story about a fox.")

@@ -19,6 +19,7 @@ from gptq_api.runner.options import LoadOptions
 from gptq_api.scheduler.blocks import BlockManager
 from gptq_api.scheduler.scheduler import Scheduler
 from gptq_api.types import Add, SamplingParams, pack_ids
+from tests.support.server import Server
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -67,6 +68,20 @@ def test_the_host_is_measured_through_real_processes(tmp_path: Path) -> None:
         assert row["ttft_ms"]["p50"] >= 3.2, "a step of the simulated device takes as long"
         # A reader who gets a processor late has tokens together that came one after another.
         assert row["inter_token_ms"]["mean"] > 0 and 0 < row["share"] < 1
+
+
+def test_answers_are_timed_beside_a_long_prompt_and_no_longer(tmp_path: Path) -> None:
+    out = tmp_path / "serve.json"
+    with Server("--speculate", "off", "--max-num-batched-tokens", "64") as server:
+        command = [sys.executable, str(BENCHMARKS / "serve.py"), "--url", f"http://127.0.0.1:{server.port}/v1"]
+        command += ["--concurrency", "", "--prompt-tokens", "16", "--beside", "900", "--out", str(out)]
+        subprocess.run([*command, "--max-tokens", "900"], check=True, timeout=60)
+        too_short = subprocess.run([*command, "--max-tokens", "8"], capture_output=True, text=True, timeout=60)
+    (row,) = json.loads(out.read_text())["rows"]
+    assert (row["mode"], row["failed"], row["prompt_tokens"], row["answers"]) == ("beside", 0, 900, 4)
+    # steps of at most 64 rows: the prompt takes 15 of them and more, each with a token of every answer
+    assert row["inter_token_ms"]["mean"] * 10 < row["ttft_ms"]["p50"]
+    assert too_short.returncode == 1 and "more --max-tokens" in too_short.stderr
 
 
 @pytest.mark.gpu
