@@ -11,9 +11,7 @@ import sys
 import time
 from typing import Any
 
-import structlog
-
-log = structlog.get_logger()
+from gptq_api.logs import log
 
 AT_ONCE = 32
 """connections that are accepted in one turn of the event loop, before anyone counts them"""

@@ -31,12 +31,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import msgspec
-import structlog
 
 from gptq_api import exits
 from gptq_api.errors import UserError
-
-log = structlog.get_logger()
+from gptq_api.logs import log
 
 Role = Literal["user", "metrics", "admin"]
 MOST_KEYS = 1000

@@ -7,6 +7,7 @@ import fcntl
 import http.client
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -266,6 +267,62 @@ thread.start()
 thread.join()
 raise ValueError("of the program")
 """
+
+
+LINES = """
+import logging, sys
+from pathlib import Path
+from gptq_api.logs import answer, configure, log
+configure(sys.argv[1], sys.argv[2] == "json")
+log.debug("unheard")
+log.info("hello", num=1, name="two words", none=None, path=Path("/x"), empty="", quote='q"uote', plain="a-b")
+logging.getLogger("library").warning("of a library")
+try:
+    1 / 0
+except ZeroDivisionError:
+    log.exception("a bug", request_id="r")
+answer("serving", ready_after="1 s")
+"""
+
+
+def said(level: str, form: str, stderr: int = subprocess.PIPE) -> str:
+    command = [sys.executable, "-c", LINES, level, form]
+    return subprocess.run(command, stderr=stderr, text=True, timeout=30, check=True).stderr
+
+
+def test_how_lines_look() -> None:
+    first, foreign, bug, *trace, last = said("info", "text").splitlines()
+    assert re.fullmatch(
+        r"\d\d:\d\d:\d\d \[info     \] hello num=1 name='two words' none=None path=PosixPath\('/x'\) empty= "
+        r"quote='q\"uote' plain=a-b",
+        first,
+    )
+    assert foreign[9:] == "[warning  ] of a library [library]" and bug[9:] == "[error    ] a bug request_id=r"
+    assert trace[0] == "Traceback (most recent call last):" and trace[-1] == "ZeroDivisionError: division by zero"
+    assert last[9:] == "[info     ] serving ready_after='1 s'"
+    bug, *_, last = said("error", "text").splitlines()
+    assert "a bug" in bug and "serving" in last, "an answer is given at every level"
+
+
+def test_lines_as_json() -> None:
+    first, foreign, bug, last = map(json.loads, said("info", "json").splitlines())
+    assert list(first)[-3:] == ["event", "level", "timestamp"] and re.fullmatch(
+        r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z", first["timestamp"]
+    )
+    assert (first["num"], first["none"], first["path"]) == (1, None, "PosixPath('/x')")
+    assert (foreign["event"], foreign["logger"], foreign["level"]) == ("of a library", "library", "warning")
+    assert bug["exception"].endswith("ZeroDivisionError: division by zero") and bug["level"] == "error"
+    assert (last["event"], last["ready_after"]) == ("serving", "1 s")
+
+
+def test_a_terminal_sees_colors() -> None:
+    ours, terminal = os.openpty()
+    said("info", "text", terminal)
+    os.close(terminal)
+    seen = os.read(ours, 65536).decode()
+    os.close(ours)
+    assert "[\x1b[32m\x1b[1minfo     \x1b[0m] \x1b[1mhello\x1b[0m \x1b[36mnum\x1b[0m=\x1b[35m1\x1b[0m " in seen
+    assert "\x1b[1mof a library\x1b[0m [\x1b[1m\x1b[34mlibrary\x1b[0m]" in seen
 
 
 def test_whatever_the_interpreter_would_write_is_a_line() -> None:
