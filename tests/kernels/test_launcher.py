@@ -56,6 +56,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.skip("needs triton and a C compiler")
     folder = tmp_path_factory.mktemp("launcher")
     done = subprocess.run([sys.executable, launcher.__file__, folder], capture_output=True, text=True, timeout=100)
+    if "take 3.7 or later" in done.stderr:
+        pytest.skip("this triton compiles a launcher for every kernel")
     assert done.returncode == 0, done.stderr
     assert [*map(str, folder.iterdir())] == [done.stdout.strip()]
     return folder
