@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from gptq_api import frames
-from gptq_api.engine import wire
+from gptq_api.engine import torch_parts, wire
 from gptq_api.engine.options import EngineOptions
 from gptq_api.errors import UserError
 from gptq_api.types import Abort, Add, Failed, Ready, ToEngine
@@ -77,6 +77,7 @@ def _read(sock: socket.socket, inbox: Inbox) -> None:
 
 
 def _serve(sock: socket.socket, inbox: Inbox, told: EngineOptions) -> int:
+    torch_parts.load_when_asked()
     import torch
 
     from gptq_api.engine.core import Engine

@@ -5,11 +5,12 @@ from __future__ import annotations
 import sys
 import time
 from types import TracebackType
-
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from typing import TYPE_CHECKING
 
 from gptq_api.logs import say
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
 
 _QUICK_S = 1.0
 _LINE_S = 5.0
@@ -41,6 +42,9 @@ class LoadProgress:
         elif time.monotonic() < self._next_line or self._done == self._total:
             return
         elif sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
             self._bar = Progress(*columns, console=Console(stderr=True), transient=True)
             self._task = self._bar.add_task(self._what, total=self._total, completed=self._done)
