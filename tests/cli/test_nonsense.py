@@ -19,6 +19,9 @@ import atexit, json, os, signal, sys
 from gptq_api.cli import bench, chat, inspect, main, quantize, run_batch, serve, verify
 import gptq_api.checkpoint.dense, gptq_api.checkpoint.summary, gptq_api.model.plan, gptq_api.quantize.driver
 import gptq_api.quantize.card, gptq_api.quantize.output, gptq_api.runner.load, gptq_api.verify.ours
+from gptq_api.config import ALL_SETTINGS
+for kind in ALL_SETTINGS:
+    kind.model_rebuild()
 for case in json.load(sys.stdin):
     sys.stdout.flush()
     child = os.fork()
