@@ -8,6 +8,7 @@ import subprocess
 import time
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from types import CodeType, FunctionType
 from typing import Any
 
@@ -54,6 +55,13 @@ def slow_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     """Servers that a test starts compute with plain C++, 20 times slower: the longest answer of the demo takes seconds,
     and not a third of one, so that it is still on its way when something happens to it."""
     monkeypatch.setenv("GPTQ_CPU_INSTRUCTION_SET", "portable")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """`-m "alone ..."` imports the files that have such tests, and no others."""
+    if not str(config.getoption("markexpr")).startswith("alone") or not collection_path.match("test_*.py"):
+        return None
+    return "mark.alone" not in collection_path.read_text(encoding="utf-8") or None
 
 
 def names_in(code: CodeType) -> set[str]:

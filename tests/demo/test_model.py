@@ -10,7 +10,7 @@ import copy
 import functools
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -19,9 +19,11 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from torch import nn
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from gptq_api.demo import DEMO_PATH
+
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM  # where it runs: each process that collects tests would import it
 
 pytestmark = pytest.mark.slow
 
@@ -58,6 +60,8 @@ def dequantized(tensors: dict[str, torch.Tensor], module: str) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def model(tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> LlamaForCausalLM:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
     state = {n: t.float() for n, t in tensors.items() if n.endswith(".weight")}
     for name in tensors:
         if name.endswith(".qweight"):
@@ -155,6 +159,8 @@ def raw_id(tokenizer: Tokenizer, token: str) -> int:
 
 @functools.cache
 def fast_tokenizer() -> Any:
+    from transformers import AutoTokenizer
+
     return AutoTokenizer.from_pretrained(DEMO_PATH)
 
 
