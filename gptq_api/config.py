@@ -14,7 +14,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args, get_origin
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import AliasChoices, Field, ValidationInfo, field_validator, model_validator
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from gptq_api.errors import ConfigError
 
@@ -24,14 +25,13 @@ _ZMQ = re.compile(r"tcp://(\*|\[[0-9a-fA-F:.*]+\]|[A-Za-z0-9._-]+):[0-9]{1,5}|ip
 _NAME = re.compile(r"(\*\.)?[a-z0-9_-]+(\.[a-z0-9_-]+)*|[0-9a-f:.]*:[0-9a-f:.]*")
 
 
-class CommandSettings(BaseModel):
+class CommandSettings(BaseSettings):
     """What the settings of all commands have in common: how values are written. Made by hand it holds what it is given;
     settings_source.py reads the three sources."""
 
-    model_config = ConfigDict(
+    model_config = SettingsConfigDict(
         frozen=True,
         extra="forbid",
-        validate_default=True,
         use_attribute_docstrings=True,
         allow_inf_nan=False,
         protected_namespaces=(),
@@ -43,6 +43,18 @@ class CommandSettings(BaseModel):
     """command lines for --help"""
     seldom: ClassVar[frozenset[str]] = frozenset()
     """fields that --help leaves to --help-all"""
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """None of the library's own, which decode what they read."""
+        return (init_settings,)
 
     @classmethod
     def rearranged(cls, leading: dict[str, Any], behind: set[str]) -> dict[str, Any]:
