@@ -1,8 +1,6 @@
 """Log lines on stderr: readable ones, or one JSON object each. Logging never waits and never fails.
 
-`log`, logging, warnings, uncaught exceptions ─> a bounded queue ─> one thread ─> write(2)
-
-Each of a server's three processes imports this module first, so it is made of the standard library alone.
+structlog, logging, warnings, uncaught exceptions ─> a bounded queue ─> one thread ─> write(2)
 """
 
 from __future__ import annotations
@@ -16,11 +14,11 @@ import queue
 import select
 import sys
 import threading
-import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, MutableMapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from typing import Any
+
+import structlog
 
 from gptq_api.errors import printable
 
@@ -58,6 +56,8 @@ class Writer:
             else:
                 self._num_queued_bytes += size
                 self._queue.put(data)
+
+    debug = info = warning = error = critical = exception = log = msg
 
     def close(self) -> None:
         """Wait FLUSH_S at most until all is written. A thread that is stuck in its write is left behind: it holds no
@@ -106,44 +106,12 @@ def _batches(lines: list[bytes]) -> Iterator[list[bytes]]:
         yield batch
 
 
-_DIM, _BOLD, _RED, _GREEN, _YELLOW, _BLUE, _MAGENTA, _CYAN = (f"\x1b[{n}m" for n in (2, 1, 31, 32, 33, 34, 35, 36))
-_RESET = "\x1b[0m"
-_COLOR_OF = {"debug": _GREEN, "info": _GREEN, "warning": _YELLOW, "error": _RED, "critical": _RED}
-
-
-class Log:
-    """Our lines: a text, and values by their names."""
-
-    def debug(self, text: str, **values: Any) -> None:
-        self.at(logging.DEBUG, text, values)
-
-    def info(self, text: str, **values: Any) -> None:
-        self.at(logging.INFO, text, values)
-
-    def warning(self, text: str, **values: Any) -> None:
-        self.at(logging.WARNING, text, values)
-
-    def error(self, text: str, **values: Any) -> None:
-        self.at(logging.ERROR, text, values)
-
-    def exception(self, text: str, **values: Any) -> None:
-        """With the traceback of the exception that is being handled."""
-        self.at(logging.ERROR, text, values, sys.exception())
-
-    def at(self, level: int, text: str, values: dict[str, Any], error: BaseException | None = None) -> None:
-        if level >= _lowest_level:
-            _write(level, text, values, error)
-
-
-log = Log()
-
-
-class _OfLibraries(logging.Handler):
+class _ToStructlog(logging.Handler):
     """What libraries log, in our form."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        error = record.exc_info[1] if record.exc_info else None
-        log.at(record.levelno, record.getMessage(), {"logger": record.name}, error)
+        exc_info = record.exc_info if record.exc_info and record.exc_info[0] else None
+        structlog.get_logger().log(record.levelno, record.getMessage(), logger=record.name, exc_info=exc_info)
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,12 +120,10 @@ class Style:
 
     level: str = "info"
     as_json: bool = False
-    in_colors: bool = False
 
 
 _writer: Writer | None = None
 _style = Style()
-_lowest_level = logging.INFO
 
 
 def style() -> Style:
@@ -167,14 +133,31 @@ def style() -> Style:
 
 def configure(level: str, as_json: bool) -> Writer:
     """Once per process. What is queued is written when the process ends, unless os._exit ends it."""
-    global _writer, _style, _lowest_level
+    global _writer, _style
+    _style = Style(level, as_json)
     # without a stderr its number belongs to the next file or connection that was opened
     fd = sys.stderr.fileno() if sys.stderr is not None else os.open(os.devnull, os.O_WRONLY)
     writer = _writer = Writer(fd)
-    _style = Style(level, as_json, in_colors=os.isatty(fd))
-    _lowest_level = logging.getLevelNamesMapping()[level.upper()]
     atexit.register(writer.close)
-    logging.basicConfig(handlers=[_OfLibraries()], level=logging.WARNING, force=True)
+    renderer: structlog.typing.Processor = (
+        structlog.processors.JSONRenderer()
+        if as_json
+        else structlog.dev.ConsoleRenderer(
+            colors=os.isatty(fd), pad_event_to=0, sort_keys=False, exception_formatter=structlog.dev.plain_traceback
+        )
+    )
+    structlog.configure(
+        processors=[
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso" if as_json else "%H:%M:%S", utc=as_json),
+            *([structlog.processors.format_exc_info] if as_json else [_escaped]),
+            renderer,
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[level.upper()]),
+        logger_factory=lambda *args: writer,
+        cache_logger_on_first_use=False,
+    )
+    logging.basicConfig(handlers=[_ToStructlog()], level=logging.WARNING, force=True)
     # uvicorn reports every malformed request as a warning of its own: ours are answered, not logged
     logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
     logging.captureWarnings(True)
@@ -182,60 +165,27 @@ def configure(level: str, as_json: bool) -> Writer:
     return writer
 
 
-def _write(level: int, text: str, values: dict[str, Any], error: BaseException | None = None) -> None:
-    """Without `configure` the line is on stderr before anything else happens."""
-    name = logging.getLevelName(level).lower()
-    trace = "" if error is None else "".join(traceback.format_exception(error)).rstrip("\n")
-    line = _json(name, text, values, trace) if _style.as_json else _readable(name, text, values, trace)
-    if _writer is None:
-        print(line, file=sys.stderr, flush=True)
-    else:
-        _writer.msg(line)
-
-
-def _json(level: str, text: str, values: dict[str, Any], trace: str) -> str:
-    now = datetime.now(UTC).isoformat().replace("+00:00", "Z")
-    fields = {**values, "event": text, "level": level, "timestamp": now}
-    return json.dumps({**fields, "exception": trace} if trace else fields, default=repr)
-
-
-def _readable(level: str, text: str, values: dict[str, Any], trace: str) -> str:
+def _escaped(_: object, __: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
     """Names of files and models may hold what a terminal obeys, or a line that looks like one of ours."""
-    text, values = printable(text), {name: _shown(value) for name, value in values.items()}
-    logger = values.pop("logger", None)
-    parts = [
-        _painted(datetime.now().strftime("%H:%M:%S"), _DIM),
-        f"[{_painted(f'{level:9}', _COLOR_OF.get(level, '') + _BOLD)}]",
-        _painted(text, _BOLD),
-        *([] if logger is None else [f"[{_painted(logger, _BOLD + _BLUE)}]"]),
-        *(f"{_painted(name, _CYAN)}={_painted(value, _MAGENTA)}" for name, value in values.items()),
-    ]
-    return " ".join(parts) + ("\n" + trace if trace else "")
-
-
-def _shown(value: Any) -> str:
-    if not isinstance(value, str):
-        return repr(value)
-    value = printable(value)
-    return repr(value) if set(value) & set(" \t=\r\n\"'") else value
-
-
-def _painted(text: str, style: str) -> str:
-    return f"{style}{text}{_RESET}" if _style.in_colors else text
+    for name, value in event.items():
+        if isinstance(value, str):
+            event[name] = printable(value)
+    return event
 
 
 def _catch_exceptions() -> None:
     """The interpreter would write these to stderr itself, and wait there."""
+    log = structlog.get_logger()
 
     def uncaught(kind: type[BaseException], error: BaseException, trace: object) -> None:
-        log.at(logging.CRITICAL, "nobody caught an exception, and the process ends", {}, error)
+        log.critical("nobody caught an exception, and the process ends", exc_info=error)
 
     def in_thread(args: threading.ExceptHookArgs) -> None:
         if not issubclass(args.exc_type, SystemExit):
-            log.at(logging.ERROR, "a thread ended by a bug", {}, args.exc_value)
+            log.error("a thread ended by a bug", exc_info=args.exc_value)
 
     def unraisable(args: sys.UnraisableHookArgs) -> None:
-        log.at(logging.ERROR, f"{args.err_msg or 'Exception ignored in'}: {args.object!r}", {}, args.exc_value)
+        log.error(f"{args.err_msg or 'Exception ignored in'}: {args.object!r}", exc_info=args.exc_value)
 
     sys.excepthook, threading.excepthook, sys.unraisablehook = uncaught, in_thread, unraisable
 
@@ -245,12 +195,14 @@ def say(text: str) -> None:
     if _writer is None:
         print(text, file=sys.stderr, flush=True)
     else:
-        log.info(text)
+        structlog.get_logger().info(text)
 
 
 def answer(text: str, **values: Any) -> None:
     """What the program was started to say, in the form of the log and whatever its level."""
-    _write(logging.INFO, text, values)
+    structlog.wrap_logger(_writer, wrapper_class=structlog.make_filtering_bound_logger(logging.INFO)).info(
+        text, **values
+    )
 
 
 def last_words(sentence: str) -> None:
@@ -258,7 +210,7 @@ def last_words(sentence: str) -> None:
     if _writer is None:
         print(sentence, file=sys.stderr, flush=True)
     elif _style.as_json:
-        log.error(sentence)
+        structlog.get_logger().error(sentence)
     else:
         _writer.msg(sentence)
 
@@ -273,6 +225,7 @@ def forward(fd: int, source: str) -> threading.Thread:
 
 def _forward(fd: int, source: str) -> None:
     assert _writer is not None
+    log = structlog.get_logger()
     with open(fd, encoding="utf-8", errors="backslashreplace") as stream:
         while line := stream.readline(MAX_QUEUED_BYTES // 4):
             line = line.rstrip()

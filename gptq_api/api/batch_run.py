@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import msgspec
+import structlog
 from starlette.types import ASGIApp
 
 from gptq_api.api import in_process
@@ -27,7 +28,8 @@ from gptq_api.batch.records import BatchRecord, End, PendingLine
 from gptq_api.batch.spelled import answered
 from gptq_api.batch.store import Store, new_line_id
 from gptq_api.errors import UserError
-from gptq_api.logs import log
+
+log = structlog.get_logger()
 
 T = TypeVar("T")
 LATER = (401, 408, 429, 503, 529)

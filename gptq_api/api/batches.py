@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Annotated, TypeVar
 
+import structlog
 from fastapi import Depends, Request
 from starlette.types import ASGIApp
 
@@ -17,7 +18,8 @@ from gptq_api.api.service import Service
 from gptq_api.batch.records import BatchRecord, End
 from gptq_api.batch.store import Store
 from gptq_api.batch.tally import BatchLoad
-from gptq_api.logs import log
+
+log = structlog.get_logger()
 
 T = TypeVar("T")
 FORGET_S = 60.0

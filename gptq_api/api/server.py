@@ -23,6 +23,8 @@ import time
 from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import structlog
+
 from gptq_api import __version__, exits
 from gptq_api.api.traces import Traces
 from gptq_api.batch.folder import BatchFolder
@@ -32,7 +34,7 @@ from gptq_api.edge.auth import Authenticator
 from gptq_api.edge.keys import KeyFile
 from gptq_api.edge.listen import bind
 from gptq_api.engine.client import EngineClient
-from gptq_api.logs import answer, log
+from gptq_api.logs import answer
 from gptq_api.text.folder import checkpoint_folder
 from gptq_api.text.process import TextProcess
 
@@ -45,6 +47,7 @@ if TYPE_CHECKING:
     from gptq_api.batch.records import BatchRecord, End
 
 T = TypeVar("T")
+log = structlog.get_logger()
 
 SWITCH_S = 0.001
 """How long a thread that works on a large body may keep the event loop waiting; Python's 0.005 is felt"""

@@ -5,10 +5,13 @@ from __future__ import annotations
 import asyncio
 import time
 
+import structlog
+
 from gptq_api.api.collectors import EngineLoad
 from gptq_api.engine.client import EngineClient
-from gptq_api.logs import log
 from gptq_api.types import StepOutput
+
+log = structlog.get_logger()
 
 PERIOD_S = 10.0
 

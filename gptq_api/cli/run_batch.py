@@ -13,6 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import structlog
+
 from gptq_api import exits
 from gptq_api.batch.folder import BatchFolder, copied, whole_file
 from gptq_api.batch.lines import LineError, read_input
@@ -21,7 +23,7 @@ from gptq_api.batch.store import Store, new_batch_id, new_file_id
 from gptq_api.cli.output import fail
 from gptq_api.config import EngineSettings, RunBatchSettings, Settings
 from gptq_api.errors import UserError
-from gptq_api.logs import answer, log
+from gptq_api.logs import answer
 from gptq_api.on_disk import unreadable
 
 if TYPE_CHECKING:
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 
     from gptq_api.edge.auth import Authenticator
 
+log = structlog.get_logger()
 
 _FOR_EVER = 2**40
 """a time that does not come"""

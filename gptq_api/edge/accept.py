@@ -11,7 +11,9 @@ import sys
 import time
 from typing import Any
 
-from gptq_api.logs import log
+import structlog
+
+log = structlog.get_logger()
 
 AT_ONCE = 32
 """connections that are accepted in one turn of the event loop, before anyone counts them"""

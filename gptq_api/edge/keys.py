@@ -31,10 +31,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import msgspec
+import structlog
 
 from gptq_api import exits
 from gptq_api.errors import UserError
-from gptq_api.logs import log
+
+log = structlog.get_logger()
 
 Role = Literal["user", "metrics", "admin"]
 MOST_KEYS = 1000

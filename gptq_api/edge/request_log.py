@@ -10,12 +10,14 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from email.utils import formatdate
 
+import structlog
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gptq_api.edge.auth import NOBODY, Caller
 from gptq_api.edge.errors import ErrorBody
-from gptq_api.logs import log
+
+log = structlog.get_logger()
 
 _SANE_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 _QUIET = frozenset({"/health", "/ready", "/metrics"})

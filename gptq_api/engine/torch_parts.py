@@ -77,5 +77,5 @@ def _fill(module: ModuleType) -> None:
     if isinstance(module, _Part):
         later = module.__loader__
         assert isinstance(later, _Later)
-        module.__class__ = ModuleType
+        module.__class__ = ModuleType  # type: ignore[assignment]
         later.loader.exec_module(module)

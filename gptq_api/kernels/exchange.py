@@ -98,7 +98,8 @@ class Exchange:
 
     def go_live(self) -> None:
         """From here on ranks wait for each other. Before, while each is warmed up by itself, nothing is exchanged."""
-        self._each(None)  # none captures a graph any more: where two share a device, no one else may synchronize with it
+        # None captures a graph any more: where two share a device, no other may synchronize with it meanwhile.
+        self._each(None)
         self._state[_LIVE] = 1
         torch.cuda.synchronize()
         self._each(None)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import re
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -12,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from structlog.testing import capture_logs
 
 from gptq_api.api.answers.formats import ChatFormat, CompletionFormat, Head, UsageEvents
 from gptq_api.api.answers.logprobs import chat_logprobs
@@ -228,9 +228,7 @@ async def _once(data: bytes) -> AsyncIterator[bytes]:
     yield data
 
 
-async def test_metrics_and_the_speed_line_count_drafts(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+async def test_metrics_and_the_speed_line_count_drafts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gptq_api.api.speed.PERIOD_S", 0.01)
 
     def told(num_computed: int, num_tokens: int, drafts: int, drafted: int, accepted: int) -> StepOutput:
@@ -238,14 +236,14 @@ async def test_metrics_and_the_speed_line_count_drafts(
         ids = pack_ids([1] * num_tokens)
         return StepOutput(sequence_ids=ids, tokens=ids, finished={}, cached_tokens={}, logprobs={}, stats=stats)
 
-    speed = SpeedLine(HandFedEngine())
-    speed.on_step(told(8, 3, 1, 7, 2))
-    speed.on_step(told(8, 8, 2, 14, 9))
-    while not (said := capsys.readouterr().err):
-        await asyncio.sleep(0.01)
-    values = dict(re.findall(r"(\w+)=(\S+)", said.splitlines()[0]))
-    assert float(values["prompt_tok_s"]) == 0, "rows of drafts are none of a prompt"
-    assert float(values["drafts_accepted_pct"]) == pytest.approx(100 * 9 / 14, abs=0.1)
+    with capture_logs() as said:
+        speed = SpeedLine(HandFedEngine())
+        speed.on_step(told(8, 3, 1, 7, 2))
+        speed.on_step(told(8, 8, 2, 14, 9))
+        while not said:
+            await asyncio.sleep(0.01)
+    assert said[0]["prompt_tok_s"] == 0, "rows of drafts are none of a prompt"
+    assert said[0]["drafts_accepted_pct"] == pytest.approx(100 * 9 / 14, abs=0.1)
     with served() as (service, engine):
         engine._deliver(told(0, 0, 2, 14, 9))
         engine.die()

@@ -272,7 +272,9 @@ raise ValueError("of the program")
 LINES = """
 import logging, sys
 from pathlib import Path
-from gptq_api.logs import answer, configure, log
+import structlog
+from gptq_api.logs import answer, configure
+log = structlog.get_logger()
 configure(sys.argv[1], sys.argv[2] == "json")
 log.debug("unheard")
 log.info("hello", num=1, name="two words", none=None, path=Path("/x"), empty="", quote='q"uote', plain="a-b")
@@ -322,7 +324,7 @@ def test_a_terminal_sees_colors() -> None:
     seen = os.read(ours, 65536).decode()
     os.close(ours)
     assert "[\x1b[32m\x1b[1minfo     \x1b[0m] \x1b[1mhello\x1b[0m \x1b[36mnum\x1b[0m=\x1b[35m1\x1b[0m " in seen
-    assert "\x1b[1mof a library\x1b[0m [\x1b[1m\x1b[34mlibrary\x1b[0m]" in seen
+    assert "\x1b[1mof a library\x1b[0m [" in seen and "\x1b[34mlibrary\x1b[0m]" in seen
 
 
 def test_whatever_the_interpreter_would_write_is_a_line() -> None:

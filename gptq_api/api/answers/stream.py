@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from typing import Any, Protocol
 
 import anyio.lowlevel
+import structlog
 from sse_starlette import EventSourceResponse, ServerSentEvent
 from sse_starlette.sse import SendTimeoutError
 from starlette.types import Message, Receive, Scope, Send
@@ -15,7 +16,8 @@ from gptq_api.api.answers.choice import Piece
 from gptq_api.api.answers.formats import Told
 from gptq_api.api.answers.work import Work
 from gptq_api.api.errors import ApiError
-from gptq_api.logs import log
+
+log = structlog.get_logger()
 
 
 class Shape(Protocol):

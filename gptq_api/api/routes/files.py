@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import structlog
 from fastapi import Path as PathParameter
 from fastapi import Query, Request, Response
 from fastapi.responses import StreamingResponse
@@ -23,6 +24,7 @@ from gptq_api.api.service import RecordDep, ServiceDep
 from gptq_api.batch.records import FileRecord, ListPage
 from gptq_api.batch.store import new_file_id
 
+log = structlog.get_logger()
 router = guarded_router()
 
 FileId = Annotated[str, PathParameter(max_length=64)]
