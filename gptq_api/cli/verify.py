@@ -69,7 +69,7 @@ def verify(settings: VerifySettings) -> tuple[dict[str, Any], str | None]:
         dtype=settings.dtype,
         num_threads=settings.num_threads,
         block_size=ours.BLOCK_SIZE,
-        num_blocks=-(-(longest + 2) // ours.BLOCK_SIZE),
+        num_blocks=-(-longest // ours.BLOCK_SIZE),
         max_model_len=longest,
         max_num_seqs=1,
     )

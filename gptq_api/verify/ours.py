@@ -44,7 +44,7 @@ def _solo(token_ids: list[int], num_tokens: int) -> Solo:
 
 
 def _greedy(runner: LoadedRunner, prompt: list[int], num_tokens: int) -> list[int]:
-    solo = _solo(prompt, len(prompt) + num_tokens + runner.lookahead + 1)
+    solo = _solo(prompt, len(prompt) + num_tokens)  # the last token is computed where a step is launched ahead
     tokens: list[int] = []
     while solo.num_pending_tokens:
         tokens = runner.collect(runner.launch(step_of([solo], [min(_CHUNK, solo.num_pending_tokens)]))).tokens

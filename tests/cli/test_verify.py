@@ -8,13 +8,19 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from gptq_api.cli.main import main
+from gptq_api.kernels import gemm
+from gptq_api.runner.load import load_runner
+from gptq_api.runner.options import LoadOptions
+from gptq_api.step import Step
 from gptq_api.verify.comparison import compare, limit_of
+from gptq_api.verify.ours import answer
 from tests.support.checkpoints import Recipe, random_model, write_checkpoint
 from tests.support.text_tokenizers import byte_level
 
@@ -58,6 +64,28 @@ def test_the_demo_is_what_transformers_says() -> None:
     for text in facts["texts"]:
         assert 0 < text["largest_error"] < facts["limit"]
         assert text["greedy_tokens"] >= 1 and not [p for p in text["partings"] if not p["is_tie"]]
+
+
+def test_a_text_gets_no_block_beyond_the_context(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On CUDA there is no room for one."""
+    runner = load_runner(LoadOptions(model_path="demo", device="cpu", num_threads=1, num_blocks=8, max_model_len=32))
+    ends, launch = list[int](), runner.launch
+
+    def noted(step: Step) -> Any:
+        ends.extend(blocks.first + len(blocks.block_ids) for blocks in step.new_blocks)
+        return launch(step)
+
+    monkeypatch.setattr(runner, "launch", noted)
+    answered = answer(runner, list(range(100, 124)), 8)
+    assert len(answered.token_ids) <= 32 and max(ends) == 2
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not gemm.is_available(), reason=gemm.unavailable_reason() or "available")
+def test_the_demo_on_the_gpu_is_what_transformers_says() -> None:
+    done = verify("--json", "--device", "cuda")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert all(text["greedy_tokens"] >= 1 for text in json.loads(done.stdout)["texts"])
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "phi3", "mistral"])
