@@ -30,6 +30,7 @@ struct HopperShape {
   // The warpgroups multiply in turns: one scales its sums while the other's products fill the tensor cores. With 128 tokens the sums of x
   // then find no gap for theirs, and all take longer.
   static constexpr bool kTurns = ONE && TN == 64;
+  static constexpr int kArrivals = kTurns ? 32 : 1;  // of a warp, when it lets a slot go
 };
 
 // Shared memory as 32-bit addresses: slots of tokens, slots of weights, sums of a segment, sums of x and three barriers per slot.
@@ -47,6 +48,16 @@ struct HopperRing {
     summed = empty + 8 * p.stages;
   }
 };
+
+template <class S, class BARRIER>
+__device__ __forceinline__ void let_go(BARRIER empty) {
+  if constexpr (S::kArrivals == 1) {
+    __syncwarp();
+    if ((threadIdx.x & 31) == 0) mbar_arrive(empty);
+  } else {
+    mbar_arrive(empty);
+  }
+}
 
 // Chunks in the order in which they are added up.
 struct ChunkWalk {
@@ -164,8 +175,7 @@ __device__ __forceinline__ void sum_tokens(const SameBitsParams& p, const Hopper
       }
       if ((lane & 3) == 0) mbar_arrive(ring.summed + 8 * slot);  // each for itself, as in the GEMV
     }
-    __syncwarp();
-    if (lane == 0) mbar_arrive(ring.empty + 8 * slot);
+    let_go<S>(ring.empty + 8 * slot);
     if (++turn == kSumWarps) turn = 0;
     if (++slot == p.stages) slot = 0, parity ^= 1;
   }

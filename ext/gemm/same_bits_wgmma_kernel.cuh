@@ -124,8 +124,7 @@ __device__ __forceinline__ void consume(const SameBitsParams& p, const HopperRin
           if (ends) finish(acc, its_scale, its_zero, sums + (S::ONE ? 0 : (step * p.groups) >> 2) * (TN * 4));
         }
       }
-      __syncwarp();
-      if (lane == 0) mbar_arrive(empty);
+      let_go<S>(empty);
     }
   };
   const auto store = [&](int tile, const float(&sums)[S::kSums]) {
@@ -154,7 +153,7 @@ __global__ void __launch_bounds__(kThreads, S::kMinBlocks)
   if (threadIdx.x == 0) {
     for (int i = 0; i < p.stages; i++) {
       mbar_init(ring.full + 8 * i, 1);
-      mbar_init(ring.empty + 8 * i, kMultiplyWarps + kSumWarps);
+      mbar_init(ring.empty + 8 * i, (kMultiplyWarps + kSumWarps) * S::kArrivals);
       mbar_init(ring.summed + 8 * i, 8);
     }
     mbar_init_fence();
