@@ -8,6 +8,7 @@ import os
 import tomllib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -56,6 +57,7 @@ def load_settings(cls: type[S], args: Sequence[str] = (), *, prog: str = "gptq-a
     return settings
 
 
+@cache
 def _spellings(cls: type[CommandSettings]) -> dict[str, str]:
     """Every name of a setting, with underscores, -> its field: the field's own, and its flag's (`json`)."""
     of_flags = {flag(name).removeprefix("--").replace("-", "_"): name for name in cls.model_fields}

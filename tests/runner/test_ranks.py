@@ -112,6 +112,8 @@ def test_what_texts_say_may_follow_is_checked_by_all_ranks() -> None:
 
 
 SERVED = replace(BASE, num_layers=8, vocab_size=96, act_order=True)
+"""deep enough for a head, which reads what goes into its third, fifth and sixth layer"""
+SHALLOW = replace(SERVED, num_layers=3)
 DRAFTS = {"itself": None, "another, dense": replace(BASE, vocab_size=96, seed=1, num_layers=1, dense=("_proj",))}
 ENGINE: dict[str, Any] = {"num_blocks": drafting.NUM_BLOCKS, "max_model_len": None}
 
@@ -127,7 +129,7 @@ def draft_folder(name: str, served: Path, path: Path) -> Path:
 @pytest.mark.parametrize("draft", ["itself", "another, dense", "a head"])
 def test_with_a_draft_model_beside_them_no_bit_changes(draft: str, how: str, tmp_path: Path) -> None:
     """Greedy and sampled, with penalties and log-probabilities."""
-    served = write_checkpoint(tmp_path / "served", random_model(SERVED))
+    served = write_checkpoint(tmp_path / "served", random_model(SERVED if draft == "a head" else SHALLOW))
     beside = draft_folder(draft, served, tmp_path / "draft")
     ways: dict[str, Any] = {"preempts": how == "preempted", "times": 2 if how == "again" else 1}
     plain, _, num_plain = drafting.answers(load(served, 1, **ENGINE), drafting.KINDS, **ways)
@@ -296,6 +298,31 @@ def test_a_rank_without_memory_ends_the_step_of_all() -> None:
 DRAFTED = "vllm:spec_decode_num_draft_tokens_total"
 
 
+QUESTION: dict[str, Any] = {
+    "ignore_eos": True,
+    "messages": [{"role": "user", "content": "What is GPTQ?"}],
+    "max_tokens": 160,
+}
+QUESTIONS = [{**QUESTION, "temperature": 0}, {**QUESTION, "temperature": 1, "seed": 5}]
+
+
+def served_texts(flags: tuple[str, ...], predicted: list[str] | None) -> list[str]:
+    found = []
+    with Server("--block-size", str(BLOCK), "--num-blocks", "200", *flags) as server:
+        for i, asked in enumerate(QUESTIONS):
+            if predicted:
+                asked = {**asked, "prediction": {"type": "content", "content": predicted[i]}}
+            answer = httpx.post(f"{server.url}/chat/completions", json=asked, timeout=60).json()
+            found.append(answer["choices"][0]["message"]["content"])
+        assert (server.metric(DRAFTED) > 0) == ("--speculate" in flags)
+    return found
+
+
+@pytest.fixture(scope="module")
+def texts_of_one() -> list[str]:
+    return served_texts((), None)
+
+
 @pytest.mark.parametrize(
     "flags",
     [
@@ -305,25 +332,9 @@ DRAFTED = "vllm:spec_decode_num_draft_tokens_total"
     ],
     ids=["", "prediction", "draft model"],
 )
-def test_a_server_with_two_ranks_answers_as_one_does(flags: tuple[str, ...]) -> None:
-    question: dict[str, Any] = {
-        "ignore_eos": True,
-        "messages": [{"role": "user", "content": "What is GPTQ?"}],
-        "max_tokens": 160,
-    }
-    questions = [{**question, "temperature": 0}, {**question, "temperature": 1, "seed": 5}]
-    texts: list[list[str]] = []
-    for arguments in ((), flags):
-        with Server("--block-size", str(BLOCK), "--num-blocks", "200", *arguments) as server:
-            found = []
-            for i, asked in enumerate(questions):
-                if "--draft-model" not in arguments and texts:
-                    asked = {**asked, "prediction": {"type": "content", "content": texts[0][i]}}
-                answer = httpx.post(f"{server.url}/chat/completions", json=asked, timeout=60).json()
-                found.append(answer["choices"][0]["message"]["content"])
-            texts.append(found)
-            assert (server.metric(DRAFTED) > 0) == ("--speculate" in arguments)
-    assert texts[0] == texts[1] and "GPTQ" in texts[0][0]
+def test_a_server_with_two_ranks_answers_as_one_does(flags: tuple[str, ...], texts_of_one: list[str]) -> None:
+    predicted = None if "--draft-model" in flags else texts_of_one
+    assert served_texts(flags, predicted) == texts_of_one and "GPTQ" in texts_of_one[0]
 
 
 def test_a_rank_that_does_not_come_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
