@@ -1,5 +1,6 @@
 """The `gptq-api` command, which is `python -m gptq_api` as well."""
 
+import gc
 import os
 import signal
 import sys
@@ -16,8 +17,10 @@ def main() -> int:
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # and not ignored, as with nohup
         # an exception would come out of any line of any library, and some catch it
         signal.signal(signal.SIGINT, _stopped)
+    gc.disable()  # what is imported stays, and the collector would look at it again and again
     from gptq_api.cli import main as command
 
+    gc.enable()
     if signal.getsignal(signal.SIGINT) is _stopped:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     return command.main()

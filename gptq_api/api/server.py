@@ -203,9 +203,13 @@ async def _open(settings: Settings, auth: Authenticator, traces: Traces | None, 
 
 
 def _prepared(settings: Settings, auth: Authenticator, traces: Traces | None) -> Server:
-    from gptq_api.api.listener import Server
+    gc.disable()  # as long as what stays is imported
+    try:
+        from gptq_api.api.listener import Server
 
-    server = Server(settings, auth, traces)
+        server = Server(settings, auth, traces)
+    finally:
+        gc.enable()
     gc.collect()
     gc.freeze()  # so that collecting at the end, when somebody waits, is short
     return server
