@@ -14,17 +14,21 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-from gptq_api import logs
+if TYPE_CHECKING:
+    from gptq_api import logs
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
-def child_command(module: str, *args: str, style: logs.Style | None = None) -> list[str]:
+def child_command(module: str, *args: str, style: logs.Style | None = None, heard: bool = True) -> list[str]:
     """What to execute so that `main(*args)` of `module` runs; its result is the exit status. `style` of its log lines:
-    ours, unless it is given."""
+    ours, unless it is given. One that is not `heard`, whose stderr is /dev/null, does not import what makes lines."""
+    from gptq_api import logs
+
     style = style or logs.style()
-    kind = "json" if style.as_json else "text"
+    kind = ("json" if style.as_json else "text") if heard else "none"
     return [sys.executable, "-m", __name__, str(os.getpid()), style.level, kind, module, *args]
 
 
@@ -33,7 +37,10 @@ def main(parent: str, level: str, kind: str, module: str, *args: str) -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     end_with(int(parent))
-    logs.configure(level, kind == "json")
+    if kind != "none":
+        from gptq_api import logs
+
+        logs.configure(level, kind == "json")
     run: Callable[..., int] = importlib.import_module(module).main
     return run(*args)
 

@@ -247,7 +247,7 @@ def _broken(folder: str, process: subprocess.Popen[bytes]) -> str:
 def _spawn(load: Load) -> tuple[subprocess.Popen[bytes], socket.socket]:
     ours, theirs = socket.socketpair()
     with theirs:
-        command = child_command("gptq_api.text.worker", str(theirs.fileno()))
+        command = child_command("gptq_api.text.worker", str(theirs.fileno()), heard=False)
         # A panic of the tokenizers library writes to stderr what is in the answer anyway
         process = subprocess.Popen(
             command,

@@ -244,14 +244,15 @@ def test_without_a_decoder_tokens_are_joined_by_spaces_as_the_library_does(tmp_p
     assert "".join([*(stream.push([i]) for i in ids), stream.finish()]) == "once upon , a"
 
 
-def test_loading_imports_neither_torch_nor_transformers(tmp_path: Path) -> None:
+def test_the_tokenizer_s_process_imports_nothing_large(tmp_path: Path) -> None:
     code = (
         "import sys; from pathlib import Path\n"
+        "import gptq_api.child, gptq_api.text.worker\n"
         "from gptq_api.text.tokenizer import load_tokenizer\n"
         "from gptq_api.text.chat_template import load_chat_template\n"
         "folder = Path(sys.argv[1])\n"
         "load_chat_template(folder, load_tokenizer(folder)).render([{'role': 'user', 'content': 'x'}])\n"
-        "print([m for m in ('torch', 'transformers', 'numpy') if m in sys.modules])"
+        "print([m for m in ('torch', 'transformers', 'numpy', 'structlog', 'asyncio') if m in sys.modules])"
     )
     command = [sys.executable, "-c", code, str(spm(tmp_path))]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
