@@ -20,6 +20,7 @@ from simulated_device import SimulatedRunner
 from gptq_api.engine.core import Engine
 from gptq_api.scheduler.blocks import BlockManager
 from gptq_api.scheduler.scheduler import Scheduler
+from gptq_api.step import PromptCosts
 from gptq_api.types import Add, SamplingParams, pack_ids, unpack_ids
 
 BUDGET = 2048
@@ -56,15 +57,18 @@ def p99(values: list[float]) -> float:
     return sorted(values)[math.ceil(0.99 * len(values)) - 1]
 
 
-def load(requests: list[tuple[int, int]], users: int, *, by_rows: bool = False) -> Felt:
+def load(
+    requests: list[tuple[int, int]], users: int, *, by_rows: bool = False, said: PromptCosts | None = None
+) -> Felt:
     """`requests`: (tokens of the prompt, of the answer). Each user sends the next one when its last has ended; so many
-    users as requests are a burst. `by_rows`: without what the device says that prompts cost."""
+    users as requests are a burst. `by_rows`: without what the device says that prompts cost; `said`: what it says,
+    which may be wrong."""
     clock = Clock()
     runner = SimulatedRunner(clock.now, clock.sleep)
-    costs = None if by_rows else runner.prompt_costs
+    costs = None if by_rows else said or runner.prompt_costs
     blocks = BlockManager(runner.num_blocks, runner.block_size)
     scheduler = Scheduler(blocks, 256, BUDGET, False, runner.row_multiple, prompt_costs=costs)
-    engine = Engine(runner, scheduler)
+    engine = Engine(runner, scheduler, clock=clock.now)
     felt, began, last = Felt(), dict[int, float](), dict[int, float]()
     todo = deque(enumerate(requests))
     firsts = dict[int, float]()

@@ -135,8 +135,9 @@ async def run(args: argparse.Namespace) -> dict[str, Any]:
             name = f"{rate:g} requests/s"
             calls, elapsed = await open_loop(server, Load(args, model), rate, args.requests, Bar(name, args.requests))
             result["rows"].append({"mode": "open", "rate": rate} | summary(calls, elapsed))
+        load = Load(args, model)  # one, so that no prompt comes twice
         for length in args.beside:
-            calls, others = await beside_a_long_prompt(server, Load(args, model), args.answers, length)
+            calls, others = await beside_a_long_prompt(server, load, args.answers, length)
             row = {"mode": "beside", "long_prompt": length, "answers": args.answers} | summary(calls, calls[0].total)
             result["rows"].append(row | {"inter_token_ms": others})
         if process:

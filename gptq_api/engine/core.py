@@ -27,7 +27,7 @@ class _InFlight(Generic[Launched]):
     step: Step
     launched: Launched
     began: float
-    """time.perf_counter() before the launch, and after it"""
+    """on the engine's clock: before the launch, and after it"""
     ended: float
     constrained: list[Constrained]
     """entries that sample by a grammar"""
@@ -46,11 +46,14 @@ class Engine(Generic[Launched]):
         grammars: Grammars | None = None,
         post: Callable[[str, Compiled], None] | None = None,
         num_events_dropped: Callable[[], int] = int,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         """`post`: takes a compiled grammar from another thread and has it passed to `compiled` by ours; without it,
-        `add` waits for what it compiles. `num_events_dropped`: of KV events, for the stats."""
+        `add` waits for what it compiles. `num_events_dropped`: of KV events, for the stats. `clock`: seconds, by which
+        steps are timed."""
         self.runner, self.scheduler, self._trace = runner, scheduler, trace
-        self._grammars, self._post, self._num_events_dropped = grammars, post, num_events_dropped
+        self._grammars, self._post, self._num_events_dropped, self._clock = grammars, post, num_events_dropped, clock
+        self._collected = clock()  # when the last step was
         self._in_flight: deque[_InFlight[Launched]] = deque()
         self._finished: dict[int, FinishReason] = {}  # to be told with the next output
         self._admitted: dict[int, float] = {}  # as well
@@ -148,8 +151,10 @@ class Engine(Generic[Launched]):
         self._draw()
         first = self._in_flight.popleft()
         sampled = self._collect(first)
-        collected = time.perf_counter()
-        progress = self.scheduler.update(first.step, sampled)
+        collected = self._clock()
+        # The device begins a step when it is launched, or has ended the one before.
+        progress = self.scheduler.update(first.step, sampled, collected - max(first.began, self._collected))
+        self._collected = collected
         self._finished |= progress.finished
         if self.runner.lookahead and not self._in_flight:
             self._launch()  # the step waited for these tokens, and the device need not wait until they are told
@@ -165,9 +170,9 @@ class Engine(Generic[Launched]):
         """Whether there was anything to launch."""
         while (step := self.scheduler.schedule()).seats:
             try:
-                began, now = time.perf_counter(), time.monotonic()
+                began, now = self._clock(), time.monotonic()
                 launched = self.runner.launch(step)
-                ended = time.perf_counter()
+                ended = self._clock()
                 if step.admitted:
                     newcomers = self.scheduler.running[-len(step.admitted) :]
                     self._admitted |= {seq.sequence_id: now for seq in newcomers}

@@ -293,6 +293,22 @@ class Scheduler:
         num_rows = self._step_budget.num_rows(beside, len(prompts) + len(self.waiting), context)
         return num_rows if kind is _Kind.ANY else max(1, num_rows - beside)
 
+    def _note_time(self, step: Step, milliseconds: float) -> None:
+        """What the step took, to those who say how large steps may be. Answers that are computed once more are not
+        prompts: their rows take longer."""
+        num_decoding, num_rows, context = 0, 0, 0
+        if step.num_tokens == len(step.seats):
+            self._step_budget.took(milliseconds, len(step.seats), 0, 0.0)
+            return
+        for seq, start, num in zip(self._in_flight[0], step.num_computed, step.num_new, strict=True):
+            if num == 1:
+                num_decoding += 1
+            elif start + num > self._num_in_steps_of_prompts(seq):
+                return
+            else:
+                num_rows, context = num_rows + num, context + num * (start + num // 2)
+        self._step_budget.took(milliseconds, num_decoding, num_rows, context / num_rows)
+
     def _num_in_steps_of_prompts(self, seq: Sequence) -> int:
         """Of its known tokens: where prompts are apart, those of its prompt."""
         return seq.num_prompt_tokens if self._prompts_apart else len(seq.token_ids)
@@ -360,11 +376,13 @@ class Scheduler:
         self._budget = max(1, step.num_tokens // 2)
         return [seq.sequence_id for seq in sequences]
 
-    def update(self, step: Step, sampled: Sampled) -> Progress:
-        """Take in the result of the step scheduled longest ago.
+    def update(self, step: Step, sampled: Sampled, seconds: float | None = None) -> Progress:
+        """Take in the result of the step scheduled longest ago. `seconds`: that the device had to do with it.
 
         Tokens of sequences that are gone are dropped; one that was preempted meanwhile gets its tokens.
         """
+        if seconds is not None and self._step_budget.learns and not step.drafts:
+            self._note_time(step, 1e3 * seconds)
         self._budget = min(self._budget + 1, self.max_num_batched_tokens)
         self._num_drafted_steps -= bool(step.drafts)
         progress, done, place = Progress(), set[Sequence](), 0

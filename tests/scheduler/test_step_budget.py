@@ -39,3 +39,53 @@ def test_a_device_that_takes_no_time_for_rows_has_no_limit() -> None:
 def test_many_rows_fill_tiles() -> None:
     assert StepBudget(2048, 192, PromptCosts(1.0, 0.016, 0.0)).num_rows(64, 1, 0) == 1152
     assert StepBudget(2048, 192, COSTS).num_rows(64, 1, 0) == 64 + 400
+
+
+def of_prompts(budget: StepBudget, context: int) -> int:
+    return budget.num_rows(64, 1, context) - 64
+
+
+def test_what_steps_take_corrects_what_was_said() -> None:
+    """A device on which a row takes as long as was said, and three times as long for what stands before it."""
+    budget = StepBudget(2048, 1, COSTS)
+    budget.took(9.0, 64, 0, 0.0)
+    for _ in range(12):
+        rows = of_prompts(budget, 20_000)
+        budget.took(9.0 + rows * (0.04 + 6e-6 * 20_000), 64, rows, 20_000)
+    assert 16 / 0.16 * 0.9 < of_prompts(budget, 20_000) < 16 / 0.16 * 1.1
+    for _ in range(12):
+        rows = of_prompts(budget, 0)
+        budget.took(9.0 + rows * 0.04, 64, rows, 0)
+    assert 390 < of_prompts(budget, 0) < 410
+
+
+def test_one_step_with_something_else_in_it_is_forgotten() -> None:
+    budget = StepBudget(2048, 1, COSTS)
+    budget.took(9.0, 64, 0, 0.0)
+    budget.took(5000.0, 64, 400, 0)
+    assert of_prompts(budget, 0) == 266
+    for _ in range(8):
+        rows = of_prompts(budget, 0)
+        budget.took(9.0 + rows * 0.04, 64, rows, 0)
+    assert 390 < of_prompts(budget, 0) < 410
+
+
+def test_nothing_is_learnt_from_what_tells_nothing() -> None:
+    """Steps as large as they may be, few rows, and many sequences of which nobody knows what they take."""
+    budget = StepBudget(2048, 1, COSTS)
+    budget.took(500.0, 64, 400, 0)
+    budget.took(9.0, 64, 0, 0.0)
+    budget.took(500.0, 64, 2048 - 64, 0)
+    budget.took(500.0, 64, 16, 0)
+    assert of_prompts(budget, 0) == 400
+
+
+def test_costs_stay_near_what_was_said() -> None:
+    budget = StepBudget(2048, 1, COSTS)
+    budget.took(9.0, 64, 0, 0.0)
+    for _ in range(50):
+        budget.took(1000.0, 64, 64, 0)
+    assert of_prompts(budget, 0) == 100
+    for _ in range(50):
+        budget.took(9.0, 64, 64, 0)
+    assert of_prompts(budget, 0) == 1600
