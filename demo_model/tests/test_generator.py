@@ -49,11 +49,11 @@ def test_generator_is_reproducible_and_speaks_the_template() -> None:
 
 def test_the_phrases_are_the_ones_the_model_was_trained_on() -> None:
     """A changed phrase is a model to train again; then the numbers here follow."""
-    assert (len(TERMS), len(HOWTO), len(SMALL_TALK), len(FLAGS)) == (52, 28, 23, 26)
-    assert (len(REFUSALS), len(FACTS)) == (13, 101)
+    assert (len(TERMS), len(HOWTO), len(SMALL_TALK), len(FLAGS)) == (52, 28, 23, 27)
+    assert (len(REFUSALS), len(FACTS)) == (14, 101)
     digest = hashlib.sha256(json.dumps(records(1, 2000)).encode()).hexdigest()
-    assert digest == "3b213626a22028b42079e0ad9804c5072d1674a9aa7a29c48ae57d7fd762a3eb"
-    assert sum(refusal.answer == GENERAL for refusal in REFUSALS.values()) == 2
+    assert digest == "305690979014c082ce2705135b1b8aa36ba4ed2094f1dd5e1966a0e4ab9074c0"
+    assert sum(refusal.answer == GENERAL for refusal in REFUSALS.values()) == 3
 
 
 def test_no_question_that_measures_the_model_is_asked_in_training() -> None:
