@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from gptq_api.engine.core import Engine
 from gptq_api.grammar.matchers import Grammars
+from gptq_api.runner.cuda.runner import CudaRunner
+from gptq_api.runner.load import load_runner
 from gptq_api.runner.loaded import LoadedRunner
+from gptq_api.runner.options import LoadOptions
 from gptq_api.scheduler.blocks import BlockManager
 from gptq_api.scheduler.model_drafts import ModelDrafts
 from gptq_api.scheduler.scheduler import Scheduler
@@ -32,6 +36,15 @@ class Answer:
     tokens: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs | None] = field(default_factory=list)
     finish: str = ""
+
+
+def on_cuda(folder: Path, draft: Path | None = None, **settings: Any) -> CudaRunner:
+    """`draft`: a model or a head beside it; `settings`: of LoadOptions."""
+    made: dict[str, Any] = {"device": "cuda", "num_blocks": NUM_BLOCKS, "max_num_seqs": 8, **settings}
+    name = None if draft is None else str(draft)
+    runner = load_runner(LoadOptions(model_path=str(folder), draft_model=name, **made))
+    assert isinstance(runner, CudaRunner)
+    return runner
 
 
 def drafting(runner: LoadedRunner) -> Speculation | None:

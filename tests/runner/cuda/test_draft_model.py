@@ -12,12 +12,10 @@ import torch
 
 from gptq_api.errors import UserError
 from gptq_api.kernels import gemm
-from gptq_api.runner.cuda.runner import CudaRunner
-from gptq_api.runner.load import load_runner
-from gptq_api.runner.options import LoadOptions
 from tests.runner.cuda.test_model import FAST, WIDE
 from tests.support.checkpoints import Recipe, random_model, write_checkpoint
 from tests.support.draft_models import KINDS, NUM_BLOCKS, answers
+from tests.support.draft_models import on_cuda as load
 
 pytestmark = [
     pytest.mark.gpu,
@@ -36,14 +34,6 @@ DRAFTS: dict[str, Recipe] = {
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_checkpoint(tmp_path_factory.mktemp("served"), random_model(SERVED))
-
-
-def load(folder: Path, draft: Path | None = None, **settings: Any) -> CudaRunner:
-    made: dict[str, Any] = {"device": "cuda", "num_blocks": NUM_BLOCKS, "max_num_seqs": 8, **settings}
-    name = None if draft is None else str(draft)
-    runner = load_runner(LoadOptions(model_path=str(folder), draft_model=name, **made))
-    assert isinstance(runner, CudaRunner)
-    return runner
 
 
 @pytest.mark.parametrize("preempts", [False, True])
