@@ -295,7 +295,8 @@ class Scheduler:
 
     def _note_time(self, step: Step, milliseconds: float) -> None:
         """What the step took, to those who say how large steps may be. Answers that are computed once more are not
-        prompts: their rows take longer."""
+        prompts: their rows take longer. Nor does a prompt alone tell what one takes beside others, where they share
+        steps: a small one is over before the device is busy."""
         num_decoding, num_rows, context = 0, 0, 0
         if step.num_tokens == len(step.seats):
             self._step_budget.took(milliseconds, len(step.seats), 0, 0.0)
@@ -307,7 +308,8 @@ class Scheduler:
                 return
             else:
                 num_rows, context = num_rows + num, context + num * (start + num // 2)
-        self._step_budget.took(milliseconds, num_decoding, num_rows, context / num_rows)
+        if num_decoding or self._prompts_apart:
+            self._step_budget.took(milliseconds, num_decoding, num_rows, context / num_rows)
 
     def _num_in_steps_of_prompts(self, seq: Sequence) -> int:
         """Of its known tokens: where prompts are apart, those of its prompt."""

@@ -29,8 +29,8 @@ MANY_TILES = 4
 """so many, and a rounding to whole ones changes little in what a step takes"""
 LEARNT = 0.5
 """of what a step was off by goes into the costs"""
-FEWEST_ROWS = 32
-"""of prompts in a step, from which something is learnt"""
+FEWEST_ROWS = 64
+"""of prompts in a step, from which something is learnt: fewer leave a part of each tile empty"""
 MOST_OFF = 2.0
 """a step that took longer still, or less than its inverse, counts as so much: something else was in it"""
 FARTHEST = 4.0
