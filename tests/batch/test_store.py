@@ -103,7 +103,8 @@ print("done", flush=True)
         process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "b")], stdout=subprocess.PIPE, text=True)
         assert process.stdout is not None
         for line in process.stdout:
-            told = max(told, int(line.split()[1])) if line.startswith("answered") else told
+            if line.startswith("answered") and line.endswith("\n"):  # the last one may be cut off as well
+                told = max(told, int(line.split()[1]))
             if stop_at is not None and told >= stop_at:
                 process.kill()
         process.wait()
