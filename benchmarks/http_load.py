@@ -137,9 +137,8 @@ async def beside_a_long_prompt(
     for began, other in await asyncio.gather(*writing):
         arrivals = [began + at for at in other.arrivals]
         if other.error or not arrivals or not arrivals[0] < sent < first < arrivals[-1]:
-            raise LookupError(
-                f"an answer did not last as long as the prompt beside it: more --max-tokens ({other.error})"
-            )
+            why = other.error or "it ended before the prompt beside it had a token, or began later; more --max-tokens"
+            raise SystemExit(f"an answer was not being written all the time: {why}")
         gaps += [b - a for a, b in itertools.pairwise(arrivals) if b > sent and a < first]
     return [call], percentiles(gaps)
 

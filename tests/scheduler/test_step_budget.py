@@ -45,17 +45,20 @@ def of_prompts(budget: StepBudget, context: int) -> int:
     return budget.num_rows(64, 1, context) - 64
 
 
+def take_steps(budget: StepBudget, num: int, context: int, row_ms: float) -> None:
+    """As large as it says, of a device on which a step of 64 takes 9 ms and a row of a prompt so many."""
+    for _ in range(num):
+        rows = of_prompts(budget, context)
+        budget.took(9.0 + rows * row_ms, 64, rows, context)
+
+
 def test_what_steps_take_corrects_what_was_said() -> None:
     """A device on which a row takes as long as was said, and three times as long for what stands before it."""
     budget = StepBudget(2048, 1, COSTS)
     budget.took(9.0, 64, 0, 0.0)
-    for _ in range(12):
-        rows = of_prompts(budget, 20_000)
-        budget.took(9.0 + rows * (0.04 + 6e-6 * 20_000), 64, rows, 20_000)
+    take_steps(budget, 12, 20_000, 0.04 + 6e-6 * 20_000)
     assert 16 / 0.16 * 0.9 < of_prompts(budget, 20_000) < 16 / 0.16 * 1.1
-    for _ in range(12):
-        rows = of_prompts(budget, 0)
-        budget.took(9.0 + rows * 0.04, 64, rows, 0)
+    take_steps(budget, 12, 0, 0.04)
     assert 390 < of_prompts(budget, 0) < 410
 
 
@@ -64,9 +67,7 @@ def test_one_step_with_something_else_in_it_is_forgotten() -> None:
     budget.took(9.0, 64, 0, 0.0)
     budget.took(5000.0, 64, 400, 0)
     assert of_prompts(budget, 0) == 266
-    for _ in range(8):
-        rows = of_prompts(budget, 0)
-        budget.took(9.0 + rows * 0.04, 64, rows, 0)
+    take_steps(budget, 8, 0, 0.04)
     assert 390 < of_prompts(budget, 0) < 410
 
 
