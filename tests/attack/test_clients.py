@@ -31,7 +31,7 @@ from tests.attack.clients import (
 from tests.support.server import Server, chat_body, raw_request, wait_for
 
 SOON = ("--header-timeout-s", "1", "--body-timeout-s", "2", "--send-timeout-s", "1")
-pytestmark = pytest.mark.usefixtures("slow_engine")
+slow_engine = pytest.mark.usefixtures("slow_engine")
 ENDLESS: dict[str, Any] = {"ignore_eos": True, "temperature": 0}
 
 
@@ -49,10 +49,12 @@ def check_hang_ups(count: int) -> None:
         assert "Traceback" not in server.log()
 
 
+@slow_engine
 def test_a_hundred_hang_ups() -> None:
     check_hang_ups(100)
 
 
+@slow_engine
 @pytest.mark.attack
 @pytest.mark.timeout(600)
 def test_a_thousand_hang_ups() -> None:
@@ -118,6 +120,7 @@ def test_64_streams_and_448_that_wait_answer_as_alone() -> None:
     check_held_streams(64, 448, 8)
 
 
+@slow_engine
 @pytest.mark.attack
 def test_a_peer_that_vanished_is_forgotten() -> None:
     """Every packet to the client is dropped before its kernel sees it, as if its cable had been cut: no FIN, no RST, no
