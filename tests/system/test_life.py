@@ -38,7 +38,7 @@ from tests.support.server import (
 
 CHAT = "/v1/chat/completions"
 
-pytestmark = pytest.mark.usefixtures("slow_engine")
+slow_engine = pytest.mark.usefixtures("slow_engine")
 ENDLESS: dict[str, Any] = {"ignore_eos": True, "temperature": 0}
 
 
@@ -186,6 +186,7 @@ class Reader(threading.Thread):
         self.raw.close()
 
 
+@slow_engine
 @pytest.mark.alone
 def test_sigterm_lets_running_requests_finish() -> None:
     with Server("--log-json") as server:
@@ -213,6 +214,7 @@ def test_sigterm_lets_running_requests_finish() -> None:
         assert all(json.loads(line) for line in server.log().splitlines()) and "Traceback" not in server.log()
 
 
+@slow_engine
 def test_at_the_deadline_the_rest_is_told() -> None:
     with Server("--drain-timeout-s", "0.5") as server:
         readers = [Reader(server, chat_body(**ENDLESS)) for _ in range(2)]
@@ -232,6 +234,7 @@ def test_at_the_deadline_the_rest_is_told() -> None:
         assert "Traceback" not in server.log()
 
 
+@slow_engine
 @pytest.mark.alone
 def test_a_second_signal_ends_it_within_a_second() -> None:
     with Server() as server:
@@ -250,6 +253,7 @@ def test_a_second_signal_ends_it_within_a_second() -> None:
         assert "Traceback" not in server.log()
 
 
+@slow_engine
 @pytest.mark.alone
 def test_two_servers_and_the_death_of_one_engine(server: Server) -> None:
     """Every stream of it ends with an error event, /health says so, the process leaves with 70; the other goes on."""
@@ -292,6 +296,7 @@ if "gptq_api.engine.process" in sys.orig_argv:
 """
 
 
+@slow_engine
 def test_faults_inside_the_engine(tmp_path: Path) -> None:
     """Numbers that are not finite end one sequence, an exception in a step ends the server; nobody is left waiting."""
     (tmp_path / "sitecustomize.py").write_text(FAULTS)
@@ -314,6 +319,7 @@ def test_faults_inside_the_engine(tmp_path: Path) -> None:
         assert server.wait(5) == 70
 
 
+@slow_engine
 def test_kill_9_of_the_server_takes_the_engine_with_it() -> None:
     with Server() as server:
         engine = server.engine_pid
