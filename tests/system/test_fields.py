@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 
 from gptq_api.api.requests.refused import REFUSED
 from tests.support.fields import ELSEWHERE, END, LONG, Seen, case_of, nothing
-from tests.support.server import Server, chat_body, check_error, stream_chunks, wait_for
+from tests.support.server import RawStream, Server, chat_body, check_error, stream_chunks, wait_for
 from tools.fields_table import MODELS, is_accepted, refused
 
 ROOT = Path(__file__).parents[2]
@@ -31,6 +32,24 @@ def reading(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     path.write_text(TEMPLATE)
     with Server("--chat-template", str(path)) as running:
         yield running
+
+
+@pytest.fixture(scope="module")
+def crowded() -> Iterator[Server]:
+    """A server with one seat, where the longest answer takes ten seconds and more."""
+    with Server("--max-num-seqs", "1", env={"GPTQ_CPU_INSTRUCTION_SET": "portable"}) as running:
+        yield running
+
+
+@contextlib.contextmanager
+def seat_taken(crowded: Server) -> Iterator[None]:
+    """By a long answer, which nobody waits for."""
+    stream = RawStream(crowded, chat_body("first", ignore_eos=True, stream=True, timeout=600))
+    assert stream.head()[0] == 200
+    wait_for(lambda: crowded.metric("vllm:num_requests_running") == 1, 20)
+    yield
+    assert crowded.metric("vllm:num_requests_running") == 1, "it should have taken longer"
+    stream.close()
 
 
 def prompt(server: Server, **fields: Any) -> str:
@@ -95,29 +114,33 @@ def test_who_asked_stands_in_the_log(strict_server: Server) -> None:
     assert "job" in line and "k" * 512 in line and '"store": true' in line
 
 
-@pytest.mark.usefixtures("slow_engine")
-def test_an_urgent_request_overtakes_those_that_wait() -> None:
-    order = list[str]()
-    with Server("--max-num-seqs", "1") as server, ThreadPoolExecutor(4) as threads:
+def test_an_urgent_request_overtakes_those_that_wait(crowded: Server) -> None:
+    order, jobs = list[str](), list[Future[None]]()
 
-        def ask(name: str, headers: dict[str, str], **fields: Any) -> None:
-            body = chat_body(name, ignore_eos=True, **fields)
-            assert server.http.post(CHAT, json=body, headers=headers).status_code == 200
-            order.append(name)
+    def ask(name: str, headers: dict[str, str], **fields: Any) -> None:
+        body = chat_body(name, ignore_eos=True, max_tokens=20, **fields)
+        assert crowded.http.post(CHAT, json=body, headers=headers).status_code == 200
+        order.append(name)
 
-        def is_waiting(number: int) -> bool:
-            return server.metric("vllm:num_requests_waiting") == number
+    def is_waiting(number: int) -> bool:
+        return crowded.metric("vllm:num_requests_waiting") == number
 
-        jobs = [threads.submit(ask, "first", {}, max_tokens=900)]
-        wait_for(lambda: server.metric("vllm:num_requests_running") == 1, 20)
-        for number, (name, headers, fields) in enumerate(
-            [("late", {"X-Priority": "3"}, {}), ("usual", {}, {}), ("urgent", {"X-Priority": "3"}, {"priority": -1})], 1
-        ):
-            jobs.append(threads.submit(ask, name, headers, max_tokens=20, **fields))
-            wait_for(partial(is_waiting, number), 20)
+    with ThreadPoolExecutor(3) as threads:
+        with seat_taken(crowded):
+            for number, (name, headers, fields) in enumerate(
+                [
+                    ("late", {"X-Priority": "3"}, {}),
+                    ("usual", {}, {}),
+                    ("urgent", {"X-Priority": "3"}, {"priority": -1}),
+                ],
+                1,
+            ):
+                jobs.append(threads.submit(ask, name, headers, **fields))
+                wait_for(partial(is_waiting, number), 20)
+            assert not order, "who has the seat keeps it"
         for job in jobs:
             job.result()
-    assert order == ["first", "urgent", "usual", "late"]
+    assert order == ["urgent", "usual", "late"]
 
 
 def test_a_wrong_priority_names_its_header(server: Server) -> None:
@@ -127,19 +150,16 @@ def test_a_wrong_priority_names_its_header(server: Server) -> None:
     check_error(server.chat(priority=1001), 400, "priority")
 
 
-@pytest.mark.usefixtures("slow_engine")
-def test_a_deadline_counts_the_time_in_the_queue(server: Server) -> None:
-    with Server("--max-num-seqs", "1") as crowded, ThreadPoolExecutor(1) as threads:
-        long = threads.submit(crowded.chat, "x", ignore_eos=True, timeout=20)
-        wait_for(lambda: crowded.metric("vllm:num_requests_running") == 1, 20)
+def test_a_deadline_counts_the_time_in_the_queue(server: Server, crowded: Server) -> None:
+    with seat_taken(crowded):
         for path in (CHAT, "/v1/responses", "/v1/messages"):
             body = {"input": "x"} if path == "/v1/responses" else {**chat_body("x"), "max_tokens": 5}
             answer = crowded.post(path, body, X_Request_Timeout="0.01")
             assert answer.status_code == 504 and answer.headers["x-should-retry"] == "false", answer.text
         check_error(crowded.chat(timeout=0.01), 504, "timeout", "deadline_exceeded")
         assert crowded.metric("gptq_api:requests_cancelled_total", cause="deadline") >= 4
-        choice = long.result().json()["choices"][0]
-        assert choice["finish_reason"] == "length"
+    choice = crowded.chat("x", ignore_eos=True, max_tokens=20, timeout=60).json()["choices"][0]
+    assert choice["finish_reason"] == "length"
     for wrong in ("soon", "nan", "0", "-1", "1e9", ""):
         check_error(server.post(CHAT, chat_body("x"), X_Request_Timeout=wrong), 400, "X-Request-Timeout")
     check_error(server.chat(timeout=0), 400, "timeout")
