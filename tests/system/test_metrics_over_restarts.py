@@ -12,12 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import pytest
 
 from tests.support.loading import LoadingServer
 from tests.support.server import Server, chat_body, wait_for
 
-pytestmark = pytest.mark.usefixtures("slow_engine")
 Series = dict[str, float]
 TOTAL = re.compile(r"\w+:\w+?_(total|count|sum|bucket)({|$)")
 OF_AN_ENGINE = ("vllm:kv_cache_usage_perc", "vllm:cache_config_info", "gptq_api:kernel_info", "gptq_api:kernel_linears")
@@ -101,6 +99,7 @@ def test_counters_go_on_and_gauges_are_those_of_an_engine() -> None:
         try:
             for death in (1, 2):
                 wait_to_rise(server, "vllm:prefix_cache_queries_total", 100)
+                wait_for(lambda: server.metric("vllm:num_requests_running") > 0, 20)
                 os.kill(server.engine_pid, signal.SIGKILL)
                 wait_for(lambda: not names(scraped(server.http)) & set(OF_AN_ENGINE), 20)
                 wait_for(lambda: server.http.get("/ready").status_code == 200, 60)
