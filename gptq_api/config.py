@@ -18,6 +18,7 @@ from pydantic import AliasChoices, Field, ValidationInfo, field_validator, model
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from gptq_api.errors import ConfigError
+from gptq_api.field_docs import describe
 
 ENV_PREFIX = "GPTQ_API_"
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(:[0-9]{1,5})?")
@@ -32,7 +33,6 @@ class CommandSettings(BaseSettings):
     model_config = SettingsConfigDict(
         frozen=True,
         extra="forbid",
-        use_attribute_docstrings=True,
         allow_inf_nan=False,
         protected_namespaces=(),
         defer_build=True,  # of all the commands' settings one is used
@@ -43,6 +43,10 @@ class CommandSettings(BaseSettings):
     """command lines for --help"""
     seldom: ClassVar[frozenset[str]] = frozenset()
     """fields that --help leaves to --help-all"""
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        describe(cls)
 
     @classmethod
     def settings_customise_sources(

@@ -18,9 +18,15 @@ from collections.abc import Iterator, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
-import structlog
-
 from gptq_api.errors import printable
+
+_has_rich = "rich" in sys.modules
+if not _has_rich:
+    sys.modules["rich"] = None  # type: ignore[assignment]  # structlog would import it: 0.1 s for tracebacks not ours
+import structlog  # noqa: E402
+
+if not _has_rich:
+    del sys.modules["rich"]
 
 MAX_QUEUED_BYTES = 128 * 1024
 """What waits for a slow reader: a thousand lines, more than one for each request that is admitted at a time. In bytes,
