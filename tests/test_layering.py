@@ -247,10 +247,12 @@ def test_no_torch_and_no_pickle_by_name(package: str) -> None:
 
 
 def test_the_server_s_processes_load_nothing_that_runs_what_a_checkpoint_brought() -> None:
-    """Nor rich, which only a progress bar needs."""
+    """Nor does a server load what draws in a terminal."""
     code = (
-        "import sys, gptq_api.cli.main, gptq_api.cli.serve, gptq_api.api.listener, gptq_api.cli.chat\n"
-        "libraries = ['torch', 'transformers', 'rich', 'tokenizers', 'sentencepiece', 'jinja2']\n"
+        "import sys, gptq_api.cli.main, gptq_api.cli.serve, gptq_api.api.listener\n"
+        "assert 'rich' not in sys.modules\n"
+        "import gptq_api.cli.chat\n"
+        "libraries = ['torch', 'transformers', 'tokenizers', 'sentencepiece', 'jinja2']\n"
         "print([m for m in libraries if m in sys.modules])\n"
         "import gptq_api.engine.process, gptq_api.engine.core, gptq_api.grammar.vocabulary, gptq_api.text.process\n"
         "sys.exit(any(m in sys.modules for m in libraries[2:]))\n"
