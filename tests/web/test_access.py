@@ -92,21 +92,28 @@ def test_axe_finds_nothing(open_chat: Open, server: Server, view: str) -> None:
     check(chat, "editing")
 
 
-@pytest.mark.parametrize("width", [320, 360, 414, 768, 1024])
-def test_nothing_is_wider_than_the_screen(open_chat: Open, server: Server, width: int) -> None:
-    chat = open_chat(server)
-    chat.tab.size(width, 700)
-    chat.ready()
+def test_nothing_is_wider_than_the_screen(open_chat: Open, server: Server) -> None:
+    chat = open_chat(server).ready()
     chat.set(
         more={"structured_outputs": {"choice": [RICH + "x" * 300 + "\n\n" + "| a " * 40 + "|\n" + "|-" * 40 + "|"]}}
     )
     chat.ask("https://example.com/" + "y" * 200)
-    for _ in range(2):
-        assert chat.tab.js("document.scrollingElement.scrollWidth") <= width
-        assert chat.tab.js("document.querySelector('#log').scrollWidth <= document.querySelector('#log').clientWidth")
-        box = chat.tab.js("((box) => [box.left, box.right])(document.querySelector('#send').getBoundingClientRect())")
-        assert box[0] >= 0 and box[1] <= width
-        chat.tab.click("#heat")
+    for width in (320, 360, 414, 768, 1024):
+        chat.tab.size(width, 700)
+        chat.tab.reload()
+        chat.ready()
+        chat.tab.wait("document.querySelectorAll('.message').length === 2")
+        for in_tokens in (False, True):
+            assert bool(chat.tokens()) is in_tokens
+            assert chat.tab.js("document.scrollingElement.scrollWidth") <= width
+            assert chat.tab.js(
+                "document.querySelector('#log').scrollWidth <= document.querySelector('#log').clientWidth"
+            )
+            box = chat.tab.js(
+                "((box) => [box.left, box.right])(document.querySelector('#send').getBoundingClientRect())"
+            )
+            assert box[0] >= 0 and box[1] <= width
+            chat.tab.click("#heat")
 
 
 def test_nothing_moves_for_those_who_asked_for_that(open_chat: Open, server: Server) -> None:
