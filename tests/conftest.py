@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from tests.support.commands import Commands
 from tests.support.server import Server
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # a core for each process
@@ -39,6 +40,13 @@ def strict_server() -> Iterator[Server]:
         *("--header-timeout-s", "1", "--body-timeout-s", "1", "--send-timeout-s", "1", "--sse-ping-s", "0.2"),
     ) as running:
         running.http.headers["authorization"] = "Bearer first-key"
+        yield running
+
+
+@pytest.fixture(scope="session")
+def commands() -> Iterator[Commands]:
+    """Runs commands."""
+    with Commands() as running:
         yield running
 
 
@@ -77,7 +85,7 @@ def marks_of(function: Any, seen: set[Any]) -> set[str]:
     seen.add(function)
     names = names_in(function.__code__)
     values = [function.__globals__[name] for name in names if name in function.__globals__]
-    marks = {"server"} if Server in values or subprocess in values else set()
+    marks = {"server"} if any(starter in values for starter in (Server, Commands, subprocess)) else set()
     if time in values and names & CLOCKS:
         marks.add("timing")
     near = (value for value in values if getattr(value, "__module__", None) == function.__module__)

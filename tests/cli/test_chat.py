@@ -19,11 +19,12 @@ import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import pytest
 
 from tests.support.checkpoints import Recipe, random_model, write_checkpoint
+from tests.support.commands import Commands
 from tests.support.text_tokenizers import byte_level
 
 CHAT = [sys.executable, "-m", "gptq_api", "chat"]
@@ -129,12 +130,21 @@ def peer() -> Iterator[Peer]:
     server.server_close()
 
 
-def chat(lines: str, *args: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*CHAT, *args], input=lines, capture_output=True, text=True, timeout=60, check=False)
+class Chat(Protocol):
+    def __call__(self, lines: str, *args: str) -> subprocess.CompletedProcess[str]: ...
+
+
+@pytest.fixture
+def chat(commands: Commands) -> Chat:
+    """`lines` piped into the program."""
+    return lambda lines, *args: commands.run("chat", *args, input=lines)
 
 
 def test_piped_lines_are_a_conversation(peer: Peer) -> None:
-    done = chat("Hello\n\nagain\n", "--url", peer.url, "--temperature", "0", "--seed", "7", "--api-key", "k1")
+    flags = ("--url", peer.url, "--temperature", "0", "--seed", "7", "--api-key", "k1")
+    done = subprocess.run(
+        [*CHAT, *flags], input="Hello\n\nagain\n", capture_output=True, text=True, timeout=60, check=False
+    )
     assert done.returncode == 0
     # escape codes are kept from the terminal, the rest of the text is as it was sent
     assert done.stdout == "You said Hello [31m\u2028in é👋.\nYou said again [31m\u2028in é👋.\n"
@@ -150,7 +160,7 @@ def test_piped_lines_are_a_conversation(peer: Peer) -> None:
     assert "max_tokens" not in first
 
 
-def test_commands(peer: Peer) -> None:
+def test_commands(chat: Chat, peer: Peer) -> None:
     lines = "/help\n/system Be brief.\na\n/reset\nb\n/system\nc\n/nonsense\n/exit\nnever\n"
     done = chat(lines, "--url", peer.url, "--system", "first")
     assert done.returncode == 0
@@ -163,7 +173,7 @@ def test_commands(peer: Peer) -> None:
         assert words in done.stderr
 
 
-def test_a_full_context_forgets_the_oldest_turns(peer: Peer) -> None:
+def test_a_full_context_forgets_the_oldest_turns(chat: Chat, peer: Peer) -> None:
     done = chat("a\nb\nc\nd\n", "--url", peer.url)
     assert done.returncode == 0
     assert "oldest 2 messages are forgotten" in done.stderr
@@ -182,7 +192,7 @@ def test_a_full_context_forgets_the_oldest_turns(peer: Peer) -> None:
         ("cut", "closed the connection"),
     ],
 )
-def test_errors_of_the_server_are_one_sentence(question: str, words: str, peer: Peer) -> None:
+def test_errors_of_the_server_are_one_sentence(chat: Chat, question: str, words: str, peer: Peer) -> None:
     done = chat(f"{question}\nnever asked\n", "--url", peer.url)
     assert done.returncode == 1
     assert words in done.stderr
@@ -191,7 +201,7 @@ def test_errors_of_the_server_are_one_sentence(question: str, words: str, peer: 
 
 
 @pytest.mark.parametrize("url", ["http://127.0.0.1:1/v1", "nonsense", "ftp://x/v1", "http://[", "http://127.0.0.1:1"])
-def test_an_address_that_does_not_answer_is_one_sentence(url: str) -> None:
+def test_an_address_that_does_not_answer_is_one_sentence(chat: Chat, url: str) -> None:
     done = chat("hi\n", "--url", url)
     assert done.returncode == 1
     assert done.stdout == ""
@@ -199,7 +209,7 @@ def test_an_address_that_does_not_answer_is_one_sentence(url: str) -> None:
     assert url in done.stderr
 
 
-def test_a_missing_checkpoint_is_one_sentence() -> None:
+def test_a_missing_checkpoint_is_one_sentence(chat: Chat) -> None:
     done = chat("hi\n", "/no/such/folder")
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1
@@ -339,7 +349,7 @@ def test_on_a_terminal_the_conversation_outlives_its_errors(peer: Peer) -> None:
     assert terminal.close() == 0
 
 
-def test_a_key_that_is_missing_is_told_with_its_flag(peer: Peer) -> None:
+def test_a_key_that_is_missing_is_told_with_its_flag(chat: Chat, peer: Peer) -> None:
     peer.key = "secret"
     done = chat("hi\n", "--url", peer.url)
     assert done.returncode == 1 and done.stderr.count("\n") == 1
@@ -373,7 +383,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 SMALL = ("--kv-cache-mib", "16", "--num-threads", "1", "--device", "cpu")
 
 
-def test_in_process(checkpoint: Path) -> None:
+def test_in_process(chat: Chat, checkpoint: Path) -> None:
     """Two answers of one conversation; the same seed says the same again in another process."""
     flags = (*SMALL, "--max-tokens", "8", "--seed", "3")
     runs = [chat("Hello\nagain\n", str(checkpoint), *flags) for _ in range(2)]
@@ -385,7 +395,7 @@ def test_in_process(checkpoint: Path) -> None:
     assert runs[0].stdout == runs[1].stdout
 
 
-def test_what_was_drafted_stands_behind_an_answer() -> None:
+def test_what_was_drafted_stands_behind_an_answer(chat: Chat) -> None:
     """The same is asked twice. The rate is that of the tokens behind the first text, which may be several."""
     question = "What is a GPTQ checkpoint?\n"
     drafting, plain = (
@@ -396,7 +406,7 @@ def test_what_was_drafted_stands_behind_an_answer() -> None:
     assert "drafted" not in plain.stderr
 
 
-def test_in_process_forgets_the_oldest_turns_when_the_context_is_full(checkpoint: Path) -> None:
+def test_in_process_forgets_the_oldest_turns_when_the_context_is_full(chat: Chat, checkpoint: Path) -> None:
     lines = ["word " * 20] * 4 + ["word " * 2000, "never"]
     done = chat("\n".join(lines), str(checkpoint), *SMALL, "--max-tokens", "40", "--seed", "3")
     assert "messages are forgotten" in done.stderr
@@ -430,14 +440,14 @@ def test_the_engine_dies(checkpoint: Path) -> None:
     assert "Traceback" not in errors + output
 
 
-def test_a_checkpoint_without_weights_is_one_sentence(tmp_path: Path) -> None:
+def test_a_checkpoint_without_weights_is_one_sentence(chat: Chat, tmp_path: Path) -> None:
     done = chat("hi\n", str(byte_level(tmp_path)), *SMALL)
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1
     assert str(tmp_path) in done.stderr
 
 
-def test_one_question_and_what_is_piped_behind_it(peer: Peer) -> None:
+def test_one_question_and_what_is_piped_behind_it(chat: Chat, peer: Peer) -> None:
     done = chat("", "What is this", "--url", peer.url)
     assert (done.returncode, done.stdout) == (0, "You said What is this [31m\u2028in é👋.\n")
     assert "42 tokens" in done.stderr
@@ -453,12 +463,12 @@ def test_one_question_and_what_is_piped_behind_it(peer: Peer) -> None:
     assert model.returncode == 2 and "does nothing beside --url" in model.stderr
 
 
-def test_one_question_to_the_demo() -> None:
+def test_one_question_to_the_demo(chat: Chat) -> None:
     done = chat("", "What is GPTQ?", "--temperature", "0", "--num-threads", "1", "--device", "cpu")
     assert done.returncode == 0 and "4 bits" in done.stdout, done.stderr
 
 
-def test_another_answer_a_file_and_figures(peer: Peer, tmp_path: Path) -> None:
+def test_another_answer_a_file_and_figures(chat: Chat, peer: Peer, tmp_path: Path) -> None:
     file, page = tmp_path / "chat.json", tmp_path / "chat.md"
     lines = [
         *("/regenerate", "/save", f"/save {file}", "/stats", "Hello", "/regenerate", "/stats"),

@@ -1,0 +1,85 @@
+"""`gptq-api` commands in processes that are forked from one interpreter: one of its own takes a command a second of
+processor time, most of it for imports. What a test says of the start itself, or of signals, needs one of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+_DRIVER = """
+import gc, json, os, signal, sys
+from gptq_api import __main__
+from gptq_api.cli import chat, list, main, pull, rm, serve
+gc.freeze()  # a collection in a child would copy all of it
+asked, answers = os.fdopen(int(sys.argv[1])), os.fdopen(int(sys.argv[2]), "w", buffering=1)
+for line in asked:
+    case = json.loads(line)
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        signal.alarm(case["seconds"])
+        os.dup2(reading, 0)
+        for number, name in ((1, "out"), (2, "err")):
+            os.dup2(os.open(case[name], os.O_WRONLY), number)
+        os.closerange(3, 64)
+        os.environ.clear()
+        os.environ.update(case["env"])
+        sys.argv[1:] = case["args"]
+        sys.exit(__main__.main())
+    os.close(reading)
+    try:
+        with os.fdopen(writing, "w") as pipe:
+            pipe.write(case["input"])
+    except BrokenPipeError:  # it has ended without reading
+        pass
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), file=answers)
+"""
+
+
+class Commands:
+    """`with Commands() as commands: done = commands.run("chat", "--url", url, input="Hello")`."""
+
+    def __init__(self) -> None:
+        their_in, asks = os.pipe()
+        answers, their_out = os.pipe()
+        self._asks, self._answers = os.fdopen(asks, "w", buffering=1), os.fdopen(answers)
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", _DRIVER, str(their_in), str(their_out)],
+            stdin=subprocess.DEVNULL,
+            pass_fds=(their_in, their_out),
+        )
+        os.close(their_in)
+        os.close(their_out)
+
+    def run(
+        self, *args: str, input: str = "", env: Mapping[str, str] | None = None, seconds: int = 60
+    ) -> subprocess.CompletedProcess[str]:
+        """As `subprocess.run` of the command with its output captured; `input` comes through a pipe. After `seconds` it
+        is ended by SIGALRM."""
+        with tempfile.NamedTemporaryFile() as out, tempfile.NamedTemporaryFile() as err:
+            case = {"args": args, "input": input, "env": dict(os.environ if env is None else env)}
+            self._asks.write(json.dumps(case | {"out": out.name, "err": err.name, "seconds": seconds}) + "\n")
+            status = int(self._answers.readline())
+            return subprocess.CompletedProcess(
+                ["gptq-api", *args], status, Path(out.name).read_text(), Path(err.name).read_text()
+            )
+
+    def close(self) -> None:
+        self._asks.close()
+        self._process.wait()
+        self._answers.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
