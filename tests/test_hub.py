@@ -19,6 +19,7 @@ import pytest
 
 from gptq_api.hub import HubError, choose_files, is_hub_name, local_model
 from tests.support.checkpoints import Recipe, random_model, write_checkpoint
+from tests.support.commands import Commands
 from tests.support.float_models import add_tokenizer, vocab_size
 from tests.support.server import Server, wait_for
 
@@ -268,13 +269,11 @@ def test_serving_by_name_tells_the_name_and_answers(hub: Hub, tmp_path: Path) ->
         assert server.http.post("/v1/completions", json=body).status_code == 200
 
 
-def command(home: Path, endpoint: str, *args: str) -> tuple[int, str, str]:
-    run = [sys.executable, "-m", "gptq_api", *args]
-    done = subprocess.run(run, env=environment(home, endpoint), capture_output=True, text=True, timeout=60, check=False)
-    return done.returncode, done.stdout, done.stderr
+def test_pull_list_and_rm(hub: Hub, commands: Commands, tmp_path: Path) -> None:
+    def command(home: Path, endpoint: str, *args: str) -> tuple[int, str, str]:
+        done = commands.run(*args, env=environment(home, endpoint))
+        return done.returncode, done.stdout, done.stderr
 
-
-def test_pull_list_and_rm(hub: Hub, tmp_path: Path) -> None:
     status, out, _ = command(tmp_path, hub.url, "list")
     assert status == 0 and "no models in" in out and "gptq-api pull OWNER/NAME" in out
     status, out, err = command(tmp_path, hub.url, "pull", NAME)
@@ -300,10 +299,8 @@ def test_pull_list_and_rm(hub: Hub, tmp_path: Path) -> None:
     assert status == 1 and "demo is no name on the hub" in err and err.count("\n") == 1
 
 
-def test_what_was_tried_is_said(hub: Hub, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "gptq_api", "serve", "modles/vicuna"]
-    env = environment(tmp_path, hub.url)
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
+def test_what_was_tried_is_said(hub: Hub, commands: Commands, tmp_path: Path) -> None:
+    done = commands.run("serve", "modles/vicuna", env=environment(tmp_path, hub.url))
     assert done.returncode == 1 and done.stdout == "" and done.stderr.count("\n") == 1
     assert f"modles/vicuna is neither a folder here nor a model at {hub.url}" in done.stderr
     for typo in ("./models/vicuna", "models/vicuna/4bit", "vicuna", "models/vicuna.safetensors", "/models/vicuna", ""):
