@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.commands import Commands
+from tests.support.commands import CLI, TORCH, Commands
 from tests.support.server import Server
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # a core for each process
@@ -45,8 +45,15 @@ def strict_server() -> Iterator[Server]:
 
 @pytest.fixture(scope="session")
 def commands() -> Iterator[Commands]:
-    """Runs commands."""
-    with Commands() as running:
+    """Runs commands that a server or no torch is enough for."""
+    with Commands(CLI) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def torch_commands() -> Iterator[Commands]:
+    """Runs commands that compute."""
+    with Commands(TORCH) as running:
         yield running
 
 

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import resource
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +10,8 @@ import pytest
 from gptq_api.cli import bench, inspect, quantize
 from gptq_api.config import BenchSettings, InspectSettings, QuantizeSettings
 from gptq_api.errors import UserError, writing
-from tests.support.float_models import train
+from tests.support.commands import Commands
+from tests.support.float_models import random_folder
 
 TEXT = Path(__file__).parents[1] / "README.md"
 
@@ -63,21 +60,17 @@ def test_what_cannot_be_written_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("limit", [2_000, 60_000])
-def test_a_disk_that_is_full_is_a_sentence_and_the_run_goes_on_later(limit: int, tmp_path: Path) -> None:
+def test_a_disk_that_is_full_is_a_sentence_and_the_run_goes_on_later(
+    limit: int, torch_commands: Commands, tmp_path: Path
+) -> None:
     """A limit on the size of files is refused by the kernel as a full disk is: in a layer, or in the checkpoint."""
-    model, out = train(tmp_path / "model", num_layers=2, num_steps=1), tmp_path / "out"
+    model, out = random_folder(tmp_path / "model"), tmp_path / "out"
     flags = "--group-size 32 --num-samples 4 --num-eval-samples 2 --sample-length 64 --num-threads 1 --device cpu"
-    command = [sys.executable, "-m", "gptq_api", "quantize", str(model), str(out), "--calibration", str(TEXT)]
-    command += flags.split()
-
-    def full() -> None:
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-
-    done = subprocess.run(command, capture_output=True, text=True, preexec_fn=full, check=False)
+    command = ("quantize", str(model), str(out), "--calibration", str(TEXT), *flags.split())
+    done = torch_commands.run(*command, max_file_bytes=limit)
     last = done.stderr.strip().splitlines()[-1]
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
     assert last.startswith("gptq-api quantize: ") and "cannot be written: File too large" in last
     assert "MiB, and ulimit -f is lower; the same command goes on with what is left" in last
     assert not out.exists()
-    assert subprocess.run(command, capture_output=True, check=False).returncode == 0 and out.is_dir()
+    assert torch_commands.run(*command).returncode == 0 and out.is_dir()

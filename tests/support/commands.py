@@ -8,15 +8,16 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 _DRIVER = """
-import gc, json, os, signal, sys
+import gc, importlib, json, os, resource, signal, sys
 from gptq_api import __main__
-from gptq_api.cli import chat, list, main, pull, rm, serve
+for name in sys.argv[3:]:
+    importlib.import_module(name)
 gc.freeze()  # a collection in a child would copy all of it
 asked, answers = os.fdopen(int(sys.argv[1])), os.fdopen(int(sys.argv[2]), "w", buffering=1)
 for line in asked:
@@ -29,6 +30,10 @@ for line in asked:
         for number, name in ((1, "out"), (2, "err")):
             os.dup2(os.open(case[name], os.O_WRONLY), number)
         os.closerange(3, 64)
+        os.chdir(case["cwd"])
+        if case["max_file_bytes"] is not None:
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # as Python has it, which a shell's limit meets
+            resource.setrlimit(resource.RLIMIT_FSIZE, (case["max_file_bytes"],) * 2)
         os.environ.clear()
         os.environ.update(case["env"])
         sys.argv[1:] = case["args"]
@@ -41,17 +46,24 @@ for line in asked:
         pass
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), file=answers)
 """
+CLI = tuple(f"gptq_api.cli.{name}" for name in ("main", "chat", "list", "pull", "rm", "serve"))
+TORCH = (
+    *("gptq_api.cli.main", "gptq_api.cli.inspect", "gptq_api.cli.quantize", "gptq_api.cli.verify"),
+    *("gptq_api.checkpoint.summary", "gptq_api.model.plan", "gptq_api.runner.load", "gptq_api.verify.ours"),
+    *("gptq_api.quantize.driver", "gptq_api.quantize.card", "gptq_api.quantize.output"),
+)
 
 
 class Commands:
-    """`with Commands() as commands: done = commands.run("chat", "--url", url, input="Hello")`."""
+    """`with Commands(CLI) as commands: done = commands.run("chat", "--url", url, input="Hello")`."""
 
-    def __init__(self) -> None:
+    def __init__(self, modules: Sequence[str]) -> None:
+        """`modules`: what is imported once for all."""
         their_in, asks = os.pipe()
         answers, their_out = os.pipe()
         self._asks, self._answers = os.fdopen(asks, "w", buffering=1), os.fdopen(answers)
         self._process = subprocess.Popen(
-            [sys.executable, "-c", _DRIVER, str(their_in), str(their_out)],
+            [sys.executable, "-c", _DRIVER, str(their_in), str(their_out), *modules],
             stdin=subprocess.DEVNULL,
             pass_fds=(their_in, their_out),
         )
@@ -59,13 +71,20 @@ class Commands:
         os.close(their_out)
 
     def run(
-        self, *args: str, input: str = "", env: Mapping[str, str] | None = None, seconds: int = 60
+        self,
+        *args: str,
+        input: str = "",
+        env: Mapping[str, str] | None = None,
+        cwd: Path | None = None,
+        seconds: int = 60,
+        max_file_bytes: int | None = None,
     ) -> subprocess.CompletedProcess[str]:
         """As `subprocess.run` of the command with its output captured; `input` comes through a pipe. After `seconds` it
-        is ended by SIGALRM."""
+        is ended by SIGALRM. `max_file_bytes`: `ulimit -f`."""
         with tempfile.NamedTemporaryFile() as out, tempfile.NamedTemporaryFile() as err:
             case = {"args": args, "input": input, "env": dict(os.environ if env is None else env)}
-            self._asks.write(json.dumps(case | {"out": out.name, "err": err.name, "seconds": seconds}) + "\n")
+            case |= {"cwd": str(cwd or Path.cwd()), "max_file_bytes": max_file_bytes, "seconds": seconds}
+            self._asks.write(json.dumps(case | {"out": out.name, "err": err.name}) + "\n")
             status = int(self._answers.readline())
             return subprocess.CompletedProcess(
                 ["gptq-api", *args], status, Path(out.name).read_text(), Path(err.name).read_text()
