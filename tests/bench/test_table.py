@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -56,13 +59,26 @@ def reference_perplexity(folder: Path, length: int, num_windows: int) -> float:
     return perplexity(model, chosen)
 
 
-def test_rows_against_transformers_and_both_files(
-    folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    files = {"json_file": tmp_path / "bench.json", "png": tmp_path / "bench.png"}
-    models = [str(folders["gptq"])]
-    assert run(settings(models=models, fp16=folders["fp16"], text=TEXT, context=100, num_windows=12, **files)) == 0
-    report = json.loads(files["json_file"].read_text())
+@dataclass(frozen=True)
+class Measured:
+    report: Any
+    png: bytes
+    shown: str
+
+
+@pytest.fixture(scope="module")
+def measured(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Measured:
+    """Both models with a text, by batches, twice each."""
+    root = tmp_path_factory.mktemp("measured")
+    files = {"json_file": root / "bench.json", "png": root / "bench.png"}
+    many: dict[str, Any] = {"text": TEXT, "context": 100, "num_windows": 12, "batch": [8, 1, 3], "repeats": 2}
+    with contextlib.redirect_stdout(io.StringIO()) as shown:
+        assert run(settings(models=[str(folders["gptq"])], fp16=folders["fp16"], **many, **files)) == 0
+    return Measured(json.loads(files["json_file"].read_text()), files["png"].read_bytes(), shown.getvalue())
+
+
+def test_rows_against_transformers_and_both_files(folders: dict[str, Path], measured: Measured) -> None:
+    report = measured.report
     first, second = report["rows"]
     assert (first["name"], first["kind"], first["bits"]) == ("tiny", "dense", [])
     assert (second["name"], second["kind"]) == ("tiny-gptq", "gptq")
@@ -75,8 +91,8 @@ def test_rows_against_transformers_and_both_files(
     assert first["speed_up"] == 1.0 and report["machine"]["torch"] == torch.__version__
     # 14 Linears of 4 bits instead of 32, and the same embedding and head beside them.
     assert second["weights_mib"] < first["weights_mib"] < second["peak_mib"]
-    assert files["png"].read_bytes().startswith(b"\x89PNG")
-    out = capsys.readouterr().out
+    assert measured.png.startswith(b"\x89PNG")
+    out = measured.shown
     row = next(line for line in out.splitlines() if "tiny-gptq" in line)
     cells = [cell.strip() for cell in row.split("│")[1:-1]]
     assert cells[:4] == ["tiny-gptq", "4", "32", "yes"] and cells[6] == f"{second['perplexity']:.4f}"
@@ -84,13 +100,8 @@ def test_rows_against_transformers_and_both_files(
     assert "tokens of LICENSE in windows of 100" in out
 
 
-def test_batches_repeats_and_the_ratio_of_both(
-    folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    files = {"json_file": tmp_path / "bench.json", "png": tmp_path / "bench.png"}
-    models = [str(folders["gptq"])]
-    assert run(settings(models=models, fp16=folders["fp16"], batch=[8, 1, 3], repeats=2, **files)) == 0
-    report = json.loads(files["json_file"].read_text())
+def test_batches_repeats_and_the_ratio_of_both(measured: Measured) -> None:
+    report = measured.report
     first, second = report["rows"]
     for row in (first, second):
         assert [found["batch"] for found in row["decoding"]] == [1, 3, 8] and row["repeats"] == 2
@@ -101,7 +112,7 @@ def test_batches_repeats_and_the_ratio_of_both(
         first["decoding"][2]["seconds_per_step"] / second["decoding"][2]["seconds_per_step"]
     )
     assert set(ratios) == {"1", "3", "8"} and ratios["1"] == second["speed_up"]
-    out = capsys.readouterr().out
+    out = measured.shown
     for words in ("spread", "tokens/s x 3", "tokens/s x 8", "in 2 repeats", report["machine"]["cpu"], " UTC"):
         assert words in " ".join(out.split()), words
     assert f"({ratios['8']:.2f}x)" in out
@@ -121,18 +132,8 @@ def test_defaults_fit_the_model(folders: dict[str, Path], tmp_path: Path) -> Non
 
 def test_the_demo_model_alone_says_what_its_first_row_is(tmp_path: Path) -> None:
     file = tmp_path / "bench.json"
-    command = [
-        sys.executable,
-        "-m",
-        "gptq_api",
-        "bench",
-        "--device",
-        "cpu",
-        "--num-tokens",
-        "4",
-        "--prompt-tokens",
-        "4",
-    ]
+    command = [sys.executable, "-m", "gptq_api", "bench", "--device", "cpu"]
+    command += ["--num-tokens", "4", "--prompt-tokens", "4", "--batch", "1", "--repeats", "1"]
     done = subprocess.run([*command, "--json", str(file)], capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
     rows = json.loads(file.read_text())["rows"]
