@@ -97,13 +97,13 @@ def test_every_family_agrees_in_float32(family: str, tmp_path: Path, verify_here
     assert "off by 0.00% at most" in done.stdout
 
 
-def test_a_checkpoint_broken_on_purpose_is_told_by_layer(tmp_path: Path) -> None:
+def test_a_checkpoint_broken_on_purpose_is_told_by_layer(tmp_path: Path, verify_here: Verify) -> None:
     folder = checkpoint(tmp_path / "m", replace(RECIPE, float_dtype=torch.float32))
     (file,) = folder.glob("*.safetensors")
     tensors = load_file(file)
     tensors["model.layers.1.input_layernorm.weight"][:] = 3e38
     save_file(tensors, file, metadata={"format": "pt"})
-    done = verify(folder, *SMALL)
+    done = verify_here(folder, *SMALL)
     assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
     assert "transformers' numbers are not finite either, from layer 1 on" in done.stderr
 
