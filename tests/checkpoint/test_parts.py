@@ -3,6 +3,7 @@ that only one of them needs."""
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Iterator
 from dataclasses import replace
@@ -32,25 +33,44 @@ RANGES = {
 }
 
 
-@pytest.fixture(params=["by run", "by row"])
-def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Tensors of these sizes are read by whole rows; here in pieces of few as well."""
-    monkeypatch.setattr(parts, "_GAP", 1 if request.param == "by run" else 2**20)
+WAYS = {"by run": 1, "by row": 2**20}
+"""gaps that are read over: tensors of these sizes are read by whole rows; here in pieces of few as well"""
+
+
+def read_by(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parts, "_GAP", WAYS[way])
     monkeypatch.setattr(safetensors_file, "_PIECE", 300)
     monkeypatch.setattr(safetensors_file, "_ROOM", 600)
+
+
+@pytest.fixture(params=WAYS)
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     way: str = request.param
+    read_by(way, monkeypatch)
     return way
 
 
+def one_of_each_kind(checkpoint: Checkpoint) -> list[str]:
+    """Of modules that differ in nothing but their layer, the last one."""
+    kinds = {
+        (name.split(".")[-1], shape, checkpoint.store.file(f"{name}.scales")): name
+        for name, shape in checkpoint.modules.items()
+    }
+    return list(kinds.values())
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_outputs_of_every_layout_are_those_of_the_whole(way: str, layout: str, tmp_path: Path) -> None:
+def test_outputs_of_every_layout_are_those_of_the_whole(
+    layout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     LAYOUTS[layout].write(tmp_path, random_model(LAYOUTS[layout].recipe))
     checkpoint = open_checkpoint(tmp_path)
-    for module in checkpoint.modules:
+    for module in one_of_each_kind(checkpoint):
         whole = checkpoint.gptq(module)
-        for ranges in RANGES.values():
+        for way, ranges in itertools.product(WAYS, RANGES.values()):
             if ranges[-1].stop > whole.out_features:
                 continue
+            read_by(way, monkeypatch)
             chosen = torch.tensor([i for each in ranges for i in each])
             found = checkpoint.gptq(module, ranges)
             for name in ("qweight", "zeros", "scales"):
@@ -59,6 +79,7 @@ def test_outputs_of_every_layout_are_those_of_the_whole(way: str, layout: str, t
             assert torch.equal(found.g_idx, whole.g_idx) and found.group_size == whole.group_size
             assert (found.bias is None) == (whole.bias is None)
             assert whole.bias is None or torch.equal(found.bias, whole.bias[chosen])  # type: ignore[arg-type]
+        monkeypatch.undo()
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
