@@ -19,6 +19,7 @@ from gptq_api.demo import DEMO_PATH
 from gptq_api.edge.keys import KeyFile
 from tests.support.batches import count_to, jsonl, request
 from tests.support.checkpoints import Recipe, random_model, write_checkpoint
+from tests.support.commands import Commands
 from tests.support.float_models import random_folder
 from tests.support.server import Server
 from tests.support.text_tokenizers import byte_level
@@ -209,19 +210,25 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run_here(words: list[str], models: Path) -> subprocess.CompletedProcess[str]:
-    args = [word.replace("/models/", f"{models}/models/") for word in words[1:]]
-    command = [sys.executable, "-m", "gptq_api", *args]
-    env = {name: value for name, value in os.environ.items() if not name.startswith("GPTQ_API_")} | SMALL
-    return subprocess.run(
-        command, cwd=models, env=env, input="Hello\n", capture_output=True, text=True, timeout=300, check=False
-    )
+Run = Callable[[list[str]], subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def run_here(torch_commands: Commands, models: Path) -> Run:
+    """A command, where the models are."""
+
+    def run(words: list[str]) -> subprocess.CompletedProcess[str]:
+        args = [word.replace("/models/", f"{models}/models/") for word in words[1:]]
+        env = {name: value for name, value in os.environ.items() if not name.startswith("GPTQ_API_")} | SMALL
+        return torch_commands.run(*args, cwd=models, env=env, input="Hello\n", seconds=300)
+
+    return run
 
 
 @pytest.mark.parametrize("words", [words for words in OURS if words[1] == "serve"], ids=" ".join)
-def test_it_serves_as_it_says(words: list[str], models: Path) -> None:
+def test_it_serves_as_it_says(words: list[str], models: Path, run_here: Run) -> None:
     if "--revision" in words:  # the hub is not here; the command gets as far as asking for it
-        done = run_here(words, models)
+        done = run_here(words)
         assert done.returncode == 1 and words[2] in done.stderr and "was not downloaded before" in done.stderr
         return
     command = [word.replace("/models/", f"{models}/models/") for word in words[1:]]
@@ -232,8 +239,8 @@ def test_it_serves_as_it_says(words: list[str], models: Path) -> None:
 
 
 @pytest.mark.parametrize("words", [words for words in OURS if words[1] in ("chat", "inspect")], ids=" ".join)
-def test_its_commands_on_a_checkpoint_do_what_it_says(words: list[str], models: Path) -> None:
-    done = run_here(words, models)
+def test_its_commands_on_a_checkpoint_do_what_it_says(words: list[str], run_here: Run) -> None:
+    done = run_here(words)
     assert done.returncode == 0, done.stderr
     if words[1] == "chat":
         assert "first after" in done.stderr and "vicuna_v1.1" in done.stderr
@@ -251,23 +258,23 @@ def test_its_load_test_measures_a_server(server: Server, tmp_path: Path) -> None
 
 
 @pytest.mark.timeout(600)
-def test_its_commands_make_a_checkpoint_and_measure_it(models: Path) -> None:
+def test_its_commands_make_a_checkpoint_and_measure_it(models: Path, run_here: Run) -> None:
     quantize, bench, _ = (words for words in OURS if words[1] in ("quantize", "bench"))
-    done = run_here(quantize, models)
+    done = run_here(quantize)
     assert done.returncode == 0 and "perplexity" in done.stderr, done.stderr
-    done = run_here(bench, models)
+    done = run_here(bench)
     assert done.returncode == 0, done.stderr
     assert "perplexity" in done.stdout and "speed-up" in done.stdout
     assert len(json.loads((models / "bench.json").read_text())["rows"]) == 2 and (models / "bench.png").stat().st_size
     (verify,) = (words for words in OURS if words[1] == "verify")
-    done = run_here(verify, models)
+    done = run_here(verify)
     assert done.returncode == 0 and "transformers" in done.stdout, done.stderr
     assert {words[1] for words in OURS} == {"serve", "chat", "inspect", "quantize", "verify", "bench", "run-batch"}
 
 
-def test_it_answers_a_file_of_requests(models: Path) -> None:
+def test_it_answers_a_file_of_requests(models: Path, run_here: Run) -> None:
     (words,) = (words for words in OURS if words[1] == "run-batch")
-    done = run_here(words, models)
+    done = run_here(words)
     assert done.returncode == 0, done.stderr
     (line,) = (models / "answers.jsonl").read_text().splitlines()
     assert json.loads(line)["custom_id"] == "a" and json.loads(line)["response"]["status_code"] == 200
