@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 _DRIVER = """
 import gc, importlib, json, os, resource, signal, sys
@@ -46,7 +46,10 @@ for line in asked:
         pass
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), file=answers)
 """
-CLI = tuple(f"gptq_api.cli.{name}" for name in ("main", "chat", "list", "pull", "rm", "serve"))
+CLI = (
+    *("gptq_api.cli.main", "gptq_api.cli.chat", "gptq_api.cli.list", "gptq_api.cli.pull", "gptq_api.cli.rm"),
+    *("gptq_api.cli.serve", "gptq_api.api.app", "gptq_api.api.listener"),
+)
 TORCH = (
     *("gptq_api.cli.main", "gptq_api.cli.inspect", "gptq_api.cli.quantize", "gptq_api.cli.verify"),
     *("gptq_api.checkpoint.summary", "gptq_api.model.plan", "gptq_api.runner.load", "gptq_api.verify.ours"),
@@ -82,13 +85,20 @@ class Commands:
         """As `subprocess.run` of the command with its output captured; `input` comes through a pipe. After `seconds` it
         is ended by SIGALRM. `max_file_bytes`: `ulimit -f`."""
         with tempfile.NamedTemporaryFile() as out, tempfile.NamedTemporaryFile() as err:
-            case = {"args": args, "input": input, "env": dict(os.environ if env is None else env)}
+            case: dict[str, Any] = {"args": args, "input": input, "env": dict(os.environ if env is None else env)}
             case |= {"cwd": str(cwd or Path.cwd()), "max_file_bytes": max_file_bytes, "seconds": seconds}
             self._asks.write(json.dumps(case | {"out": out.name, "err": err.name}) + "\n")
             status = int(self._answers.readline())
             return subprocess.CompletedProcess(
                 ["gptq-api", *args], status, Path(out.name).read_text(), Path(err.name).read_text()
             )
+
+    def refused(self, *flags: str, env: Mapping[str, str] | None = None) -> tuple[int, str]:
+        """The exit status and the log of a server that is to leave before it serves; `env` beside what there is."""
+        flags = ("--port", "0", "--num-threads", "1", *flags)
+        done = self.run("serve", *flags, env={**os.environ, **(env or {})})
+        assert "serving" not in done.stderr and "Traceback" not in done.stderr and not done.stdout, done
+        return done.returncode, done.stderr
 
     def close(self) -> None:
         self._asks.close()

@@ -12,6 +12,7 @@ import pytest
 
 from gptq_api.demo import DEMO_PATH
 from tests.support.checkpoints import Recipe, random_model, write_checkpoint
+from tests.support.commands import Commands
 from tests.support.server import Server
 from tests.support.text_tokenizers import byte_level
 
@@ -71,15 +72,12 @@ def test_the_start_line_says_what_drafts(servers: tuple[Server, Server]) -> None
     assert "draft model" not in servers[0].log()
 
 
-def refused(*flags: str) -> str:
-    with Server("--model-path", *flags, wait=False) as server:
-        assert server.wait(60) in (1, 2)
-        log = server.log()
-        assert "serving" not in log and "Traceback" not in log
+def test_what_cannot_draft_is_refused_before_the_port_opens(commands: Commands, served: Path, tmp_path: Path) -> None:
+    def refused(*flags: str) -> str:
+        status, log = commands.refused("--model-path", *flags)
+        assert status in (1, 2)
         return log
 
-
-def test_what_cannot_draft_is_refused_before_the_port_opens(served: Path, tmp_path: Path) -> None:
     other = byte_level(write_checkpoint(tmp_path / "other", random_model(replace(RECIPE, vocab_size=4096))))
     assert "has a vocabulary of 4096, the served model of 512" in refused(
         str(served), "--speculate", "auto", "--draft-model", str(other)
