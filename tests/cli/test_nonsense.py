@@ -143,7 +143,6 @@ OF_ONE = (
     "serve --host 192.0.2.1 --allow-unauthenticated",
     "serve --chat-template /no/such/template",
     "serve --gptq-ckpt none.safetensors --log-level error",
-    "serve --trace /no/such/folder/trace",
     "quantize /no/model OUT --calibration /no/text",
     "quantize demo OUT --nearest",
     "quantize demo /no/such/folder/out --nearest",

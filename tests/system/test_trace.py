@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 
 from gptq_api.engine.trace import read_trace
+from tests.support.commands import Commands
 from tests.support.server import Server, chat_body
+from tools import replay
 
-REPLAY = [sys.executable, str(Path(__file__).parents[2] / "tools" / "replay.py")]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -50,14 +52,17 @@ def test_every_token_of_every_answer_is_in_it(trace: Path) -> None:
 
 
 def test_a_replay_samples_the_same_tokens(trace: Path) -> None:
-    done = subprocess.run([*REPLAY, str(trace), "--num-threads", "1"], capture_output=True, text=True, check=True)
+    command = [sys.executable, str(ROOT / "tools" / "replay.py"), str(trace), "--num-threads", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     result = json.loads(done.stdout)
     assert result["steps"] == sum(1 for _ in read_trace(trace)[1])
     assert result["tokens"] == result["same_tokens"] > 50
     assert result["median_ms"] > 0 and result["recorded_median_ms"] > 0
 
 
-def test_a_replay_follows_a_text_that_was_drafted_otherwise(trace: Path, tmp_path: Path) -> None:
+def test_a_replay_follows_a_text_that_was_drafted_otherwise(
+    trace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """As on another device: the recorded text goes on, whatever is sampled now."""
     head, *lines = trace.read_bytes().splitlines()
     other = [json.loads(line) for line in lines]
@@ -67,20 +72,21 @@ def test_a_replay_follows_a_text_that_was_drafted_otherwise(trace: Path, tmp_pat
         drafts[0] = changed["sampled"]["tokens"][place] = drafts[0] ^ 1
     path = tmp_path / "other.jsonl"
     path.write_bytes(b"\n".join([head, *(json.dumps(line).encode() for line in other)]) + b"\n")
-    done = subprocess.run([*REPLAY, str(path), "--num-threads", "1"], capture_output=True, text=True, check=True)
-    result = json.loads(done.stdout)
+    assert replay.main([str(path), "--num-threads", "1"]) == 0
+    result = json.loads(capsys.readouterr().out)
     assert result["steps"] == len(lines) and result["tokens"] * 0.5 < result["same_tokens"] < result["tokens"]
 
 
-def test_what_is_no_trace_is_a_sentence(tmp_path: Path) -> None:
+def test_what_is_no_trace_is_a_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     wrong = tmp_path / "wrong.jsonl"
     wrong.write_text("{}\n")
     for path, words in ((wrong, "is not a trace"), (tmp_path / "none", "No such file")):
-        done = subprocess.run([*REPLAY, str(path)], capture_output=True, text=True, check=False)
-        assert done.returncode == 1 and words in done.stderr and "Traceback" not in done.stderr
+        assert replay.main([str(path)]) == 1 and words in capsys.readouterr().err
 
 
-def test_a_trace_that_cannot_be_written_is_told_before_the_port_opens(tmp_path: Path) -> None:
-    with Server("--trace", str(tmp_path / "no" / "such" / "folder"), wait=False) as server:
-        assert server.wait(60) == 1
-        assert "--trace" in server.log() and "cannot be written: No such file" in server.log()
+def test_a_trace_that_cannot_be_written_is_told_before_the_port_opens(commands: Commands, tmp_path: Path) -> None:
+    status, log = commands.refused("--trace", str(tmp_path / "no" / "such" / "folder"))
+    assert status == 1
+    assert "--trace" in log and "cannot be written: No such file" in log
+    (last,) = [line for line in log.splitlines() if " loading " not in line]
+    assert last.startswith("gptq-api serve: ") and last.isprintable()
