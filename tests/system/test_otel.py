@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from tests.support.collector import Collector
+from tests.support.commands import Commands
 from tests.support.server import RawStream, Server, chat_body, stream_chunks, wait_for
 
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
@@ -114,14 +115,11 @@ def test_a_collector_that_is_not_there_keeps_nobody() -> None:
 
 
 @pytest.mark.parametrize("name", ["OTEL_EXPORTER_OTLP_PROTOCOL", "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL"])
-def test_another_protocol_is_refused(name: str) -> None:
+def test_another_protocol_is_refused(name: str, commands: Commands) -> None:
     pytest.importorskip("opentelemetry.exporter.otlp.proto.http", reason=MISSING)
-    server = Server("--otel-traces", wait=False, env={name: "grpc"})
-    try:
-        assert server.wait(60) == 2
-        assert f"{name}=grpc: traces are sent by http/protobuf" in server.log()
-    finally:
-        server.close()
+    status, log = commands.refused("--otel-traces", env={name: "grpc"})
+    assert status == 2
+    assert f"{name}=grpc: traces are sent by http/protobuf" in log
 
 
 def test_without_the_sdk_it_is_said_before_anything_is_loaded(tmp_path: Path) -> None:
