@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 
 from gptq_api.demo import DEMO_PATH
 from gptq_api.logs import ATOMIC_BYTES, FLUSH_S, MAX_QUEUED_BYTES, Writer
+from tests.support.commands import Commands
 from tests.support.server import START_S, Server, chat_body, stream_chunks, wait_for
 
 DROPPED = "gptq_api:log_lines_dropped_total"
@@ -101,8 +102,8 @@ def unheard_server(stderr: int, env: dict[str, str]) -> Iterator[tuple[Server, h
         connection.close()
 
 
-def get(connection: http.client.HTTPConnection, path: str) -> str:
-    connection.request("GET", path)
+def get(connection: http.client.HTTPConnection, path: str, **headers: str) -> str:
+    connection.request("GET", path, headers=headers)
     response = connection.getresponse()
     assert response.status == 200
     return response.read().decode()
@@ -116,8 +117,9 @@ def dropped(connection: http.client.HTTPConnection) -> float:
 def test_requests_do_not_wait_for_a_log_that_nobody_reads(unread: int, tmp_path: Path) -> None:
     with unheard_server(unread, injected(tmp_path, WARNING_STEPS)) as (server, connection):
         assert dropped(connection) == 0
-        for _ in range(2000):
-            get(connection, "/version")
+        name = "x" * 100
+        for _ in range(MAX_QUEUED_BYTES // len(name)):
+            get(connection, "/version", **{"x-request-id": name})
         of_requests = dropped(connection)
         assert of_requests > 0
         steps = MAX_QUEUED_BYTES // 200
@@ -235,12 +237,10 @@ SPEED = {"prompt_tok_s", "generation_tok_s", "running", "waiting", "cache_pct"}
 
 
 @pytest.mark.parametrize("as_json", [False, True])
-def test_a_start_that_fails_is_the_last_line(as_json: bool, tmp_path: Path) -> None:
+def test_a_start_that_fails_is_the_last_line(as_json: bool, commands: Commands, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "model.safetensors").write_bytes(b"damaged")
-    flags = ["--log-json"] if as_json else []
-    command = [sys.executable, "-m", "gptq_api", "serve", str(tmp_path), "--port", "0", *flags]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    done = commands.run("serve", str(tmp_path), "--port", "0", *(["--log-json"] if as_json else []))
     assert done.returncode == 1
     *before, last = done.stderr.splitlines()
     assert any("loading" in line for line in before)
@@ -411,16 +411,13 @@ def test_the_address_is_told_at_every_level(flags: tuple[str, ...]) -> None:
         assert "--log-json" not in flags or json.loads(line)["event"].startswith("serving demo at ")
 
 
-def test_names_do_not_command_a_terminal_nor_forge_lines(tmp_path: Path) -> None:
+def test_names_do_not_command_a_terminal_nor_forge_lines(commands: Commands, tmp_path: Path) -> None:
     folder = tmp_path / "\x1b[31mred\n12:00:00[info]forged"
     shutil.copytree(DEMO_PATH, folder)
     with Server("--model-path", str(folder)) as server:
         log = server.log()
     assert "\x1b" not in log and "\n12:00:00[info]forged" not in log
     assert log.count(r"\x1b[31mred\n12:00:00[info]forged") == 3
-    gone = Server(command=["serve", str(folder / "none\x1b[0m"), "--port", "0"], wait=False)
-    try:
-        assert gone.wait(60) == 1
-        assert "\x1b" not in gone.log() and gone.log().count("\n") <= 2
-    finally:
-        gone.close()
+    gone = commands.run("serve", str(folder / "none\x1b[0m"), "--port", "0")
+    assert gone.returncode == 1 and gone.stdout == ""
+    assert "\x1b" not in gone.stderr and gone.stderr.count("\n") <= 2
