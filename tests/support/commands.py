@@ -48,7 +48,7 @@ for line in asked:
 """
 CLI = (
     *("gptq_api.cli.main", "gptq_api.cli.chat", "gptq_api.cli.list", "gptq_api.cli.pull", "gptq_api.cli.rm"),
-    *("gptq_api.cli.serve", "gptq_api.api.app", "gptq_api.api.listener"),
+    *("gptq_api.cli.serve", "gptq_api.cli.run_batch", "gptq_api.api.app", "gptq_api.api.listener"),
 )
 TORCH = (
     *("gptq_api.cli.main", "gptq_api.cli.inspect", "gptq_api.cli.quantize", "gptq_api.cli.verify"),

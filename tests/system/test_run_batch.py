@@ -8,30 +8,34 @@ import signal
 import sqlite3
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.support.batches import check_counted, count_to, counting, jsonl, request
+from tests.support.commands import Commands
 from tests.support.server import ONE_THREAD, chat_body, wait_for
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
 def command(*args: str) -> list[str]:
     return [sys.executable, "-m", "gptq_api", "run-batch", *args]
 
 
-def run(*args: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command(*args, *ONE_THREAD), capture_output=True, text=True, timeout=110, check=False, stdin=subprocess.DEVNULL
-    )
+@pytest.fixture
+def run(commands: Commands) -> Run:
+    """`run-batch` with these arguments, to its end."""
+    return lambda *args: commands.run("run-batch", *args, *ONE_THREAD, seconds=110)
 
 
 def read(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_every_endpoint_and_every_refusal_in_the_order_of_the_requests(tmp_path: Path) -> None:
+def test_every_endpoint_and_every_refusal_in_the_order_of_the_requests(run: Run, tmp_path: Path) -> None:
     lines = [
         request("chat", count_to(3)),
         request("text", {"prompt": "1, 2,", "max_tokens": 4}, "/v1/completions"),
@@ -59,7 +63,7 @@ def test_every_endpoint_and_every_refusal_in_the_order_of_the_requests(tmp_path:
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
-def test_the_same_command_goes_on_where_it_was_stopped(number: int, tmp_path: Path) -> None:
+def test_the_same_command_goes_on_where_it_was_stopped(run: Run, number: int, tmp_path: Path) -> None:
     asked, out = counting(150), tmp_path / "out.jsonl"
     (tmp_path / "in.jsonl").write_bytes(jsonl(asked))
     args = (str(tmp_path / "in.jsonl"), str(out))
@@ -94,7 +98,7 @@ def num_answered(out: Path) -> int:
     return int(num)
 
 
-def test_a_file_with_mistakes_is_told_by_its_lines_before_anything_is_loaded(tmp_path: Path) -> None:
+def test_a_file_with_mistakes_is_told_by_its_lines_before_anything_is_loaded(run: Run, tmp_path: Path) -> None:
     lines = [json.dumps(line).encode() for line in counting(3)]
     lines[1] = b"{"
     lines.append(json.dumps(request("a", {}, "/v1/embeddings")).encode())
