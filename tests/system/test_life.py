@@ -9,8 +9,6 @@ import os
 import signal
 import socket
 import struct
-import subprocess
-import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +22,7 @@ import pytest
 from gptq_api.api.server import _stop_loading
 from gptq_api.api.service import Service
 from gptq_api.errors import UserError
+from tests.support.commands import Commands
 from tests.support.server import (
     RawStream,
     Server,
@@ -334,23 +333,18 @@ def test_kill_9_of_the_server_takes_the_engine_with_it() -> None:
             sock.bind(("127.0.0.1", server.port))
 
 
-def serve(*flags: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "gptq_api", "serve", *flags]
-    return subprocess.run(command, capture_output=True, text=True, timeout=30)
-
-
-def test_a_port_in_use_is_one_sentence(server: Server) -> None:
-    done = serve("--port", str(server.port))
+def test_a_port_in_use_is_one_sentence(server: Server, commands: Commands) -> None:
+    done = commands.run("serve", "--port", str(server.port))
     assert done.returncode == 1
     assert done.stderr.strip().splitlines() == [
         f"gptq-api serve: port {server.port} on 127.0.0.1 is in use: stop what runs there or choose another --port"
     ], "found out before anything is loaded"
 
 
-def test_a_start_that_fails_is_one_sentence(tmp_path: Path) -> None:
+def test_a_start_that_fails_is_one_sentence(commands: Commands, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     for flags in (("--model-path", str(tmp_path / "none")), ("--model-path", str(tmp_path / "empty"))):
-        done = serve("--port", "0", *flags)
+        done = commands.run("serve", "--port", "0", *flags)
         assert done.returncode == 1
         sentences = [line for line in done.stderr.splitlines() if line.startswith("gptq-api serve: ")]
         assert len(sentences) == 1 and str(tmp_path) in sentences[0]
