@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -40,20 +41,28 @@ def asked(check: Any, server: Server, monkeypatch: pytest.MonkeyPatch, capsys: p
 
 @pytest.mark.parametrize("way", ["command line", "variable", "file"])
 def test_it_finds_the_port_wherever_it_was_set(
-    way: str, check: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    way: str,
+    check: Any,
+    server: Server,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     (tmp_path / "c.toml").write_text(f"port = {port}\nhost = '127.0.0.1'\nnum_threads = 1\n")
-    command, variables = {
-        "command line": (["serve", "--port", "0", "--num-threads", "1"], {}),
+    others: dict[str, tuple[list[str], dict[str, str]]] = {
         "variable": (["serve", "--num-threads", "1"], {"GPTQ_API_PORT": str(port)}),
         "file": (["serve", "--config", str(tmp_path / "c.toml")], {}),
-    }[way]
-    with Server(command=command, env=variables) as server:
-        assert {place[1] for place in check.listens(server.process.pid)} == {server.port}
-        assert asked(check, server, monkeypatch, capsys) == ""
+    }
+    with ExitStack() as stack:
+        found = server  # which was told on the command line
+        if way in others:
+            command, variables = others[way]
+            found = stack.enter_context(Server(command=command, env=variables))
+        assert {place[1] for place in check.listens(found.process.pid)} == {found.port}
+        assert asked(check, found, monkeypatch, capsys) == ""
 
 
 def test_a_server_that_is_stopped_drains_or_loads_is_not_ready(
