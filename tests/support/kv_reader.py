@@ -77,9 +77,11 @@ class Index:
         """How many tokens of a prompt are cached, where all callers share one cache."""
         found: bytes | int | None = None
         size, places = self.block_size, {block: content for content, block in self.blocks.items()}
-        for num in range(0, len(token_ids) - 1, size or 1):
+        num = 0
+        while size and num + size <= len(token_ids) - 1:  # one token is always computed
             block = found, tuple(token_ids[num : num + size])
-            if block not in places or num + size > len(token_ids) - 1:  # one token is always computed
-                return num
+            if block not in places:
+                break
             found = places[block]
-        return 0
+            num += size
+        return num
