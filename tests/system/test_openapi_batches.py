@@ -6,8 +6,6 @@ from __future__ import annotations
 import os
 import signal
 import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,7 @@ import pytest
 from tests.support.batches import CHAT, counting, jsonl
 from tests.support.openapi import check_documented
 from tests.support.server import RawStream, Server, chat_body, raw_request, wait_for
-from tests.system.test_openapi import EXAMPLES, document_of
+from tests.system.test_openapi import EXAMPLES, document_of, schemathesis
 
 KEPT = ("/v1/files", "/v1/batches")
 FORM = "Content-Type: multipart/form-data; boundary=b"
@@ -131,11 +129,5 @@ def test_schemathesis_finds_nothing(examples: int, tmp_path: Path) -> None:
     """A window that is no time, a file there is not: what the schema allows may be refused."""
     flags = ("--batch-dir", str(tmp_path / "b"), "--api-key", "key")
     with Server("--max-model-len", "64", *flags) as server:
-        code = "from schemathesis.cli import schemathesis; schemathesis()"
-        command = [sys.executable, "-c", code, "run", f"http://127.0.0.1:{server.port}/openapi.json"]
-        command += ["--header", "Authorization: Bearer key", "--include-path-regex", "^/v1/(files|batches)"]
-        command += ["--exclude-checks", "positive_data_acceptance", "--seed", "1", "--max-examples", str(examples)]
-        command += ["--generation-database", "none", "--no-color", "--request-timeout", "30", "--warnings", "off"]
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=1700, check=False)
-        assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+        schemathesis(server, tmp_path, examples, "--include-path-regex", "^/v1/(files|batches)")
         assert "Traceback" not in server.log()
