@@ -50,32 +50,29 @@ def test_a_body_that_comes_while_the_server_stops_is_not_read() -> None:
         assert server.wait() == 0
 
 
-@pytest.mark.parametrize("reads", [False, True])
-def test_a_reader_that_does_not_read_is_not_waited_for(reads: bool) -> None:
+def test_a_reader_that_does_not_read_is_not_waited_for() -> None:
     """One that reads, however slowly, is."""
     wide = chat_body(ignore_eos=True, stream=True, logprobs=True, top_logprobs=20, max_tokens=600)
     with Server() as server:
-        raw = RawStream(server, wide, rcvbuf=4096)
+        stuck, slow = (RawStream(server, wide, rcvbuf=4096) for _ in range(2))
         wait_for(lambda: server.metric("vllm:iteration_tokens_total_count") > 300, 30)
         data: list[bytes] = []
 
         def read() -> None:
-            while part := raw.sock.recv(16384):
+            while part := slow.sock.recv(16384):
                 data.append(part)
                 time.sleep(0.05 if len(data) < 60 else 0)
 
         reader = threading.Thread(target=read)
-        if reads:
-            reader.start()
-        started = time.monotonic()
+        reader.start()
         server.signal(signal.SIGTERM)
+        reader.join()
+        read_at = time.monotonic()
+        assert b"".join(data).endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
         assert server.wait(25) == 0
-        if reads:
-            reader.join()
-            assert b"".join(data).endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
-        else:
-            assert time.monotonic() - started < 12
-        raw.close()
+        assert time.monotonic() - read_at < 12
+        for stream in (stuck, slow):
+            stream.close()
 
 
 @pytest.mark.alone
@@ -96,15 +93,15 @@ def test_a_server_that_leaves_is_not_ready_before_it_refuses_anything() -> None:
         assert "leaving: not ready from now on" in server.log()
 
 
-def test_a_second_signal_does_not_wait_for_routers_and_neither_does_an_interrupt() -> None:
-    for signals, status in (((signal.SIGTERM, signal.SIGTERM), 143), ((signal.SIGINT,), 0)):
-        with Server("--drain-delay-s", "60") as server:
-            started = time.monotonic()
-            for number in signals:
-                server.signal(number)
-                wait_for(lambda: server.process.poll() is not None or "ready from now" in server.log(), 10)
-            assert server.wait() == status
-            assert time.monotonic() - started < 15
+def test_a_second_signal_does_not_wait_for_routers() -> None:
+    """Neither does an interrupt: test_life.py, test_at_the_deadline_the_rest_is_told."""
+    with Server("--drain-delay-s", "60") as server:
+        started = time.monotonic()
+        for _ in range(2):
+            server.signal(signal.SIGTERM)
+            wait_for(lambda: server.process.poll() is not None or "ready from now" in server.log(), 10)
+        assert server.wait() == 143
+        assert time.monotonic() - started < 15
 
 
 def test_an_engine_that_dies_while_the_server_leaves() -> None:

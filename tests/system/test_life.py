@@ -215,7 +215,8 @@ def test_sigterm_lets_running_requests_finish() -> None:
 
 @slow_engine
 def test_at_the_deadline_the_rest_is_told() -> None:
-    with Server("--drain-timeout-s", "0.5") as server:
+    """An interrupt does not wait for routers before it."""
+    with Server("--drain-timeout-s", "0.5", "--drain-delay-s", "60") as server:
         readers = [Reader(server, chat_body(**ENDLESS)) for _ in range(2)]
         waiting: list[httpx.Response] = []
         plain = threading.Thread(target=lambda: waiting.append(server.chat(**ENDLESS)))
