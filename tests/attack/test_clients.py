@@ -57,7 +57,6 @@ def check_hang_ups(count: int) -> None:
         assert "Traceback" not in server.log()
 
 
-@slow_engine
 def test_a_hundred_hang_ups() -> None:
     check_hang_ups(100)
 
