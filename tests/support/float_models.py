@@ -41,7 +41,7 @@ def perplexity(model: Any, texts: list[list[int]]) -> float:
     return math.exp(total / num)
 
 
-def train(folder: Path, *, num_layers: int = 2, num_steps: int = 120) -> Path:
+def train(folder: Path, *, num_layers: int = 2, num_steps: int = 100) -> Path:
     """A LLaMA of about 300,000 weights that has learnt TEXT, float32."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -61,11 +61,11 @@ def train(folder: Path, *, num_layers: int = 2, num_steps: int = 120) -> Path:
         eos_token_id=tokenizer.eos_token_id,
     )
     model = LlamaForCausalLM(config).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3, betas=(0.9, 0.9))
     for step in range(num_steps):
         for group in optimizer.param_groups:
-            group["lr"] = 4e-3 * (1 - step / num_steps)
-        starts = torch.randint(len(ids) - 64, (16,))
+            group["lr"] = 5e-3 * (1 - step / num_steps)
+        starts = torch.randint(len(ids) - 64, (8,))
         batch = torch.stack([ids[start : start + 64] for start in starts])
         model(batch, labels=batch).loss.backward()
         optimizer.step()
