@@ -111,8 +111,9 @@ def test_what_texts_say_may_follow_is_checked_by_all_ranks() -> None:
             assert counters.accepted_tokens == counters.draft_tokens
 
 
-SERVED = replace(BASE, num_layers=8, vocab_size=96, act_order=True)
-"""deep enough for a head, which reads what goes into its third, fifth and sixth layer"""
+SERVED = replace(BASE, num_layers=4, vocab_size=96, act_order=True)
+HEAD = HeadRecipe(SERVED, more_config={"eagle_aux_hidden_state_layer_ids": [1, 2, 3]})
+"""in a model of its usual depth it would read what goes into the third, a middle and a late layer"""
 SHALLOW = replace(SERVED, num_layers=3)
 DRAFTS = {"itself": None, "another, dense": replace(BASE, vocab_size=96, seed=1, num_layers=1, dense=("_proj",))}
 ENGINE: dict[str, Any] = {"num_blocks": drafting.NUM_BLOCKS, "max_model_len": None}
@@ -120,7 +121,7 @@ ENGINE: dict[str, Any] = {"num_blocks": drafting.NUM_BLOCKS, "max_model_len": No
 
 def draft_folder(name: str, served: Path, path: Path) -> Path:
     if name == "a head":
-        return write_head(path, random_head(HeadRecipe(SERVED)))
+        return write_head(path, random_head(HEAD))
     recipe = DRAFTS[name]
     return served if recipe is None else write_checkpoint(path, random_model(recipe))
 
@@ -147,7 +148,7 @@ def test_with_a_draft_model_beside_them_no_bit_changes(draft: str, how: str, tmp
 
 def test_caches_of_ranks_and_a_draft_model_share_the_memory_for_one(tmp_path: Path) -> None:
     served = write_checkpoint(tmp_path / "served", random_model(SERVED))
-    head = write_head(tmp_path / "head", random_head(HeadRecipe(SERVED)))
+    head = write_head(tmp_path / "head", random_head(HEAD))
     settings: dict[str, Any] = {"num_blocks": None, "kv_cache_mib": 2, "max_num_seqs": 64, "max_model_len": None}
     for draft in (served, head):
         alone, both = (load(served, 2, draft_model=name, **settings) for name in (None, str(draft)))
