@@ -98,13 +98,13 @@ def _serve(sock: socket.socket, inbox: Inbox, told: EngineOptions) -> int:
     options = told.load
     try:
         publisher = None if told.kv_events is None else Publisher(told.kv_events)
+        trace = None if told.trace is None else Trace(told.trace)  # told before minutes of loading
         checkpoint = identify(options)
         check_vocabulary(options)
         runner = load_runner(options)
-        trace = None
-        if told.trace is not None:
+        if trace is not None:
             sizes = (runner.block_size, runner.num_blocks, options.max_num_seqs)
-            trace = Trace(told.trace, TraceHead(options.model_path, runner.device, runner.dtype, *sizes))
+            trace.begin(TraceHead(options.model_path, runner.device, runner.dtype, *sizes))
     except UserError as error:
         sock.sendall(wire.encode(Failed(str(error))))
         return 1

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import msgspec
@@ -44,15 +45,27 @@ class TracedStep(msgspec.Struct, frozen=True):
 class Trace:
     """Writes. A file that cannot be written any more ends the trace and nothing else."""
 
-    def __init__(self, path: Path, head: TraceHead) -> None:
-        """Raises ConfigError where the file cannot be written."""
+    def __init__(self, path: Path) -> None:
+        """Raises ConfigError where the file cannot be written. What is in it stays until `begin`."""
+        self._path = path
+        with self._writing():
+            self._file = path.open("ab")
+
+    def begin(self, head: TraceHead) -> None:
+        """Raises ConfigError. Before any `write`."""
         self._began = time.perf_counter()
-        try:
-            self._file = path.open("wb")
+        with self._writing():
+            if self._path.is_file():  # and not a pipe
+                self._file.truncate(0)
             self._line(head)
-        except OSError as error:
-            raise ConfigError(f"--trace {path} cannot be written: {error.strerror}") from None
         self._open = True
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise ConfigError(f"--trace {self._path} cannot be written: {error.strerror}") from None
 
     def write(self, began: float, launched: float, collected: float, step: Step, sampled: Sampled) -> None:
         """`began`, `launched`: time.perf_counter() before and after the launch; `collected`: when the result was

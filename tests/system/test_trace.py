@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from gptq_api.demo import DEMO_PATH
 from gptq_api.engine.trace import read_trace
 from tests.support.commands import Commands
 from tests.support.server import Server, chat_body
@@ -22,6 +24,7 @@ ROOT = Path(__file__).parents[2]
 def trace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Of six clients at once, one of them sampling three answers."""
     path = tmp_path_factory.mktemp("trace") / "steps.jsonl"
+    path.write_text("an older one\n" * 1000)
     with (
         Server("--trace", str(path), "--max-num-seqs", "4", "--num-blocks", "200", "--speculate", "auto") as server,
         ThreadPoolExecutor(6) as pool,
@@ -84,9 +87,19 @@ def test_what_is_no_trace_is_a_sentence(tmp_path: Path, capsys: pytest.CaptureFi
         assert replay.main([str(path)]) == 1 and words in capsys.readouterr().err
 
 
-def test_a_trace_that_cannot_be_written_is_told_before_the_port_opens(commands: Commands, tmp_path: Path) -> None:
-    status, log = commands.refused("--trace", str(tmp_path / "no" / "such" / "folder"))
+def test_a_trace_that_cannot_be_written_is_told_before_the_model_is_read(commands: Commands, tmp_path: Path) -> None:
+    """Here one that cannot be. Where it is the model that is wrong, the last trace stays."""
+    broken = tmp_path / "broken"
+    shutil.copytree(DEMO_PATH, broken)
+    (weights,) = broken.glob("*.safetensors")
+    weights.write_bytes(weights.read_bytes()[:1000])
+    last = tmp_path / "last.jsonl"
+    last.write_text("a trace\n")
+    status, log = commands.refused("--model-path", str(broken), "--trace", str(last))
+    assert status == 1 and weights.name in log and last.read_text() == "a trace\n"
+    folder = tmp_path / "no" / "such" / "folder"
+    status, log = commands.refused("--model-path", str(broken), "--trace", str(folder))
     assert status == 1
     assert "--trace" in log and "cannot be written: No such file" in log
-    (last,) = [line for line in log.splitlines() if " loading " not in line]
-    assert last.startswith("gptq-api serve: ") and last.isprintable()
+    (sentence,) = [line for line in log.splitlines() if " loading " not in line]
+    assert sentence.startswith("gptq-api serve: ") and sentence.isprintable()
