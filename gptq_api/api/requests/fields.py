@@ -17,7 +17,6 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from gptq_api.api.errors import ApiError, bad_request
 from gptq_api.api.requests.refused import REFUSED, refuse
-from gptq_api.field_docs import describe
 from gptq_api.text.stream import TextStream
 from gptq_api.text.tokens import Tokens
 
@@ -99,13 +98,8 @@ class Body(BaseModel):
     """A request body: strict types, finite numbers, unknown fields kept for `unknown`."""
 
     model_config = ConfigDict(
-        strict=True, allow_inf_nan=False, extra="allow", protected_namespaces=(), defer_build=True
+        strict=True, allow_inf_nan=False, extra="allow", use_attribute_docstrings=True, protected_namespaces=()
     )
-
-    @classmethod
-    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
-        describe(cls)
-        cls.model_rebuild()
 
     def unknown(self, *, strict: bool) -> list[str]:
         """Names of fields nobody here knows. Raises ApiError 400 for one that is known and not honoured, or, with
