@@ -133,7 +133,7 @@ def test_defaults_fit_the_model(folders: dict[str, Path], tmp_path: Path) -> Non
 def test_the_demo_model_alone_says_what_its_first_row_is(tmp_path: Path) -> None:
     file = tmp_path / "bench.json"
     command = [sys.executable, "-m", "gptq_api", "bench", "--device", "cpu"]
-    command += ["--num-tokens", "4", "--prompt-tokens", "4", "--batch", "1", "--repeats", "1"]
+    command += ["--num-tokens", "4", "--prompt-tokens", "4"]
     done = subprocess.run([*command, "--json", str(file)], capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
     rows = json.loads(file.read_text())["rows"]

@@ -295,12 +295,11 @@ class ReadOnCpu(OnCpu):
 def test_ranks_pack_their_part_of_what_one_would(packed: None, act_order: bool, fused: bool, tmp_path: Path) -> None:
     """Of gate and up in the order in which down wants them. Nothing is fetched in vain, or as a whole where a part will
     do."""
-    recipe = replace(RECIPE, act_order=act_order, family="phi3" if fused else "llama", num_layers=1)
+    recipe = replace(RECIPE, act_order=act_order, family="phi3" if fused else "llama", num_layers=2)
     recipe = replace(recipe, more_config={"pad_token_id": 0} if fused else {})
     checkpoint = open_checkpoint(write_checkpoint(tmp_path, random_model(recipe)))
     config = config_of(checkpoint)
-    (whole,) = loader.load_llama(checkpoint, config, 64, OnCpu())[0].layers
-    expected = {name: emulate(getattr(whole, name)._weight) for name in ("qkv", "o", "gate_up", "down")}
+    whole, _ = loader.load_llama(checkpoint, config, 64, OnCpu())
     for rank in range(2):
         backend, shard = ReadOnCpu(), Shard(rank, 2)
         part, _ = loader.load_llama(checkpoint, config, 64, backend, shard)
@@ -312,12 +311,13 @@ def test_ranks_pack_their_part_of_what_one_would(packed: None, act_order: bool, 
             "gate_up": [*inner, *(208 + i for i in inner)],
             "down": list(rows),
         }
-        (mine,) = part.layers
-        for name, chosen in columns.items():
-            assert torch.equal(emulate(getattr(mine, name)._weight), expected[name][:, chosen]), name
+        for mine, all_of_it in zip(part.layers, whole.layers, strict=True):
+            for name, chosen in columns.items():
+                found, expected = getattr(mine, name), getattr(all_of_it, name)
+                assert torch.equal(emulate(found._weight), emulate(expected._weight)[:, chosen]), name
         fetched = Counter(name for name, _ in backend.reader.fetched)
         twice = {name for name, count in fetched.items() if count > 1}
-        assert twice == {"model.layers.0.mlp.down_proj.g_idx"}  # which tells of gate and up
+        assert twice == {f"model.layers.{i}.mlp.down_proj.g_idx" for i in range(2)}  # which tells of gate and up
         read_whole = {name for name, of_it in backend.reader.fetched if of_it is None and name.endswith("qweight")}
         gates = {name for name in fetched if name.endswith(("gate_proj.qweight", "up_proj.qweight"))}
         assert read_whole == (gates if act_order else set()) and gates

@@ -118,7 +118,7 @@ def test_texts_are_those_of_one(draft: str, tmp_path: Path) -> None:
 
 def test_whichever_rank_is_late_every_step_has_its_bits(tmp_path: Path) -> None:
     """How a million layers are run on GPUs; and that it would tell of a rank that computes something else."""
-    folder, delays = write_checkpoint(tmp_path / "served", random_model(SHALLOW)), [random.Random(i) for i in range(2)]
+    folder, delays = write_checkpoint(tmp_path / "served", random_model(SERVED)), [random.Random(i) for i in range(2)]
     runner: Any = Served(folder, 2, num_seqs=NUM_SEQS).runner
     steps, num_calls = cycle(20, SERVED.vocab_size, BLOCK), 0
 
